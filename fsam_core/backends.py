@@ -1,0 +1,76 @@
+"""Which implementation of the operations runs: argument, then FSAM_BACKEND, then what is fastest here.
+
+A backend is a package `fsam_kernels.<name>` with one module per operation. `auto` picks by device and says which it
+picked; a backend that is named explicitly is used or fails, it never falls back.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from dataclasses import dataclass
+from types import ModuleType
+
+from fsam_core.errors import UserError
+
+# Framework -> its backends, most specialised last. The first is plain framework code and runs anywhere.
+BACKENDS: dict[str, tuple[str, ...]] = {"jax": ("xla", "pallas"), "torch": ("torch", "triton")}
+_EXTRA = {"jax": "jax", "xla": "jax", "pallas": "tpu", "torch": "torch", "triton": "triton"}
+_NEEDS = {"xla": "jax", "pallas": "jax", "torch": "torch", "triton": "triton"}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend and why it was taken: what `fsam backends` prints."""
+
+    name: str
+    reason: str
+
+
+def require(module: str) -> None:
+    """Fail with the command that mends it when `module` ("jax", "torch", "triton") is not installed.
+
+    Raises:
+        UserError: naming the pip command.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"{module} is not installed: pip install 'fsam[{_EXTRA.get(module, module)}]'")
+
+
+def built(name: str) -> bool:
+    """Whether this distribution contains backend `name`."""
+    return importlib.util.find_spec(f"fsam_kernels.{name}") is not None
+
+
+def choose(framework: str, backend: str | None = None) -> Choice:
+    """The backend for `framework` ("jax" or "torch"), and the reason.
+
+    Raises:
+        UserError: for a backend that is unknown, belongs to the other framework, is not part of this version, or whose
+            packages are missing.
+    """
+    known = BACKENDS[framework]
+    asked, source = (backend, "asked for") if backend else (os.environ.get("FSAM_BACKEND"), "FSAM_BACKEND")
+    if asked and asked != "auto":
+        if asked not in known:
+            raise UserError(f"backend: {asked!r} ({source}) is none of {framework}'s: use auto, {', '.join(known)}")
+        if not built(asked):
+            have = ", ".join(name for name in known if built(name))
+            raise UserError(f"backend: {asked!r} ({source}) is not part of this version, which has {have}")
+        require(_NEEDS[asked])
+        return Choice(asked, source)
+    plain = known[0]
+    require(_NEEDS[plain])
+    others = [name for name in known[1:] if built(name)]
+    why = "the only one built" if not others else f"{', '.join(others)} not measured to be faster on this device"
+    return Choice(plain, f"auto: {why}")
+
+
+def load(framework: str, backend: str | None = None) -> ModuleType:
+    """The chosen backend's package: `linear_cross_entropy`, `logit_vjp`, `preconditioned_norm`, `perturb`.
+
+    Raises:
+        UserError: as `choose`.
+    """
+    return importlib.import_module(f"fsam_kernels.{choose(framework, backend).name}")

@@ -1,0 +1,397 @@
+"""The step in PyTorch: an object to put where forward, backward and `optimizer.step()` stand.
+
+    step = Step(model, optimizer, FunctionalSAM(rho=0.5, precondition="adam"), features=features, clip_norm=1.0)
+    loss = step(batch)             # or step([micro0, micro1, ...]); scheduler, logging and saving as usual
+
+`features(model, batch)` returns a `LinearHead` or `Logits`. The optimizer stays the user's own: its state and its
+checkpoints know nothing of fsam. Outside a call the model holds θ, never θ+ε, also when a pass raised.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from fsam_core import backends
+from fsam_core.errors import UserError
+from fsam_core.methods import SAM, FunctionalSAM, LogitSAM, Method, Perturbed, Plain, check_rho
+
+backends.require("torch")
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+__all__ = ["SAM", "FunctionalSAM", "Info", "LinearHead", "LogitSAM", "Logits", "Plain", "Step", "UserError"]
+
+Features = Callable[[nn.Module, Any], "LinearHead | Logits"]
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """A model's output as hidden states and head weight; the loss is the weighted mean cross entropy of their product.
+
+    Attributes:
+        hidden: [..., D] last hidden states, with their graph.
+        weight: [V, D] the head's weight (tied to the embedding or not).
+        labels: [...] int64; a negative one is ignored.
+        token_weights: [...] weight of each label in the mean, or None for 1.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    token_weights: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Logits:
+    """The output of a model without a linear head.
+
+    Attributes:
+        logits: tensor of any shape, with its graph.
+        loss: logits -> mean loss, a scalar; it must not depend on the parameters in another way.
+        weight: how much this micro-batch counts beside others (its number of targets, say).
+    """
+
+    logits: Tensor
+    loss: Callable[[Tensor], Tensor]
+    weight: Tensor | float = 1.0
+
+
+class Info(NamedTuple):
+    """What the last step saw."""
+
+    loss: float
+    """Mean loss at θ."""
+    perturbed_loss: float
+    """Mean loss at θ+ε where the method evaluates it (sam, logit), else NaN."""
+    weight: float
+    """Sum of the token weights over all micro-batches."""
+    base_norm: float
+    """‖g‖₂ of the plain gradient."""
+    grad_norm: float
+    """‖ĝ‖₂ of the gradient the optimizer received, before clipping."""
+    perturbation_norm: float
+    """‖ε‖₂; 0 where nothing is perturbed."""
+    skipped: bool
+    """Whether the update was left out because a loss or a norm of either pass was not finite."""
+
+
+class Step:
+    """One optimizer step of `method`, in place of forward, backward and `optimizer.step()`.
+
+    Attributes:
+        info: what the last step saw, None before the first.
+        steps: optimizer steps taken; the argument of a ρ schedule.
+        skipped_steps: steps left out because something was not finite. The optimizer does not see those at all.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        method: Method,
+        *,
+        features: Features,
+        clip_norm: float | None = None,
+        backend: str | None = None,
+    ) -> None:
+        """
+        Args:
+            model: any module; its parameters must be the optimizer's.
+            optimizer: with precondition="adam" one that keeps `exp_avg_sq`: Adam, AdamW, NAdam, RAdam.
+            method: `Plain`, `SAM`, `FunctionalSAM` or `LogitSAM`.
+            features: (model, batch) -> `LinearHead` or `Logits`. Called once a pass. Random draws from PyTorch's own
+                generators are the same in both passes; draws from a private `torch.Generator` are not replayed.
+            clip_norm: global norm that the final gradient is clipped to, once; None for no clipping.
+            backend: "torch", "triton" or "auto" (default: FSAM_BACKEND, then auto).
+
+        Raises:
+            UserError: for an optimizer without Adam's settings, clip_norm ≤ 0, or an unknown backend.
+        """
+        if not isinstance(method, Plain | Perturbed):
+            raise UserError(f"method must be Plain(), SAM(...), FunctionalSAM(...) or LogitSAM(...), got {method!r}")
+        if isinstance(method, Perturbed) and method.precondition == "adam":
+            lacks = any("betas" not in group or "eps" not in group for group in optimizer.param_groups)
+            if lacks:
+                kind = type(optimizer).__name__
+                raise UserError(f"optimizer: precondition='adam' needs one with betas and eps (AdamW), got {kind}")
+        if clip_norm is not None and not clip_norm > 0:
+            raise UserError(f"clip_norm must be > 0, or None for no clipping; got {clip_norm!r}")
+        self.model, self.optimizer, self.method, self.features = model, optimizer, method, features
+        self.clip_norm = clip_norm
+        self.steps = self.skipped_steps = 0
+        self.info: Info | None = None
+        self._ops = backends.load("torch", backend)
+
+    def __call__(self, batch: Any) -> Tensor:
+        """Take one step; returns the mean loss at θ, detached.
+
+        `batch` is whatever `features` takes; a list is taken as micro-batches, whose gradient is that of one batch of
+        them all, each token weighing the same. If either pass raises, weights and optimizer state are as before.
+        """
+        loss = self.gradient(batch)
+        assert self.info is not None
+        if self.info.skipped:
+            self.skipped_steps += 1
+        else:
+            self.optimizer.step()
+            self.steps += 1
+        return loss
+
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint needs beside the model's and the optimizer's own state."""
+        return {"steps": self.steps, "skipped_steps": self.skipped_steps}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.steps, self.skipped_steps = int(state["steps"]), int(state["skipped_steps"])
+
+    def gradient(self, batch: Any) -> Tensor:
+        """The first half of a step: leaves ĝ, clipped, in every parameter's `.grad` and takes no optimizer step.
+
+        Returns the mean loss at θ, detached; whether ĝ is to be used says `info.skipped`.
+        """
+        batches = batch if isinstance(batch, list) else [batch]
+        if not batches:
+            raise UserError("batch: got an empty list of micro-batches; give at least one")
+        method = self.method
+        try:
+            loss, weight, kept = self._base_pass(batches)
+            params = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+            base_norm = norm = _norm([p.grad for p in params])
+            moved_loss = never = loss.new_tensor(math.nan)
+            length = torch.zeros_like(base_norm)
+            if isinstance(method, Perturbed):
+                moved, length = self._perturbed(params, base_norm)
+                if method.path == "functional":  # J(θ+ε)ᵀ z̄(θ)
+                    with self._at(params, moved):
+                        self._pull_back(batches, kept, weight)
+                elif method.path == "sam":  # J(θ+ε)ᵀ z̄(θ+ε)
+                    with self._at(params, moved):
+                        moved_loss, _, _ = self._base_pass(batches, replay=kept)
+                else:  # J(θ)ᵀ z̄(θ+ε)
+                    with self._at(params, moved):
+                        moved_loss, moved_kept = self._cotangent_pass(batches, kept)
+                    self._pull_back(batches, moved_kept, weight)
+                norm = _norm([p.grad for p in params if p.grad is not None])
+        except BaseException:
+            self._clear()
+            raise
+        seen = [loss, moved_loss, weight, base_norm, norm, length]
+        # The one place where the host waits for the device.
+        values = torch.stack([x.detach().to(norm.device, torch.float64) for x in seen]).tolist()
+        evaluated = [v for v, x in zip(values, seen, strict=True) if x is not never]
+        self.info = info = Info(*values, skipped=not all(map(math.isfinite, evaluated)))
+        if self.clip_norm is not None and not info.skipped and info.grad_norm > self.clip_norm:
+            torch._foreach_mul_([p.grad for p in params if p.grad is not None], self.clip_norm / info.grad_norm)
+        return loss
+
+    # --- the passes ---------------------------------------------------------------------------------------------------
+
+    def _base_pass(self, batches: Sequence[Any], replay: Sequence[_Kept] | None = None) -> tuple[Tensor, Tensor, list]:
+        """(loss, total weight, z̄ and random state of every micro-batch) at the present weights; J ᵀ z̄ into `.grad`."""
+        self._clear()
+        losses, weights, kept = [], [], []
+        for i, batch in enumerate(batches):
+            random = self._random_state()
+            if replay is not None:
+                self._set_random_state(replay[i].random)
+            head = _flat(self.features(self.model, batch))
+            loss, weight, cotangent, gradients = self._cotangent(head, gradient=True)
+            if (
+                len(batches) > 1
+            ):  # summed in units of the first micro-batch's weight, so that half floats do not overflow
+                unit = weights[0] if weights else weight
+                share = weight / torch.where(unit > 0, unit, 1)
+                gradients = [x * share.to(x.dtype) for x in gradients]
+            _backward(head, gradients)
+            losses.append(loss)
+            weights.append(weight)
+            kept.append(_Kept(cotangent, weight, random))
+        if len(batches) == 1:
+            return losses[0], weights[0], kept
+        total, unit = torch.stack(weights).sum(), torch.where(weights[0] > 0, weights[0], 1)
+        safe = torch.where(total > 0, total, 1)
+        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        for g in grads:
+            g.mul_((unit / safe).to(g.dtype))
+        return (torch.stack(losses) * torch.stack(weights)).sum() / safe, total, kept
+
+    def _cotangent_pass(self, batches: Sequence[Any], replay: Sequence[_Kept]) -> tuple[Tensor, list[_Kept]]:
+        """(loss, z̄ of every micro-batch) at the present weights: a forward pass alone."""
+        losses, kept = [], []
+        for batch, base in zip(batches, replay, strict=True):
+            self._set_random_state(base.random)
+            with torch.no_grad():
+                head = _flat(self.features(self.model, batch))
+            loss, weight, cotangent, _ = self._cotangent(head, gradient=False)
+            losses.append(loss)
+            kept.append(_Kept(cotangent, weight, base.random))
+        weights = torch.stack([k.weight for k in kept])
+        return (torch.stack(losses) * weights).sum() / torch.where(weights.sum() > 0, weights.sum(), 1), kept
+
+    def _pull_back(self, batches: Sequence[Any], kept: Sequence[_Kept], total: Tensor) -> None:
+        """Jᵀ z̄ into `.grad`: the Jacobian at the present weights, cotangents from anywhere. No logits, no loss."""
+        self._clear()
+        for batch, base in zip(batches, kept, strict=True):
+            self._set_random_state(base.random)
+            head = _flat(self.features(self.model, batch))
+            if isinstance(head, LinearHead):
+                gradients = self._ops.logit_vjp(base.cotangent, head.hidden, head.weight)
+            else:
+                gradients = (base.cotangent,)
+            if len(batches) > 1:
+                share = base.weight / torch.where(total > 0, total, 1)
+                gradients = tuple(x * share.to(x.dtype) for x in gradients)
+            _backward(head, gradients)
+
+    def _cotangent(self, head: LinearHead | Logits, *, gradient: bool) -> tuple[Tensor, Tensor, Any, Any]:
+        """(mean loss, weight, z̄, z̄ at the outputs of the model) of one micro-batch; loss 0 where all is ignored."""
+        if isinstance(head, Logits):
+            with torch.enable_grad():
+                z = head.logits.detach().requires_grad_()
+                loss = head.loss(z)
+            (zbar,) = torch.autograd.grad(loss, z)
+            return loss.detach(), torch.as_tensor(head.weight, dtype=loss.dtype, device=loss.device), zbar, (zbar,)
+        assert head.token_weights is not None
+        weight = head.token_weights.sum()
+        share_N = head.token_weights / torch.where(weight > 0, weight, 1)
+        loss_N, _, cotangent, gradients = self._ops.linear_cross_entropy(
+            head.hidden, head.weight, head.labels, share_N, gradient=gradient
+        )
+        return (loss_N * share_N).sum(), weight, cotangent, gradients
+
+    # --- the perturbation ---------------------------------------------------------------------------------------------
+
+    def _perturbed(self, params: list[nn.Parameter], base_norm: Tensor) -> tuple[list[Tensor], Tensor]:
+        """(θ + ε for each of params, ‖ε‖₂); ε = 0 where the gradient is 0. Nothing here waits for the device."""
+        method, ops = self.method, self._ops
+        assert isinstance(method, Perturbed)
+        rho = check_rho(method.rho_at(self.steps), f"rho({self.steps})")
+        clip = 1.0 if self.clip_norm is None else (self.clip_norm / base_norm).clamp(max=1.0)
+        groups = self._groups(params)
+        norms = [ops.preconditioned_norm(grads, v, clip=clip, adam=adam) for adam, v, grads, _ in groups]
+        sumsq, dot = (
+            torch.stack([x.to(base_norm.device) for x in column]).sum() for column in zip(*norms, strict=True)
+        )
+        square = sumsq if method.norm == "l2" else dot
+        scale = torch.where(square == 0, 0, rho / torch.where(square == 0, 1, square).sqrt())
+        moved: dict[nn.Parameter, Tensor] = {}
+        for adam, v, grads, members in groups:
+            moved.update(zip(members, ops.perturb(members, grads, v, scale, clip=clip, adam=adam), strict=True))
+        return [moved[p] for p in params], scale * sumsq.sqrt()
+
+    def _groups(self, params: list[nn.Parameter]) -> list[tuple[Any, list[Tensor] | None, list[Tensor], list]]:
+        """(Adam's settings, second moments, gradients, parameters), one entry for each distinct setting."""
+        method = self.method
+        assert isinstance(method, Perturbed)
+        if method.precondition is None:
+            return [(None, None, [_grad(p) for p in params], params)]
+        current = method.second_moment == "current"
+        found: dict[Any, tuple[list[Tensor], list[Tensor], list[nn.Parameter]]] = {}
+        for group in self.optimizer.param_groups:
+            b2, eps = float(group["betas"][1]), float(group["eps"])
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.optimizer.state.get(p, {})
+                if state and "exp_avg_sq" not in state:
+                    kind = type(self.optimizer).__name__
+                    raise UserError(
+                        f"optimizer: precondition='adam' needs one that keeps exp_avg_sq (AdamW), got {kind}"
+                    )
+                used = int(state.get("step", 0)) + current  # steps that the moment has seen
+                adam = self._ops.Adam(b2, eps, 1 - b2**used if used else 1.0, current)
+                moments, grads, members = found.setdefault(adam, ([], [], []))
+                moments.append(state["exp_avg_sq"] if state else torch.zeros_like(p))
+                grads.append(_grad(p))
+                members.append(p)
+        return [(adam, *lists) for adam, lists in found.items()]
+
+    @contextmanager
+    def _at(self, params: list[nn.Parameter], moved: list[Tensor]) -> Iterator[None]:
+        """The model at other weights. The parameters only point elsewhere meanwhile, so θ comes back to the bit.
+
+        Running statistics (BatchNorm's) are put back too: one step updates them once.
+        """
+        original = [p.data for p in params]
+        statistics = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+        buffers = [(b, b.clone()) for m in statistics for b in m.buffers(recurse=False)]
+        try:
+            for p, data in zip(params, moved, strict=True):
+                p.data = data
+            yield
+        finally:
+            for p, data in zip(params, original, strict=True):
+                p.data = data
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+    def _clear(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    # --- randomness: both passes draw the same ------------------------------------------------------------------------
+
+    def _random_state(self) -> dict[Any, Tensor]:
+        devices = {p.device for p in self.model.parameters() if p.device.type not in ("cpu", "meta")}
+        return {None: torch.get_rng_state(), **{d: torch.get_device_module(d).get_rng_state(d) for d in devices}}
+
+    def _set_random_state(self, random: dict[Any, Tensor]) -> None:
+        for device, state in random.items():
+            if device is None:
+                torch.set_rng_state(state)
+            else:
+                torch.get_device_module(device).set_rng_state(state, device)
+
+
+class _Kept(NamedTuple):
+    """What the second pass needs of a micro-batch: z̄, its weight, and the random state its forward pass began with."""
+
+    cotangent: Any
+    weight: Tensor
+    random: dict[Any, Tensor]
+
+
+def _flat(head: Any) -> LinearHead | Logits:
+    """The head checked, with its leading axes made one and weights where there were none."""
+    if isinstance(head, Logits):
+        return head
+    if not isinstance(head, LinearHead):
+        raise UserError(f"features must return a LinearHead or Logits, got {type(head).__name__}")
+    h, y, weights = head.hidden, head.labels, head.token_weights
+    if y.shape != h.shape[:-1] or (weights is not None and weights.shape != y.shape):
+        shapes = (
+            f"hidden {[*h.shape]}, labels {[*y.shape]}, token_weights {None if weights is None else [*weights.shape]}"
+        )
+        raise UserError(f"LinearHead: labels and token_weights must have hidden's leading axes, got {shapes}")
+    if head.weight.ndim != 2 or head.weight.shape[1] != h.shape[-1]:
+        raise UserError(f"LinearHead: weight must be [V, {h.shape[-1]}], got {[*head.weight.shape]}")
+    y = y.reshape(-1)
+    kind = torch.promote_types(h.dtype, torch.float32)
+    weights = torch.ones(y.shape, dtype=kind, device=y.device) if weights is None else weights.reshape(-1).to(kind)
+    return LinearHead(h.reshape(-1, h.shape[-1]), head.weight, y, torch.where(y >= 0, weights, 0))
+
+
+def _backward(head: LinearHead | Logits, gradients: Sequence[Tensor]) -> None:
+    """Pull the cotangents of the model's outputs back into every parameter's `.grad`."""
+    outputs = (head.hidden, head.weight) if isinstance(head, LinearHead) else (head.logits,)
+    pairs = [(x, g) for x, g in zip(outputs, gradients, strict=True) if x.requires_grad]
+    torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
+
+
+def _grad(p: nn.Parameter) -> Tensor:
+    assert p.grad is not None
+    return p.grad
+
+
+def _norm(tensors: list[Any]) -> Tensor:
+    """‖·‖₂ over all tensors, each summed in float32 or wider."""
+    if not tensors:
+        return torch.zeros(())
+    wide = [torch.promote_types(x.dtype, torch.float32) for x in tensors]
+    norms = [torch.linalg.vector_norm(x, dtype=kind) for x, kind in zip(tensors, wide, strict=True)]
+    return torch.linalg.vector_norm(torch.stack([x.to(norms[0].device) for x in norms]))

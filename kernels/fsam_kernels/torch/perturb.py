@@ -1,0 +1,34 @@
+"""The perturbed weights of a list of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fsam_kernels.torch.direction import Adam, direction
+
+
+@torch.no_grad()
+def perturb(
+    theta: Sequence[Tensor],
+    g: Sequence[Tensor],
+    v: Sequence[Tensor] | None,
+    scale: Tensor,
+    *,
+    clip: Tensor | float = 1.0,
+    adam: Adam | None = None,
+) -> list[Tensor]:
+    """θ + scale · d as new tensors; added in float32 and rounded once, to the dtype of each weight.
+
+    Args:
+        theta: weights, left as they are.
+        g, v, clip, adam: as in `preconditioned_norm`.
+        scale: ρ / ‖d‖₂ or ρ / sqrt(gᵀ d), a scalar tensor on the same device: nothing here waits for it.
+    """
+    moments = v if v is not None else [None] * len(g)
+    return [
+        torch.addcmul(weight.to(d.dtype), d, scale.to(d.dtype)).to(weight.dtype)
+        for weight, d in ((t, direction(x, m, clip, adam)) for t, x, m in zip(theta, g, moments, strict=True))
+    ]

@@ -1,0 +1,34 @@
+"""‖d‖² and gᵀd over a list of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fsam_kernels.torch.direction import Adam, direction
+
+
+@torch.no_grad()
+def preconditioned_norm(
+    g: Sequence[Tensor],
+    v: Sequence[Tensor] | None = None,
+    *,
+    clip: Tensor | float = 1.0,
+    adam: Adam | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(Σ d², Σ (c g) d), two scalar tensors on the gradients' device; sums of several calls add up.
+
+    Args:
+        g: gradients, at least one.
+        v: AdamW's second moments of the same shapes, or None for d = c g.
+        clip: the factor c that gradient clipping would apply to g.
+        adam: needed with `v`.
+    """
+    sumsq, dot = [], []
+    for x, moment in zip(g, v if v is not None else [None] * len(g), strict=True):
+        d = direction(x, moment, clip, adam)
+        sumsq.append(d.square().sum())
+        dot.append((d * x * clip).sum())
+    return torch.stack(sumsq).sum(), torch.stack(dot).sum()

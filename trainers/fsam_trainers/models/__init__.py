@@ -1,0 +1,1 @@
+"""A small decoder in Flax and in PyTorch with one parameter layout."""

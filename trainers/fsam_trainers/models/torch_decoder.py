@@ -1,0 +1,80 @@
+"""The decoder in PyTorch, with the parameter layout of `layout.shapes`: matrices are [in, out], as in Flax."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fsam_core.torch import LinearHead
+from fsam_trainers.models.layout import ModelConfig, initial, shapes
+
+
+class Decoder(nn.Module):
+    """Tokens [B, L] -> (last hidden states h_NxD with N = B·L, head weight w_VxD)."""
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        for i in range(config.layers):
+            self.add_module(f"block_{i}", Block(config))
+        self.embedding = _parameter(config, "embedding")
+        self.positions = _parameter(config, "positions")
+        self.final_norm = _parameter(config, "final_norm")
+        if not config.tied:
+            self.head = _parameter(config, "head")
+        load(self, initial(config, seed))
+
+    def forward(self, tokens_BxL: Tensor) -> tuple[Tensor, Tensor]:
+        B, L = tokens_BxL.shape
+        x_NxD = F.embedding(tokens_BxL.reshape(-1), self.embedding) + self.positions[:L].repeat(B, 1)
+        x_NxD = F.dropout(x_NxD, self.config.dropout, self.training)
+        for i in range(self.config.layers):
+            x_NxD = self.get_submodule(f"block_{i}")(x_NxD, L)
+        return layer_norm(x_NxD, self.final_norm), self.embedding if self.config.tied else self.head
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a layer norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        for name in ("attention_norm", "qkv", "attention_out", "mlp_norm", "mlp_in", "mlp_out"):
+            self.register_parameter(name, _parameter(config, f"block_0.{name}"))
+
+    def forward(self, x_NxD: Tensor, L: int) -> Tensor:
+        N, D = x_NxD.shape
+        B, heads, drop = N // L, self.config.heads, self.config.dropout
+        qkv_Nx3D = layer_norm(x_NxD, self.attention_norm) @ self.qkv
+        q, k, v = qkv_Nx3D.view(B, L, 3, heads, D // heads).permute(2, 0, 3, 1, 4)
+        a_NxD = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(N, D)
+        x_NxD = x_NxD + F.dropout(a_NxD @ self.attention_out, drop, self.training)
+        h_NxF = F.gelu(layer_norm(x_NxD, self.mlp_norm) @ self.mlp_in, approximate="tanh")
+        return x_NxD + F.dropout(h_NxF @ self.mlp_out, drop, self.training)
+
+
+def layer_norm(x_NxD: Tensor, scale_D: Tensor) -> Tensor:
+    """(x − mean) / sqrt(var + 1e-6) · scale."""
+    return F.layer_norm(x_NxD, scale_D.shape, scale_D, None, 1e-6)
+
+
+def features(model: nn.Module, tokens_BxL1: Tensor) -> LinearHead:
+    """What `fsam_core.torch` asks of a model; tokens are [B, L+1] int64."""
+    h_NxD, w_VxD = model(tokens_BxL1[:, :-1])
+    return LinearHead(h_NxD, w_VxD, tokens_BxL1[:, 1:].reshape(-1))
+
+
+def load(model: nn.Module, flat: dict[str, np.ndarray]) -> None:
+    """Copy values by flat name into the model; every name must be there, and no other."""
+    model.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in flat.items()})
+
+
+def as_numpy(model: nn.Module) -> dict[str, np.ndarray]:
+    """Flat name -> value."""
+    return {name: p.detach().cpu().numpy() for name, p in model.named_parameters()}
+
+
+def _parameter(config: ModelConfig, name: str) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shapes(config)[name]))
