@@ -247,9 +247,9 @@ def _linearize(features: Features, params: Params, batch: Any) -> tuple[Any, Cal
     out, pull_back = jax.vjp(outputs, params)
     # Labels, weights and the loss do not depend on the params, so they may leave the trace that vjp made.
     if isinstance(head := seen[-1], LinearHead):
-        head = LinearHead(*out, head.labels, head.token_weights)
+        head = LinearHead(out[0], out[1], head.labels, head.token_weights)
     else:
-        head = Logits(*out, head.loss, head.weight)
+        head = Logits(out[0], head.loss, head.weight)
     return head, lambda cotangents: pull_back(cotangents)[0]
 
 
@@ -396,4 +396,4 @@ def _kept(features: Features, params: Params, items: Any, each: Any, weights: An
         return _Cotangents(each, share, None)
     # A scan would stack a copy of the head weight for each micro-batch. It is the same for all: this evaluates the
     # model once more for its sake, and the compiler drops all of that but the weight.
-    return _Cotangents(each, share, features(params, _first(items)).weight)
+    return _Cotangents(each, share, jnp.asarray(features(params, _first(items)).weight))

@@ -84,6 +84,7 @@ class Step:
     """One optimizer step of `method`, in place of forward, backward and `optimizer.step()`.
 
     Attributes:
+        ops: the backend's operations.
         info: what the last step saw, None before the first.
         steps: optimizer steps taken; the argument of a ρ schedule.
         skipped_steps: steps left out because something was not finite. The optimizer does not see those at all.
@@ -125,7 +126,7 @@ class Step:
         self.clip_norm = clip_norm
         self.steps = self.skipped_steps = 0
         self.info: Info | None = None
-        self._ops = backends.load("torch", backend)
+        self.ops = backends.load("torch", backend)
 
     def __call__(self, batch: Any) -> Tensor:
         """Take one step; returns the mean loss at θ, detached.
@@ -184,7 +185,7 @@ class Step:
         # The one place where the host waits for the device.
         values = torch.stack([x.detach().to(norm.device, torch.float64) for x in seen]).tolist()
         evaluated = [v for v, x in zip(values, seen, strict=True) if x is not never]
-        self.info = info = Info(*values, skipped=not all(map(math.isfinite, evaluated)))
+        self.info = info = Info._make([*values, not all(map(math.isfinite, evaluated))])
         if self.clip_norm is not None and not info.skipped and info.grad_norm > self.clip_norm:
             torch._foreach_mul_([p.grad for p in params if p.grad is not None], self.clip_norm / info.grad_norm)
         return loss
@@ -194,7 +195,9 @@ class Step:
     def _base_pass(self, batches: Sequence[Any], replay: Sequence[_Kept] | None = None) -> tuple[Tensor, Tensor, list]:
         """(loss, total weight, z̄ and random state of every micro-batch) at the present weights; J ᵀ z̄ into `.grad`."""
         self._clear()
-        losses, weights, kept = [], [], []
+        losses: list[Tensor] = []
+        weights: list[Tensor] = []
+        kept: list[_Kept] = []
         for i, batch in enumerate(batches):
             random = self._random_state()
             if replay is not None:
@@ -240,7 +243,7 @@ class Step:
             self._set_random_state(base.random)
             head = _flat(self.features(self.model, batch))
             if isinstance(head, LinearHead):
-                gradients = self._ops.logit_vjp(base.cotangent, head.hidden, head.weight)
+                gradients = self.ops.logit_vjp(base.cotangent, head.hidden, head.weight)
             else:
                 gradients = (base.cotangent,)
             if len(batches) > 1:
@@ -259,7 +262,7 @@ class Step:
         assert head.token_weights is not None
         weight = head.token_weights.sum()
         share_N = head.token_weights / torch.where(weight > 0, weight, 1)
-        loss_N, _, cotangent, gradients = self._ops.linear_cross_entropy(
+        loss_N, _, cotangent, gradients = self.ops.linear_cross_entropy(
             head.hidden, head.weight, head.labels, share_N, gradient=gradient
         )
         return (loss_N * share_N).sum(), weight, cotangent, gradients
@@ -268,48 +271,33 @@ class Step:
 
     def _perturbed(self, params: list[nn.Parameter], base_norm: Tensor) -> tuple[list[Tensor], Tensor]:
         """(θ + ε for each of params, ‖ε‖₂); ε = 0 where the gradient is 0. Nothing here waits for the device."""
-        method, ops = self.method, self._ops
+        method, ops = self.method, self.ops
         assert isinstance(method, Perturbed)
         rho = check_rho(method.rho_at(self.steps), f"rho({self.steps})")
         clip = 1.0 if self.clip_norm is None else (self.clip_norm / base_norm).clamp(max=1.0)
-        groups = self._groups(params)
-        norms = [ops.preconditioned_norm(grads, v, clip=clip, adam=adam) for adam, v, grads, _ in groups]
-        sumsq, dot = (
-            torch.stack([x.to(base_norm.device) for x in column]).sum() for column in zip(*norms, strict=True)
-        )
+        grads = [_grad(p) for p in params]
+        v, adam = self._moments(params) if method.precondition == "adam" else (None, None)
+        sumsq, dot = ops.preconditioned_norm(grads, v, clip=clip, adam=adam)
         square = sumsq if method.norm == "l2" else dot
         scale = torch.where(square == 0, 0, rho / torch.where(square == 0, 1, square).sqrt())
-        moved: dict[nn.Parameter, Tensor] = {}
-        for adam, v, grads, members in groups:
-            moved.update(zip(members, ops.perturb(members, grads, v, scale, clip=clip, adam=adam), strict=True))
-        return [moved[p] for p in params], scale * sumsq.sqrt()
+        return ops.perturb(params, grads, v, scale, clip=clip, adam=adam), scale * sumsq.sqrt()
 
-    def _groups(self, params: list[nn.Parameter]) -> list[tuple[Any, list[Tensor] | None, list[Tensor], list]]:
-        """(Adam's settings, second moments, gradients, parameters), one entry for each distinct setting."""
-        method = self.method
-        assert isinstance(method, Perturbed)
-        if method.precondition is None:
-            return [(None, None, [_grad(p) for p in params], params)]
-        current = method.second_moment == "current"
-        found: dict[Any, tuple[list[Tensor], list[Tensor], list[nn.Parameter]]] = {}
-        for group in self.optimizer.param_groups:
-            b2, eps = float(group["betas"][1]), float(group["eps"])
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.optimizer.state.get(p, {})
-                if state and "exp_avg_sq" not in state:
-                    kind = type(self.optimizer).__name__
-                    raise UserError(
-                        f"optimizer: precondition='adam' needs one that keeps exp_avg_sq (AdamW), got {kind}"
-                    )
-                used = int(state.get("step", 0)) + current  # steps that the moment has seen
-                adam = self._ops.Adam(b2, eps, 1 - b2**used if used else 1.0, current)
-                moments, grads, members = found.setdefault(adam, ([], [], []))
-                moments.append(state["exp_avg_sq"] if state else torch.zeros_like(p))
-                grads.append(_grad(p))
-                members.append(p)
-        return [(adam, *lists) for adam, lists in found.items()]
+    def _moments(self, params: list[nn.Parameter]) -> tuple[list[Tensor], list[Any]]:
+        """(AdamW's second moment of each parameter before this step, its settings for the direction)."""
+        assert isinstance(self.method, Perturbed)
+        current = self.method.second_moment == "current"
+        settings = {p: group for group in self.optimizer.param_groups for p in group["params"]}
+        moments, adam = [], []
+        for p in params:
+            state = self.optimizer.state.get(p, {})
+            if state and "exp_avg_sq" not in state:
+                kind = type(self.optimizer).__name__
+                raise UserError(f"optimizer: precondition='adam' needs one that keeps exp_avg_sq (AdamW), got {kind}")
+            moments.append(state["exp_avg_sq"] if state else torch.zeros_like(p))
+            b2 = float(settings[p]["betas"][1])
+            correction = _bias_correction(b2, state.get("step", 0), current)
+            adam.append(self.ops.Adam(b2, float(settings[p]["eps"]), correction, current))
+        return moments, adam
 
     @contextmanager
     def _at(self, params: list[nn.Parameter], moved: list[Tensor]) -> Iterator[None]:
@@ -380,7 +368,16 @@ def _backward(head: LinearHead | Logits, gradients: Sequence[Tensor]) -> None:
     """Pull the cotangents of the model's outputs back into every parameter's `.grad`."""
     outputs = (head.hidden, head.weight) if isinstance(head, LinearHead) else (head.logits,)
     pairs = [(x, g) for x, g in zip(outputs, gradients, strict=True) if x.requires_grad]
-    torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
+    torch.autograd.backward([x for x, _ in pairs], [g for _, g in pairs])
+
+
+def _bias_correction(b2: float, step: Tensor | float, current: bool) -> Tensor | float:
+    """1 − β₂ⁿ for the n steps that the moment has seen, 1 for none. A count that lives on a device stays there."""
+    if isinstance(step, Tensor) and step.device.type != "cpu":
+        n = step.double() + current
+        return torch.where(n > 0, 1 - b2**n, 1)
+    count = int(step) + current
+    return 1 - b2**count if count > 0 else 1.0
 
 
 def _grad(p: nn.Parameter) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,14 +14,22 @@ class Adam(NamedTuple):
 
     b2: float
     eps: float
-    correction: float
+    correction: float | Tensor
     current: bool = True
 
 
-def direction(g: Tensor, v: Tensor | None, clip: Tensor | float, adam: Adam | None) -> Tensor:
+def direction(g: Tensor, v: Tensor | None, adam: Adam | None, clip: Tensor | float) -> Tensor:
     """d in float32 (float64 for float64 gradients): c g, or c g / (sqrt(v̂) + δ) where `v` is given."""
     g = g.to(torch.promote_types(g.dtype, torch.float32)) * clip
     if v is None or adam is None:
         return g
     moment = (v.to(g.dtype) * adam.b2).addcmul_(g, g, value=1 - adam.b2) if adam.current else v.to(g.dtype)
     return g / (moment / adam.correction).sqrt_().add_(adam.eps)
+
+
+def with_moments(
+    g: Sequence[Tensor], v: Sequence[Tensor] | None, adam: Sequence[Adam] | None
+) -> Iterable[tuple[Tensor, Any, Any]]:
+    """(gradient, second moment or None, settings or None) of each tensor."""
+    none = [None] * len(g)
+    return zip(g, none if v is None else v, none if adam is None else adam, strict=True)

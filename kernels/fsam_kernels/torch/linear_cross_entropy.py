@@ -61,7 +61,7 @@ def linear_cross_entropy(
         lse_N[rows] = lse_Cx1[:, 0]
         loss_N[rows] = torch.where(labels_N[rows] >= 0, (lse_Cx1 - target_Cx1)[:, 0], 0)
         if hbar_NxD is not None and wbar_VxD is not None:
-            # The exponentials at hand become z̄: softmax, with p_y − 1 = expm1(z_y − lse) so that a sure row keeps digits.
+            # The exponentials at hand become z̄; p_y − 1 is expm1(z_y − lse), so that a sure row keeps its digits.
             weights_Cx1 = weights_N[rows][:, None]
             z_CxV.mul_(weights_Cx1 / sum_Cx1).scatter_(1, index_Cx1, (target_Cx1 - lse_Cx1).expm1_() * weights_Cx1)
             contract(z_CxV, h_NxD[rows], w_VxD, hbar_NxD[rows], wbar_VxD)

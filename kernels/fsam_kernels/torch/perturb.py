@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fsam_kernels.torch.direction import Adam, direction
+from fsam_kernels.torch.direction import Adam, direction, with_moments
 
 
 @torch.no_grad()
@@ -18,7 +18,7 @@ def perturb(
     scale: Tensor,
     *,
     clip: Tensor | float = 1.0,
-    adam: Adam | None = None,
+    adam: Sequence[Adam] | None = None,
 ) -> list[Tensor]:
     """θ + scale · d as new tensors; added in float32 and rounded once, to the dtype of each weight.
 
@@ -27,8 +27,8 @@ def perturb(
         g, v, clip, adam: as in `preconditioned_norm`.
         scale: ρ / ‖d‖₂ or ρ / sqrt(gᵀ d), a scalar tensor on the same device: nothing here waits for it.
     """
-    moments = v if v is not None else [None] * len(g)
+    directions = (direction(*one, clip) for one in with_moments(g, v, adam))
     return [
         torch.addcmul(weight.to(d.dtype), d, scale.to(d.dtype)).to(weight.dtype)
-        for weight, d in ((t, direction(x, m, clip, adam)) for t, x, m in zip(theta, g, moments, strict=True))
+        for weight, d in zip(theta, directions, strict=True)
     ]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fsam_kernels.torch.direction import Adam, direction
+from fsam_kernels.torch.direction import Adam, direction, with_moments
 
 
 @torch.no_grad()
@@ -16,7 +16,7 @@ def preconditioned_norm(
     v: Sequence[Tensor] | None = None,
     *,
     clip: Tensor | float = 1.0,
-    adam: Adam | None = None,
+    adam: Sequence[Adam] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(Σ d², Σ (c g) d), two scalar tensors on the gradients' device; sums of several calls add up.
 
@@ -24,11 +24,11 @@ def preconditioned_norm(
         g: gradients, at least one.
         v: AdamW's second moments of the same shapes, or None for d = c g.
         clip: the factor c that gradient clipping would apply to g.
-        adam: needed with `v`.
+        adam: one for each tensor; needed with `v`.
     """
     sumsq, dot = [], []
-    for x, moment in zip(g, v if v is not None else [None] * len(g), strict=True):
-        d = direction(x, moment, clip, adam)
+    for x, moment, settings in with_moments(g, v, adam):
+        d = direction(x, moment, settings, clip)
         sumsq.append(d.square().sum())
         dot.append((d * x * clip).sum())
     return torch.stack(sumsq).sum(), torch.stack(dot).sum()

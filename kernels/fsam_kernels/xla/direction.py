@@ -17,7 +17,7 @@ class Adam(NamedTuple):
     current: bool = True
 
 
-def direction(g: jax.Array, v: jax.Array | None, clip: jax.Array | float, adam: Adam | None) -> jax.Array:
+def direction(g: jax.Array, v: jax.Array | None, adam: Adam | None, clip: jax.Array | float) -> jax.Array:
     """d in float32 (float64 for float64 gradients): c g, or c g / (sqrt(v̂) + δ) where `v` is given."""
     g = clip * g.astype(jnp.promote_types(g.dtype, jnp.float32))
     if v is None or adam is None:

@@ -27,7 +27,7 @@ def perturb(
     """
 
     def leaf(theta: jax.Array, g: jax.Array, v: jax.Array | None = None) -> jax.Array:
-        d = direction(g, v, clip, adam)
+        d = direction(g, v, adam, clip)
         return (theta.astype(d.dtype) + scale.astype(d.dtype) * d).astype(theta.dtype)
 
     return jax.tree.map(leaf, theta, g) if v is None else jax.tree.map(leaf, theta, g, v)

@@ -25,7 +25,7 @@ def preconditioned_norm(
     moments = [None] * len(leaves) if v is None else jax.tree.leaves(v)
     sumsq = dot = jnp.zeros((), jnp.float32)
     for leaf, moment in zip(leaves, moments, strict=True):
-        d = direction(leaf, moment, clip, adam)
+        d = direction(leaf, moment, adam, clip)
         sumsq += jnp.sum(jnp.square(d))
         dot += jnp.sum(clip * leaf.astype(d.dtype) * d)
     return sumsq, dot

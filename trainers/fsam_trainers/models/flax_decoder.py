@@ -6,6 +6,8 @@ batched product over B·H: a 2.3M-parameter model took 0.30 s a step so, against
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -77,7 +79,8 @@ def features(model: Decoder, params: dict, batch: dict) -> LinearHead:
     """What `fsam_core.jax` asks of a model: batch["tokens"] is [B, L+1]; with batch["key"] dropout is on."""
     tokens_BxL, labels_BxL = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
     rngs = {"dropout": batch["key"]} if "key" in batch else {}
-    h_NxD, w_VxD = model.apply({"params": params}, tokens_BxL, deterministic=not rngs, rngs=rngs)
+    out: Any = model.apply({"params": params}, tokens_BxL, deterministic=not rngs, rngs=rngs)
+    h_NxD, w_VxD = out
     return LinearHead(h_NxD, w_VxD, labels_BxL.reshape(-1))
 
 

@@ -41,8 +41,12 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        for name in ("attention_norm", "qkv", "attention_out", "mlp_norm", "mlp_in", "mlp_out"):
-            self.register_parameter(name, _parameter(config, f"block_0.{name}"))
+        self.attention_norm = _parameter(config, "block_0.attention_norm")
+        self.qkv = _parameter(config, "block_0.qkv")
+        self.attention_out = _parameter(config, "block_0.attention_out")
+        self.mlp_norm = _parameter(config, "block_0.mlp_norm")
+        self.mlp_in = _parameter(config, "block_0.mlp_in")
+        self.mlp_out = _parameter(config, "block_0.mlp_out")
 
     def forward(self, x_NxD: Tensor, L: int) -> Tensor:
         N, D = x_NxD.shape

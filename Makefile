@@ -1,0 +1,40 @@
+# Everything runs from a virtual environment in this checkout, made on first use: Python 3.11 and pip are all it takes.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+RUN    ?= runs/train
+
+.PHONY: install train test test-slow lint bench clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	# torch first and pinned: an open range would take a build with gigabytes of CUDA libraries.
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[jax,torch,data,report,dev]'
+	touch $@
+
+# AdamW and preconditioned Functional-SAM on the same text and budget, with a table, a plot and a report.
+train: install
+	$(BIN)/fsam compare --preset tiny --steps 300 --methods adamw,precond-functional-sam --out $(RUN)
+
+test: install
+	$(BIN)/python -m pytest -m "not slow"
+
+# Minutes long: ten kills and resumptions of a run in each framework, and what else is marked slow.
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Step cost of every method beside AdamW, both frameworks, on this machine. Run it on a quiet one.
+bench: install
+	$(BIN)/python -m fsam_profiling.step_cost
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

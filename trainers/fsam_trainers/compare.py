@@ -1,0 +1,161 @@
+"""Several methods on the same data and budget, several seeds each: runs, table, plot and report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fsam_core import UserError
+from fsam_trainers import cost, metrics
+from fsam_trainers.console import Console
+from fsam_trainers.data import Batches, Corpus
+from fsam_trainers.files import write_json
+from fsam_trainers.loop import Pace, train
+from fsam_trainers.report import write_plot, write_report
+from fsam_trainers.settings import Settings
+
+COLUMNS = ("method", "validation loss", "vs first", "train loss", "steps", "seconds", "ms/step", "x AdamW", "skipped")
+
+
+def compare(
+    settings: Settings,
+    methods: Sequence[str],
+    corpus: Corpus,
+    out: Path,
+    pace: Pace,
+    console: Console,
+    *,
+    budget: str,
+    seeds: int,
+    cost_steps: int,
+    command: str,
+) -> dict[str, Any] | None:
+    """Train every method with every seed under `out`, then write comparison.json, plot.png and report.html there.
+
+    Runs that are already there are taken over, an interrupted one goes on. With budget "time" each method gets as many
+    steps as fit into the time of AdamW's `settings.steps`, by the cost ratio measured first.
+
+    Returns:
+        What comparison.json holds; None when a signal stopped it.
+
+    Raises:
+        UserError: as `loop.train`.
+    """
+    costs = _costs(settings, methods, corpus, out, cost_steps, console)
+    runs: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
+    for seed in range(seeds):
+        for method in methods:
+            steps = settings.steps if budget == "steps" else max(1, round(settings.steps / costs[method].ratio))
+            share = steps / settings.steps
+            one = dataclasses.replace(
+                settings, method=method, seed=seed, steps=steps, warmup=round(settings.warmup * share)
+            )
+            every = dataclasses.replace(
+                pace,
+                evaluate_every=round(pace.evaluate_every * share) or pace.evaluate_every,
+                checkpoint_every=round(pace.checkpoint_every * share) or pace.checkpoint_every,
+            )
+            folder = out / f"{method}-seed{seed}"
+            console.say(f"{method}, seed {seed}: {steps} steps")
+            figures = train(one, corpus, folder, every, console, base_ms=costs["adamw"].step_ms)
+            if figures["status"] == "stopped":
+                return None
+            figures["metrics"] = metrics.read(folder / "metrics.jsonl")
+            runs[method].append(figures)
+    comparison = _summary(settings, runs, costs, corpus, budget, seeds, cost_steps, command)
+    curves = {method: [run.pop("metrics") for run in of] for method, of in runs.items()}
+    write_json(out / "comparison.json", comparison)
+    write_plot(out / "plot.png", curves)
+    write_report(out / "report.html", comparison, out / "plot.png")
+    return comparison
+
+
+def _costs(
+    settings: Settings, methods: Sequence[str], corpus: Corpus, out: Path, repeats: int, console: Console
+) -> dict[str, cost.Cost]:
+    """The cost of every method, measured once for a folder: a time budget must not change when a run goes on."""
+    path = out / "costs.json"
+    asked = {"settings": {**settings.as_dict(), "method": None}, "methods": sorted({"adamw", *methods})}
+    if path.exists():
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+            if known["asked"] == json.loads(json.dumps(asked)):
+                return {name: cost.Cost(*values) for name, values in known["costs"].items()}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"--out: {path} is damaged; delete it, or give another --out") from error
+        raise UserError(f"--out: {out} holds a comparison with other settings or methods; give another --out")
+    tokens = Batches(corpus.train, settings.model.seq_len, settings.batch, settings.seed).at(0)
+    with console.counting("timing the methods turn about", (repeats + 2) * len(asked["methods"])) as tick:
+        costs = cost.measure(settings, methods, tokens, repeats, tick)
+    write_json(path, {"asked": asked, "costs": costs})
+    return costs
+
+
+def _summary(
+    settings: Settings,
+    runs: dict[str, list[dict[str, Any]]],
+    costs: dict[str, cost.Cost],
+    corpus: Corpus,
+    budget: str,
+    seeds: int,
+    cost_steps: int,
+    command: str,
+) -> dict[str, Any]:
+    rows = []
+    first = [run["val_loss"] for run in next(iter(runs.values()))]
+    for method, of in runs.items():
+        losses = [run["val_loss"] for run in of]
+        mine = costs[method]
+        row = {
+            "method": method,
+            "val_loss_mean": statistics.fmean(losses),
+            "val_loss_spread": statistics.stdev(losses) if len(losses) > 1 else None,
+            "val_losses": losses,
+            # Seed by seed, so that what the seeds have in common does not hide the difference.
+            "difference": statistics.fmean(np.subtract(losses, first)) if losses is not first else 0.0,
+            "train_loss_mean": statistics.fmean(run["train_loss"] for run in of),
+            "steps": of[0]["steps"],
+            "seconds_mean": statistics.fmean(run["seconds"] for run in of),
+            "skipped_steps": sum(run["skipped_steps"] for run in of),
+            "cost": mine._asdict(),
+        }
+        spread = f" ± {row['val_loss_spread']:.4f}" if row["val_loss_spread"] is not None else ""
+        row["cells"] = [
+            method,
+            f"{row['val_loss_mean']:.4f}{spread}",
+            f"{row['difference']:+.4f}" if method != next(iter(runs)) else "",
+            f"{row['train_loss_mean']:.4f}",
+            f"{row['steps']:,}",
+            f"{row['seconds_mean']:,.1f}",
+            f"{mine.step_ms:,.0f}",
+            f"{mine.ratio:.2f} ({mine.ratio_p20:.2f}–{mine.ratio_p80:.2f})" if method != "adamw" else "1",
+            f"{row['skipped_steps']}",
+        ]
+        rows.append(row)
+    any_run = next(iter(runs.values()))[0]
+    spread_note = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed: a lead, not a result"
+    return {
+        "title": f"{any_run['params']:,} parameters, {any_run['framework']}/{any_run['backend']} on "
+        f"{any_run['device']}, equal {budget}",
+        "columns": COLUMNS,
+        "rows": rows,
+        "notes": [
+            corpus.description,
+            f"Validation loss in nats a token, {spread_note}; 'vs first' is paired by seed.",
+            "Seconds in training steps alone, without compilation, evaluation and checkpoints.",
+            f"x AdamW: median of {cost_steps} steps of each method timed turn about in one process, "
+            "with the 20th and 80th percentile.",
+        ],
+        "budget": budget,
+        "seeds": seeds,
+        "command": command,
+        "settings": {k: v for k, v in settings.as_dict().items() if k not in ("method", "seed")},
+        "data": any_run["data"],
+        "runs": [run for of in runs.values() for run in of],
+    }

@@ -1,0 +1,70 @@
+"""What a person sees while something runs: on a terminal a progress bar, elsewhere a line now and then."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import rich.console
+import rich.progress
+
+from fsam_trainers.settings import Settings
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Console:
+    """Writes to stderr, so that stdout holds results alone."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.rich = rich.console.Console(stderr=True, quiet=quiet, highlight=False)
+
+    def say(self, text: str) -> None:
+        self.rich.print(text, markup=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        self.rich.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
+
+    def evaluated(self, step: int, val_loss: float) -> None:
+        self.say(f"step {step}: validation loss {val_loss:.4f}")
+
+    @contextlib.contextmanager
+    def counting(self, label: str, total: int) -> Iterator[Callable[[], None]]:
+        """A bar for `total` equal pieces of work; the yielded function counts one."""
+        with rich.progress.Progress(console=self.rich, transient=True, disable=not self.rich.is_terminal) as bar:
+            task = bar.add_task(label, total=total)
+            yield lambda: bar.advance(task)
+
+    @contextlib.contextmanager
+    def progress(self, settings: Settings, now: Any) -> Iterator[Callable[[float, float], None]]:
+        """The bar of a training run at `now` (a `loop.Progress`); the yielded function takes (loss, milliseconds)."""
+        text = rich.progress.TextColumn("{task.fields[status]}")
+        columns = ("{task.description}", rich.progress.BarColumn(), rich.progress.MofNCompleteColumn(), text)
+        name = f"{settings.framework} {settings.method}"
+        last, smooth = time.monotonic(), None
+
+        def update(loss: float, milliseconds: float) -> None:
+            nonlocal last, smooth
+            smooth = milliseconds if smooth is None else 0.9 * smooth + 0.1 * milliseconds
+            status = line(settings, now.base_step_ms, loss, smooth)
+            bar.update(task, completed=now.step, status=status)
+            finished = now.step == settings.steps
+            if not self.rich.is_terminal and (finished or time.monotonic() - last > SECONDS_BETWEEN_LINES):
+                last = time.monotonic()
+                self.say(f"{name} {now.step}/{settings.steps} {status}")
+
+        remaining = rich.progress.TimeRemainingColumn()
+        with rich.progress.Progress(
+            *columns, remaining, console=self.rich, disable=not self.rich.is_terminal, transient=True
+        ) as bar:
+            task = bar.add_task(name, total=settings.steps, completed=now.step, status="compiling")
+            yield update
+
+
+def line(settings: Settings, base_ms: float | None, loss: float, milliseconds: float) -> str:
+    """Loss, speed and cost of a step in one line."""
+    tokens = settings.tokens_per_step / milliseconds * 1000
+    ratio = f" ({milliseconds / base_ms:.2f}x AdamW)" if base_ms else ""
+    return f"loss {loss:.4f} | {tokens:,.0f} tokens/s | {milliseconds:,.0f} ms/step{ratio}"

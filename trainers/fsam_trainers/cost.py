@@ -1,0 +1,79 @@
+"""What a step costs beside a plain AdamW step of the same model: measured in one process, turn about."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fsam_trainers import engine
+from fsam_trainers.settings import Settings
+
+
+class Cost(NamedTuple):
+    """Milliseconds of a step and its ratio to AdamW's, each the median with its 20th and 80th percentile."""
+
+    step_ms: float
+    ratio: float
+    ratio_p20: float
+    ratio_p80: float
+
+
+def base_step_ms(settings: Settings, tokens_BxL1: np.ndarray, repeats: int) -> float:
+    """Median milliseconds of an AdamW step with these settings, on a model made for this and dropped again."""
+    times = interleaved({"adamw": as_adamw(settings)}, tokens_BxL1, repeats, lambda: None)
+    return statistics.median(times["adamw"])
+
+
+def measure(
+    settings: Settings,
+    methods: Sequence[str],
+    tokens_BxL1: np.ndarray,
+    repeats: int,
+    tick: Callable[[], None] = lambda: None,
+) -> dict[str, Cost]:
+    """Cost of each method, and of "adamw", under otherwise equal settings.
+
+    All models exist at once and take turns, so a machine that slows down slows them all; each ratio is between two
+    neighbouring steps. `tick` is called after every step.
+    """
+    variants = {"adamw": as_adamw(settings)}
+    variants |= {name: dataclasses.replace(settings, method=name) for name in methods if name != "adamw"}
+    times = interleaved(variants, tokens_BxL1, repeats, tick)
+    return {name: against(mine, times["adamw"]) for name, mine in times.items()}
+
+
+def against(milliseconds: Sequence[float], base: Sequence[float]) -> Cost:
+    """The cost of steps beside the base steps that were taken in turn with them."""
+    low, middle, high = (float(x) for x in np.percentile(np.array(milliseconds) / np.array(base), (20, 50, 80)))
+    return Cost(statistics.median(milliseconds), middle, low, high)
+
+
+def as_adamw(settings: Settings) -> Settings:
+    return dataclasses.replace(settings, method="adamw")
+
+
+def interleaved(
+    variants: dict[str, Settings], tokens_BxL1: np.ndarray, repeats: int, tick: Callable[[], None]
+) -> dict[str, list[float]]:
+    """Milliseconds of `repeats` steps of each variant, taken turn about on the same batch, after two to warm up."""
+    engines = {name: engine.make(settings) for name, settings in variants.items()}
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    for model in engines.values():
+        model.prepare(tokens_BxL1)
+    warm_up = 2
+    for index in range(warm_up + repeats):
+        for name, model in engines.items():
+            began = time.perf_counter()
+            model.step(tokens_BxL1, index)()
+            if index >= warm_up:
+                times[name].append(1000 * (time.perf_counter() - began))
+            tick()
+    del engines
+    gc.collect()
+    return times

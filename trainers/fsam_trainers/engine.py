@@ -1,0 +1,63 @@
+"""What the loop asks of a framework. `jax_trainer` and `torch_trainer` each provide it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from fsam_trainers.settings import Settings
+
+
+class StepReport(NamedTuple):
+    """What one step saw; norms are global, before clipping."""
+
+    loss: float
+    base_norm: float
+    grad_norm: float
+    perturbation_norm: float
+    skipped: bool
+
+
+class Engine(Protocol):
+    """A model, its optimizer and a compiled step on one framework."""
+
+    backend: str
+    device: str
+    asynchronous: bool
+    """Whether `step` returns before the work is done."""
+
+    def prepare(self, tokens_BxL1: np.ndarray) -> None:
+        """Compile the step for batches of this shape, so that the first step is timed like the others."""
+
+    def step(self, tokens_BxL1: np.ndarray, index: int) -> Callable[[], StepReport]:
+        """Start optimizer step `index`; the returned function waits for it. Random draws depend on (seed, index)."""
+
+    def evaluate(self, batches: Sequence[np.ndarray]) -> float:
+        """Mean loss a token over the batches, at θ, without dropout."""
+
+    def save(self, folder: Path) -> None:
+        """Write weights and optimizer state into a new folder."""
+
+    def restore(self, folder: Path) -> None:
+        """Read them back, to the bit."""
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """The weights by flat name."""
+
+
+def make(settings: Settings) -> Engine:
+    """The engine of `settings.framework`, with freshly initialised weights.
+
+    Raises:
+        UserError: when the framework is not installed or the backend does not fit.
+    """
+    if settings.framework == "jax":
+        from fsam_trainers.jax_trainer import JaxEngine
+
+        return JaxEngine(settings)
+    from fsam_trainers.torch_trainer import TorchEngine
+
+    return TorchEngine(settings)

@@ -1,0 +1,128 @@
+"""Files that are either the old one or the new one, whole, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fsam_core import UserError
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that becomes `target` when the block ends well, and vanishes otherwise.
+
+    Raises:
+        UserError: when the disk refuses (full, read-only), naming the folder.
+    """
+    temporary = target.with_name(f".writing-{target.name}-{os.getpid()}")
+    with disk_errors(target):
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            yield temporary
+            for path in [*temporary.rglob("*"), temporary]:
+                _sync(path)
+            temporary.rename(target)
+            _sync(target.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sweep(parent: Path) -> None:
+    """Remove what a killed process left of `new_folder`s in `parent`."""
+    for path in parent.glob(".writing-*"):
+        if not _alive(int(path.name.rpartition("-")[2])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file in one step.
+
+    Raises:
+        UserError: when the disk refuses.
+    """
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    with disk_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(text, encoding="utf-8")
+            _sync(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """As `write_text`, for plain values; NaN and infinities become null, as JSON has neither."""
+    write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """`value` with every float that JSON cannot hold turned into None."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not (abs(value) < float("inf")) else value
+
+
+def checksum(path: Path) -> str:
+    """BLAKE2b of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, hashlib.blake2b).hexdigest()
+
+
+def writable(option: str, path: Path) -> None:
+    """Fail before hours of work when `path` cannot be written after them.
+
+    Raises:
+        UserError: naming the option.
+    """
+    if path.is_dir():
+        raise UserError(f"{option}: {path} is a folder; give the name of a file")
+    folder = path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option}: cannot make the folder {folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{option}: the folder {folder} cannot be written to")
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the disk says while `path` is written into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        reason = "no space left for it" if full else error.strerror or str(error)
+        raise UserError(f"cannot write {path}: {reason}; nothing was left half-written") from error
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _alive(pid: int) -> bool:
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,129 @@
+"""Training in JAX: Flax model, optax chain, one jitted and donated step, orbax checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fsam_core import backends
+
+for module in ("jax", "flax", "optax"):
+    backends.require(module)
+backends.require("orbax.checkpoint")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import optax  # noqa: E402
+import orbax.checkpoint as ocp  # noqa: E402
+
+import fsam_core.jax as fsam  # noqa: E402
+from fsam_trainers.engine import StepReport  # noqa: E402
+from fsam_trainers.models import flax_decoder  # noqa: E402
+from fsam_trainers.models.layout import flattened  # noqa: E402
+from fsam_trainers.settings import Settings  # noqa: E402
+
+
+class State(NamedTuple):
+    params: Any
+    opt_state: Any
+
+
+def optimizer(settings: Settings) -> optax.GradientTransformation:
+    """Clip, then AdamW with decoupled weight decay on the matrices; a step that is not finite is skipped."""
+    adamw = optax.adamw(
+        learning_rate(settings),
+        b1=settings.b1,
+        b2=settings.b2,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+    )
+    clip = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm else []
+    return fsam.skip_nonfinite(optax.chain(*clip, adamw))
+
+
+def learning_rate(settings: Settings) -> optax.Schedule:
+    """`Settings.learning_rate_at` as an optax schedule."""
+    peak, steps = settings.learning_rate, max(settings.steps - settings.warmup, 1)
+    cosine = optax.cosine_decay_schedule(peak, steps, settings.final_learning_rate)
+    warmup = optax.linear_schedule(0, peak, settings.warmup)
+    return optax.join_schedules([warmup, cosine], [settings.warmup]) if settings.warmup else cosine
+
+
+class JaxEngine:
+    """See `engine.Engine`."""
+
+    asynchronous = True
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.backend = backends.choose("jax", settings.backend).name
+        self.device = jax.devices()[0].device_kind
+        model = flax_decoder.Decoder(settings.model)
+        features = partial(flax_decoder.features, model)
+        tx = optimizer(settings)
+        params = flax_decoder.parameters(settings.model, settings.seed)
+        self.state = State(params, tx.init(params))
+        self._key = jax.random.key(settings.seed)
+        gradient = fsam.value_and_grad(
+            features,
+            settings.as_method(),
+            b2=settings.b2,
+            eps=settings.eps,
+            clip_norm=settings.clip_norm or None,
+            backend=settings.backend,
+        )
+        plain = fsam.value_and_grad(features, fsam.Plain(), backend=settings.backend)
+
+        @partial(jax.jit, donate_argnums=0)
+        def step(state: State, batch: Any) -> tuple[State, fsam.Info]:
+            (_, info), grads = gradient(state.params, batch, state.opt_state)
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            return State(optax.apply_updates(state.params, updates), opt_state), info
+
+        # The loss alone: the compiler drops the gradient.
+        self._jitted = step
+        self._step: Callable[..., Any] = step
+        self._loss = jax.jit(lambda params, batch: plain(params, batch)[0][0])
+
+    def prepare(self, tokens_BxL1: np.ndarray) -> None:
+        self._step = self._jitted.lower(self.state, self._parts(tokens_BxL1, 0)).compile()
+
+    def step(self, tokens_BxL1: np.ndarray, index: int) -> Callable[[], StepReport]:
+        self.state, info = self._step(self.state, self._parts(tokens_BxL1, index))
+
+        def report() -> StepReport:
+            got = jax.device_get(info)
+            base, final, epsilon = (float(x) for x in (got.base_norm, got.grad_norm, got.perturbation_norm))
+            return StepReport(float(got.loss), base, final, epsilon, skipped=not got.finite)
+
+        return report
+
+    def evaluate(self, batches: Sequence[np.ndarray]) -> float:
+        losses = [self._loss(self.state.params, {"tokens": x}) for x in batches]
+        return float(np.mean([float(x) for x in losses]))
+
+    def save(self, folder: Path) -> None:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(folder.absolute(), self.state._asdict())
+
+    def restore(self, folder: Path) -> None:
+        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, self.state._asdict())
+        with ocp.StandardCheckpointer() as checkpointer:
+            # Without the copy a restored buffer may be memory that XLA does not own and cannot take as a donation.
+            self.state = State(**jax.tree.map(jnp.copy, checkpointer.restore(folder.absolute(), like)))
+
+    def weights(self) -> dict[str, np.ndarray]:
+        return flattened(jax.tree.map(np.asarray, self.state.params))
+
+    def _parts(self, tokens_BxL1: np.ndarray, index: int) -> list[dict[str, Any]]:
+        parts: list[dict[str, Any]] = [{"tokens": x} for x in np.split(tokens_BxL1, self.settings.micro_batches)]
+        if self.settings.model.dropout:
+            key = jax.random.fold_in(self._key, index)
+            for i, part in enumerate(parts):
+                part["key"] = jax.random.fold_in(key, i)
+        return parts

@@ -1,0 +1,266 @@
+"""The training loop, the same for both frameworks: steps, metrics, evaluation, checkpoints, signals."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fsam_core import UserError
+from fsam_trainers import checkpoints, engine, metrics
+from fsam_trainers.console import Console
+from fsam_trainers.cost import base_step_ms
+from fsam_trainers.data import Batches, Corpus, validation_batches
+from fsam_trainers.engine import Engine, StepReport
+from fsam_trainers.files import disk_errors
+from fsam_trainers.settings import Settings, difference
+
+SKIPPED_IN_A_ROW = 50  # then the run has diverged, and going on only burns time
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How often things beside training happen, in steps; 0 means only at the end. None of it changes the weights.
+
+    Attributes:
+        evaluate_every: steps between evaluations.
+        evaluation_batches: batches an evaluation reads, always the first ones of the held-out text.
+        checkpoint_every: steps between checkpoints.
+        keep: checkpoints kept.
+        probe_steps: AdamW steps timed before training, for the ratio in the progress bar; 0 for none.
+    """
+
+    evaluate_every: int = 0
+    evaluation_batches: int = 16
+    checkpoint_every: int = 0
+    keep: int = 2
+    probe_steps: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("evaluate_every", "checkpoint_every", "probe_steps"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(self, name)}")
+        for name in ("evaluation_batches", "keep"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass
+class Progress:
+    """Where a run stands: what its checkpoints hold beside the state."""
+
+    step: int = 0
+    seconds: float = 0.0
+    """In training steps alone: without compilation, evaluation and checkpoints."""
+    skipped_steps: int = 0
+    val_loss: float | None = None
+    base_step_ms: float | None = None
+
+
+@dataclass
+class Stop:
+    """Set by SIGINT and SIGTERM; a second signal ends the process at once."""
+
+    signal: int = 0
+    previous: dict[int, Any] = field(default_factory=dict)
+
+
+def train(
+    settings: Settings,
+    corpus: Corpus,
+    out: Path,
+    pace: Pace,
+    console: Console,
+    base_ms: float | None = None,
+) -> dict[str, Any]:
+    """Train, or go on training, in the folder `out`.
+
+    Args:
+        settings: what to train; a checkpoint in `out` must have been made with the same.
+        corpus: tokens; likewise.
+        out: receives metrics.jsonl and checkpoints/.
+        base_ms: milliseconds of an AdamW step if that was measured already, else it is.
+
+    Returns:
+        The run's figures: what `fsam train --json` writes. "status" is "finished" or "stopped" (by a signal).
+
+    Raises:
+        UserError: for a folder that holds another run or damaged checkpoints, a full disk, or a run that diverged.
+    """
+    with _locked(out), _signals() as stop:
+        root = out / "checkpoints"
+        batches = Batches(corpus.train, settings.model.seq_len, settings.batch, settings.seed)
+        held_out = validation_batches(
+            corpus.validation, settings.model.seq_len, settings.batch, pace.evaluation_batches
+        )
+        found = checkpoints.newest(root, console.warn)
+        run = {"settings": settings.as_dict(), "data": corpus.fingerprint}
+        now = Progress(base_step_ms=base_ms)
+        if found:
+            _same_run(run, found.run, out)
+            now = Progress(**found.run["progress"])
+        elif pace.probe_steps and base_ms is None and settings.method != "adamw":
+            console.say("timing AdamW steps for comparison")
+            now.base_step_ms = base_step_ms(settings, batches.at(0), pace.probe_steps)
+        model = engine.make(settings)
+        if found:
+            model.restore(found.state)
+            console.say(f"resuming {out} at step {now.step} of {settings.steps}")
+        lines = metrics.JsonLines(out / "metrics.jsonl", now.step)
+
+        def checkpoint() -> None:
+            lines.flush()
+            checkpoints.save(root, now.step, {**run, "progress": vars(now)}, model.save, pace.keep)
+
+        def evaluate() -> None:
+            now.val_loss = model.evaluate(held_out)
+            lines.write({"step": now.step, "seconds": now.seconds, "val_loss": now.val_loss})
+            console.evaluated(now.step, now.val_loss)
+
+        with console.progress(settings, now) as bar, contextlib.closing(lines):
+            if now.step < settings.steps:
+                model.prepare(batches.at(now.step))
+            in_a_row = 0
+            for report, milliseconds in _steps(model, batches, settings, now, stop, pace):
+                in_a_row = in_a_row + 1 if report.skipped else 0
+                if report.skipped:
+                    now.skipped_steps += 1
+                    console.warn(f"step {now.step} skipped: loss or a norm was not finite ({report})")
+                if in_a_row >= SKIPPED_IN_A_ROW:
+                    raise UserError(
+                        f"{in_a_row} steps in a row were not finite: the run has diverged; lower --learning-rate "
+                        f"{settings.learning_rate} or --rho {settings.rho}. Checkpoints up to then are in {root}"
+                    )
+                lines.write(_line(settings, now, report, milliseconds))
+                bar(report.loss, milliseconds)
+                if _due(now.step, pace.evaluate_every, settings.steps):
+                    evaluate()
+                if _due(now.step, pace.checkpoint_every, settings.steps):
+                    checkpoint()
+            if stop.signal and 0 < now.step < settings.steps and not _due(now.step, pace.checkpoint_every, 0):
+                checkpoint()
+        return _figures(settings, corpus, model, now, out, stop)
+
+
+def _steps(
+    model: Engine, batches: Batches, settings: Settings, now: Progress, stop: Stop, pace: Pace
+) -> Iterator[tuple[StepReport, float]]:
+    """Take the steps that are left; yields each one's report and milliseconds, with `now` brought up to it.
+
+    On a framework that computes in the background the next step is started before the last one is waited for, so that
+    the device never idles on the host, except where something must be done between the two.
+    """
+    waiting: Callable[[], StepReport] | None = None
+    began = time.perf_counter()
+
+    def finished(report: Callable[[], StepReport]) -> tuple[StepReport, float]:
+        nonlocal began
+        seen, ended = report(), time.perf_counter()
+        seconds, began = ended - began, ended
+        now.step += 1
+        now.seconds += seconds
+        return seen, 1000 * seconds
+
+    for index in range(now.step, settings.steps):
+        if stop.signal:
+            break
+        started = model.step(batches.at(index), index)
+        if waiting:
+            yield finished(waiting)
+        waiting = started
+        pause = any(_due(index + 1, n, settings.steps) for n in (pace.evaluate_every, pace.checkpoint_every))
+        if pause or not model.asynchronous:
+            yield finished(waiting)
+            waiting, began = None, time.perf_counter()
+    if waiting:
+        yield finished(waiting)
+
+
+def _due(step: int, every: int, steps: int) -> bool:
+    return step == steps or (every > 0 and step % every == 0)
+
+
+def _line(settings: Settings, now: Progress, report: StepReport, milliseconds: float) -> dict[str, Any]:
+    return {
+        "step": now.step,
+        "tokens": now.step * settings.tokens_per_step,
+        "seconds": now.seconds,
+        "step_ms": milliseconds,
+        "learning_rate": settings.learning_rate_at(now.step - 1 - now.skipped_steps + report.skipped),
+        **report._asdict(),
+    }
+
+
+def _figures(settings: Settings, corpus: Corpus, model: Engine, now: Progress, out: Path, stop: Stop) -> dict[str, Any]:
+    lines = [x for x in metrics.read(out / "metrics.jsonl") if "loss" in x]
+    milliseconds = statistics.median(x["step_ms"] for x in lines) if lines else None
+    base = milliseconds if settings.method == "adamw" else now.base_step_ms
+    last = [x["loss"] for x in lines[-20:] if x["loss"] is not None]
+    return {
+        "status": "stopped" if stop.signal and now.step < settings.steps else "finished",
+        "signal": stop.signal,
+        "method": settings.method,
+        "framework": settings.framework,
+        "backend": model.backend,
+        "device": model.device,
+        "params": settings.model.parameters,
+        "non_embedding_params": settings.model.non_embedding_parameters,
+        "steps": now.step,
+        "tokens": now.step * settings.tokens_per_step,
+        "seconds": now.seconds,
+        "step_ms_median": milliseconds,
+        "base_step_ms": base,
+        "cost_ratio": milliseconds / base if milliseconds and base else None,
+        "train_loss": statistics.fmean(last) if last else None,
+        "val_loss": now.val_loss,
+        "skipped_steps": now.skipped_steps,
+        "settings": settings.as_dict(),
+        "data": {"description": corpus.description, "fingerprint": corpus.fingerprint},
+        "out": str(out),
+    }
+
+
+def _same_run(mine: dict[str, Any], other: dict[str, Any], out: Path) -> None:
+    if changed := difference(mine["settings"], other["settings"]):
+        raise UserError(f"--out: {out} holds a run with {changed}; give the same settings, or another --out")
+    if mine["data"] != other["data"]:
+        raise UserError(f"--out: {out} holds a run on other data or another tokenizer; give the same, or another --out")
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """One process a folder: two would write over each other's checkpoints."""
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / ".lock").open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"--out: another process is training in {out}; wait for it, or give another --out"
+            ) from None
+        yield
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[Stop]:
+    stop = Stop()
+
+    def handle(number: int, _frame: Any) -> None:
+        stop.signal = number
+        for one, previous in stop.previous.items():  # a second signal means now
+            signal.signal(one, previous)
+
+    stop.previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, previous in stop.previous.items():
+            signal.signal(number, previous)

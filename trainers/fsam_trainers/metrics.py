@@ -1,0 +1,46 @@
+"""Metrics of a run as JSON lines, one object a step, in step with its checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fsam_trainers.files import disk_errors, finite, write_text
+
+
+class JsonLines:
+    """Appends objects to a file. Opened for a run that resumes at `step`, it first drops what came after that step."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        kept = [line for line in read(path) if line["step"] <= step] if path.exists() else []
+        write_text(path, "".join(_line(x) for x in kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, value: dict[str, Any]) -> None:
+        with disk_errors(self.path):
+            self._file.write(_line(value))
+
+    def flush(self) -> None:
+        with disk_errors(self.path):
+            self._file.flush()
+
+    def close(self) -> None:
+        with disk_errors(self.path):
+            self._file.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file; a last line that a kill cut short is left out."""
+    values = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            values.append(json.loads(line))
+        except ValueError:
+            break
+    return values
+
+
+def _line(value: dict[str, Any]) -> str:
+    return json.dumps(finite(value), allow_nan=False) + "\n"

@@ -1,0 +1,193 @@
+"""The command line as data: what each subcommand takes, and how it becomes `Settings`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from fsam_core import NAMES, UserError
+from fsam_trainers.presets import preset
+from fsam_trainers.settings import Settings, steps_for
+
+DEFAULT_STEPS = 300
+
+
+@dataclass(frozen=True)
+class Common:
+    """Options of `train` and `compare`; every None is replaced by the preset's own value."""
+
+    framework: str = "jax"
+    """jax or torch"""
+    preset: str = "tiny"
+    """model size: tiny, or the paper's 2m, 24m, 43m, 118m, 1208m (non-embedding parameters)"""
+    data: str = "python"
+    """python (the standard library's sources), a text file or folder, .jsonl[.gz], .parquet, .bin, hf:NAME[:CONFIG]"""
+    tokenizer: Path | None = None
+    """a tokenizer.json; without one a byte-level BPE is trained on the data"""
+    max_tokens: int | None = None
+    """read at most this many training tokens"""
+    steps: int | None = None
+    """optimizer steps (default 300)"""
+    tokens_per_param: float | None = None
+    """instead of --steps: tokens for each non-embedding parameter (Chinchilla: about 20)"""
+    rho: float | None = None
+    """length of the perturbation, in the units of the weights"""
+    norm: str = "l2"
+    """l2: rho d / |d|; dual: rho d / sqrt(g.d)"""
+    second_moment: str = "current"
+    """current: this step's gradient is folded in; previous: the optimizer's as it stands"""
+    batch: int | None = None
+    """sequences a step"""
+    micro_batches: int = 1
+    """parts a batch is computed in"""
+    seq_len: int | None = None
+    """tokens a sequence"""
+    vocab_size: int | None = None
+    """size of the vocabulary"""
+    learning_rate: float | None = None
+    """peak learning rate"""
+    warmup: int | None = None
+    """steps of linear warm-up (default: a tenth of the run, at most 1000)"""
+    final_learning_rate: float = 0.1
+    """where the cosine ends, as a share of the peak"""
+    weight_decay: float = 1e-4
+    """decoupled weight decay, on matrices"""
+    b1: float = 0.9
+    """AdamW's first decay rate"""
+    b2: float = 0.95
+    """AdamW's second decay rate"""
+    eps: float = 1e-8
+    """AdamW's epsilon, and the preconditioner's"""
+    clip_norm: float = 1.0
+    """clip the final gradient to this global norm; 0 for no clipping"""
+    dropout: float = 0.0
+    """after the embedding, attention and MLP"""
+    tied: bool = True
+    """one matrix for input embedding and head"""
+    backend: str = "auto"
+    """auto, xla (jax), torch (torch)"""
+    evaluate_every: int | None = None
+    """steps between evaluations (default: a tenth of the run)"""
+    evaluation_batches: int = 16
+    """batches of held-out text an evaluation reads"""
+    checkpoint_every: int | None = None
+    """steps between checkpoints (default: a tenth of the run)"""
+    keep: int = 2
+    """checkpoints kept"""
+    out: Path | None = None
+    """folder of the run; a run that was interrupted there goes on (default: under runs/)"""
+    json: Path | None = None
+    """also write the figures here"""
+    quiet: bool = False
+    """no progress on stderr"""
+
+    def settings(self, method: str, seed: int) -> Settings:
+        """These options for one method and seed.
+
+        Raises:
+            UserError: naming the option that is wrong.
+        """
+        size = preset(self.preset)
+        model = size.model(seq_len=self.seq_len, vocab_size=self.vocab_size, tied=self.tied, dropout=self.dropout)
+        batch = size.batch if self.batch is None else self.batch
+        if self.steps is not None and self.tokens_per_param is not None:
+            raise UserError(f"--steps {self.steps} and --tokens-per-param {self.tokens_per_param}: give one of the two")
+        if self.tokens_per_param is not None:
+            steps = steps_for(self.tokens_per_param, model, batch)
+        else:
+            steps = DEFAULT_STEPS if self.steps is None else self.steps
+        names = ("framework", "micro_batches", "final_learning_rate", "weight_decay", "b1", "b2", "eps", "clip_norm")
+        same: dict[str, Any] = {name: getattr(self, name) for name in (*names, "norm", "second_moment", "backend")}
+        return Settings(
+            method=method,
+            model=model,
+            steps=steps,
+            batch=batch,
+            seed=seed,
+            learning_rate=size.learning_rate if self.learning_rate is None else self.learning_rate,
+            warmup=min(1000, steps // 10) if self.warmup is None else self.warmup,
+            rho=size.rho if self.rho is None else self.rho,
+            **same,
+        )
+
+    def pace(self, steps: int) -> Any:
+        """How often such a run of `steps` evaluates and saves."""
+        from fsam_trainers.loop import Pace
+
+        tenth = max(1, steps // 10)
+        return Pace(
+            evaluate_every=tenth if self.evaluate_every is None else self.evaluate_every,
+            checkpoint_every=tenth if self.checkpoint_every is None else self.checkpoint_every,
+            evaluation_batches=self.evaluation_batches,
+            keep=self.keep,
+            probe_steps=getattr(self, "probe_steps", 0),
+        )
+
+
+@dataclass(frozen=True)
+class Train(Common):
+    """Train one model with one method; run again with the same options, it goes on where it was interrupted."""
+
+    method: str = "precond-functional-sam"
+    """adamw, sam, precond-sam, functional-sam, precond-functional-sam, logit-sam"""
+    seed: int = 0
+    """of the initial weights, the order of the data and dropout"""
+    probe_steps: int = 5
+    """AdamW steps timed before training, for the cost ratio; 0 for none"""
+
+
+@dataclass(frozen=True)
+class Compare(Common):
+    """Train several methods on the same data and budget: one table, one plot, one HTML report."""
+
+    methods: str = "adamw,precond-functional-sam"
+    """names as in `fsam train --method`, separated by commas"""
+    budget: Literal["steps", "time"] = "steps"
+    """what is equal for all: optimizer steps, or the time that AdamW takes for --steps"""
+    seeds: int = 1
+    """runs of each method, with seeds 0, 1, …"""
+    cost_steps: int = 12
+    """steps of each method timed turn about, for the cost ratio"""
+
+    def names(self) -> tuple[str, ...]:
+        """The methods, each once.
+
+        Raises:
+            UserError: for an unknown name.
+        """
+        found = tuple(dict.fromkeys(name.strip() for name in self.methods.split(",") if name.strip()))
+        unknown = [name for name in found if name not in NAMES]
+        if unknown or not found:
+            raise UserError(f"--methods: {', '.join(unknown) or 'none given'}; use some of {', '.join(NAMES)}")
+        return found
+
+
+@dataclass(frozen=True)
+class Backends:
+    """What is installed, what `auto` picks, and why."""
+
+    json: Path | None = None
+    """also write the table here"""
+
+
+Command = (
+    Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")]
+    | Annotated[Backends, tyro.conf.subcommand("backends")]
+)
+
+
+def parse(arguments: list[str] | None = None) -> Train | Compare | Backends:
+    """The command line as one of the above; prints help or a usage error and exits (0 or 2) by itself."""
+    return tyro.cli(Command, prog="fsam", args=arguments)
+
+
+def command_line() -> str:
+    """The command that is running, as one would type it."""
+    return shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])

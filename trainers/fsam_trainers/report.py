@@ -1,0 +1,94 @@
+"""The pictures of a comparison: one PNG, one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import importlib.metadata
+import importlib.util
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fsam_core import UserError
+from fsam_trainers.files import disk_errors, write_text
+
+for _module in ("matplotlib", "jinja2"):
+    if importlib.util.find_spec(_module) is None:
+        raise UserError(f"{_module} is not installed: pip install 'fsam[report]'")
+
+import jinja2  # noqa: E402
+import matplotlib.figure  # noqa: E402
+
+# Okabe and Ito's palette: distinct for colour-blind readers, and in print.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+SMOOTHING = 0.95
+
+
+def write_plot(path: Path, curves: dict[str, list[list[dict[str, Any]]]]) -> None:
+    """Loss against steps and against time: validation as points joined by lines, training faint behind.
+
+    Args:
+        curves: method -> for each seed the run's metrics.
+    """
+    figure = matplotlib.figure.Figure(figsize=(11, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    seen: list[float] = []
+    for (method, runs), colour in zip(curves.items(), COLOURS * len(curves), strict=False):
+        for i, lines in enumerate(runs):
+            training = [x for x in lines if x.get("loss") is not None]
+            held_out = [x for x in lines if x.get("val_loss") is not None]
+            smooth = _smoothed([x["loss"] for x in training])
+            seen += smooth[len(smooth) // 8 :] + [x["val_loss"] for x in held_out]
+            for axis, unit in zip(axes, ("step", "seconds"), strict=True):
+                axis.plot([x[unit] for x in training], smooth, color=colour, alpha=0.3, linewidth=1)
+                label = method if i == 0 else None
+                points, values = [x[unit] for x in held_out], [x["val_loss"] for x in held_out]
+                axis.plot(points, values, color=colour, marker="o", markersize=3.5, linewidth=1.5, label=label)
+    for axis, label in zip(axes, ("optimizer steps", "seconds in training steps"), strict=True):
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    if seen:
+        low, high = min(seen), max(seen)
+        axes[0].set_ylim(low - 0.05 * (high - low) - 0.01, high + 0.05 * (high - low) + 0.01)
+    axes[0].set_ylabel("loss (nats a token)")
+    axes[0].legend(frameon=False, title="validation; faint: training, smoothed", title_fontsize="small")
+    with disk_errors(path):
+        figure.savefig(path, dpi=150)
+
+
+def write_report(path: Path, comparison: dict[str, Any], plot: Path) -> None:
+    """The table and the plot in one HTML file that needs nothing else.
+
+    Args:
+        comparison: what `compare.compare` returns.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("fsam_trainers", "templates"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    page = environment.get_template("comparison.html").render(
+        **comparison,
+        plot=base64.b64encode(plot.read_bytes()).decode("ascii"),
+        machine=f"{platform.machine()}, Python {platform.python_version()}, " + ", ".join(_versions()),
+    )
+    write_text(path, page)
+
+
+def _versions() -> list[str]:
+    found = []
+    for name in ("jax", "torch", "optax", "flax"):
+        if importlib.util.find_spec(name):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    return found
+
+
+def _smoothed(values: list[float]) -> list[float]:
+    """Exponential moving average without the bias of its start."""
+    out, mean, weight = [], 0.0, 0.0
+    for value in np.asarray(values, dtype=float):
+        mean = SMOOTHING * mean + (1 - SMOOTHING) * value
+        weight = SMOOTHING * weight + 1 - SMOOTHING
+        out.append(float(mean / weight))
+    return out

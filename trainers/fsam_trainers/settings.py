@@ -1,0 +1,117 @@
+"""Everything that determines a training run, checked once, and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from fsam_core import Method, UserError, named
+from fsam_core.methods import Norm, SecondMoment, check_rho
+from fsam_trainers.models.layout import ModelConfig
+
+Framework = Literal["jax", "torch"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A run: two runs with equal settings and equal data end in the same weights, to the bit on one machine.
+
+    Attributes:
+        framework: "jax" or "torch".
+        method: a name from `fsam_core.NAMES`.
+        model: the decoder's sizes.
+        steps: optimizer steps.
+        batch: sequences a step, over all micro-batches.
+        micro_batches: how many parts a batch is computed in; divides `batch`.
+        seed: of the initial weights, the order of the data and dropout.
+        learning_rate: the peak, reached after `warmup` steps, then a cosine down to `final_learning_rate` times it.
+        clip_norm: global norm of the final gradient; 0 for no clipping.
+        rho, norm, second_moment: see `fsam_core.methods.Perturbed`.
+        backend: "auto", or a backend of the framework.
+
+    Raises:
+        UserError: naming the command-line option that is wrong.
+    """
+
+    framework: Framework
+    method: str
+    model: ModelConfig
+    steps: int
+    batch: int
+    micro_batches: int = 1
+    seed: int = 0
+    learning_rate: float = 1e-3
+    warmup: int = 0
+    final_learning_rate: float = 0.1
+    weight_decay: float = 1e-4
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+    rho: float = 0.5
+    norm: Norm = "l2"
+    second_moment: SecondMoment = "current"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check(self.framework in get_args(Framework), "--framework", self.framework, "jax or torch")
+        _check(self.steps >= 1, "--steps", self.steps, "at least 1")
+        _check(self.batch >= 1, "--batch", self.batch, "at least 1")
+        _check(self.micro_batches >= 1, "--micro-batches", self.micro_batches, "at least 1")
+        divides = f"a number that divides --batch {self.batch}"
+        _check(self.batch % self.micro_batches == 0, "--micro-batches", self.micro_batches, divides)
+        _check(0 <= self.seed < 2**32, "--seed", self.seed, "between 0 and 2**32 - 1")
+        _check(0 < self.learning_rate < math.inf, "--learning-rate", self.learning_rate, "a finite number > 0")
+        _check(self.warmup >= 0, "--warmup", self.warmup, "at least 0")
+        _check(0 <= self.final_learning_rate <= 1, "--final-learning-rate", self.final_learning_rate, "in [0, 1]")
+        _check(0 <= self.weight_decay < math.inf, "--weight-decay", self.weight_decay, "a finite number >= 0")
+        _check(0 <= self.b1 < 1, "--b1", self.b1, "in [0, 1)")
+        _check(0 <= self.b2 < 1, "--b2", self.b2, "in [0, 1)")
+        _check(0 < self.eps < math.inf, "--eps", self.eps, "a finite number > 0")
+        _check(0 <= self.clip_norm < math.inf, "--clip-norm", self.clip_norm, "a finite number >= 0 (0: no clipping)")
+        check_rho(self.rho, "--rho")
+        self.as_method()
+
+    def as_method(self) -> Method:
+        return named(self.method, self.rho, norm=self.norm, second_moment=self.second_moment, argument="--method")
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch * self.model.seq_len
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of optimizer step 0, 1, …: linear warm-up from 0, then a cosine over the rest."""
+        if step < self.warmup:
+            return self.learning_rate * step / self.warmup
+        progress = min((step - self.warmup) / max(self.steps - self.warmup, 1), 1.0)
+        floor = self.final_learning_rate
+        return self.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for checkpoints and reports."""
+        return dataclasses.asdict(self)
+
+
+def steps_for(tokens_per_param: float, model: ModelConfig, batch: int) -> int:
+    """Steps that see `tokens_per_param` tokens for each non-embedding parameter (Chinchilla's rule: about 20).
+
+    Raises:
+        UserError: when the ratio is not a finite number > 0.
+    """
+    _check(0 < tokens_per_param < math.inf, "--tokens-per-param", tokens_per_param, "a finite number > 0")
+    _check(batch >= 1, "--batch", batch, "at least 1")
+    return math.ceil(tokens_per_param * model.non_embedding_parameters / (batch * model.seq_len))
+
+
+def difference(mine: dict[str, Any], other: dict[str, Any]) -> str:
+    """The first few settings in which two `as_dict`s differ, as text; "" where they agree."""
+    mine, other = ({**x, **{f"model.{k}": v for k, v in x["model"].items()}} for x in (mine, other))
+    names = [k for k in mine if k != "model" and mine[k] != other.get(k)]
+    return ", ".join(f"{k} {other.get(k)!r} (now {mine[k]!r})" for k in names[:4])
+
+
+def _check(good: bool, option: str, got: Any, works: str) -> None:
+    if not good:
+        raise UserError(f"{option} must be {works}, got {got!r}")

@@ -1,0 +1,120 @@
+"""Training in PyTorch: the same model and settings, torch.optim.AdamW, torch.distributed.checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fsam_core import backends
+
+backends.require("torch")
+
+import torch  # noqa: E402
+import torch.distributed.checkpoint as dcp  # noqa: E402
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict  # noqa: E402
+
+import fsam_core.torch as fsam  # noqa: E402
+from fsam_trainers.engine import StepReport  # noqa: E402
+from fsam_trainers.models import torch_decoder  # noqa: E402
+from fsam_trainers.settings import Settings  # noqa: E402
+
+
+def optimizer(model: torch.nn.Module, settings: Settings) -> torch.optim.AdamW:
+    """AdamW with decoupled weight decay on the matrices; fused: one pass over the state instead of ten."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(
+        groups, lr=settings.learning_rate, betas=(settings.b1, settings.b2), eps=settings.eps, fused=True
+    )
+    # Made now, because get_state_dict makes missing state by taking a step, which would count as one in a checkpoint.
+    for p in model.parameters():
+        zeros = {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in ("exp_avg", "exp_avg_sq")}
+        adamw.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device), **zeros}
+    return adamw
+
+
+@contextlib.contextmanager
+def _one_process() -> Iterator[None]:
+    """Without PyTorch's warning, at every save, that there is no process group: one process is what this is."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
+
+
+class TorchEngine:
+    """See `engine.Engine`."""
+
+    asynchronous = False
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.backend = backends.choose("torch", settings.backend).name
+        self._device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        self._device = self._device or torch.device("cpu")
+        self.device = str(self._device)
+        self.model = torch_decoder.Decoder(settings.model, settings.seed).to(self._device)
+        self.optimizer = optimizer(self.model, settings)
+        self._step = fsam.Step(
+            self.model,
+            self.optimizer,
+            settings.as_method(),
+            features=torch_decoder.features,
+            clip_norm=settings.clip_norm or None,
+            backend=settings.backend,
+        )
+
+    def prepare(self, tokens_BxL1: np.ndarray) -> None:
+        """Nothing is compiled."""
+
+    def step(self, tokens_BxL1: np.ndarray, index: int) -> Callable[[], StepReport]:
+        if self.settings.model.dropout:
+            seed = np.random.SeedSequence([self.settings.seed, index]).generate_state(1, np.uint64)[0]
+            torch.manual_seed(int(seed))
+        # As in the JAX trainer's chain, a skipped step leaves the schedule where it was.
+        rate = self.settings.learning_rate_at(self._step.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.model.train()
+        self._step(list(self._tokens(tokens_BxL1).chunk(self.settings.micro_batches)))
+        info = self._step.info
+        assert info is not None
+        report = StepReport(info.loss, info.base_norm, info.grad_norm, info.perturbation_norm, info.skipped)
+        return lambda: report
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[np.ndarray]) -> float:
+        self.model.eval()
+        losses = []
+        for tokens in batches:
+            head = torch_decoder.features(self.model, self._tokens(tokens))
+            share_N = torch.full(head.labels.shape, 1 / head.labels.numel(), device=self._device)
+            loss_N, *_ = self._step.ops.linear_cross_entropy(head.hidden, head.weight, head.labels, share_N)
+            losses.append(float(loss_N.mean()))
+        return float(np.mean(losses))
+
+    def save(self, folder: Path) -> None:
+        with _one_process():
+            dcp.save(self._state(), checkpoint_id=folder)
+
+    def restore(self, folder: Path) -> None:
+        state = self._state()
+        with _one_process():
+            dcp.load(state, checkpoint_id=folder)
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        self._step.load_state_dict(state["step"])
+
+    def weights(self) -> dict[str, np.ndarray]:
+        return torch_decoder.as_numpy(self.model)
+
+    def _state(self) -> dict[str, Any]:
+        model, optim = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optim, "step": self._step.state_dict()}
+
+    def _tokens(self, tokens: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(tokens).to(self._device, torch.int64)
