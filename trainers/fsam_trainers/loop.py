@@ -115,7 +115,6 @@ def train(
         lines = metrics.JsonLines(out / "metrics.jsonl", now.step)
 
         def checkpoint() -> None:
-            lines.flush()
             checkpoints.save(root, now.step, {**run, "progress": vars(now)}, model.save, pace.keep)
 
         def evaluate() -> None:

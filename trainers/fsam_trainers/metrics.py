@@ -16,15 +16,12 @@ class JsonLines:
         self.path = path
         kept = [line for line in read(path) if line["step"] <= step] if path.exists() else []
         write_text(path, "".join(_line(x) for x in kept))
-        self._file = path.open("a", encoding="utf-8")
+        # Line by line, so that `tail -f` shows a step when it is done and a kill loses nothing that was.
+        self._file = path.open("a", buffering=1, encoding="utf-8")
 
     def write(self, value: dict[str, Any]) -> None:
         with disk_errors(self.path):
             self._file.write(_line(value))
-
-    def flush(self) -> None:
-        with disk_errors(self.path):
-            self._file.flush()
 
     def close(self) -> None:
         with disk_errors(self.path):

@@ -41,10 +41,17 @@ def optimizer(model: torch.nn.Module, settings: Settings) -> torch.optim.AdamW:
 
 @contextlib.contextmanager
 def _one_process() -> Iterator[None]:
-    """Without PyTorch's warning, at every save, that there is no process group: one process is what this is."""
+    """Checkpointing without a process group: no warning that there is none, and plain exceptions.
+
+    A `CheckpointException` holds one exception a rank, and is not an `Exception`.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        yield
+        try:
+            yield
+        except dcp.CheckpointException as error:
+            cause, _ = next(iter(error.failures.values()))
+            raise cause from None
 
 
 class TorchEngine:

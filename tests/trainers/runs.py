@@ -1,0 +1,62 @@
+"""Small real runs for the tests of the trainers: the tiny preset on this repository's kind of text, short sequences."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from fsam_trainers import checkpoints, cli, engine
+from fsam_trainers.options import Train, parse
+
+SMALL = ["--preset", "tiny", "--seq-len", "16", "--vocab-size", "300", "--batch", "4", "--quiet"]
+
+
+def arguments(text: Path, out: Path, *more: object, command: str = "train") -> list[str]:
+    """A small run's command line; later options win over the ones given here."""
+    return [command, *SMALL, "--data", str(text), "--out", str(out), *map(str, more)]
+
+
+def fsam(*arguments: object) -> int:
+    """Run the command in this process; returns its exit code."""
+    try:
+        cli.main([str(x) for x in arguments])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    raise AssertionError("main must exit")
+
+
+def fsam_process(arguments: list[str], **options) -> subprocess.Popen:
+    """The command in a process of its own."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "fsam_trainers.cli", *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def final_weights(arguments: list[str]) -> dict[str, np.ndarray]:
+    """The weights in the newest checkpoint of such a run."""
+    options = parse(arguments)
+    assert isinstance(options, Train)
+    assert options.out is not None
+    found = checkpoints.newest(options.out / "checkpoints", lambda text: None)
+    assert found is not None
+    model = engine.make(options.settings(options.method, options.seed))
+    model.restore(found.state)
+    return {name: np.array(value) for name, value in model.weights().items()}
+
+
+def steps_done(out: Path) -> int:
+    """How many steps the metrics of a run tell of."""
+    path = out / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)

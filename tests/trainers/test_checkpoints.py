@@ -1,0 +1,136 @@
+"""Checkpoints that are damaged, another run's, or cannot be written."""
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+
+import pytest
+from runs import arguments, final_weights, fsam, steps_done
+
+FRAMEWORKS = ("jax", "torch")
+
+
+@pytest.fixture(params=FRAMEWORKS, scope="module")
+def finished(request, text, tmp_path_factory):
+    """(command, folder) of a finished run with two checkpoints."""
+    out = tmp_path_factory.mktemp(request.param) / "run"
+    more = ("--framework", request.param, "--steps", 6, "--checkpoint-every", 3, "--probe-steps", 0)
+    command = arguments(text, out, "--method", "adamw", *more)
+    assert fsam(*command) == 0
+    return command, out
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """The same, copied so that it may be spoilt."""
+    command, out = finished
+    mine = tmp_path / "run"
+    shutil.copytree(out, mine)
+    return [str(mine) if x == str(out) else x for x in command], mine
+
+
+def newest(out):
+    return sorted((out / "checkpoints").glob("step_*"))[-1]
+
+
+def a_big_file(folder):
+    return max((p for p in (folder / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+SPOIL = {
+    "a flipped bit": lambda folder: flip(a_big_file(folder)),
+    "a truncated file": lambda folder: a_big_file(folder).write_bytes(a_big_file(folder).read_bytes()[:-1]),
+    "a missing file": lambda folder: a_big_file(folder).unlink(),
+    "no list of files": lambda folder: (folder / "files.json").unlink(),
+    "a list that is not JSON": lambda folder: (folder / "files.json").write_text("{"),
+    "an empty run.json": lambda folder: (folder / "run.json").write_text(""),
+}
+
+
+@pytest.mark.parametrize("how", SPOIL)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(how, run, capsys):
+    command, out = run
+    weights = final_weights(command)
+    SPOIL[how](newest(out))
+    assert fsam(*[x for x in command if x != "--quiet"]) == 0
+    errors = capsys.readouterr().err
+    assert f"checkpoint {newest(out)} is damaged" in errors
+    assert "resuming" in errors
+    assert "at step 3 of 6" in errors
+    again = final_weights(command)
+    assert all((again[name] == weights[name]).all() for name in weights)
+
+
+def test_when_every_checkpoint_is_damaged_nothing_is_overwritten(run, capsys):
+    command, out = run
+    for folder in (out / "checkpoints").glob("step_*"):
+        flip(a_big_file(folder))
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != ".lock"}
+    assert fsam(*command) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "--out" in line
+    assert "no checkpoint" in line
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != ".lock"} == before
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--vocab-size", "310"], "model.vocab_size 300 (now 310)"),
+        (["--seq-len", "8"], "model.seq_len 16 (now 8)"),
+        (["--no-tied"], "model.tied True (now False)"),
+        (["--steps", "9"], "steps 6 (now 9)"),
+        (["--method", "sam"], "method 'adamw' (now 'sam')"),
+        (["--seed", "1"], "seed 0 (now 1)"),
+        (["--learning-rate", "0.5"], "learning_rate 0.002 (now 0.5)"),
+    ],
+)
+def test_resuming_with_other_settings_is_refused(more, said, run, capsys):
+    command, out = run
+    before = steps_done(out)
+    assert fsam(*command, *more) == 2
+    assert said in capsys.readouterr().err
+    assert steps_done(out) == before
+
+
+def test_resuming_on_other_data_is_refused(run, tmp_path, capsys):
+    command, _ = run
+    other = tmp_path / "other.txt"
+    other.write_text("some other words, again and again\n" * 200)
+    assert fsam(*command, "--data", other) == 2
+    assert "other data" in capsys.readouterr().err
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+from fsam_trainers.cli import main
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_disk_that_refuses_a_checkpoint_costs_only_that_checkpoint(framework, text, tmp_path, capsys):
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
+    out = tmp_path / "run"
+    command = arguments(text, out, "--framework", framework, "--method", "adamw", "--steps", 6, "--probe-steps", 0)
+    # The tokens are cached first: it is the checkpoint that must not fit.
+    assert fsam(*command, "--out", tmp_path / "first", "--steps", 1) == 0
+    limit = str(200_000)
+    done = subprocess.run([sys.executable, "-c", LIMITED, limit, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("fsam: error: cannot write")
+    assert "nothing was left half-written" in last
+    assert list((out / "checkpoints").glob("*")) == []
+    assert fsam(*command) == 0
+    lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines if "loss" in x] == [1, 2, 3, 4, 5, 6]

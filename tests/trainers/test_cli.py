@@ -1,0 +1,163 @@
+"""The `fsam` command as a person uses it: what it writes, what it prints, what it refuses."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from runs import arguments, fsam
+
+from fsam_core import NAMES
+
+FIGURES = {
+    "method", "framework", "backend", "params", "steps", "tokens", "seconds", "step_ms_median", "train_loss",
+    "val_loss", "skipped_steps", "cost_ratio", "settings", "data", "command", "status",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+@pytest.mark.parametrize("method", NAMES)
+def test_every_method_trains_in_both_frameworks(method, framework, text, tmp_path):
+    out = tmp_path / "out.json"
+    more = ("--framework", framework, "--method", method, "--steps", 12, "--evaluate-every", 0, "--probe-steps", 0)
+    assert fsam(*arguments(text, tmp_path / "run", *more, "--json", out)) == 0
+    figures = json.loads(out.read_text())
+    assert figures.keys() >= FIGURES
+    assert (figures["method"], figures["framework"], figures["steps"]) == (method, framework, 12)
+    assert figures["tokens"] == 12 * 4 * 16
+    assert figures["skipped_steps"] == 0
+    assert figures["val_loss"] < np.log(300) - 0.05
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [x for x in lines if "loss" in x]
+    assert [x["step"] for x in steps] == list(range(1, 13))
+    expected = 0 if method == "adamw" else 0.2
+    assert all(x["perturbation_norm"] == pytest.approx(expected, rel=1e-5) for x in steps)
+
+
+def test_both_frameworks_train_to_the_same_losses(text, tmp_path):
+    losses = {}
+    for framework in ("jax", "torch"):
+        out = tmp_path / framework
+        more = ("--framework", framework, "--steps", 15, "--micro-batches", 2, "--weight-decay", 0.1, "--no-tied")
+        assert fsam(*arguments(text, out, *more, "--evaluate-every", 5, "--probe-steps", 0)) == 0
+        lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+        losses[framework] = [x.get("loss", x.get("val_loss")) for x in lines]
+    np.testing.assert_allclose(losses["jax"], losses["torch"], rtol=2e-4)
+
+
+def test_tokens_per_param_sets_the_steps(text, tmp_path):
+    out = tmp_path / "out.json"
+    more = ("--framework", "torch", "--method", "adamw", "--tokens-per-param", 0.0003, "--json", out)
+    assert fsam(*arguments(text, tmp_path / "run", *more)) == 0
+    figures = json.loads(out.read_text())
+    assert figures["steps"] == int(np.ceil(0.0003 * figures["non_embedding_params"] / (4 * 16)))
+
+
+def test_the_cost_ratio_is_measured_against_a_base_step(text, tmp_path):
+    out = tmp_path / "out.json"
+    assert fsam(*arguments(text, tmp_path / "run", "--framework", "torch", "--steps", 8, "--json", out)) == 0
+    figures = json.loads(out.read_text())
+    assert figures["cost_ratio"] == pytest.approx(figures["step_ms_median"] / figures["base_step_ms"])
+
+
+@pytest.mark.parametrize("budget", ["steps", "time"])
+def test_compare_writes_table_plot_and_a_page_that_needs_nothing_else(budget, text, tmp_path, capsys):
+    out = tmp_path / "compare"
+    more = ("--framework", "torch", "--steps", 12, "--seeds", 2, "--budget", budget, "--json", tmp_path / "c.json")
+    command = arguments(text, out, *more, command="compare")
+    assert fsam(*command) == 0
+    printed = capsys.readouterr().out
+    for name in ("plot.png", "report.html", "comparison.json"):
+        assert str(out / name) in printed
+        assert (out / name).stat().st_size > 0
+    comparison = json.loads((out / "comparison.json").read_text())
+    assert comparison == json.loads((tmp_path / "c.json").read_text())
+    adamw, ours = comparison["rows"]
+    assert [adamw["method"], ours["method"]] == ["adamw", "precond-functional-sam"]
+    assert len(ours["val_losses"]) == 2
+    assert len(set(ours["val_losses"])) == 2
+    assert adamw["cost"]["ratio"] == 1
+    assert ours["steps"] == (12 if budget == "steps" else max(1, round(12 / ours["cost"]["ratio"])))
+    page = (out / "report.html").read_text()
+    assert not re.search(r"""(src|href)=\s*["']?(?!data:)""", page)
+    assert "data:image/png;base64," in page
+    assert "±" in page
+    # Again: nothing is trained a second time, and the measured cost is kept.
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("files.json")}
+    assert fsam(*command) == 0
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("files.json")} == before
+    assert json.loads((out / "comparison.json").read_text())["rows"] == comparison["rows"]
+
+
+def test_backends_says_what_auto_picks(tmp_path, capsys):
+    out = tmp_path / "backends.json"
+    assert fsam("backends", "--json", out) == 0
+    picked = {row["framework"]: row["backend"] for row in json.loads(out.read_text()) if row["picked"]}
+    assert picked == {"jax": "xla", "torch": "torch"}
+    assert "auto" in capsys.readouterr().out
+
+
+BAD = {
+    "an unknown method": (["--method", "sma"], ["--method", "'sma'", "functional-sam"]),
+    "an unknown preset": (["--preset", "small"], ["--preset", "'small'", "tiny"]),
+    "an unknown framework": (["--framework", "tf"], ["--framework", "'tf'", "jax or torch"]),
+    "a negative rho": (["--rho", "-0.1"], ["--rho", "-0.1", ">= 0"]),
+    "rho that is no number": (["--rho", "nan"], ["--rho", "nan"]),
+    "an unknown norm": (["--norm", "l1"], ["norm", "'l1'", "dual"]),
+    "a missing file": (["--data", "no/such/file.txt"], ["--data", "no/such/file.txt"]),
+    "no steps": (["--steps", "0"], ["--steps", "at least 1", "0"]),
+    "two budgets": (["--tokens-per-param", "20"], ["--steps", "--tokens-per-param"]),
+    "a batch that does not divide": (["--micro-batches", "3"], ["--micro-batches", "divides --batch 4", "3"]),
+    "sequences longer than the text": (["--seq-len", "99999"], ["--data", "sequence"]),
+    "a vocabulary too small for bytes": (["--vocab-size", "100"], ["--vocab-size", "100", "257"]),
+    "an unknown backend": (["--backend", "cuda"], ["'cuda'", "xla"]),
+    "the other framework's backend": (["--framework", "jax", "--backend", "torch"], ["'torch'", "xla"]),
+    "dropout of one": (["--dropout", "1"], ["--dropout", "1"]),
+    "a missing tokenizer": (["--tokenizer", "none.json"], ["--tokenizer", "none.json"]),
+    "a learning rate of zero": (["--learning-rate", "0"], ["--learning-rate", "0"]),
+    "evaluation of nothing": (["--evaluation-batches", "0"], ["--evaluation-batches", "0"]),
+    "a folder for --json": (["--json", "."], ["--json", "folder"]),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_one_sentence_and_exit_code_2(what, text, tmp_path, capsys):
+    more, said = BAD[what]
+    out = tmp_path / "run"
+    assert fsam(*arguments(text, out, "--steps", 3, *more)) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    (line,) = shown.err.strip().splitlines()
+    assert line.startswith("fsam: error: ")
+    for part in said:
+        assert part in line
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--methods", "adamw,sma"], ["--methods", "sma"]),
+        (["--methods", ""], ["--methods", "none given"]),
+        (["--seeds", "0"], ["--seeds", "0"]),
+        (["--cost-steps", "3"], ["--cost-steps", "3"]),
+    ],
+)
+def test_bad_input_to_compare(more, said, text, tmp_path, capsys):
+    assert fsam(*arguments(text, tmp_path / "c", *more, command="compare")) == 2
+    errors = capsys.readouterr().err
+    assert all(part in errors for part in said)
+    assert not (tmp_path / "c").exists()
+
+
+def test_an_empty_corpus_is_refused(tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("")
+    assert fsam(*arguments(tmp_path / "empty.txt", tmp_path / "run")) == 2
+    assert "--data" in capsys.readouterr().err
+
+
+def test_usage_errors_exit_with_2_and_help_with_0(capsys):
+    assert fsam("train", "--steps", "many") == 2
+    assert fsam("fly") == 2
+    assert fsam("train", "--help") == 0
+    assert "--method" in capsys.readouterr().out

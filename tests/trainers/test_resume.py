@@ -1,0 +1,104 @@
+"""A run that is interrupted in any way and goes on ends in the weights of one that was not, to the bit."""
+
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+from runs import arguments, final_weights, fsam, fsam_process, steps_done
+
+FRAMEWORKS = ("jax", "torch")
+STEPS = 24
+
+
+def run_arguments(text, out, framework):
+    dropout = ("--dropout", 0.1)  # random draws must resume as well
+    pace = ("--steps", STEPS, "--checkpoint-every", 3, "--evaluate-every", 7, "--probe-steps", 0)
+    return arguments(text, out, "--framework", framework, *dropout, *pace)
+
+
+def wait_for_step(process, out, step):
+    while steps_done(out) < step:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.005)
+
+
+def assert_same_weights(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.fixture(scope="module", params=FRAMEWORKS)
+def uninterrupted(request, text, tmp_path_factory):
+    """(framework, its weights, its metrics) after a run in one piece."""
+    out = tmp_path_factory.mktemp(request.param) / "whole"
+    command = run_arguments(text, out, request.param)
+    process = fsam_process(command)
+    assert process.wait() == 0, process.communicate()[1]
+    return request.param, final_weights(command), out
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_saves_and_the_same_command_goes_on(uninterrupted, number, text, tmp_path):
+    framework, weights, _ = uninterrupted
+    out = tmp_path / "run"
+    command = run_arguments(text, out, framework)
+    process = fsam_process(command)
+    wait_for_step(process, out, 4)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 128 + number, process.communicate()[1]
+    stopped = steps_done(out)
+    assert 4 <= stopped < STEPS
+    assert (out / "checkpoints" / f"step_{stopped:08d}" / "files.json").exists()
+    assert fsam(*command) == 0
+    assert_same_weights(final_weights(command), weights)
+
+
+def kills(uninterrupted, text, tmp_path, count, seed):
+    framework, weights, whole = uninterrupted
+    out = tmp_path / "run"
+    command = run_arguments(text, out, framework)
+    rng = random.Random(seed)
+    for _ in range(count):
+        process = fsam_process(command)
+        # Any moment: while it starts, in a step, in an evaluation, in the middle of a checkpoint.
+        if rng.random() < 0.2:
+            time.sleep(rng.uniform(0, 3))
+        else:
+            wait_for_step(process, out, rng.randrange(STEPS - 2))
+            time.sleep(rng.uniform(0, 0.05))
+        process.kill()
+        process.communicate()
+    process = fsam_process(command)
+    assert process.wait() == 0, process.communicate()[1]
+    assert_same_weights(final_weights(command), weights)
+    assert not list((out / "checkpoints").glob(".writing-*"))
+    steps = [line.split(",")[0] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [line.split(",")[0] for line in (whole / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_kill_9_three_times_and_the_weights_are_those_of_one_piece(uninterrupted, text, tmp_path):
+    kills(uninterrupted, text, tmp_path, 3, seed=0)
+
+
+@pytest.mark.slow
+def test_kill_9_at_ten_random_moments_and_the_weights_are_those_of_one_piece(uninterrupted, text, tmp_path):
+    kills(uninterrupted, text, tmp_path, 10, seed=1)
+
+
+def test_a_second_process_in_the_same_folder_is_turned_away(text, tmp_path):
+    out = tmp_path / "run"
+    command = [*run_arguments(text, out, "torch"), "--steps", "2000", "--checkpoint-every", "0"]
+    process = fsam_process(command)
+    try:
+        wait_for_step(process, out, 1)
+        other = fsam_process(command)
+        _, errors = other.communicate(timeout=60)
+        assert other.returncode == 2
+        assert "another process is training in" in errors
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.communicate()

@@ -1,0 +1,191 @@
+"""`prepare`: a data SPEC to a corpus in tokens, from the cache where it has been made before."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fsam_core.errors import UserError
+
+from . import cache as store
+from .corpus import Corpus, check_at_least, check_length, fingerprint, token_dtype
+from .documents import Source, Split, reading
+from .encoding import Sink, encode_streams, take_head
+from .hub import hub_source
+from .progress import status
+from .records import is_records, records_source
+from .shards import open_shards
+from .text import file_source, folder_source, python_source
+from .vocabulary import TRAINING_CHARACTERS, load_tokenizer, size, train_tokenizer
+
+_FORMAT = 1  # raise it when the same documents and settings are to give other tokens
+_WHAT_WORKS = (
+    "python, a text file or folder, a .jsonl, .jsonl.gz or .parquet file (or a folder of them) with a text column, "
+    "a .bin file of tokens, or hf:NAME[:CONFIG]"
+)
+_CHARACTERS_PER_TOKEN = 4  # about
+
+
+def prepare(
+    spec: str,
+    *,
+    vocab_size: int,
+    seq_len: int,
+    tokenizer: Path | None = None,
+    max_tokens: int | None = None,
+    cache: Path | None = None,
+) -> Corpus:
+    """The corpus that `spec` names in tokens, split into training and held-out ones: uint16, or uint32 above 65536 ids.
+
+    spec: "python" (the standard library's sources), a text file or folder, a .jsonl / .jsonl.gz / .json.gz / .parquet
+        file or a folder of them, a .bin of tokens, or "hf:NAME[:CONFIG]". About a twentieth is held out: whole
+        documents, or the end of a single text.
+    vocab_size: every token id is below it. A byte-level BPE vocabulary of that size is learned from the training split.
+    seq_len: tokens in a sequence; each split must hold seq_len + 1.
+    tokenizer: a tokenizer.json to use instead of learning one.
+    max_tokens: most tokens in the training split; the held-out one then has at most max(max_tokens // 20, seq_len + 1).
+    cache: folder to keep the tokens in, instead of FSAM_CACHE or the user's cache folder. A .bin is used where it lies.
+
+    Raises UserError, in one sentence, for anything that is wrong with the arguments, the data or the cache.
+    """
+    check_at_least("--vocab-size", vocab_size, 1)
+    check_at_least("--seq-len", seq_len, 1)
+    if vocab_size > 1 << 31:
+        raise UserError(f"--vocab-size: got {vocab_size}, token ids must fit in 32 signed bits: at most {1 << 31}")
+    if max_tokens is not None and max_tokens < seq_len + 1:
+        raise UserError(f"--max-tokens: got {max_tokens}, one sequence needs seq_len + 1 = {seq_len + 1}")
+    max_validation = None if max_tokens is None else max(max_tokens // 20, seq_len + 1)
+    if _is_shard(spec):
+        if tokenizer is not None:
+            raise UserError(f"--tokenizer: got {tokenizer}, but --data {spec} holds tokens already: leave it out")
+        corpus = open_shards(_path(spec), vocab_size=vocab_size, max_train=max_tokens, max_validation=max_validation)
+    else:
+        corpus = _prepare_text(spec, vocab_size, tokenizer, max_tokens, max_validation, cache)
+    check_length("training", corpus.train.size, seq_len)
+    check_length("validation", corpus.validation.size, seq_len)
+    return corpus
+
+
+def open_source(spec: str, max_tokens: int | None) -> Source:
+    """The documents that a SPEC names. Raises UserError where there are none, or the SPEC is of no known kind."""
+    if spec == "python":
+        return python_source()
+    if spec.startswith("hf:"):
+        return hub_source(spec, max_tokens)
+    path = _path(spec)
+    if not spec.strip() or not os.path.exists(path):  # Path.exists raises where a name is too long
+        raise UserError(
+            f"--data: {spec!r} is neither a file nor a folder here, nor anything else that works: {_WHAT_WORKS}"
+        )
+    if path.is_file():
+        return records_source(path.name, [path]) if is_records(path) else file_source(path)
+    if not path.is_dir():
+        raise UserError(f"--data: {path} is neither a regular file nor a folder; what works: {_WHAT_WORKS}")
+    if (path / "train.bin").is_file():
+        raise UserError(f"--data: {path} is a folder of token shards: give the file, {path / 'train.bin'}")
+    with reading(path):
+        records = sorted(child for child in path.iterdir() if is_records(child) and child.is_file())
+    return records_source(path.resolve().name, records) if records else folder_source(path)
+
+
+def _is_shard(spec: str) -> bool:
+    return spec.endswith(".bin") and not spec.startswith("hf:") and os.path.isfile(_path(spec))
+
+
+def _path(spec: str) -> Path:
+    return Path(os.path.expanduser(spec))  # Path.expanduser raises for a user it does not know
+
+
+def _prepare_text(
+    spec: str,
+    vocab_size: int,
+    tokenizer_path: Path | None,
+    max_tokens: int | None,
+    max_validation: int | None,
+    cache: Path | None,
+) -> Corpus:
+    if tokenizer_path is None and vocab_size < 257:
+        raise UserError(
+            f"--vocab-size: got {vocab_size}, byte-level BPE needs at least 257: 256 bytes and the end of a text"
+        )
+    given = None if tokenizer_path is None else _read_tokenizer(tokenizer_path)
+    tokenizer = None if given is None else load_tokenizer(given, tokenizer_path, vocab_size)
+    source = open_source(spec, max_tokens)
+    settings = {
+        "format": _FORMAT,
+        "content": source.digest,
+        "vocab_size": vocab_size,
+        "tokenizer": None if given is None else hashlib.blake2b(given).hexdigest(),
+        "max_tokens": [max_tokens, max_validation],
+    }
+    name = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=20).hexdigest()
+    folder = store.cache_root(cache) / name
+    if not folder.exists():
+        limits: dict[Split, int | None] = {"train": max_tokens, "validation": max_validation}
+        with status("reading the text") as say:
+            store.build_entry(folder, partial(_fill, spec, source, vocab_size, tokenizer, given, limits, say))
+    return store.open_entry(folder)
+
+
+def _read_tokenizer(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"--tokenizer: {path} cannot be read: {error.strerror or error}") from error
+
+
+def _fill(
+    spec: str,
+    source: Source,
+    vocab_size: int,
+    tokenizer: Any,
+    given: bytes | None,
+    limits: dict[Split, int | None],
+    say: Callable[[str], None],
+    folder: Path,
+) -> None:
+    """Write the four files of a cache entry into `folder`."""
+    streams = source.open()
+    if tokenizer is None:
+        wanted = TRAINING_CHARACTERS
+        if limits["train"] is not None:  # about the text that the training split will hold
+            wanted = min(wanted, limits["train"] * _CHARACTERS_PER_TOKEN)
+        texts, streams[0] = take_head(streams[0], wanted)
+        say(f"learning a vocabulary of {vocab_size:,}")
+        tokenizer = train_tokenizer(texts, vocab_size)
+        given = tokenizer.to_str(pretty=True).encode()
+        del texts
+    dtype = token_dtype(vocab_size)
+    with store.durable(folder / "train.bin") as train, store.durable(folder / "validation.bin") as validation:
+        sinks: dict[Split, Sink] = {
+            "train": Sink(train, dtype, limits["train"]),
+            "validation": Sink(validation, dtype, limits["validation"]),
+        }
+        encode_streams(streams, tokenizer, sinks, lambda tokens: say(f"tokenizing: {tokens:,} training tokens"))
+    if not sinks["train"].characters:
+        raise UserError(f"--data: {spec} holds no text to train on")
+    with store.durable(folder / "tokenizer.json") as file:
+        file.write(given or b"")
+    store.write_meta(folder, _meta(source, vocab_size, size(tokenizer), dtype, sinks))
+
+
+def _meta(source: Source, vocab_size: int, used: int, dtype: np.dtype, sinks: dict[Split, Sink]) -> dict[str, Any]:
+    train, validation = sinks["train"], sinks["validation"]
+    documents = f" {train.documents + validation.documents:,} {source.unit}," if source.unit else ""
+    vocabulary = f"{vocab_size}" if used == vocab_size else f"{vocab_size} ({used} used)"
+    return {
+        "dtype": dtype.name,
+        "vocab_size": vocab_size,
+        "train_tokens": train.tokens,
+        "validation_tokens": validation.tokens,
+        "train_blake2b": train.checksum,
+        "validation_blake2b": validation.checksum,
+        "fingerprint": fingerprint(vocab_size, dtype, train.checksum, validation.checksum),
+        "description": f"{source.title}:{documents} {train.tokens:,} train / {validation.tokens:,} validation tokens, "
+        f"vocabulary {vocabulary}",
+    }
