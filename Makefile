@@ -21,11 +21,11 @@ train: install
 	$(BIN)/fsam compare --preset tiny --steps 300 --methods adamw,precond-functional-sam --out $(RUN)
 
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 # Minutes long: ten kills and resumptions of a run in each framework, and what else is marked slow.
 test-slow: install
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 -m slow
 
 lint: install
 	$(BIN)/ruff check .

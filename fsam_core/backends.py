@@ -16,7 +16,7 @@ from fsam_core.errors import UserError
 
 # Framework -> its backends, most specialised last. The first is plain framework code and runs anywhere.
 BACKENDS: dict[str, tuple[str, ...]] = {"jax": ("xla", "pallas"), "torch": ("torch", "triton")}
-_EXTRA = {"jax": "jax", "xla": "jax", "pallas": "tpu", "torch": "torch", "triton": "triton"}
+_EXTRA = {"optax": "jax", "flax": "jax", "orbax": "jax"}  # module -> the extra that brings it, where names differ
 _NEEDS = {"xla": "jax", "pallas": "jax", "torch": "torch", "triton": "triton"}
 
 
@@ -29,7 +29,7 @@ class Choice:
 
 
 def require(module: str) -> None:
-    """Fail with the command that mends it when `module` ("jax", "torch", "triton") is not installed.
+    """Fail with the command that mends it when `module` ("jax", "optax", "torch", …) is not installed.
 
     Raises:
         UserError: naming the pip command.

@@ -121,12 +121,16 @@ def value_and_grad(
         schedule.
 
     Raises:
-        UserError: for an unknown backend, or a preconditioned method without b2.
+        UserError: for an unknown backend, a preconditioned method without b2, b2 outside [0, 1) or clip_norm ≤ 0.
     """
     if not isinstance(method, Plain | Perturbed):
         raise UserError(f"method must be Plain(), SAM(...), FunctionalSAM(...) or LogitSAM(...), got {method!r}")
     if isinstance(method, Perturbed) and method.precondition == "adam" and b2 is None:
         raise UserError("b2 is missing: precondition='adam' needs the b2 of your optax.adamw, e.g. b2=0.95")
+    if b2 is not None and not 0 <= b2 < 1:
+        raise UserError(f"b2 must be in [0, 1), as that of your optax.adamw; got {b2!r}")
+    if clip_norm is not None and not clip_norm > 0:
+        raise UserError(f"clip_norm must be > 0, or None for no clipping; got {clip_norm!r}")
     ops = backends.load("jax", backend)
 
     def grad(params: Params, batch: Any, opt_state: Any = None) -> tuple[tuple[jax.Array, Info], Params]:
@@ -136,7 +140,7 @@ def value_and_grad(
         items, moved_loss = _stacked(batches), jnp.float32(jnp.nan)
 
         loss, weight, g, cotangents = _base_pass(ops, features, params, items)
-        base_norm = optax.tree.norm(g)
+        base_norm = _norm(g)
         if isinstance(method, Plain):
             g_hat, length = g, jnp.zeros_like(base_norm)
         else:
@@ -150,7 +154,7 @@ def value_and_grad(
                 moved_loss, cotangents = _cotangent_pass(ops, features, moved, items)
                 g_hat = _pull_back(ops, features, params, items, cotangents)
 
-        norm = optax.tree.norm(g_hat)
+        norm = _norm(g_hat)
         finite = jnp.isfinite(loss) & jnp.isfinite(base_norm) & jnp.isfinite(length) & jnp.isfinite(norm)
         if method.path in ("sam", "logit"):
             finite &= jnp.isfinite(moved_loss)
@@ -203,6 +207,7 @@ def _base_pass(ops: ModuleType, features: Features, params: Params, items: Any) 
         return (loss, weight, g), (_without_weight(cotangent, items), weight)
 
     (loss, weight, g), (cotangents, weights) = _mean(one, items)
+    g = jax.tree.map(lambda x, p: x.astype(p.dtype), g, params)
     return loss, weight, g, _kept(features, params, items, cotangents, weights, weight)
 
 
@@ -230,9 +235,10 @@ def _pull_back(ops: ModuleType, features: Features, params: Params, items: Any, 
                 cotangent = cotangent._replace(w_VxD=cotangents.weight_VxD)
         else:
             cotangent = cotangent * share.astype(cotangent.dtype)
-        return pull_back(_through_head(ops, cotangent, head)), ()
+        return jax.tree.map(_wide, pull_back(_through_head(ops, cotangent, head))), ()
 
-    return _sum(one, _zipped(items, cotangents.each, cotangents.share))[0]
+    g = _sum(one, _zipped(items, cotangents.each, cotangents.share))[0]
+    return jax.tree.map(lambda x, p: x.astype(p.dtype), g, params)
 
 
 def _linearize(features: Features, params: Params, batch: Any) -> tuple[Any, Callable[[Any], Params]]:
@@ -265,8 +271,9 @@ def _flat(head: Any) -> Any:
         raise UserError(f"LinearHead: labels and token_weights must have hidden's leading axes, got {shapes}")
     if head.weight.ndim != 2 or head.weight.shape[1] != h.shape[-1]:
         raise UserError(f"LinearHead: weight must be [V, {h.shape[-1]}], got {head.weight.shape}")
-    y = y.reshape(-1)
-    weights = jnp.ones(y.shape, jnp.float32) if weights is None else weights.reshape(-1)
+    y = y.reshape(-1).astype(jnp.int32)
+    kind = jnp.promote_types(h.dtype, jnp.float32)
+    weights = jnp.ones(y.shape, kind) if weights is None else weights.reshape(-1).astype(kind)
     return LinearHead(h.reshape(-1, h.shape[-1]), head.weight, y, jnp.where(y >= 0, weights, 0))
 
 
@@ -274,7 +281,9 @@ def _cotangent(ops: ModuleType, head: LinearHead | Logits) -> tuple[jax.Array, j
     """(mean loss, weight, z̄) of one micro-batch; loss 0 where every label is ignored."""
     if isinstance(head, Logits):
         loss, zbar = jax.value_and_grad(head.loss)(head.logits)
-        return loss, jnp.asarray(head.weight, loss.dtype), zbar
+        weight = jnp.asarray(head.weight, loss.dtype)
+        # A mean over no targets is 0/0; it weighs nothing.
+        return jnp.where(weight > 0, loss, 0), weight, jnp.where(weight > 0, zbar, 0)
     assert head.token_weights is not None
     weight = jnp.sum(head.token_weights)
     share_N = head.token_weights / jnp.where(weight > 0, weight, 1)
@@ -309,7 +318,8 @@ def _perturbed(
         count = state.count
     if method.precondition == "adam":
         assert b2 is not None
-        v, current = state.nu, method.second_moment == "current"
+        g, v = _moments(g, state.nu)
+        current = method.second_moment == "current"
         used = count + current  # steps that the moment has seen
         correction = jnp.where(used > 0, 1 - b2**used, 1)
         adam = ops.Adam(b2, eps, correction, current)
@@ -317,6 +327,26 @@ def _perturbed(
     square = sumsq if method.norm == "l2" else dot
     scale = jnp.where(square == 0, 0, method.rho_at(count) * jax.lax.rsqrt(jnp.where(square == 0, 1, square)))
     return ops.perturb(params, g, v, scale, clip=clip, adam=adam), scale * jnp.sqrt(sumsq)
+
+
+def _moments(g: Params, nu: Any) -> tuple[Params, Params]:
+    """(g, v) for the direction; a parameter that Adam is masked from does not move: both are 0 there."""
+    is_masked = lambda x: isinstance(x, optax.MaskedNode)
+    kept = jax.tree.map(lambda v: not is_masked(v), nu, is_leaf=is_masked)
+    structures: list[Any] = [jax.tree.structure(kept), jax.tree.structure(g)]
+    if structures[0] != structures[1]:
+        raise UserError("opt_state: its Adam state is not of these params; give the one that tx.init(params) made")
+    pick = lambda tree: jax.tree.map(lambda keep, x, like: x if keep else jnp.zeros_like(like), kept, tree, g)
+    return pick(g), pick(jax.tree.map(lambda v: 0 if is_masked(v) else v, nu, is_leaf=is_masked))
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _norm(tree: Any) -> jax.Array:
+    """‖·‖₂ over all leaves, summed in float32 or wider."""
+    return optax.tree.norm(jax.tree.map(_wide, tree))
 
 
 def _clip_factor(norm: jax.Array, clip_norm: float | None) -> jax.Array:
@@ -337,8 +367,10 @@ class _Stack(NamedTuple):
 
 def _stacked(batches: list[Any]) -> Any:
     """`batches` as a `_Stack` where that is possible and worth it, else as it is."""
-    shapes = [jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), b) for b in batches]
-    if len(batches) == 1 or any(s != shapes[0] for s in shapes):
+    if len(batches) == 1 or not all(hasattr(x, "shape") for x in jax.tree.leaves(batches)):
+        return batches
+    shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), b) for b in batches]
+    if any(s != shapes[0] for s in shapes):
         return batches
     return _Stack(jax.tree.map(lambda *x: jnp.stack(x), *batches))
 
@@ -376,13 +408,13 @@ def _mean(one: Callable[[Any], tuple[Any, Any]], items: Any) -> tuple[Any, Any]:
 
     def weighted(item: Any) -> Any:
         (loss, weight, g), kept = one(item)
-        return (loss * weight, weight, jax.tree.map(lambda x: x * weight.astype(x.dtype), g)), kept
+        return (loss * weight, weight, jax.tree.map(lambda x: _wide(x) * weight, g)), kept
 
     (loss, weight, g), kept = _sum(weighted, items)
     safe = jnp.where(weight > 0, weight, 1)
     if isinstance(items, list):
         kept = tuple(map(list, zip(*kept, strict=True)))
-    return (loss / safe, weight, jax.tree.map(lambda x: x / safe.astype(x.dtype), g)), kept
+    return (loss / safe, weight, jax.tree.map(lambda x: x / safe, g)), kept
 
 
 def _without_weight(cotangent: Any, items: Any) -> Any:

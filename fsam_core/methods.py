@@ -142,11 +142,11 @@ def check_rho(value: Any, argument: str = "rho") -> float:
         UserError: when it is not a finite number ≥ 0.
     """
     try:
-        rho = float(value)
+        rho = math.nan if isinstance(value, str | bytes | bool) else float(value)
     except (TypeError, ValueError):
         rho = math.nan
-    if isinstance(value, bool) or not math.isfinite(rho) or rho < 0:
-        raise UserError(f"{argument} must be a finite number >= 0, got {value!r} (the paper's best values are 0.4-0.5)")
+    if not math.isfinite(rho) or rho < 0:
+        raise UserError(f"{argument} must be a finite number >= 0, got {value!r} (the paper's best values are 0.4–0.5)")
     return rho
 
 

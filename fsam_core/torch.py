@@ -117,9 +117,9 @@ class Step:
             raise UserError(f"method must be Plain(), SAM(...), FunctionalSAM(...) or LogitSAM(...), got {method!r}")
         if isinstance(method, Perturbed) and method.precondition == "adam":
             lacks = any("betas" not in group or "eps" not in group for group in optimizer.param_groups)
-            if lacks:
+            if lacks or isinstance(optimizer, torch.optim.Adamax):
                 kind = type(optimizer).__name__
-                raise UserError(f"optimizer: precondition='adam' needs one with betas and eps (AdamW), got {kind}")
+                raise UserError(f"optimizer: precondition='adam' needs one that keeps exp_avg_sq (AdamW), got {kind}")
         if clip_norm is not None and not clip_norm > 0:
             raise UserError(f"clip_norm must be > 0, or None for no clipping; got {clip_norm!r}")
         self.model, self.optimizer, self.method, self.features = model, optimizer, method, features
@@ -161,23 +161,28 @@ class Step:
         method = self.method
         try:
             loss, weight, kept = self._base_pass(batches)
-            params = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+            params = self._params()
+            if not params:
+                raise UserError(
+                    "optimizer: none of its parameters got a gradient; is the model frozen, or not its own?"
+                )
             base_norm = norm = _norm([p.grad for p in params])
             moved_loss = never = loss.new_tensor(math.nan)
             length = torch.zeros_like(base_norm)
             if isinstance(method, Perturbed):
                 moved, length = self._perturbed(params, base_norm)
-                if method.path == "functional":  # J(θ+ε)ᵀ z̄(θ)
-                    with self._at(params, moved):
-                        self._pull_back(batches, kept, weight)
-                elif method.path == "sam":  # J(θ+ε)ᵀ z̄(θ+ε)
-                    with self._at(params, moved):
-                        moved_loss, _, _ = self._base_pass(batches, replay=kept)
-                else:  # J(θ)ᵀ z̄(θ+ε)
-                    with self._at(params, moved):
-                        moved_loss, moved_kept = self._cotangent_pass(batches, kept)
-                    self._pull_back(batches, moved_kept, weight)
-                norm = _norm([p.grad for p in params if p.grad is not None])
+                with self._statistics_kept():
+                    if method.path == "functional":  # J(θ+ε)ᵀ z̄(θ)
+                        with self._at(params, moved):
+                            self._pull_back(batches, kept)
+                    elif method.path == "sam":  # J(θ+ε)ᵀ z̄(θ+ε)
+                        with self._at(params, moved):
+                            moved_loss, _, _ = self._base_pass(batches, replay=kept)
+                    else:  # J(θ)ᵀ z̄(θ+ε)
+                        with self._at(params, moved):
+                            moved_loss, moved_kept = self._cotangent_pass(batches, kept)
+                        self._pull_back(batches, moved_kept)
+                norm = _norm([p.grad for p in self._params()])
         except BaseException:
             self._clear()
             raise
@@ -187,7 +192,7 @@ class Step:
         evaluated = [v for v, x in zip(values, seen, strict=True) if x is not never]
         self.info = info = Info._make([*values, not all(map(math.isfinite, evaluated))])
         if self.clip_norm is not None and not info.skipped and info.grad_norm > self.clip_norm:
-            torch._foreach_mul_([p.grad for p in params if p.grad is not None], self.clip_norm / info.grad_norm)
+            torch._foreach_mul_([_grad(p) for p in self._params()], self.clip_norm / info.grad_norm)
         return loss
 
     # --- the passes ---------------------------------------------------------------------------------------------------
@@ -198,30 +203,28 @@ class Step:
         losses: list[Tensor] = []
         weights: list[Tensor] = []
         kept: list[_Kept] = []
+        unit: Tensor | None = None
         for i, batch in enumerate(batches):
             random = self._random_state()
             if replay is not None:
                 self._set_random_state(replay[i].random)
             head = _flat(self.features(self.model, batch))
-            loss, weight, cotangent, gradients = self._cotangent(head, gradient=True)
-            if (
-                len(batches) > 1
-            ):  # summed in units of the first micro-batch's weight, so that half floats do not overflow
-                unit = weights[0] if weights else weight
-                share = weight / torch.where(unit > 0, unit, 1)
-                gradients = [x * share.to(x.dtype) for x in gradients]
+            weight = _weight(head)
+            # Everything is summed in units of the first micro-batch's weight, so that half floats do not overflow; with
+            # one micro-batch that is the mean already.
+            unit = torch.where(weight > 0, weight, 1) if unit is None else unit
+            loss, cotangent, gradients = self._cotangent(head, unit, gradient=True)
             _backward(head, gradients)
             losses.append(loss)
             weights.append(weight)
-            kept.append(_Kept(cotangent, weight, random))
-        if len(batches) == 1:
+            kept.append(_Kept(cotangent, unit, random))
+        if len(batches) == 1 or unit is None:
             return losses[0], weights[0], kept
-        total, unit = torch.stack(weights).sum(), torch.where(weights[0] > 0, weights[0], 1)
-        safe = torch.where(total > 0, total, 1)
-        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        for g in grads:
-            g.mul_((unit / safe).to(g.dtype))
-        return (torch.stack(losses) * torch.stack(weights)).sum() / safe, total, kept
+        total = torch.stack(weights).sum()
+        factor = unit / torch.where(total > 0, total, 1)
+        for p in self._params():
+            _grad(p).mul_(factor.to(_grad(p)))
+        return torch.stack(losses).sum() * factor, total, [self._rescaled(k, factor) for k in kept]
 
     def _cotangent_pass(self, batches: Sequence[Any], replay: Sequence[_Kept]) -> tuple[Tensor, list[_Kept]]:
         """(loss, z̄ of every micro-batch) at the present weights: a forward pass alone."""
@@ -230,42 +233,45 @@ class Step:
             self._set_random_state(base.random)
             with torch.no_grad():
                 head = _flat(self.features(self.model, batch))
-            loss, weight, cotangent, _ = self._cotangent(head, gradient=False)
+            loss, cotangent, _ = self._cotangent(head, base.unit, gradient=False)
             losses.append(loss)
-            kept.append(_Kept(cotangent, weight, base.random))
-        weights = torch.stack([k.weight for k in kept])
-        return (torch.stack(losses) * weights).sum() / torch.where(weights.sum() > 0, weights.sum(), 1), kept
+            kept.append(_Kept(cotangent, base.unit, base.random))
+        return torch.stack(losses).sum(), kept
 
-    def _pull_back(self, batches: Sequence[Any], kept: Sequence[_Kept], total: Tensor) -> None:
+    def _pull_back(self, batches: Sequence[Any], kept: Sequence[_Kept]) -> None:
         """Jᵀ z̄ into `.grad`: the Jacobian at the present weights, cotangents from anywhere. No logits, no loss."""
         self._clear()
         for batch, base in zip(batches, kept, strict=True):
             self._set_random_state(base.random)
             head = _flat(self.features(self.model, batch))
             if isinstance(head, LinearHead):
-                gradients = self.ops.logit_vjp(base.cotangent, head.hidden, head.weight)
+                _backward(head, self.ops.logit_vjp(base.cotangent, head.hidden, head.weight))
             else:
-                gradients = (base.cotangent,)
-            if len(batches) > 1:
-                share = base.weight / torch.where(total > 0, total, 1)
-                gradients = tuple(x * share.to(x.dtype) for x in gradients)
-            _backward(head, gradients)
+                _backward(head, (base.cotangent,))
 
-    def _cotangent(self, head: LinearHead | Logits, *, gradient: bool) -> tuple[Tensor, Tensor, Any, Any]:
-        """(mean loss, weight, z̄, z̄ at the outputs of the model) of one micro-batch; loss 0 where all is ignored."""
+    def _cotangent(self, head: LinearHead | Logits, unit: Tensor, *, gradient: bool) -> tuple[Tensor, Any, Any]:
+        """(loss, z̄, z̄ at the outputs of the model) of one micro-batch: sums over its tokens, divided by `unit`."""
         if isinstance(head, Logits):
             with torch.enable_grad():
                 z = head.logits.detach().requires_grad_()
                 loss = head.loss(z)
             (zbar,) = torch.autograd.grad(loss, z)
-            return loss.detach(), torch.as_tensor(head.weight, dtype=loss.dtype, device=loss.device), zbar, (zbar,)
+            share = _weight(head) / unit
+            # A mean over no targets is 0/0; it weighs nothing.
+            loss, zbar = (torch.where(share > 0, x.detach() * share.to(x), 0) for x in (loss, zbar))
+            return loss, zbar, (zbar,)
         assert head.token_weights is not None
-        weight = head.token_weights.sum()
-        share_N = head.token_weights / torch.where(weight > 0, weight, 1)
+        share_N = head.token_weights / unit
         loss_N, _, cotangent, gradients = self.ops.linear_cross_entropy(
             head.hidden, head.weight, head.labels, share_N, gradient=gradient
         )
-        return (loss_N * share_N).sum(), weight, cotangent, gradients
+        return (loss_N * share_N).sum(), cotangent, gradients
+
+    @staticmethod
+    def _rescaled(kept: _Kept, factor: Tensor) -> _Kept:
+        z = kept.cotangent
+        z = z * factor.to(z) if isinstance(z, Tensor) else z._replace(weights_N=z.weights_N * factor.to(z.weights_N))
+        return _Kept(z, kept.unit / factor, kept.random)
 
     # --- the perturbation ---------------------------------------------------------------------------------------------
 
@@ -301,22 +307,32 @@ class Step:
 
     @contextmanager
     def _at(self, params: list[nn.Parameter], moved: list[Tensor]) -> Iterator[None]:
-        """The model at other weights. The parameters only point elsewhere meanwhile, so θ comes back to the bit.
-
-        Running statistics (BatchNorm's) are put back too: one step updates them once.
-        """
+        """The model at other weights. The parameters only point elsewhere meanwhile, so θ comes back to the bit."""
         original = [p.data for p in params]
-        statistics = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-        buffers = [(b, b.clone()) for m in statistics for b in m.buffers(recurse=False)]
         try:
             for p, data in zip(params, moved, strict=True):
                 p.data = data
+            torch.clear_autocast_cache()  # inside the user's autocast it holds casts of θ
             yield
         finally:
             for p, data in zip(params, original, strict=True):
                 p.data = data
+            torch.clear_autocast_cache()
+
+    @contextmanager
+    def _statistics_kept(self) -> Iterator[None]:
+        """Running statistics (BatchNorm's) as they are before: one step updates them once, in its base pass."""
+        modules = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+        buffers = [(b, b.clone()) for m in modules for b in m.buffers(recurse=False)]
+        try:
+            yield
+        finally:
             for buffer, before in buffers:
                 buffer.copy_(before)
+
+    def _params(self) -> list[nn.Parameter]:
+        """The optimizer's parameters that have a gradient at the moment."""
+        return [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
 
     def _clear(self) -> None:
         self.model.zero_grad(set_to_none=True)
@@ -337,10 +353,10 @@ class Step:
 
 
 class _Kept(NamedTuple):
-    """What the second pass needs of a micro-batch: z̄, its weight, and the random state its forward pass began with."""
+    """What the second pass needs of a micro-batch: z̄, what it was divided by, and the random state it began with."""
 
     cotangent: Any
-    weight: Tensor
+    unit: Tensor
     random: dict[Any, Tensor]
 
 
@@ -362,6 +378,15 @@ def _flat(head: Any) -> LinearHead | Logits:
     kind = torch.promote_types(h.dtype, torch.float32)
     weights = torch.ones(y.shape, dtype=kind, device=y.device) if weights is None else weights.reshape(-1).to(kind)
     return LinearHead(h.reshape(-1, h.shape[-1]), head.weight, y, torch.where(y >= 0, weights, 0))
+
+
+def _weight(head: LinearHead | Logits) -> Tensor:
+    """How much a micro-batch counts."""
+    if isinstance(head, Logits):
+        dtype = torch.promote_types(head.logits.dtype, torch.float32)
+        return torch.as_tensor(head.weight, dtype=dtype, device=head.logits.device)
+    assert head.token_weights is not None
+    return head.token_weights.sum()
 
 
 def _backward(head: LinearHead | Logits, gradients: Sequence[Tensor]) -> None:

@@ -41,7 +41,8 @@ def linear_cross_entropy(
     top = z.max(axis=1)
     lse = top + np.log(np.exp(z - top[:, None]).sum(axis=1))
     zbar = np.exp(z - lse[:, None])
-    zbar[rows, y] = np.expm1(z[rows, y] - lse)  # p − 1 without cancellation where p → 1
+    zbar[rows, y] = 0
+    zbar[rows, y] = -zbar.sum(axis=1)  # p_y − 1 = −Σ of the others: no cancellation where p_y → 1
     return np.where(seen, lse - z[rows, y], 0.0), lse, zbar * weights[:, None]
 
 

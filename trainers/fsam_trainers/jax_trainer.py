@@ -11,9 +11,8 @@ import numpy as np
 
 from fsam_core import backends
 
-for module in ("jax", "flax", "optax"):
+for module in ("jax", "flax", "optax", "orbax"):
     backends.require(module)
-backends.require("orbax.checkpoint")
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402

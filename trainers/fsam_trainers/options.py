@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from dataclasses import dataclass
@@ -190,4 +189,4 @@ def parse(arguments: list[str] | None = None) -> Train | Compare | Backends:
 
 def command_line() -> str:
     """The command that is running, as one would type it."""
-    return shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    return shlex.join(["fsam", *sys.argv[1:]])

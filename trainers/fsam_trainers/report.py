@@ -40,7 +40,7 @@ def write_plot(path: Path, curves: dict[str, list[list[dict[str, Any]]]]) -> Non
             training = [x for x in lines if x.get("loss") is not None]
             held_out = [x for x in lines if x.get("val_loss") is not None]
             smooth = _smoothed([x["loss"] for x in training])
-            seen += smooth[len(smooth) // 8 :] + [x["val_loss"] for x in held_out]
+            seen += smooth[len(smooth) // 2 :] + [x["val_loss"] for x in held_out]
             for axis, unit in zip(axes, ("step", "seconds"), strict=True):
                 axis.plot([x[unit] for x in training], smooth, color=colour, alpha=0.3, linewidth=1)
                 label = method if i == 0 else None

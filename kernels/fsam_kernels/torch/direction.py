@@ -20,7 +20,8 @@ class Adam(NamedTuple):
 
 def direction(g: Tensor, v: Tensor | None, adam: Adam | None, clip: Tensor | float) -> Tensor:
     """d in float32 (float64 for float64 gradients): c g, or c g / (sqrt(v̂) + δ) where `v` is given."""
-    g = g.to(torch.promote_types(g.dtype, torch.float32)) * clip
+    g = g.to(torch.promote_types(g.dtype, torch.float32))
+    g = g * (clip.to(g.device, g.dtype) if isinstance(clip, Tensor) else clip)
     if v is None or adam is None:
         return g
     moment = (v.to(g.dtype) * adam.b2).addcmul_(g, g, value=1 - adam.b2) if adam.current else v.to(g.dtype)

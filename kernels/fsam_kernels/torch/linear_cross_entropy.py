@@ -12,14 +12,17 @@ CHUNK_BYTES = 32 * 2**20
 
 
 class Cotangent(NamedTuple):
-    """z̄ = weight (softmax(h Wᵀ) − onehot(y)), kept as what it is recomputed from: N·D + 3N values, not N·V.
+    """z̄ = weight (softmax(h Wᵀ) − onehot(y)), kept as what it is recomputed from: N·D + 5N values, not N·V.
 
-    The head weight is the unperturbed parameter's own storage, so it costs no memory.
+    The head weight is the unperturbed parameter's own storage, so it costs no memory. With e = exp(z − top) and
+    miss = 1 − p_y, the share of the other columns:  z̄_v = weight e_v / sum,  z̄_y = −weight miss.
     """
 
     h_NxD: Tensor
     w_VxD: Tensor
-    lse_N: Tensor
+    top_N: Tensor
+    sum_N: Tensor
+    miss_N: Tensor
     labels_N: Tensor
     weights_N: Tensor
 
@@ -48,25 +51,28 @@ def linear_cross_entropy(
     h_NxD, w_VxD = h_NxD.detach(), w_VxD.detach()
     dtype = wide(h_NxD)
     weights_N = torch.where(labels_N >= 0, weights_N, 0).to(dtype)
-    loss_N, lse_N = h_NxD.new_empty(len(h_NxD), dtype=dtype), h_NxD.new_empty(len(h_NxD), dtype=dtype)
+    loss_N, lse_N, top_N, sum_N, miss_N = (h_NxD.new_empty(len(h_NxD), dtype=dtype) for _ in range(5))
     hbar_NxD = torch.empty_like(h_NxD) if gradient else None
     wbar_VxD = torch.zeros_like(w_VxD, dtype=dtype) if gradient else None
     for rows in chunks(h_NxD, w_VxD):
         z_CxV = (h_NxD[rows] @ w_VxD.to(h_NxD.dtype).T).to(dtype)
         index_Cx1 = labels_N[rows].clamp_min(0)[:, None]
-        target_Cx1 = z_CxV.gather(1, index_Cx1)
         top_Cx1 = z_CxV.amax(1, keepdim=True)
-        sum_Cx1 = z_CxV.sub_(top_Cx1).exp_().sum(1, keepdim=True)
-        lse_Cx1 = top_Cx1 + sum_Cx1.log()
-        lse_N[rows] = lse_Cx1[:, 0]
-        loss_N[rows] = torch.where(labels_N[rows] >= 0, (lse_Cx1 - target_Cx1)[:, 0], 0)
+        gap_Cx1 = z_CxV.gather(1, index_Cx1) - top_Cx1  # 0 where the target is the row's largest
+        others_Cx1 = z_CxV.sub_(top_Cx1).exp_().scatter_(1, index_Cx1, 0).sum(1, keepdim=True)
+        sum_Cx1 = others_Cx1 + gap_Cx1.exp()
+        # Where the row is sure, sum is 1 + others and rounds to 1; log1p keeps the others, and so the loss's digits.
+        log_sum_Cx1 = (others_Cx1 + gap_Cx1.expm1()).log1p()
+        miss_Cx1 = others_Cx1 / sum_Cx1
+        top_N[rows], sum_N[rows], miss_N[rows] = top_Cx1[:, 0], sum_Cx1[:, 0], miss_Cx1[:, 0]
+        lse_N[rows] = (top_Cx1 + log_sum_Cx1)[:, 0]
+        loss_N[rows] = torch.where(labels_N[rows] >= 0, (log_sum_Cx1 - gap_Cx1)[:, 0], 0)
         if hbar_NxD is not None and wbar_VxD is not None:
-            # The exponentials at hand become z̄; p_y − 1 is expm1(z_y − lse), so that a sure row keeps its digits.
             weights_Cx1 = weights_N[rows][:, None]
-            z_CxV.mul_(weights_Cx1 / sum_Cx1).scatter_(1, index_Cx1, (target_Cx1 - lse_Cx1).expm1_() * weights_Cx1)
+            z_CxV.mul_(weights_Cx1 / sum_Cx1).scatter_(1, index_Cx1, -miss_Cx1 * weights_Cx1)
             contract(z_CxV, h_NxD[rows], w_VxD, hbar_NxD[rows], wbar_VxD)
     gradients = (hbar_NxD, wbar_VxD.to(w_VxD.dtype)) if hbar_NxD is not None and wbar_VxD is not None else None
-    return loss_N, lse_N, Cotangent(h_NxD, w_VxD, lse_N, labels_N, weights_N), gradients
+    return loss_N, lse_N, Cotangent(h_NxD, w_VxD, top_N, sum_N, miss_N, labels_N, weights_N), gradients
 
 
 def contract(zbar_CxV: Tensor, h_CxD: Tensor, w_VxD: Tensor, hbar_CxD: Tensor, wbar_VxD: Tensor) -> None:

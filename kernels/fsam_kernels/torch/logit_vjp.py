@@ -18,8 +18,8 @@ def logit_vjp(cotangent: Cotangent, h_NxD: Tensor, w_VxD: Tensor) -> tuple[Tenso
     for rows in chunks(base.h_NxD, base.w_VxD):
         z_CxV = (base.h_NxD[rows] @ base.w_VxD.to(base.h_NxD.dtype).T).to(wide(h_NxD))
         index_Cx1 = base.labels_N[rows].clamp_min(0)[:, None]
-        z_CxV.sub_(base.lse_N[rows][:, None])
-        target_Cx1 = z_CxV.gather(1, index_Cx1).expm1_()  # p_y − 1, without cancellation where p_y → 1
-        z_CxV.exp_().scatter_(1, index_Cx1, target_Cx1).mul_(base.weights_N[rows][:, None])
+        weights_Cx1 = base.weights_N[rows][:, None]
+        z_CxV.sub_(base.top_N[rows][:, None]).exp_().mul_(weights_Cx1 / base.sum_N[rows][:, None])
+        z_CxV.scatter_(1, index_Cx1, -base.miss_N[rows][:, None] * weights_Cx1)
         contract(z_CxV, h_NxD[rows], w_VxD, hbar_NxD[rows], wbar_VxD)
     return hbar_NxD, wbar_VxD.to(w_VxD.dtype)

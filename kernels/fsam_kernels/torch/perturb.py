@@ -29,6 +29,6 @@ def perturb(
     """
     directions = (direction(*one, clip) for one in with_moments(g, v, adam))
     return [
-        torch.addcmul(weight.to(d.dtype), d, scale.to(d.dtype)).to(weight.dtype)
+        torch.addcmul(weight.to(d.dtype), d, scale.to(d.device, d.dtype)).to(weight.dtype)
         for weight, d in zip(theta, directions, strict=True)
     ]

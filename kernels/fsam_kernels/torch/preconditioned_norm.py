@@ -18,7 +18,7 @@ def preconditioned_norm(
     clip: Tensor | float = 1.0,
     adam: Sequence[Adam] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(Σ d², Σ (c g) d), two scalar tensors on the gradients' device; sums of several calls add up.
+    """(Σ d², Σ (c g) d), two scalar tensors on the first gradient's device; sums of several calls add up.
 
     Args:
         g: gradients, at least one.
@@ -30,5 +30,7 @@ def preconditioned_norm(
     for x, moment, settings in with_moments(g, v, adam):
         d = direction(x, moment, settings, clip)
         sumsq.append(d.square().sum())
-        dot.append((d * x * clip).sum())
-    return torch.stack(sumsq).sum(), torch.stack(dot).sum()
+        dot.append((d * x).sum())
+    first = sumsq[0]
+    total = [torch.stack([x.to(first.device) for x in sums]).sum() for sums in (sumsq, dot)]
+    return total[0], total[1] * (clip.to(first) if isinstance(clip, Tensor) else clip)

@@ -19,7 +19,10 @@ def logit_vjp(cotangent: Cotangent, h_NxD: jax.Array, w_VxD: jax.Array) -> tuple
 
 
 def logit_cotangent(cotangent: Cotangent) -> jax.Array:
-    """z̄_NxV itself. Its target column is expm1(z_y − lse), not softmax − 1, so that a sure row keeps its digits."""
-    s_NxV = logits(cotangent.h_NxD, cotangent.w_VxD) - cotangent.lse_N[:, None]
-    target_NxV = jax.lax.broadcasted_iota(cotangent.labels_N.dtype, s_NxV.shape, 1) == cotangent.labels_N[:, None]
-    return jnp.where(target_NxV, jnp.expm1(s_NxV), jnp.exp(s_NxV)) * cotangent.weights_N[:, None]
+    """z̄_NxV itself, by the formulas of `Cotangent`: p_y − 1 is never formed by subtraction."""
+    z_NxV = logits(cotangent.h_NxD, cotangent.w_VxD)
+    e_NxV = jnp.exp(z_NxV - cotangent.top_N[:, None])
+    weights_Nx1 = cotangent.weights_N[:, None]
+    is_target_NxV = jax.lax.broadcasted_iota(jnp.int32, z_NxV.shape, 1) == cotangent.labels_N[:, None]
+    miss_Nx1 = cotangent.miss_N[:, None]
+    return jnp.where(is_target_NxV, -miss_Nx1 * weights_Nx1, e_NxV * (weights_Nx1 / cotangent.sum_N[:, None]))

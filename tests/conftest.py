@@ -1,0 +1,7 @@
+"""One thread for each framework: the tests' tensors are too small for more, and several tests run at once."""
+
+import os
+
+# Before either framework is imported, and inherited by the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=1")
