@@ -45,7 +45,7 @@ def test_same_weights_give_the_same_loss_and_gradients(tied):
     out = torch_decoder.features(model, torch.from_numpy(tokens()))
     other = F.cross_entropy(out.hidden @ out.weight.T, out.labels)
     other.backward()
-    assert float(loss.detach()) == pytest.approx(float(other), rel=1e-5)
+    assert float(loss) == pytest.approx(float(other.detach()), rel=1e-5)
     grads = flattened(grads)
     for name, p in model.named_parameters():
         np.testing.assert_allclose(p.grad, grads[name], rtol=1e-3, atol=1e-5 * np.abs(grads[name]).max(), err_msg=name)
