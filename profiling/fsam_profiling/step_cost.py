@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 import tyro
+from rich.console import Console as Rich
+from rich.table import Table
+
+from fsam_core import NAMES
 from fsam_trainers import cost
 from fsam_trainers.console import Console
 from fsam_trainers.files import write_json
 from fsam_trainers.presets import preset
 from fsam_trainers.settings import Settings
-from rich.console import Console as Rich
-from rich.table import Table
-
-from fsam_core import NAMES
 
 
 @dataclass(frozen=True)

@@ -30,3 +30,9 @@ def child() -> Callable[..., subprocess.Popen]:
         )
 
     return start
+
+
+@pytest.fixture
+def few_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With max_tokens, hold out a twentieth of it, however little that is."""
+    monkeypatch.setattr("fsam_trainers.data.pipeline.HELD_OUT_TOKENS", 0)

@@ -42,6 +42,7 @@ def test_rows_are_held_out_where_there_is_none(tmp_path):
     assert documents(corpus.validation, corpus) == [t for n, t in enumerate(TEXTS) if pieces.row_split(n) != "train"]
 
 
+@pytest.mark.usefixtures("few_held_out")
 def test_max_tokens_bounds_both_splits(tmp_path):
     corpus = build(write(tmp_path / "set", train=TEXTS[:100], validation=TEXTS[100:]), max_tokens=1000)
     assert (corpus.train.size, corpus.validation.size) == (1000, 50)

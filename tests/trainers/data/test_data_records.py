@@ -66,6 +66,18 @@ def test_a_folder_of_shards_is_its_files_in_order(tmp_path):
     assert corpus.fingerprint == together.fingerprint
 
 
+def test_files_named_validation_are_the_held_out_split(tmp_path):
+    folder = tmp_path / "en"
+    folder.mkdir()
+    write_records(folder / "c4-train.00000-of-01024.json.gz", TEXTS[:80])
+    write_records(folder / "c4-validation.00000-of-00008.json.gz", TEXTS[80:100])
+    corpus = build(folder)
+    assert documents(corpus.train, corpus) == TEXTS[:80]
+    assert documents(corpus.validation, corpus) == TEXTS[80:100]
+    alone = build(folder / "c4-validation.00000-of-00008.json.gz")
+    assert sorted(documents(alone.train, alone) + documents(alone.validation, alone)) == sorted(TEXTS[80:100])
+
+
 def test_two_rows_fill_both_splits(tmp_path):
     corpus = build(write_records(tmp_path / "a.jsonl", TEXTS[:2]))
     assert documents(corpus.train, corpus) == TEXTS[:1]
@@ -86,6 +98,7 @@ def test_blank_lines_are_no_rows_and_half_a_surrogate_pair_is_replaced(tmp_path)
     assert documents(corpus.validation, corpus) == ["half \ufffd pair" + " and more" * 10]
 
 
+@pytest.mark.usefixtures("few_held_out")
 def test_max_tokens_reads_no_further_than_needed(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(c4([prose(30, seed) for seed in range(400)]) + b"not json\n")

@@ -27,6 +27,7 @@ def test_one_file_is_mapped_in_place_and_its_end_held_out(tmp_path, cache):
     assert not cache.exists()
 
 
+@pytest.mark.usefixtures("few_held_out")
 def test_meta_json_may_say_uint32_and_validation_bin_is_used(tmp_path):
     (tmp_path / "meta.json").write_text(json.dumps({"dtype": "uint32"}))
     (IDS + 70000).astype("<u4").tofile(tmp_path / "train.bin")

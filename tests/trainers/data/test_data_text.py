@@ -46,7 +46,10 @@ def test_one_line_is_cut_at_the_mark(tmp_path, end):
 
 def test_a_folder_is_split_by_file_in_order_and_skips_what_is_not_text(tmp_path):
     files = {f"{'deep/' * (n % 3)}{n:02}.txt": prose(40, n) for n in range(60)}
-    folder = write(tmp_path / "texts", {**files, "bad.txt": b"caf\xe9 latin-1", "nul.bin": b"a\0b", "empty.txt": ""})
+    folder = write(
+        tmp_path / "texts",
+        {**files, "bad.txt": b"caf\xe9 latin-1", "nul.bin": b"a\0b", "empty.txt": "", ".git/HEAD": "ref"},
+    )
     corpus = build(folder)
     train, validation = documents(corpus.train, corpus), documents(corpus.validation, corpus)
     order = [files[name] for name in sorted(files)]
@@ -87,12 +90,18 @@ def test_a_folder_with_one_usable_file_is_cut_like_that_file(tmp_path):
     assert "".join(documents(corpus.train, corpus) + documents(corpus.validation, corpus)) == content
 
 
+@pytest.mark.usefixtures("few_held_out")
 def test_max_tokens_bounds_both_splits_and_keeps_the_start(tmp_path):
     path = write(tmp_path, {"a.txt": prose(20000)}) / "a.txt"
     some = build(path, max_tokens=1000)
     assert some.train.size == 1000
     assert some.validation.size == 50
     assert build(path, max_tokens=40).validation.size == 9  # seq_len + 1 where that is more than a twentieth
+
+
+def test_few_training_tokens_leave_enough_held_out_to_measure_by(tmp_path):
+    path = write(tmp_path, {"a.txt": prose(20000)}) / "a.txt"
+    assert build(path, max_tokens=1000).validation.size == build(path).validation.size > 1000
 
 
 def test_the_content_and_each_setting_make_another_corpus(tmp_path):

@@ -28,6 +28,7 @@ _WHAT_WORKS = (
     "python, a text file or folder, a .jsonl, .jsonl.gz or .parquet file (or a folder of them) with a text column, "
     "a .bin file of tokens, or hf:NAME[:CONFIG]"
 )
+HELD_OUT_TOKENS = 1 << 16  # tokens that are held out, if there are as many, however few are trained on
 _CHARACTERS_PER_TOKEN = 4  # about
 
 
@@ -48,7 +49,7 @@ def prepare(
     vocab_size: every token id is below it. A byte-level BPE vocabulary of that size is learned from the training split.
     seq_len: tokens in a sequence; each split must hold seq_len + 1.
     tokenizer: a tokenizer.json to use instead of learning one.
-    max_tokens: most tokens in the training split; the held-out one then has at most max(max_tokens // 20, seq_len + 1).
+    max_tokens: most tokens in the training split; the held-out one then has at most max(max_tokens // 20, 65536).
     cache: folder to keep the tokens in, instead of FSAM_CACHE or the user's cache folder. A .bin is used where it lies.
 
     Raises UserError, in one sentence, for anything that is wrong with the arguments, the data or the cache.
@@ -59,7 +60,7 @@ def prepare(
         raise UserError(f"--vocab-size: got {vocab_size}, token ids must fit in 32 signed bits: at most {1 << 31}")
     if max_tokens is not None and max_tokens < seq_len + 1:
         raise UserError(f"--max-tokens: got {max_tokens}, one sequence needs seq_len + 1 = {seq_len + 1}")
-    max_validation = None if max_tokens is None else max(max_tokens // 20, seq_len + 1)
+    max_validation = None if max_tokens is None else max(max_tokens // 20, HELD_OUT_TOKENS, seq_len + 1)
     if _is_shard(spec):
         if tokenizer is not None:
             raise UserError(f"--tokenizer: got {tokenizer}, but --data {spec} holds tokens already: leave it out")

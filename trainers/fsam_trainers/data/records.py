@@ -20,17 +20,31 @@ def is_records(path: Path) -> bool:
 
 
 def records_source(title: str, paths: list[Path]) -> Source:
-    """The rows of all `paths`, file after file, one document each; split by a hash of the row's number.
+    """The rows of all `paths`, file after file, one document each.
+
+    Files with "validation" in their names, as C4's have, are the held-out split if there are others beside them;
+    without such files the rows are split by a hash of their number.
 
     Raises UserError, here or while reading, for a file that cannot be read, is damaged, or has a row without a text.
     """
     digest = content_digest("records", ((path.name, file_digest(path)) for path in paths))
 
-    def rows() -> Iterator[str]:
+    def rows(paths: list[Path]) -> Iterator[str]:
         for path in paths:
             yield from parquet_rows(path) if path.name.lower().endswith(".parquet") else jsonl_rows(path)
 
-    return Source(title, "rows", digest, lambda: [Stream(("train", "validation"), row_pieces(rows(), row_split))])
+    own = [path for path in paths if "validation" in path.name.lower()]
+    others = [path for path in paths if path not in own]
+
+    def streams() -> list[Stream]:
+        if not own or not others:
+            return [Stream(("train", "validation"), row_pieces(rows(paths), row_split))]
+        return [
+            Stream(("train",), row_pieces(rows(others), lambda index: "train")),
+            Stream(("validation",), row_pieces(rows(own), lambda index: "validation")),
+        ]
+
+    return Source(title, "rows", digest, streams)
 
 
 def jsonl_rows(path: Path) -> Iterator[str]:

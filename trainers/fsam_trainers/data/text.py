@@ -67,7 +67,7 @@ def file_source(path: Path) -> Source:
 
 
 def folder_source(folder: Path) -> Source:
-    """Every UTF-8 text file below a folder, one document each. Raises UserError where there is no text."""
+    """Every UTF-8 text file below a folder but hidden ones, one document each. Raises UserError where there is none."""
     files = _text_files(folder, _names(folder))
     if not any(file.characters for file in files):
         raise UserError(
@@ -77,10 +77,10 @@ def folder_source(folder: Path) -> Source:
     return _source(folder.resolve().name or str(folder), files)
 
 
-def _names(folder: Path, keep: Callable[[str], bool] = lambda part: True) -> list[str]:
+def _names(folder: Path, keep: Callable[[str], bool] = lambda part: not part.startswith(".")) -> list[str]:
     """The posix paths, relative to the folder, of all regular files below it, sorted.
 
-    `keep` says, by its name alone, whether a file or folder is wanted.
+    `keep` says, by its name alone, whether a file or folder is wanted; hidden ones (.git, say) are not.
     """
 
     def fail(error: OSError) -> None:
