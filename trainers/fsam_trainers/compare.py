@@ -20,7 +20,18 @@ from fsam_trainers.loop import Pace, train
 from fsam_trainers.report import write_plot, write_report
 from fsam_trainers.settings import Settings
 
-COLUMNS = ("method", "validation loss", "vs first", "train loss", "steps", "seconds", "ms/step", "x AdamW", "skipped")
+COLUMNS = (
+    "method",
+    "validation loss",
+    "vs first",
+    "best (step)",
+    "train loss",
+    "steps",
+    "seconds",
+    "ms/step",
+    "x AdamW",
+    "skipped",
+)
 
 
 def compare(
@@ -49,6 +60,7 @@ def compare(
     """
     costs = _costs(settings, methods, corpus, out, cost_steps, console)
     runs: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
+    curves: dict[str, list[list[dict[str, Any]]]] = {method: [] for method in methods}
     for seed in range(seeds):
         for method in methods:
             steps = settings.steps if budget == "steps" else max(1, round(settings.steps / costs[method].ratio))
@@ -66,10 +78,9 @@ def compare(
             figures = train(one, corpus, folder, every, console, base_ms=costs["adamw"].step_ms)
             if figures["status"] == "stopped":
                 return None
-            figures["metrics"] = metrics.read(folder / "metrics.jsonl")
             runs[method].append(figures)
-    comparison = _summary(settings, runs, costs, corpus, budget, seeds, cost_steps, command)
-    curves = {method: [run.pop("metrics") for run in of] for method, of in runs.items()}
+            curves[method].append(metrics.read(folder / "metrics.jsonl"))
+    comparison = _summary(settings, runs, curves, costs, corpus, budget, seeds, cost_steps, command)
     write_json(out / "comparison.json", comparison)
     write_plot(out / "plot.png", curves)
     write_report(out / "report.html", comparison, out / "plot.png")
@@ -100,6 +111,7 @@ def _costs(
 def _summary(
     settings: Settings,
     runs: dict[str, list[dict[str, Any]]],
+    curves: dict[str, list[list[dict[str, Any]]]],
     costs: dict[str, cost.Cost],
     corpus: Corpus,
     budget: str,
@@ -112,6 +124,8 @@ def _summary(
     for method, of in runs.items():
         losses = [run["val_loss"] for run in of]
         mine = costs[method]
+        held_out = [[x for x in lines if x.get("val_loss") is not None] for lines in curves[method]]
+        best = [min(lines, key=lambda x: x["val_loss"]) for lines in held_out]
         row = {
             "method": method,
             "val_loss_mean": statistics.fmean(losses),
@@ -119,6 +133,8 @@ def _summary(
             "val_losses": losses,
             # Seed by seed, so that what the seeds have in common does not hide the difference.
             "difference": statistics.fmean(np.subtract(losses, first)) if losses is not first else 0.0,
+            "best_val_loss_mean": statistics.fmean(x["val_loss"] for x in best),
+            "best_steps": [x["step"] for x in best],
             "train_loss_mean": statistics.fmean(run["train_loss"] for run in of),
             "steps": of[0]["steps"],
             "seconds_mean": statistics.fmean(run["seconds"] for run in of),
@@ -130,6 +146,7 @@ def _summary(
             method,
             f"{row['val_loss_mean']:.4f}{spread}",
             f"{row['difference']:+.4f}" if method != next(iter(runs)) else "",
+            f"{row['best_val_loss_mean']:.4f} ({round(statistics.fmean(row['best_steps'])):,})",
             f"{row['train_loss_mean']:.4f}",
             f"{row['steps']:,}",
             f"{row['seconds_mean']:,.1f}",
@@ -147,7 +164,8 @@ def _summary(
         "rows": rows,
         "notes": [
             corpus.description,
-            f"Validation loss in nats a token, {spread_note}; 'vs first' is paired by seed.",
+            f"Validation loss at the end, in nats a token, {spread_note}; 'vs first' is paired by seed.",
+            "Best: the lowest evaluation of each run, and the step it was at.",
             "Seconds in training steps alone, without compilation, evaluation and checkpoints.",
             f"x AdamW: median of {cost_steps} steps of each method timed turn about in one process, "
             "with the 20th and 80th percentile.",
