@@ -9,6 +9,9 @@ import sys
 import pytest
 from runs import arguments, final_weights, fsam, steps_done
 
+from fsam_core import UserError
+from fsam_trainers import checkpoints
+
 FRAMEWORKS = ("jax", "torch")
 
 
@@ -109,6 +112,14 @@ def test_resuming_on_other_data_is_refused(run, tmp_path, capsys):
     assert "other data" in capsys.readouterr().err
 
 
+def test_a_checkpoint_that_cannot_fit_is_refused_before_it_is_begun(tmp_path):
+    written = []
+    with pytest.raises(UserError, match=r"it takes 1,000,000,000 MB and [\d,]+ MB are free"):
+        checkpoints.save(tmp_path, 1, {}, written.append, size=10**15, keep=2)
+    assert written == []
+    assert list(tmp_path.iterdir()) == []
+
+
 LIMITED = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
@@ -127,9 +138,9 @@ def test_a_disk_that_refuses_a_checkpoint_costs_only_that_checkpoint(framework, 
     limit = str(200_000)
     done = subprocess.run([sys.executable, "-c", LIMITED, limit, *command], capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("fsam: error: cannot write")
-    assert "nothing was left half-written" in last
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("fsam: error: cannot write")
+    assert line.endswith("no space left for it; nothing was left half-written")
     assert list((out / "checkpoints").glob("*")) == []
     assert fsam(*command) == 0
     lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]

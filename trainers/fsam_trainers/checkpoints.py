@@ -29,8 +29,8 @@ class Checkpoint(NamedTuple):
         return self.folder / "state"
 
 
-def save(root: Path, step: int, run: dict[str, Any], write_state: Callable[[Path], None], keep: int) -> Path:
-    """Write the checkpoint of `step`, then drop all but the newest `keep`.
+def save(root: Path, step: int, run: dict[str, Any], write_state: Callable[[Path], None], size: int, keep: int) -> Path:
+    """Write the checkpoint of `step`, about `size` bytes, then drop all but the newest `keep`.
 
     Raises:
         UserError: when the disk refuses; older checkpoints stay, nothing half-written does.
@@ -39,12 +39,21 @@ def save(root: Path, step: int, run: dict[str, Any], write_state: Callable[[Path
     if target.exists():  # the same step of the same run: it is already there, or damaged
         shutil.rmtree(target)
     with new_folder(target) as folder:
+        # Asked first, because the frameworks' writers say "disk full" late, at length and in words of their own.
+        if (free := shutil.disk_usage(folder).free) < size:
+            raise UserError(
+                f"cannot write {target}: it takes {size / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free; "
+                "nothing was left half-written"
+            )
         try:
             write_state(folder / "state")
         except (OSError, UserError):
             raise
-        except Exception as error:  # orbax and tensorstore say "disk full" as a ValueError of several lines
-            raise UserError(f"cannot write {target}: {_first_line(error)}; nothing was left half-written") from error
+        except Exception as error:
+            full = any(text in str(error) for text in ("No space left", "File too large", "Disk quota exceeded"))
+            full = full or shutil.disk_usage(folder).free < 2**20  # torch: "enforce fail … unexpected pos"
+            reason = "no space left for it" if full else _first_line(error)
+            raise UserError(f"cannot write {target}: {reason}; nothing was left half-written") from error
         write_json(folder / "run.json", run)
         write_json(folder / "files.json", {name: list(entry) for name, entry in _entries(folder).items()})
     for old in _folders(root)[:-keep]:

@@ -38,6 +38,9 @@ class Engine(Protocol):
     def evaluate(self, batches: Sequence[np.ndarray]) -> float:
         """Mean loss a token over the batches, at θ, without dropout."""
 
+    def state_bytes(self) -> int:
+        """Bytes of what `save` writes."""
+
     def save(self, folder: Path) -> None:
         """Write weights and optimizer state into a new folder."""
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,6 +54,18 @@ def learning_rate(settings: Settings) -> optax.Schedule:
     cosine = optax.cosine_decay_schedule(peak, steps, settings.final_learning_rate)
     warmup = optax.linear_schedule(0, peak, settings.warmup)
     return optax.join_schedules([warmup, cosine], [settings.warmup]) if settings.warmup else cosine
+
+
+@contextlib.contextmanager
+def _no_echo() -> Iterator[None]:
+    """Orbax raises what went wrong while it wrote; its threads need not also print it, pages long, as they do."""
+    logger, unraisable = logging.getLogger("absl"), sys.unraisablehook
+    sys.unraisablehook = lambda _: None
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        sys.unraisablehook, logger.disabled = unraisable, False
 
 
 class JaxEngine:
@@ -106,8 +121,11 @@ class JaxEngine:
         losses = [self._loss(self.state.params, {"tokens": x}) for x in batches]
         return float(np.mean([float(x) for x in losses]))
 
+    def state_bytes(self) -> int:
+        return sum(x.nbytes for x in jax.tree.leaves(self.state))
+
     def save(self, folder: Path) -> None:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _no_echo(), ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(folder.absolute(), self.state._asdict())
 
     def restore(self, folder: Path) -> None:

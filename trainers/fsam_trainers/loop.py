@@ -115,7 +115,7 @@ def train(
         lines = metrics.JsonLines(out / "metrics.jsonl", now.step)
 
         def checkpoint() -> None:
-            checkpoints.save(root, now.step, {**run, "progress": vars(now)}, model.save, pace.keep)
+            checkpoints.save(root, now.step, {**run, "progress": vars(now)}, model.save, model.state_bytes(), pace.keep)
 
         def evaluate() -> None:
             now.val_loss = model.evaluate(held_out)

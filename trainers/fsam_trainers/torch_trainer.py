@@ -105,6 +105,10 @@ class TorchEngine:
             losses.append(float(loss_N.mean()))
         return float(np.mean(losses))
 
+    def state_bytes(self) -> int:
+        moments = [x for state in self.optimizer.state.values() for x in state.values()]
+        return sum(x.nbytes for x in [*self.model.parameters(), *moments])
+
     def save(self, folder: Path) -> None:
         with _one_process():
             dcp.save(self._state(), checkpoint_id=folder)
