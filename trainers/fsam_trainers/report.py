@@ -34,13 +34,14 @@ def write_plot(path: Path, curves: dict[str, list[list[dict[str, Any]]]]) -> Non
     """
     figure = matplotlib.figure.Figure(figsize=(11, 4.2), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    seen: list[float] = []
+    held, trained = [], []
     for (method, runs), colour in zip(curves.items(), COLOURS * len(curves), strict=False):
         for i, lines in enumerate(runs):
             training = [x for x in lines if x.get("loss") is not None]
             held_out = [x for x in lines if x.get("val_loss") is not None]
             smooth = _smoothed([x["loss"] for x in training])
-            seen += smooth[len(smooth) // 2 :] + [x["val_loss"] for x in held_out]
+            held += [x["val_loss"] for x in held_out]
+            trained += smooth[len(smooth) // 2 :]
             for axis, unit in zip(axes, ("step", "seconds"), strict=True):
                 axis.plot([x[unit] for x in training], smooth, color=colour, alpha=0.3, linewidth=1)
                 label = method if i == 0 else None
@@ -50,9 +51,12 @@ def write_plot(path: Path, curves: dict[str, list[list[dict[str, Any]]]]) -> Non
         axis.set_xlabel(label)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    if seen:
-        low, high = min(seen), max(seen)
-        axes[0].set_ylim(low - 0.05 * (high - low) - 0.01, high + 0.05 * (high - low) + 0.01)
+    if held:
+        low, high = min(held), max(held)
+        span = max(high - low, 0.02)
+        # The held-out curves fill the picture; a training loss far below them must not press them flat.
+        floor = max(min([low, *trained]), low - 0.5 * span)
+        axes[0].set_ylim(floor - 0.05 * span, high + 0.05 * span)
     axes[0].set_ylabel("loss (nats a token)")
     axes[0].legend(frameon=False, title="validation; faint: training, smoothed", title_fontsize="small")
     with disk_errors(path):
