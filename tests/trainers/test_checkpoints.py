@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from runs import arguments, final_weights, fsam, steps_done
+from small_runs import arguments, final_weights, fsam, steps_done
 
 from fsam_core import UserError
 from fsam_trainers import checkpoints

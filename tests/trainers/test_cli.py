@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from runs import arguments, fsam
+from small_runs import arguments, fsam
 
 from fsam_core import NAMES
 

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from runs import arguments, final_weights, fsam, fsam_process, steps_done
+from small_runs import arguments, final_weights, fsam, fsam_process, steps_done
 
 FRAMEWORKS = ("jax", "torch")
 STEPS = 24
