@@ -81,7 +81,7 @@ def test_initial_values_are_a_function_of_the_seed():
 @each_head
 def test_a_fresh_model_is_close_to_uniform(tied):
     out = torch_decoder.features(torch_decoder.Decoder(config(tied=tied, width=48)), torch.from_numpy(tokens()))
-    assert float(F.cross_entropy(out.hidden @ out.weight.T, out.labels)) == pytest.approx(np.log(19), abs=0.1)
+    assert F.cross_entropy(out.hidden @ out.weight.T, out.labels).item() == pytest.approx(np.log(19), abs=0.1)
 
 
 @pytest.mark.parametrize(
