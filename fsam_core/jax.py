@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from fsam_core import backends
+from fsam_core import backends, parts
 from fsam_core.errors import UserError
 from fsam_core.methods import SAM, FunctionalSAM, LogitSAM, Method, Perturbed, Plain
 
@@ -81,7 +81,7 @@ class Info(NamedTuple):
     loss: jax.Array
     """Mean loss at θ."""
     perturbed_loss: jax.Array
-    """Mean loss at θ+ε where the method evaluates it (sam, logit), else NaN."""
+    """Mean loss at θ+ε, on S, where the method evaluates it (sam, logit), else NaN."""
     weight: jax.Array
     """Sum of the token weights over all micro-batches."""
     base_norm: jax.Array
@@ -106,7 +106,8 @@ def value_and_grad(
     """The gradient function of `method`.
 
     Args:
-        features: (params, batch) -> `LinearHead` or `Logits`. Called twice a step: at θ and at θ+ε.
+        features: (params, batch) -> `LinearHead` or `Logits`. Evaluated at θ on the whole batch and at θ+ε on the part
+            that carries the correction, in calls of their own.
         method: one of `Plain`, `SAM`, `FunctionalSAM`, `LogitSAM`.
         b2, eps: those of the optax Adam that receives the gradient; `b2` is needed with precondition="adam", because an
             optax state does not hold it.
@@ -118,7 +119,7 @@ def value_and_grad(
         grad(params, batch, opt_state=None) -> ((loss, Info), gradients like params). `batch` is any tree; a list is
         taken as micro-batches, whose gradient is that of one batch of them all, each token weighing the same.
         `opt_state` is any optax state that holds one Adam state; it is needed with precondition="adam" or when ρ is a
-        schedule.
+        schedule. With a `fraction` below 1 a batch that is no list is cut along the first axis of its arrays.
 
     Raises:
         UserError: for an unknown backend, a preconditioned method without b2, b2 outside [0, 1) or clip_norm ≤ 0.
@@ -137,22 +138,30 @@ def value_and_grad(
         batches = batch if isinstance(batch, list) else [batch]
         if not batches:
             raise UserError("batch: got an empty list of micro-batches; give at least one")
-        items, moved_loss = _stacked(batches), jnp.float32(jnp.nan)
-
-        loss, weight, g, cotangents = _base_pass(ops, features, params, items)
-        base_norm = _norm(g)
+        moved_loss = jnp.float32(jnp.nan)
         if isinstance(method, Plain):
-            g_hat, length = g, jnp.zeros_like(base_norm)
+            loss, weight, g_B, _ = _base_pass(ops, features, params, _stacked(batches))
+            g_hat, length = g_B, jnp.zeros_like(loss)
         else:
-            clip = _clip_factor(base_norm, clip_norm)
+            part, rest = parts.split(batches, method.fraction, _flatten)
+            S = _stacked(part)
+            loss, weight, g_S, cotangents = _base_pass(ops, features, params, S)
+            g_B = g_S
+            if rest:
+                others = _base_pass(ops, features, params, _stacked(rest))[:3]
+                loss, weight, g_B = _merged((loss, weight, g_S), others)
+            g = g_B if method.ascent == "full" else g_S
+            clip = _clip_factor(_norm(g), clip_norm)
             moved, length = _perturbed(ops, method, params, g, opt_state, clip, b2, eps)
             if method.path == "functional":  # J(θ+ε)ᵀ z̄(θ)
-                g_hat = _pull_back(ops, features, moved, items, cotangents)
+                g_moved = _pull_back(ops, features, moved, S, cotangents)
             elif method.path == "sam":  # J(θ+ε)ᵀ z̄(θ+ε)
-                moved_loss, _, g_hat, _ = _base_pass(ops, features, moved, items)
+                moved_loss, _, g_moved, _ = _base_pass(ops, features, moved, S)
             else:  # J(θ)ᵀ z̄(θ+ε)
-                moved_loss, cotangents = _cotangent_pass(ops, features, moved, items)
-                g_hat = _pull_back(ops, features, params, items, cotangents)
+                moved_loss, cotangents = _cotangent_pass(ops, features, moved, S)
+                g_moved = _pull_back(ops, features, params, S, cotangents)
+            g_hat = g_moved if method.exact else _corrected(g_B, g_moved, g_S, method.strength)
+        base_norm = _norm(g_B)
 
         norm = _norm(g_hat)
         finite = jnp.isfinite(loss) & jnp.isfinite(base_norm) & jnp.isfinite(length) & jnp.isfinite(norm)
@@ -298,6 +307,20 @@ def _through_head(ops: ModuleType, cotangent: Any, head: LinearHead | Logits) ->
     return ops.logit_vjp(cotangent, head.hidden, head.weight)
 
 
+def _merged(a: Any, b: Any) -> Any:
+    """(loss, weight, g) of two sets of micro-batches together."""
+    total = a[1] + b[1]
+    x, y = (w / jnp.where(total > 0, total, 1) for w in (a[1], b[1]))
+    mean = lambda p, q: (_wide(p) * x + _wide(q) * y).astype(p.dtype)
+    return mean(a[0], b[0]), total, jax.tree.map(mean, a[2], b[2])
+
+
+def _corrected(g_B: Params, g_moved: Params, g_S: Params, strength: float) -> Params:
+    """ĝ = g_B + w (g'_S − g_S)."""
+    leaf = lambda b, moved, s: (_wide(b) + strength * (_wide(moved) - _wide(s))).astype(b.dtype)
+    return jax.tree.map(leaf, g_B, g_moved, g_S)
+
+
 # --- the perturbation -------------------------------------------------------------------------------------------------
 
 
@@ -363,6 +386,11 @@ class _Stack(NamedTuple):
     """Micro-batches of one shape, stacked, so that `lax.scan` compiles their pass once however many they are."""
 
     tree: Any
+
+
+def _flatten(batch: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    leaves, tree = jax.tree.flatten(batch)
+    return leaves, lambda leaves: jax.tree.unflatten(tree, leaves)
 
 
 def _stacked(batches: list[Any]) -> Any:

@@ -11,6 +11,12 @@ Notation (the same everywhere in this project):
     path "functional"  ĝ = J(θ+ε)ᵀ z̄(θ)          Singh et al., arXiv 2502.02407
     path "logit"       ĝ = J(θ)ᵀ   z̄(θ+ε)        its complement, for diagnosis
 
+That is the gradient g' of a whole batch B. On a part S of it the same method is a correction,
+
+    ĝ = g_B + w (g'_S − g_S),     S ⊆ B a share `fraction` of the batch, w the `strength`,
+
+which keeps the full batch's gradient and estimates the change alone; S = B and w = 1 give g' itself.
+
 The preconditioner's exact form and its normalisation are this project's choices, not the paper's; see `spec.py` in
 `fsam_kernels` for the formulas.
 """
@@ -29,6 +35,7 @@ Path = Literal["base", "sam", "functional", "logit"]
 Precondition = Literal["adam"]
 Norm = Literal["l2", "dual"]
 SecondMoment = Literal["current", "previous"]
+Ascent = Literal["full", "part"]
 Rho = float | Callable[[Any], Any]
 
 
@@ -50,6 +57,10 @@ class Perturbed:
         norm: "l2" for ε = ρ d / ‖d‖₂, "dual" for ε = ρ d / sqrt(gᵀ d).
         second_moment: "current" folds this step's gradient into v̂ before it is used, "previous" takes the optimizer's
             as it stands. With "previous" a token seen for the first time has v = 0 and takes the whole perturbation.
+        fraction: share of the batch that the correction is computed on, 0 < q ≤ 1. The second pass costs q of a whole
+            one; below 1 one more gradient is held. It must cut the batch into whole rows, or whole micro-batches.
+        strength: factor w ≥ 0 of the correction.
+        ascent: whose gradient ε comes from: the "full" batch's, or that of the "part" S (as in m-sharpness).
 
     Raises:
         UserError: for a value outside these, where the method is made and not later.
@@ -59,6 +70,9 @@ class Perturbed:
     precondition: Precondition | None = None
     norm: Norm = "l2"
     second_moment: SecondMoment = "current"
+    fraction: float = 1.0
+    strength: float = 1.0
+    ascent: Ascent = "full"
 
     path: ClassVar[Path]
 
@@ -69,6 +83,16 @@ class Perturbed:
         _check_choice("precondition", self.precondition, (None, *get_args(Precondition)))
         _check_choice("norm", self.norm, get_args(Norm))
         _check_choice("second_moment", self.second_moment, get_args(SecondMoment))
+        _check_choice("ascent", self.ascent, get_args(Ascent))
+        if not _is_number(self.fraction) or not 0 < self.fraction <= 1:
+            raise UserError(f"fraction must be a number in (0, 1], got {self.fraction!r} (1/8, say)")
+        if not _is_number(self.strength) or not 0 <= self.strength < math.inf:
+            raise UserError(f"strength must be a finite number >= 0, got {self.strength!r}")
+
+    @property
+    def exact(self) -> bool:
+        """Whether ĝ is g' itself: the correction on the whole batch, at full strength."""
+        return self.fraction == 1 and self.strength == 1
 
     def rho_at(self, step: Any) -> Any:
         """ρ after `step` completed optimizer steps; `step` may be an int or a traced array."""
@@ -110,10 +134,8 @@ _NAMED: dict[str, tuple[type[Method], Precondition | None]] = {
 NAMES: tuple[str, ...] = tuple(_NAMED)
 
 
-def named(
-    name: str, rho: Rho = 0.5, *, norm: Norm = "l2", second_moment: SecondMoment = "current", argument: str = "method"
-) -> Method:
-    """The method called `name` (one of `NAMES`); `argument` is what an error message calls it.
+def named(name: str, rho: Rho = 0.5, *, argument: str = "method", **options: Any) -> Method:
+    """The method called `name` (one of `NAMES`) with options of `Perturbed`; `argument` is what an error calls it.
 
     Raises:
         UserError: for an unknown name, or for options outside what `Perturbed` lists.
@@ -122,9 +144,9 @@ def named(
     kind, precondition = _NAMED[name]
     if not issubclass(kind, Perturbed):
         # AdamW ignores the options, but a wrong one is still a mistake of the person who typed it.
-        SAM(rho, norm=norm, second_moment=second_moment)
+        SAM(rho, **options)
         return kind()
-    return kind(rho, precondition, norm, second_moment)
+    return kind(rho, precondition, **options)
 
 
 def describe(method: Method) -> dict[str, Any]:
@@ -148,6 +170,10 @@ def check_rho(value: Any, argument: str = "rho") -> float:
     if not math.isfinite(rho) or rho < 0:
         raise UserError(f"{argument} must be a finite number >= 0, got {value!r} (the paper's best values are 0.4–0.5)")
     return rho
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_choice(argument: str, value: Any, allowed: tuple[Any, ...]) -> None:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fsam_core import backends
+from fsam_core import backends, parts
 from fsam_core.errors import UserError
 from fsam_core.methods import SAM, FunctionalSAM, LogitSAM, Method, Perturbed, Plain, check_rho
 
@@ -23,6 +23,7 @@ backends.require("torch")
 
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+from torch.utils import _pytree  # noqa: E402
 
 __all__ = ["SAM", "FunctionalSAM", "Info", "LinearHead", "LogitSAM", "Logits", "Plain", "Step", "UserError"]
 
@@ -67,7 +68,7 @@ class Info(NamedTuple):
     loss: float
     """Mean loss at θ."""
     perturbed_loss: float
-    """Mean loss at θ+ε where the method evaluates it (sam, logit), else NaN."""
+    """Mean loss at θ+ε, on S, where the method evaluates it (sam, logit), else NaN."""
     weight: float
     """Sum of the token weights over all micro-batches."""
     base_norm: float
@@ -159,8 +160,12 @@ class Step:
         if not batches:
             raise UserError("batch: got an empty list of micro-batches; give at least one")
         method = self.method
+        part, rest = parts.split(batches, method.fraction, _flatten) if isinstance(method, Perturbed) else (batches, [])
         try:
-            loss, weight, kept = self._base_pass(batches)
+            loss, weight, kept = self._base_pass(part)
+            g_S = {p: _grad(p) for p in self._params()}
+            if rest:
+                loss, weight = self._add(rest, loss, weight, g_S)
             params = self._params()
             if not params:
                 raise UserError(
@@ -170,18 +175,25 @@ class Step:
             moved_loss = never = loss.new_tensor(math.nan)
             length = torch.zeros_like(base_norm)
             if isinstance(method, Perturbed):
-                moved, length = self._perturbed(params, base_norm)
-                with self._statistics_kept():
+                full = method.ascent == "full"
+                ascent = [_grad(p) if full else g_S.get(p, torch.zeros_like(p)) for p in params]
+                moved, length = self._perturbed(params, ascent)
+                del ascent
+                left = {} if method.exact else self._less(g_S, method.strength)
+                del g_S
+                with self._statistics_kept(), self._random_kept():
                     if method.path == "functional":  # J(θ+ε)ᵀ z̄(θ)
                         with self._at(params, moved):
-                            self._pull_back(batches, kept)
+                            self._pull_back(part, kept)
                     elif method.path == "sam":  # J(θ+ε)ᵀ z̄(θ+ε)
                         with self._at(params, moved):
-                            moved_loss, _, _ = self._base_pass(batches, replay=kept)
+                            moved_loss, _, _ = self._base_pass(part, replay=kept)
                     else:  # J(θ)ᵀ z̄(θ+ε)
                         with self._at(params, moved):
-                            moved_loss, moved_kept = self._cotangent_pass(batches, kept)
-                        self._pull_back(batches, moved_kept)
+                            moved_loss, moved_kept = self._cotangent_pass(part, kept)
+                        self._pull_back(part, moved_kept)
+                for p, gradient in left.items():  # ĝ = (g_B − w g_S) + w g'_S
+                    p.grad = gradient if p.grad is None else gradient.add_(p.grad, alpha=method.strength)
                 norm = _norm([p.grad for p in self._params()])
         except BaseException:
             self._clear()
@@ -225,6 +237,23 @@ class Step:
         for p in self._params():
             _grad(p).mul_(factor.to(_grad(p)))
         return torch.stack(losses).sum() * factor, total, [self._rescaled(k, factor) for k in kept]
+
+    def _add(self, rest: Sequence[Any], loss: Tensor, weight: Tensor, g_S: dict) -> tuple[Tensor, Tensor]:
+        """Turn what `_base_pass` gave for S into the whole batch's: (loss, weight), and g_B in `.grad`."""
+        other_loss, other_weight, _ = self._base_pass(rest)
+        total = weight + other_weight
+        mine, other = (w / torch.where(total > 0, total, 1) for w in (weight, other_weight))
+        for p in self._params():
+            _grad(p).mul_(other.to(_grad(p)))
+        for p, g in g_S.items():
+            share = g * mine.to(g)
+            p.grad = share if p.grad is None else p.grad.add_(share)
+        return loss * mine + other_loss * other, total
+
+    def _less(self, g_S: dict, strength: float) -> dict[nn.Parameter, Tensor]:
+        """g_B − w g_S for every parameter, from the g_B in `.grad`."""
+        of = {p: _grad(p).clone() if g_S.get(p) is p.grad else _grad(p) for p in self._params()}
+        return {p: g.sub_(g_S[p], alpha=strength) if p in g_S else g for p, g in of.items()}
 
     def _cotangent_pass(self, batches: Sequence[Any], replay: Sequence[_Kept]) -> tuple[Tensor, list[_Kept]]:
         """(loss, z̄ of every micro-batch) at the present weights: a forward pass alone."""
@@ -275,13 +304,12 @@ class Step:
 
     # --- the perturbation ---------------------------------------------------------------------------------------------
 
-    def _perturbed(self, params: list[nn.Parameter], base_norm: Tensor) -> tuple[list[Tensor], Tensor]:
+    def _perturbed(self, params: list[nn.Parameter], grads: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         """(θ + ε for each of params, ‖ε‖₂); ε = 0 where the gradient is 0. Nothing here waits for the device."""
         method, ops = self.method, self.ops
         assert isinstance(method, Perturbed)
         rho = check_rho(method.rho_at(self.steps), f"rho({self.steps})")
-        clip = 1.0 if self.clip_norm is None else (self.clip_norm / base_norm).clamp(max=1.0)
-        grads = [_grad(p) for p in params]
+        clip = 1.0 if self.clip_norm is None else (self.clip_norm / _norm(grads)).clamp(max=1.0)
         v, adam = self._moments(params) if method.precondition == "adam" else (None, None)
         sumsq, dot = ops.preconditioned_norm(grads, v, clip=clip, adam=adam)
         square = sumsq if method.norm == "l2" else dot
@@ -344,12 +372,26 @@ class Step:
         devices = {p.device for p in self.model.parameters() if p.device.type not in ("cpu", "meta")}
         return {None: torch.get_rng_state(), **{d: torch.get_device_module(d).get_rng_state(d) for d in devices}}
 
+    @contextmanager
+    def _random_kept(self) -> Iterator[None]:
+        """Whatever is replayed meanwhile, the generators end where the base pass left them."""
+        random = self._random_state()
+        try:
+            yield
+        finally:
+            self._set_random_state(random)
+
     def _set_random_state(self, random: dict[Any, Tensor]) -> None:
         for device, state in random.items():
             if device is None:
                 torch.set_rng_state(state)
             else:
                 torch.get_device_module(device).set_rng_state(state, device)
+
+
+def _flatten(batch: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    leaves, tree = _pytree.tree_flatten(batch)
+    return leaves, lambda leaves: _pytree.tree_unflatten(leaves, tree)
 
 
 class _Kept(NamedTuple):

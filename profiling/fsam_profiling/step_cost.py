@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ from fsam_trainers import cost
 from fsam_trainers.console import Console
 from fsam_trainers.files import write_json
 from fsam_trainers.presets import preset
-from fsam_trainers.settings import Settings
+from fsam_trainers.settings import Framework, Settings
+
+# The correction on part of the batch, for the method that is meant to be used.
+PART, FRACTIONS = "precond-functional-sam", ("1/4", "1/8")
 
 
 @dataclass(frozen=True)
@@ -40,29 +44,33 @@ class Options:
 
 
 def measure(options: Options) -> list[dict[str, Any]]:
-    """One row a framework and method: step_ms, ratio to AdamW with its spread, ratio to the other framework."""
+    """One row a framework and variant: step_ms, ratio to AdamW with its spread, ratio to PyTorch's same variant."""
     size = preset(options.preset)
     model = size.model(seq_len=options.seq_len, tied=True, dropout=0.0)
     torch = Settings(framework="torch", method="adamw", model=model, steps=1000, batch=options.batch or size.batch)
     torch = dataclasses.replace(torch, learning_rate=size.learning_rate, rho=size.rho)
+    frameworks: tuple[Framework, ...] = ("jax", "torch")
     variants = {
-        f"{framework} {method}": dataclasses.replace(torch, framework=framework, method=method)
-        for method in NAMES
-        for framework in ("jax", "torch")
+        (framework, method, q): dataclasses.replace(
+            torch, framework=framework, method=method, correction_fraction=float(Fraction(q))
+        )
+        for method, q in [*((name, "1") for name in NAMES), *((PART, q) for q in FRACTIONS)]
+        for framework in frameworks
     }
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (torch.batch, model.seq_len + 1), dtype=np.int32)
     with Console().counting("timing", (options.repeats + 2) * len(variants)) as tick:
         times = cost.interleaved(variants, tokens, options.repeats, tick)
     rows = []
-    for name, settings in variants.items():
-        to_adamw = cost.against(times[name], times[f"{settings.framework} adamw"])
-        to_torch = cost.against(times[name], times[f"torch {settings.method}"])
+    for (framework, method, q), milliseconds in times.items():
+        to_adamw = cost.against(milliseconds, times[framework, "adamw", "1"])
+        to_torch = cost.against(milliseconds, times["torch", method, q])
         rows.append(
             {
-                "framework": settings.framework,
-                "method": settings.method,
+                "framework": framework,
+                "method": method,
+                "correction_fraction": q,
                 "params": model.parameters,
-                "tokens": settings.tokens_per_step,
+                "tokens": torch.tokens_per_step,
                 **to_adamw._asdict(),
                 "to_torch": to_torch.ratio,
                 "to_torch_p20": to_torch.ratio_p20,
@@ -81,13 +89,13 @@ def main() -> None:
     title = (
         f"{options.preset}: {first['params']:,} parameters, {first['tokens']:,} tokens a step, {options.repeats} steps"
     )
-    table = Table("method", "framework", "ms/step", "x AdamW (20–80 %)", "x PyTorch (20–80 %)", title=title)
+    table = Table("method", "part", "framework", "ms/step", "x AdamW (20–80 %)", "x PyTorch (20–80 %)", title=title)
     for row in rows:
         ratio = f"{row['ratio']:.2f} ({row['ratio_p20']:.2f}–{row['ratio_p80']:.2f})"
         other = f"{row['to_torch']:.2f} ({row['to_torch_p20']:.2f}–{row['to_torch_p80']:.2f})"
         cells = (ratio if row["method"] != "adamw" else "1", other if row["framework"] != "torch" else "1")
-        table.add_row(row["method"], row["framework"], f"{row['step_ms']:,.0f}", *cells)
-    Rich(width=100).print(table)
+        table.add_row(row["method"], row["correction_fraction"], row["framework"], f"{row['step_ms']:,.0f}", *cells)
+    Rich(width=110).print(table)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,8 @@ def test_an_unknown_name_is_refused_as_the_argument_it_came_from():
 def test_describe_gives_plain_values():
     assert describe(Plain()) == {"path": "base"}
     got = describe(FunctionalSAM(0.5, precondition="adam"))
-    assert got == {"path": "functional", "rho": 0.5, "precondition": "adam", "norm": "l2", "second_moment": "current"}
+    named = {"path": "functional", "rho": 0.5, "precondition": "adam", "norm": "l2", "second_moment": "current"}
+    assert got == {**named, "fraction": 1.0, "strength": 1.0, "ascent": "full"}
     assert isinstance(describe(SAM(lambda step: 0.1))["rho"], str)
 
 

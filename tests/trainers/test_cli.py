@@ -45,6 +45,17 @@ def test_both_frameworks_train_to_the_same_losses(text, tmp_path):
     np.testing.assert_allclose(losses["jax"], losses["torch"], rtol=2e-4)
 
 
+@pytest.mark.parametrize("ascent", ["full", "part"])
+def test_a_correction_on_part_of_the_batch_trains_alike_in_both_frameworks(ascent, text, tmp_path):
+    losses = {}
+    for framework in ("jax", "torch"):
+        out = tmp_path / framework
+        more = ("--framework", framework, "--steps", 8, "--evaluate-every", 0, "--probe-steps", 0, "--ascent", ascent)
+        assert fsam(*arguments(text, out, *more, "--correction-fraction", "1/4")) == 0
+        losses[framework] = [json.loads(x).get("loss") for x in (out / "metrics.jsonl").read_text().splitlines()][:-1]
+    np.testing.assert_allclose(losses["jax"], losses["torch"], rtol=2e-4)
+
+
 def test_tokens_per_param_sets_the_steps(text, tmp_path):
     out = tmp_path / "out.json"
     more = ("--framework", "torch", "--method", "adamw", "--tokens-per-param", 0.0003, "--json", out)
@@ -110,6 +121,13 @@ BAD = {
     "a batch that does not divide": (["--micro-batches", "3"], ["--micro-batches", "divides --batch 4", "3"]),
     "sequences longer than the text": (["--seq-len", "99999"], ["--data", "sequence"]),
     "a vocabulary too small for bytes": (["--vocab-size", "100"], ["--vocab-size", "100", "257"]),
+    "a fraction that is no number": (["--correction-fraction", "1/0"], ["--correction-fraction", "'1/0'"]),
+    "a fraction above one": (["--correction-fraction", "2"], ["--correction-fraction", "2"]),
+    "a fraction that does not cut the batch": (
+        ["--correction-fraction", "1/8"],
+        ["--correction-fraction", "--batch 4"],
+    ),
+    "an unknown ascent": (["--ascent", "half"], ["ascent", "'half'", "part"]),
     "an unknown backend": (["--backend", "cuda"], ["'cuda'", "xla"]),
     "the other framework's backend": (["--framework", "jax", "--backend", "torch"], ["'torch'", "xla"]),
     "dropout of one": (["--dropout", "1"], ["--dropout", "1"]),

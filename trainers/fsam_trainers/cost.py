@@ -6,13 +6,15 @@ import dataclasses
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from fsam_trainers import engine
 from fsam_trainers.settings import Settings
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 class Cost(NamedTuple):
@@ -59,11 +61,11 @@ def as_adamw(settings: Settings) -> Settings:
 
 
 def interleaved(
-    variants: dict[str, Settings], tokens_BxL1: np.ndarray, repeats: int, tick: Callable[[], None]
-) -> dict[str, list[float]]:
+    variants: Mapping[Name, Settings], tokens_BxL1: np.ndarray, repeats: int, tick: Callable[[], None]
+) -> dict[Name, list[float]]:
     """Milliseconds of `repeats` steps of each variant, taken turn about on the same batch, after two to warm up."""
     engines = {name: engine.make(settings) for name, settings in variants.items()}
-    times: dict[str, list[float]] = {name: [] for name in engines}
+    times: dict[Name, list[float]] = {name: [] for name in engines}
     for model in engines.values():
         model.prepare(tokens_BxL1)
     warm_up = 2

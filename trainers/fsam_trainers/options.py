@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,6 +42,10 @@ class Common:
     """l2: rho d / |d|; dual: rho d / sqrt(g.d)"""
     second_moment: str = "current"
     """current: this step's gradient is folded in; previous: the optimizer's as it stands"""
+    correction_fraction: str = "1"
+    """share of the batch that the second pass is computed on: 1/8, 0.25"""
+    ascent: str = "full"
+    """whose gradient the perturbation comes from: the full batch's, or that of the part"""
     batch: int | None = None
     """sequences a step"""
     micro_batches: int = 1
@@ -101,8 +106,9 @@ class Common:
             steps = steps_for(self.tokens_per_param, model, batch)
         else:
             steps = DEFAULT_STEPS if self.steps is None else self.steps
-        names = ("framework", "micro_batches", "final_learning_rate", "weight_decay", "b1", "b2", "eps", "clip_norm")
-        same: dict[str, Any] = {name: getattr(self, name) for name in (*names, "norm", "second_moment", "backend")}
+        training = ("framework", "micro_batches", "final_learning_rate", "weight_decay", "b1", "b2", "eps", "clip_norm")
+        perturbation = ("norm", "second_moment", "ascent", "backend")
+        same: dict[str, Any] = {name: getattr(self, name) for name in (*training, *perturbation)}
         return Settings(
             method=method,
             model=model,
@@ -112,6 +118,7 @@ class Common:
             learning_rate=size.learning_rate if self.learning_rate is None else self.learning_rate,
             warmup=min(1000, steps // 10) if self.warmup is None else self.warmup,
             rho=size.rho if self.rho is None else self.rho,
+            correction_fraction=_fraction(self.correction_fraction),
             **same,
         )
 
@@ -127,6 +134,13 @@ class Common:
             keep=self.keep,
             probe_steps=getattr(self, "probe_steps", 0),
         )
+
+
+def _fraction(text: str) -> float:
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        raise UserError(f"--correction-fraction must be a number in (0, 1], 1/8 say; got {text!r}") from None
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal, get_args
 
 from fsam_core import Method, UserError, named
-from fsam_core.methods import Norm, SecondMoment, check_rho
+from fsam_core.methods import Ascent, Norm, Perturbed, SecondMoment, check_rho
 from fsam_trainers.models.layout import ModelConfig
 
 Framework = Literal["jax", "torch"]
@@ -28,7 +29,7 @@ class Settings:
         seed: of the initial weights, the order of the data and dropout.
         learning_rate: the peak, reached after `warmup` steps, then a cosine down to `final_learning_rate` times it.
         clip_norm: global norm of the final gradient; 0 for no clipping.
-        rho, norm, second_moment: see `fsam_core.methods.Perturbed`.
+        rho, norm, second_moment, correction_fraction, ascent: see `fsam_core.methods.Perturbed`.
         backend: "auto", or a backend of the framework.
 
     Raises:
@@ -53,6 +54,8 @@ class Settings:
     rho: float = 0.5
     norm: Norm = "l2"
     second_moment: SecondMoment = "current"
+    correction_fraction: float = 1.0
+    ascent: Ascent = "full"
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -72,10 +75,18 @@ class Settings:
         _check(0 < self.eps < math.inf, "--eps", self.eps, "a finite number > 0")
         _check(0 <= self.clip_norm < math.inf, "--clip-norm", self.clip_norm, "a finite number >= 0 (0: no clipping)")
         check_rho(self.rho, "--rho")
-        self.as_method()
+        q = self.correction_fraction
+        _check(0 < q <= 1, "--correction-fraction", q, "in (0, 1], 1/8 say")
+        method = self.as_method()
+        if isinstance(method, Perturbed):
+            fits = f"a share that cuts --batch {self.batch} into whole sequences, and into the same in each micro-batch"
+            per_part = self.batch // self.micro_batches
+            cut = (Fraction(q).limit_denominator(1 << 16) * self.micro_batches) % 1
+            _check(per_part % cut.denominator == 0, "--correction-fraction", q, fits)
 
     def as_method(self) -> Method:
-        return named(self.method, self.rho, norm=self.norm, second_moment=self.second_moment, argument="--method")
+        options = {"norm": self.norm, "second_moment": self.second_moment, "ascent": self.ascent}
+        return named(self.method, self.rho, argument="--method", fraction=self.correction_fraction, **options)
 
     @property
     def tokens_per_step(self) -> int:

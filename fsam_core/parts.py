@@ -1,0 +1,54 @@
+"""Which part of a batch carries the correction: an even slice of it, or whole micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+from fsam_core.errors import UserError
+
+Flatten = Callable[[Any], tuple[list[Any], Callable[[list[Any]], Any]]]
+
+
+def split(batches: list[Any], fraction: float, flatten: Flatten) -> tuple[list[Any], list[Any]]:
+    """(S, the rest) as lists of micro-batches; S is `fraction` of all, and never empty.
+
+    Whole micro-batches come first; what is then missing is every n-th row of the next one, so that each device of a
+    batch sharded along its first axis gives its share. Leaves without axes (a random key, a number) go into both.
+
+    Args:
+        batches: micro-batches, trees of arrays.
+        fraction: 0 < q ≤ 1.
+        flatten: tree -> (its leaves, a function that puts such leaves back).
+
+    Raises:
+        UserError: when a micro-batch cannot be cut at that fraction.
+    """
+    whole, share = divmod(Fraction(fraction).limit_denominator(1 << 16) * len(batches), 1)
+    part, rest = batches[:whole], batches[whole:]
+    if share:
+        mine, others = _cut(rest[0], share, flatten)
+        part, rest = [*part, mine], [others, *rest[1:]]
+    return part, rest
+
+
+def _cut(batch: Any, share: Fraction, flatten: Flatten) -> tuple[Any, Any]:
+    leaves, rebuild = flatten(batch)
+    sizes = {x.shape[0] for x in leaves if getattr(x, "ndim", 0)}
+    if len(sizes) != 1:
+        got = ", ".join(map(str, sorted(sizes))) or "no arrays"
+        raise UserError(f"fraction: the arrays of a batch must have one first axis to be cut along, got {got}")
+    size, n = sizes.pop(), share.denominator
+    if size % n:
+        raise UserError(f"fraction: {share} of a (micro-)batch of {size} rows is no whole number; {n} must divide it")
+
+    def rows(x: Any, which: slice) -> Any:
+        if not getattr(x, "ndim", 0):
+            return x
+        groups = x.reshape((size // n, n, *x.shape[1:]))[:, which]
+        return groups.reshape((-1, *x.shape[1:]))
+
+    sides = (slice(None, share.numerator), slice(share.numerator, None))
+    mine, others = (rebuild([rows(x, side) for x in leaves]) for side in sides)
+    return mine, others

@@ -1,0 +1,117 @@
+"""The correction on part of the batch: ĝ = g_B + w (g'_S − g_S)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from problems import FRAMEWORKS, batch_of, distance, gradient, joined, mlp, values
+
+from fsam_core import SAM, FunctionalSAM, LogitSAM, Plain, UserError, parts
+
+pytestmark = pytest.mark.parametrize("framework", FRAMEWORKS)
+METHODS = [
+    SAM(0.3),
+    FunctionalSAM(0.3),
+    LogitSAM(0.3),
+    FunctionalSAM(0.3, precondition="adam"),
+    SAM(0.1, precondition="adam", norm="dual", second_moment="previous"),
+]
+each_method = pytest.mark.parametrize("method", METHODS, ids=[f"{m.path}-{m.precondition}" for m in METHODS])
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def g_of(framework, method, batch):
+    return gradient(framework, mlp, method, values(), batch)[2]
+
+
+def combined(b, moved, s, w=1.0):
+    return {k: b[k] + w * (moved[k] - s[k]) for k in b}
+
+
+def rows(batch, which):
+    return {k: x[which] for k, x in batch.items()}
+
+
+@each_method
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+@pytest.mark.parametrize("shape", ["rows", "micro-batches", "both"])
+def test_ascent_by_the_part_is_the_formula_of_its_gradients(framework, method, strength, shape):
+    batch = batch_of(16, ignored=0.3)
+    quarters = [rows(batch, slice(4 * i, 4 * i + 4)) for i in range(4)]
+    fraction, given, part = {
+        "rows": (1 / 4, batch, rows(batch, slice(None, None, 4))),
+        "micro-batches": (1 / 2, quarters, joined(quarters[:2])),
+        "both": (3 / 8, quarters, joined([quarters[0], rows(quarters[1], slice(None, None, 2))])),
+    }[shape]
+    cheap = dataclasses.replace(method, fraction=fraction, strength=strength, ascent="part")
+    loss, info, got = gradient(framework, mlp, cheap, values(), given)
+    g_B, g_S, moved = g_of(framework, Plain(), batch), g_of(framework, Plain(), part), g_of(framework, method, part)
+    expected = combined(g_B, moved, g_S, strength)
+    assert distance(got, expected) < 1e-12
+    assert distance(g_B, expected) > 1e-3
+    assert loss == pytest.approx(gradient(framework, mlp, Plain(), values(), batch)[0], rel=1e-12)
+    assert float(info.weight) == (batch["y"] >= 0).sum()
+    assert float(info.base_norm) == pytest.approx(np.sqrt(sum((x**2).sum() for x in g_B.values())), rel=1e-12)
+
+
+@each_method
+def test_averaged_over_the_parts_of_a_batch_it_is_the_exact_gradient(framework, method):
+    batch = batch_of(12, ignored=0)
+    got = [
+        g_of(framework, dataclasses.replace(method, fraction=1 / 3), rows(batch, np.roll(np.arange(12), -i)))
+        for i in range(3)
+    ]
+    mean = {k: np.mean([g[k] for g in got], axis=0) for k in got[0]}
+    exact = g_of(framework, method, batch)
+    assert distance(mean, exact) < 1e-12
+    assert distance(got[0], exact) > 1e-3  # one of them alone is an estimate
+
+
+@each_method
+def test_the_whole_batch_and_full_strength_are_the_exact_method(framework, method):
+    batch = batch_of()
+    plain, exact = g_of(framework, Plain(), batch), g_of(framework, method, batch)
+    half = g_of(framework, dataclasses.replace(method, strength=0.5), batch)
+    assert distance(half, combined(plain, exact, plain, 0.5)) < 1e-13
+    none = g_of(framework, dataclasses.replace(method, strength=0.0), batch)
+    assert distance(none, plain) < 1e-13
+    all_but_one = g_of(framework, dataclasses.replace(method, fraction=1.0, ascent="part"), batch)
+    assert distance(all_but_one, exact) == 0
+
+
+def test_a_part_without_targets_corrects_nothing(framework):
+    batch = batch_of(8, ignored=0)
+    batch["y"][::4] = -1
+    got = g_of(framework, FunctionalSAM(0.3, fraction=1 / 4), batch)
+    assert distance(got, g_of(framework, Plain(), batch)) < 1e-12
+
+
+def test_a_batch_that_cannot_be_cut_is_refused(framework):
+    with pytest.raises(UserError, match=r"fraction: 1/8 of a \(micro-\)batch of 12 rows"):
+        g_of(framework, FunctionalSAM(0.3, fraction=1 / 8), batch_of(12))
+    bad = {**batch_of(12), "extra": np.zeros(5)}
+    with pytest.raises(UserError, match="one first axis to be cut along, got 5, 12"):
+        g_of(framework, FunctionalSAM(0.3, fraction=1 / 4), bad)
+
+
+@pytest.mark.parametrize("options", [{"fraction": 0}, {"fraction": 1.5}, {"fraction": "1/8"}, {"strength": -1.0}])
+def test_bad_options_are_refused_where_the_method_is_made(framework, options):
+    (name,) = options
+    with pytest.raises(UserError, match=f"^{name} must be"):
+        FunctionalSAM(0.3, **options)
+
+
+def test_rows_are_taken_evenly_and_scalars_go_to_both(framework):
+    flatten = lambda batch: (list(batch.values()), lambda leaves: dict(zip(batch, leaves, strict=True)))
+    (part,), (rest,) = parts.split([{"x": np.arange(12).reshape(6, 2), "seed": 7}], 1 / 3, flatten)
+    np.testing.assert_array_equal(part["x"], [[0, 1], [6, 7]])
+    np.testing.assert_array_equal(rest["x"], [[2, 3], [4, 5], [8, 9], [10, 11]])
+    assert part["seed"] == rest["seed"] == 7
