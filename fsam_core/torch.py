@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from fsam_core import backends, parts
 from fsam_core.errors import UserError
+from fsam_core.heads import check_shapes
 from fsam_core.methods import SAM, FunctionalSAM, LogitSAM, Method, Perturbed, Plain, check_rho
 
 backends.require("torch")
@@ -409,13 +410,7 @@ def _flat(head: Any) -> LinearHead | Logits:
     if not isinstance(head, LinearHead):
         raise UserError(f"features must return a LinearHead or Logits, got {type(head).__name__}")
     h, y, weights = head.hidden, head.labels, head.token_weights
-    if y.shape != h.shape[:-1] or (weights is not None and weights.shape != y.shape):
-        shapes = (
-            f"hidden {[*h.shape]}, labels {[*y.shape]}, token_weights {None if weights is None else [*weights.shape]}"
-        )
-        raise UserError(f"LinearHead: labels and token_weights must have hidden's leading axes, got {shapes}")
-    if head.weight.ndim != 2 or head.weight.shape[1] != h.shape[-1]:
-        raise UserError(f"LinearHead: weight must be [V, {h.shape[-1]}], got {[*head.weight.shape]}")
+    check_shapes(h, head.weight, y, weights)
     y = y.reshape(-1)
     kind = torch.promote_types(h.dtype, torch.float32)
     weights = torch.ones(y.shape, dtype=kind, device=y.device) if weights is None else weights.reshape(-1).to(kind)

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fsam_core.errors import UserError
+from fsam_trainers.files import sync
 
 from .corpus import DTYPES, Corpus, checksum, fingerprint, map_tokens
 from .documents import extra
@@ -51,14 +52,14 @@ def build_entry(folder: Path, fill: Callable[[Path], None]) -> None:
         try:
             building.mkdir()
             fill(building)
-            _sync(building)
+            sync(building)
             try:
                 building.rename(folder)
             except OSError:
                 if not (folder / "meta.json").is_file():
                     raise
                 shutil.rmtree(building, ignore_errors=True)  # the other process was faster
-            _sync(folder.parent)
+            sync(folder.parent)
         except BaseException:  # a keyboard interrupt too
             shutil.rmtree(building, ignore_errors=True)
             raise
@@ -127,15 +128,6 @@ def _writing(root: Path) -> Iterator[None]:
     except OSError as error:
         reason = "no space left" if error.errno == errno.ENOSPC else (error.strerror or str(error))
         raise UserError(f"--cache: cannot write in {root}: {reason}: make room there or give another folder") from error
-
-
-def _sync(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _sweep(root: Path) -> None:
