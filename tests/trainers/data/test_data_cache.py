@@ -110,7 +110,7 @@ STALLED = """if True:
     """
 
 
-@pytest.mark.parametrize("place", ["write_meta", "_sync"])  # before meta.json is written, and just before the renaming
+@pytest.mark.parametrize("place", ["write_meta", "sync"])  # before meta.json is written, and just before the renaming
 def test_a_killed_build_leaves_no_entry_and_is_swept_after_a_day(data, tmp_path, cache, child, place):
     process = child(STALLED, data, place)
     assert process.stdout.readline() == "stalled\n"
