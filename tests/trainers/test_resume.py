@@ -9,12 +9,12 @@ import pytest
 from small_runs import arguments, final_weights, fsam, fsam_process, steps_done
 
 FRAMEWORKS = ("jax", "torch")
-STEPS = 24
+STEPS = 40
 
 
 def run_arguments(text, out, framework):
     dropout = ("--dropout", 0.1)  # random draws must resume as well
-    pace = ("--steps", STEPS, "--checkpoint-every", 3, "--evaluate-every", 7, "--probe-steps", 0)
+    pace = ("--steps", STEPS, "--checkpoint-every", 5, "--evaluate-every", 11, "--probe-steps", 0)
     return arguments(text, out, "--framework", framework, *dropout, *pace)
 
 
