@@ -16,7 +16,8 @@ from fsam_core.errors import UserError
 
 # Framework -> its backends, most specialised last. The first is plain framework code and runs anywhere.
 BACKENDS: dict[str, tuple[str, ...]] = {"jax": ("xla", "pallas"), "torch": ("torch", "triton")}
-_EXTRA = {"optax": "jax", "flax": "jax", "orbax": "jax"}  # module -> the extra that brings it, where names differ
+# Module -> the extra that brings it, where names differ.
+_EXTRA = {"optax": "jax", "flax": "jax", "orbax": "jax", "matplotlib": "report", "jinja2": "report"}
 _NEEDS = {"xla": "jax", "pallas": "jax", "torch": "torch", "triton": "triton"}
 
 

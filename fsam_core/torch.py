@@ -178,7 +178,7 @@ class Step:
             if isinstance(method, Perturbed):
                 full = method.ascent == "full"
                 ascent = [_grad(p) if full else g_S.get(p, torch.zeros_like(p)) for p in params]
-                moved, length = self._perturbed(params, ascent)
+                moved, length = self._perturbed(params, ascent, base_norm if full else _norm(ascent))
                 del ascent
                 left = {} if method.exact else self._less(g_S, method.strength)
                 del g_S
@@ -305,12 +305,12 @@ class Step:
 
     # --- the perturbation ---------------------------------------------------------------------------------------------
 
-    def _perturbed(self, params: list[nn.Parameter], grads: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """(θ + ε for each of params, ‖ε‖₂); ε = 0 where the gradient is 0. Nothing here waits for the device."""
+    def _perturbed(self, params: list[nn.Parameter], grads: list[Tensor], norm: Tensor) -> tuple[list[Tensor], Tensor]:
+        """(θ + ε for each of params, ‖ε‖₂) from gradients of this norm; ε = 0 where they are 0. Nothing here waits."""
         method, ops = self.method, self.ops
         assert isinstance(method, Perturbed)
         rho = check_rho(method.rho_at(self.steps), f"rho({self.steps})")
-        clip = 1.0 if self.clip_norm is None else (self.clip_norm / _norm(grads)).clamp(max=1.0)
+        clip = 1.0 if self.clip_norm is None else (self.clip_norm / norm).clamp(max=1.0)
         v, adam = self._moments(params) if method.precondition == "adam" else (None, None)
         sumsq, dot = ops.preconditioned_norm(grads, v, clip=clip, adam=adam)
         square = sumsq if method.norm == "l2" else dot

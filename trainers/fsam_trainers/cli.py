@@ -122,9 +122,6 @@ def _backends(options: Backends) -> int:
 
 
 def _corpus(options: Common, settings: Any, console: Console) -> Any:
-    for module in ("tokenizers", "pyarrow", "datasets", "platformdirs"):
-        if importlib.util.find_spec(module) is None:
-            raise UserError(f"{module} is not installed: pip install 'fsam[data]'")
     from fsam_trainers.data import prepare
 
     corpus = prepare(

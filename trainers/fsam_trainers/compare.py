@@ -16,9 +16,9 @@ from fsam_trainers import cost, metrics
 from fsam_trainers.console import Console
 from fsam_trainers.data import Batches, Corpus
 from fsam_trainers.files import write_json
-from fsam_trainers.loop import Pace, train
+from fsam_trainers.loop import train
 from fsam_trainers.report import write_plot, write_report
-from fsam_trainers.settings import Settings
+from fsam_trainers.settings import Pace, Settings
 
 COLUMNS = (
     "method",

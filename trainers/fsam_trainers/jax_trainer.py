@@ -99,9 +99,9 @@ class JaxEngine:
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             return State(optax.apply_updates(state.params, updates), opt_state), info
 
-        # The loss alone: the compiler drops the gradient.
         self._jitted = step
         self._step: Callable[..., Any] = step
+        # The loss alone: the compiler drops the gradient.
         self._loss = jax.jit(lambda params, batch: plain(params, batch)[0][0])
 
     def prepare(self, tokens_BxL1: np.ndarray) -> None:

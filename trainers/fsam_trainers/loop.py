@@ -19,36 +19,9 @@ from fsam_trainers.cost import base_step_ms
 from fsam_trainers.data import Batches, Corpus, validation_batches
 from fsam_trainers.engine import Engine, StepReport
 from fsam_trainers.files import disk_errors
-from fsam_trainers.settings import Settings, difference
+from fsam_trainers.settings import Pace, Settings, difference
 
 SKIPPED_IN_A_ROW = 50  # then the run has diverged, and going on only burns time
-
-
-@dataclass(frozen=True)
-class Pace:
-    """How often things beside training happen, in steps; 0 means only at the end. None of it changes the weights.
-
-    Attributes:
-        evaluate_every: steps between evaluations.
-        evaluation_batches: batches an evaluation reads, always the first ones of the held-out text.
-        checkpoint_every: steps between checkpoints.
-        keep: checkpoints kept.
-        probe_steps: AdamW steps timed before training, for the ratio in the progress bar; 0 for none.
-    """
-
-    evaluate_every: int = 0
-    evaluation_batches: int = 16
-    checkpoint_every: int = 0
-    keep: int = 2
-    probe_steps: int = 5
-
-    def __post_init__(self) -> None:
-        for name in ("evaluate_every", "checkpoint_every", "probe_steps"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(self, name)}")
-        for name in ("evaluation_batches", "keep"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass

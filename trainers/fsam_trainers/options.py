@@ -13,7 +13,7 @@ import tyro
 
 from fsam_core import NAMES, UserError
 from fsam_trainers.presets import preset
-from fsam_trainers.settings import Settings, steps_for
+from fsam_trainers.settings import Pace, Settings, steps_for
 
 DEFAULT_STEPS = 300
 
@@ -38,17 +38,17 @@ class Common:
     """instead of --steps: tokens for each non-embedding parameter (Chinchilla: about 20)"""
     rho: float | None = None
     """length of the perturbation, in the units of the weights"""
-    norm: str = "l2"
+    norm: str = Settings.norm
     """l2: rho d / |d|; dual: rho d / sqrt(g.d)"""
-    second_moment: str = "current"
+    second_moment: str = Settings.second_moment
     """current: this step's gradient is folded in; previous: the optimizer's as it stands"""
     correction_fraction: str = "1"
     """share of the batch that the second pass is computed on: 1/8, 0.25"""
-    ascent: str = "full"
+    ascent: str = Settings.ascent
     """whose gradient the perturbation comes from: the full batch's, or that of the part"""
     batch: int | None = None
     """sequences a step"""
-    micro_batches: int = 1
+    micro_batches: int = Settings.micro_batches
     """parts a batch is computed in"""
     seq_len: int | None = None
     """tokens a sequence"""
@@ -58,31 +58,31 @@ class Common:
     """peak learning rate"""
     warmup: int | None = None
     """steps of linear warm-up (default: a tenth of the run, at most 1000)"""
-    final_learning_rate: float = 0.1
+    final_learning_rate: float = Settings.final_learning_rate
     """where the cosine ends, as a share of the peak"""
-    weight_decay: float = 1e-4
+    weight_decay: float = Settings.weight_decay
     """decoupled weight decay, on matrices"""
-    b1: float = 0.9
+    b1: float = Settings.b1
     """AdamW's first decay rate"""
-    b2: float = 0.95
+    b2: float = Settings.b2
     """AdamW's second decay rate"""
-    eps: float = 1e-8
+    eps: float = Settings.eps
     """AdamW's epsilon, and the preconditioner's"""
-    clip_norm: float = 1.0
+    clip_norm: float = Settings.clip_norm
     """clip the final gradient to this global norm; 0 for no clipping"""
     dropout: float = 0.0
     """after the embedding, attention and MLP"""
     tied: bool = True
     """one matrix for input embedding and head"""
-    backend: str = "auto"
+    backend: str = Settings.backend
     """auto, xla (jax), torch (torch)"""
     evaluate_every: int | None = None
     """steps between evaluations (default: a tenth of the run)"""
-    evaluation_batches: int = 16
+    evaluation_batches: int = Pace.evaluation_batches
     """batches of held-out text an evaluation reads"""
     checkpoint_every: int | None = None
     """steps between checkpoints (default: a tenth of the run)"""
-    keep: int = 2
+    keep: int = Pace.keep
     """checkpoints kept"""
     out: Path | None = None
     """folder of the run; a run that was interrupted there goes on (default: under runs/)"""
@@ -122,10 +122,8 @@ class Common:
             **same,
         )
 
-    def pace(self, steps: int) -> Any:
+    def pace(self, steps: int) -> Pace:
         """How often such a run of `steps` evaluates and saves."""
-        from fsam_trainers.loop import Pace
-
         tenth = max(1, steps // 10)
         return Pace(
             evaluate_every=tenth if self.evaluate_every is None else self.evaluate_every,
@@ -151,7 +149,7 @@ class Train(Common):
     """adamw, sam, precond-sam, functional-sam, precond-functional-sam, logit-sam"""
     seed: int = 0
     """of the initial weights, the order of the data and dropout"""
-    probe_steps: int = 5
+    probe_steps: int = Pace.probe_steps
     """AdamW steps timed before training, for the cost ratio; 0 for none"""
 
 

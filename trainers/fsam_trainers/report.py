@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from fsam_core import UserError
+from fsam_core import backends
 from fsam_trainers.files import disk_errors, write_text
 
 for _module in ("matplotlib", "jinja2"):
-    if importlib.util.find_spec(_module) is None:
-        raise UserError(f"{_module} is not installed: pip install 'fsam[report]'")
+    backends.require(_module)
 
 import jinja2  # noqa: E402
 import matplotlib.figure  # noqa: E402

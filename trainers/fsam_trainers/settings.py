@@ -105,6 +105,31 @@ class Settings:
         return dataclasses.asdict(self)
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How often things beside training happen, in steps; 0 means only at the end. None of it changes the weights.
+
+    Attributes:
+        evaluate_every: steps between evaluations.
+        evaluation_batches: batches an evaluation reads, always the first ones of the held-out text.
+        checkpoint_every: steps between checkpoints.
+        keep: checkpoints kept.
+        probe_steps: AdamW steps timed before training, for the ratio in the progress bar; 0 for none.
+    """
+
+    evaluate_every: int = 0
+    evaluation_batches: int = 16
+    checkpoint_every: int = 0
+    keep: int = 2
+    probe_steps: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("evaluate_every", "checkpoint_every", "probe_steps"):
+            _check(getattr(self, name) >= 0, f"--{name.replace('_', '-')}", getattr(self, name), "at least 0")
+        for name in ("evaluation_batches", "keep"):
+            _check(getattr(self, name) >= 1, f"--{name.replace('_', '-')}", getattr(self, name), "at least 1")
+
+
 def steps_for(tokens_per_param: float, model: ModelConfig, batch: int) -> int:
     """Steps that see `tokens_per_param` tokens for each non-embedding parameter (Chinchilla's rule: about 20).
 

@@ -1,7 +1,7 @@
 """The decoder in Flax. Tokens are flattened to two dimensions before every projection.
 
-On a CPU XLA runs a [N, D] × [D, E] product two to three times faster than the einsum over [B, L, D], and attention as a
-batched product over B·H: a 2.3M-parameter model took 0.30 s a step so, against 0.80 s.
+On a CPU XLA runs a [N, D] × [D, E] product faster than the einsum over [B, L, D], and attention as a batched product
+over B·H: in this project's first trials a 2.3M-parameter model took 0.30 s a step so, against 0.80 s.
 """
 
 from __future__ import annotations
