@@ -1,0 +1,36 @@
+"""Options of the head, the same values in every backend."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Which loss is taken of the logits u = h Wᵀ + b; the default is plain cross entropy.
+
+    Attributes:
+        label_smoothing: share s of the target that is spread evenly over the vocabulary, 0 ≤ s < 1.
+        z_loss: factor ζ ≥ 0 of lse², which keeps the normaliser near 1 (1e-4 is usual).
+        soft_cap: c > 0 for z = c tanh(u / c), which belongs to the network and not to the loss; None for z = u.
+
+    Raises:
+        ValueError: for a value outside these.
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    soft_cap: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing!r}")
+        if not 0 <= self.z_loss < math.inf:
+            raise ValueError(f"z_loss must be a finite number >= 0, got {self.z_loss!r}")
+        if self.soft_cap is not None and not 0 < self.soft_cap < math.inf:
+            raise ValueError(f"soft_cap must be > 0, or None for no cap; got {self.soft_cap!r}")
+
+    def floor(self, vocabulary: int) -> float:
+        """s / V: what label smoothing takes off every entry of a row's cotangent."""
+        return self.label_smoothing / vocabulary
