@@ -1,22 +1,31 @@
-"""What the two frameworks' heads have in common: which shapes fit together."""
+"""What the two frameworks' heads have in common: which shapes fit together, which way round a weight is stored."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from fsam_core.errors import UserError
 
+Layout = Literal["VD", "DV"]
 
-def check_shapes(hidden: Any, weight: Any, labels: Any, token_weights: Any | None) -> None:
-    """Whether the arrays of a LinearHead fit: [..., D], [V, D], [...] and [...] or None.
+
+def check(head: Any) -> None:
+    """Whether the arrays of a LinearHead fit: [..., D], [V, D] or [D, V], [...], [...] or None, [V] or None.
 
     Raises:
-        UserError: naming the shapes.
+        UserError: naming the argument and the shapes.
     """
-    h, w, y = tuple(hidden.shape), tuple(weight.shape), tuple(labels.shape)
-    weights = None if token_weights is None else tuple(token_weights.shape)
+    if head.layout not in ("VD", "DV"):
+        raise UserError(f"LinearHead: layout must be 'VD' or 'DV', got {head.layout!r}")
+    h, w, y = tuple(head.hidden.shape), tuple(head.weight.shape), tuple(head.labels.shape)
+    weights = None if head.token_weights is None else tuple(head.token_weights.shape)
     if y != h[:-1] or weights not in (None, y):
         got = f"hidden {h}, labels {y}, token_weights {weights}"
         raise UserError(f"LinearHead: labels and token_weights must have hidden's leading axes, got {got}")
-    if len(w) != 2 or w[1] != h[-1]:
-        raise UserError(f"LinearHead: weight must be [V, {h[-1]}], got {w}")
+    vocabulary, features = (0, 1) if head.layout == "VD" else (1, 0)
+    if len(w) != 2 or w[features] != h[-1]:
+        wanted = f"[V, {h[-1]}]" if head.layout == "VD" else f"[{h[-1]}, V] with layout='DV'"
+        hint = "; is it stored the other way round (layout)?" if len(w) == 2 and w[vocabulary] == h[-1] else ""
+        raise UserError(f"LinearHead: weight must be {wanted}, got {w}{hint}")
+    if head.bias is not None and tuple(head.bias.shape) != (w[vocabulary],):
+        raise UserError(f"LinearHead: bias must be [{w[vocabulary]}], got {tuple(head.bias.shape)}")

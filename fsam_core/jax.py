@@ -10,14 +10,13 @@ Nothing here keeps state. Randomness comes in with the batch (put the key in it)
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
 
 from fsam_core import backends, parts
 from fsam_core.errors import UserError
-from fsam_core.heads import check_shapes
 from fsam_core.methods import SAM, FunctionalSAM, LogitSAM, Method, Perturbed, Plain
 
 backends.require("jax")
@@ -27,6 +26,10 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import optax  # noqa: E402
 
+from fsam_core import jax_heads as heads  # noqa: E402
+from fsam_core.jax_heads import LinearHead, Logits  # noqa: E402
+from fsam_kernels.options import AUTO, Loss, Memory  # noqa: E402
+
 __all__ = [
     "SAM",
     "FunctionalSAM",
@@ -34,6 +37,8 @@ __all__ = [
     "LinearHead",
     "LogitSAM",
     "Logits",
+    "Loss",
+    "Memory",
     "Plain",
     "UserError",
     "skip_nonfinite",
@@ -42,38 +47,6 @@ __all__ = [
 
 Params = Any
 Features = Callable[[Params, Any], "LinearHead | Logits"]
-
-
-@dataclass(frozen=True)
-class LinearHead:
-    """A model's output as hidden states and head weight; the loss is the weighted mean cross entropy of their product.
-
-    Attributes:
-        hidden: [..., D] last hidden states, any float dtype.
-        weight: [V, D] the head's weight, as a function of the params (tied to the embedding or not).
-        labels: [...] integers; a negative one is ignored.
-        token_weights: [...] weight of each label in the mean, or None for 1.
-    """
-
-    hidden: jax.Array
-    weight: jax.Array
-    labels: jax.Array
-    token_weights: jax.Array | None = None
-
-
-@dataclass(frozen=True)
-class Logits:
-    """The output of a model without a linear head.
-
-    Attributes:
-        logits: array of any shape, a function of the params.
-        loss: logits -> mean loss, a scalar; it must not depend on the params in another way.
-        weight: how much this micro-batch counts beside others (its number of targets, say).
-    """
-
-    logits: jax.Array
-    loss: Callable[[jax.Array], jax.Array]
-    weight: jax.Array | float = 1.0
 
 
 class Info(NamedTuple):
@@ -102,6 +75,7 @@ def value_and_grad(
     b2: float | None = None,
     eps: float = 1e-8,
     clip_norm: float | None = None,
+    memory: Memory = AUTO,
     backend: str | None = None,
 ) -> Callable[..., tuple[tuple[jax.Array, Info], Params]]:
     """The gradient function of `method`.
@@ -114,6 +88,7 @@ def value_and_grad(
             optax state does not hold it.
         clip_norm: the global norm that the optax chain clips to, if it does. It scales the gradient inside the second
             moment of the ascent direction; the returned gradient is not clipped.
+        memory: what may be spent on the head: working bytes, and whether its cotangent is kept or recomputed.
         backend: "xla", "pallas" or "auto" (default: FSAM_BACKEND, then auto).
 
     Returns:
@@ -133,7 +108,7 @@ def value_and_grad(
         raise UserError(f"b2 must be in [0, 1), as that of your optax.adamw; got {b2!r}")
     if clip_norm is not None and not clip_norm > 0:
         raise UserError(f"clip_norm must be > 0, or None for no clipping; got {clip_norm!r}")
-    ops = backends.load("jax", backend)
+    run = _Run(backends.load("jax", backend), features, memory)
 
     def grad(params: Params, batch: Any, opt_state: Any = None) -> tuple[tuple[jax.Array, Info], Params]:
         batches = batch if isinstance(batch, list) else [batch]
@@ -141,26 +116,26 @@ def value_and_grad(
             raise UserError("batch: got an empty list of micro-batches; give at least one")
         moved_loss = jnp.float32(jnp.nan)
         if isinstance(method, Plain):
-            loss, weight, g_B, _ = _base_pass(ops, features, params, _stacked(batches))
+            loss, weight, g_B, _ = _base_pass(run, params, _stacked(batches))
             g_hat, length = g_B, jnp.zeros_like(loss)
         else:
             part, rest = parts.split(batches, method.fraction, _flatten)
             S = _stacked(part)
-            loss, weight, g_S, cotangents = _base_pass(ops, features, params, S)
+            loss, weight, g_S, cotangents = _base_pass(run, params, S, keep=method.path == "functional", cut=method.cut)
             g_B = g_S
             if rest:
-                others = _base_pass(ops, features, params, _stacked(rest))[:3]
+                others = _base_pass(run, params, _stacked(rest))[:3]
                 loss, weight, g_B = _merged((loss, weight, g_S), others)
             g = g_B if method.ascent == "full" else g_S
             clip = _clip_factor(_norm(g), clip_norm)
-            moved, length = _perturbed(ops, method, params, g, opt_state, clip, b2, eps)
+            moved, length = _perturbed(run.ops, method, params, g, opt_state, clip, b2, eps)
             if method.path == "functional":  # J(θ+ε)ᵀ z̄(θ)
-                g_moved = _pull_back(ops, features, moved, S, cotangents)
+                g_moved = _pull_back(run, moved, S, cotangents)
             elif method.path == "sam":  # J(θ+ε)ᵀ z̄(θ+ε)
-                moved_loss, _, g_moved, _ = _base_pass(ops, features, moved, S)
+                moved_loss, _, g_moved, _ = _base_pass(run, moved, S)
             else:  # J(θ)ᵀ z̄(θ+ε)
-                moved_loss, cotangents = _cotangent_pass(ops, features, moved, S)
-                g_moved = _pull_back(ops, features, params, S, cotangents)
+                moved_loss, cotangents = _cotangent_pass(run, moved, S)
+                g_moved = _pull_back(run, params, S, cotangents)
             g_hat = g_moved if method.exact else _corrected(g_B, g_moved, g_S, method.strength)
         base_norm = _norm(g_B)
 
@@ -199,109 +174,104 @@ def adam_state(opt_state: Any) -> optax.ScaleByAdamState:
 # --- the passes -------------------------------------------------------------------------------------------------------
 
 
+class _Run(NamedTuple):
+    """What is the same in every pass of a step."""
+
+    ops: ModuleType
+    features: Features
+    memory: Memory
+
+
 class _Cotangents(NamedTuple):
-    """z̄ of every micro-batch, its share of all the targets, and the head weight where they were kept without it."""
+    """z̄ of every micro-batch, its share of all the targets, and what all micro-batches have in common.
+
+    Cut at the logits that is the head's (weight, bias), where they were kept without it. Cut at the hidden states
+    (`is_hidden`), where z̄ stands for h̄, it is the head's own gradient (w̄, b̄).
+    """
 
     each: Any
     share: Any
-    weight_VxD: jax.Array | None
+    common: tuple[jax.Array, ...]
+    is_hidden: bool
 
 
-def _base_pass(ops: ModuleType, features: Features, params: Params, items: Any) -> Any:
-    """(loss, total weight, J(θ)ᵀ z̄(θ), z̄(θ)) over all micro-batches."""
+def _base_pass(run: _Run, params: Params, items: Any, *, keep: bool = False, cut: str = "logits") -> Any:
+    """(loss, total weight, J(θ)ᵀ z̄(θ), z̄(θ)) over all micro-batches; `keep` if z̄ is to be used again."""
 
     def one(item: Any) -> Any:
-        head, pull_back = _linearize(features, params, item)
-        loss, weight, cotangent = _cotangent(ops, head)
-        g = pull_back(_through_head(ops, cotangent, head))
-        return (loss, weight, g), (_without_weight(cotangent, items), weight)
+        head, pull_back = _linearize(run.features, params, item)
+        holds = keep and cut == "logits" and heads.keeps(head, _count(items), run.memory)
+        loss, weight, zbar, out = heads.cotangent(run.ops, head, run.memory, gradient=True, keep=holds)
+        assert out is not None
+        if cut == "logits":
+            return (loss, weight, (pull_back(out), ())), (_without_head(zbar, items), weight)
+        if isinstance(head, Logits):
+            raise UserError("cut: 'hidden' needs features to return a LinearHead, got Logits")
+        return (loss, weight, (pull_back(out), out[1:])), (out[0], weight)
 
-    (loss, weight, g), (cotangents, weights) = _mean(one, items)
+    (loss, weight, (g, of_head)), (each, weights) = _mean(one, items)
     g = jax.tree.map(lambda x, p: x.astype(p.dtype), g, params)
-    return loss, weight, g, _kept(features, params, items, cotangents, weights, weight)
+    if cut == "hidden":
+        return loss, weight, g, _Cotangents(each, _shares(weights, weight), of_head, True)
+    return loss, weight, g, _kept(run, params, items, each, weights, weight)
 
 
-def _cotangent_pass(ops: ModuleType, features: Features, params: Params, items: Any) -> Any:
+def _cotangent_pass(run: _Run, params: Params, items: Any) -> Any:
     """(loss, z̄) over all micro-batches: a forward pass alone."""
 
     def one(item: Any) -> Any:
-        head = _flat(features(params, item))
-        loss, weight, cotangent = _cotangent(ops, head)
-        return (loss, weight, ()), (_without_weight(cotangent, items), weight)
+        head = heads.flat(run.features(params, item))
+        holds = heads.keeps(head, _count(items), run.memory)
+        loss, weight, zbar, _ = heads.cotangent(run.ops, head, run.memory, gradient=False, keep=holds)
+        return (loss, weight, ()), (_without_head(zbar, items), weight)
 
-    (loss, weight, _), (cotangents, weights) = _mean(one, items)
-    return loss, _kept(features, params, items, cotangents, weights, weight)
+    (loss, weight, _), (each, weights) = _mean(one, items)
+    return loss, _kept(run, params, items, each, weights, weight)
 
 
-def _pull_back(ops: ModuleType, features: Features, params: Params, items: Any, cotangents: _Cotangents) -> Params:
+def _pull_back(run: _Run, params: Params, items: Any, cotangents: _Cotangents) -> Params:
     """J(params)ᵀ z̄ with the Jacobian at these params and cotangents from anywhere: no logits, no loss."""
 
     def one(item: Any) -> Any:
-        batch, cotangent, share = item
-        head, pull_back = _linearize(features, params, batch)
-        if isinstance(head, LinearHead):
-            cotangent = cotangent._replace(weights_N=cotangent.weights_N * share.astype(cotangent.weights_N.dtype))
-            if cotangents.weight_VxD is not None:
-                cotangent = cotangent._replace(w_VxD=cotangents.weight_VxD)
+        batch, zbar, share = item
+        head, pull_back = _linearize(run.features, params, batch)
+        if cotangents.is_hidden:
+            hidden, *rest = heads.outputs(head)
+            out: Any = ((zbar * share).astype(hidden.dtype), *map(jnp.zeros_like, rest))
         else:
-            cotangent = cotangent * share.astype(cotangent.dtype)
-        return jax.tree.map(_wide, pull_back(_through_head(ops, cotangent, head))), ()
+            if cotangents.common:
+                weight_VxD, *bias_V = cotangents.common
+                zbar = dataclasses.replace(zbar, w_VxD=weight_VxD, bias_V=bias_V[0] if bias_V else None)
+            out = heads.pulled_back(run.ops, head, zbar, share, run.memory)
+        return jax.tree.map(_wide, pull_back(out)), ()
 
     g = _sum(one, _zipped(items, cotangents.each, cotangents.share))[0]
+    if cotangents.is_hidden:
+        # The head's own gradient, once for all micro-batches. Of the model this evaluates, the compiler keeps nothing
+        # but the way from the parameters to the head's weight.
+        _, pull_back = jax.vjp(lambda p: _head_weights(run, p, items), params)
+        like = _head_weights(run, params, items)
+        (of_head,) = pull_back(tuple(x.astype(w.dtype) for x, w in zip(cotangents.common, like, strict=True)))
+        g = jax.tree.map(lambda x, y: x + y.astype(x.dtype), g, of_head)
     return jax.tree.map(lambda x, p: x.astype(p.dtype), g, params)
 
 
 def _linearize(features: Features, params: Params, batch: Any) -> tuple[Any, Callable[[Any], Params]]:
-    """(the head at these params, Jᵀ as a function of the cotangents of hidden and weight, or of the logits)."""
+    """(the head at these params, Jᵀ as a function of the cotangents of its `outputs`)."""
     seen = []
 
     def outputs(params: Params) -> tuple[jax.Array, ...]:
-        head = _flat(features(params, batch))
-        seen.append(head)
-        return (head.hidden, head.weight) if isinstance(head, LinearHead) else (head.logits,)
+        seen.append(heads.flat(features(params, batch)))
+        return heads.outputs(seen[-1])
 
     out, pull_back = jax.vjp(outputs, params)
     # Labels, weights and the loss do not depend on the params, so they may leave the trace that vjp made.
-    if isinstance(head := seen[-1], LinearHead):
-        head = LinearHead(out[0], out[1], head.labels, head.token_weights)
-    else:
-        head = Logits(out[0], head.loss, head.weight)
-    return head, lambda cotangents: pull_back(cotangents)[0]
+    return heads.with_outputs(seen[-1], out), lambda cotangents: pull_back(cotangents)[0]
 
 
-def _flat(head: Any) -> Any:
-    """The head checked, with its leading axes made one and weights where there were none."""
-    if isinstance(head, Logits):
-        return head
-    if not isinstance(head, LinearHead):
-        raise UserError(f"features must return a LinearHead or Logits, got {type(head).__name__}")
-    h, y, weights = head.hidden, head.labels, head.token_weights
-    check_shapes(h, head.weight, y, weights)
-    y = y.reshape(-1).astype(jnp.int32)
-    kind = jnp.promote_types(h.dtype, jnp.float32)
-    weights = jnp.ones(y.shape, kind) if weights is None else weights.reshape(-1).astype(kind)
-    return LinearHead(h.reshape(-1, h.shape[-1]), head.weight, y, jnp.where(y >= 0, weights, 0))
-
-
-def _cotangent(ops: ModuleType, head: LinearHead | Logits) -> tuple[jax.Array, jax.Array, Any]:
-    """(mean loss, weight, z̄) of one micro-batch; loss 0 where every label is ignored."""
-    if isinstance(head, Logits):
-        loss, zbar = jax.value_and_grad(head.loss)(head.logits)
-        weight = jnp.asarray(head.weight, loss.dtype)
-        # A mean over no targets is 0/0; it weighs nothing.
-        return jnp.where(weight > 0, loss, 0), weight, jnp.where(weight > 0, zbar, 0)
-    assert head.token_weights is not None
-    weight = jnp.sum(head.token_weights)
-    share_N = head.token_weights / jnp.where(weight > 0, weight, 1)
-    loss_N, _, cotangent = ops.linear_cross_entropy(head.hidden, head.weight, head.labels, share_N)
-    return jnp.sum(loss_N * share_N), weight, cotangent
-
-
-def _through_head(ops: ModuleType, cotangent: Any, head: LinearHead | Logits) -> tuple[jax.Array, ...]:
-    """What z̄ is at the outputs of `_linearize`."""
-    if isinstance(head, Logits):
-        return (cotangent.astype(head.logits.dtype),)
-    return ops.logit_vjp(cotangent, head.hidden, head.weight)
+def _head_weights(run: _Run, params: Params, items: Any) -> tuple[jax.Array, ...]:
+    """(weight, bias) of the head, which are the same for every micro-batch."""
+    return heads.outputs(heads.flat(run.features(params, _first(items))))[1:]
 
 
 def _merged(a: Any, b: Any) -> Any:
@@ -442,15 +412,27 @@ def _mean(one: Callable[[Any], tuple[Any, Any]], items: Any) -> tuple[Any, Any]:
     return (loss / safe, weight, jax.tree.map(lambda x: x / safe, g)), kept
 
 
-def _without_weight(cotangent: Any, items: Any) -> Any:
-    stacked = isinstance(items, _Stack) and hasattr(cotangent, "w_VxD")
-    return cotangent._replace(w_VxD=None) if stacked else cotangent
+def _count(items: Any) -> int:
+    return len(jax.tree.leaves(items.tree)[0]) if isinstance(items, _Stack) else len(items)
 
 
-def _kept(features: Features, params: Params, items: Any, each: Any, weights: Any, total: jax.Array) -> _Cotangents:
-    share = jax.tree.map(lambda w: w / jnp.where(total > 0, total, 1), weights)
-    if not isinstance(items, _Stack) or not hasattr(each, "w_VxD"):
-        return _Cotangents(each, share, None)
+def _is_recomputed(zbar: Any) -> bool:
+    """Whether a cotangent holds the head it was made at."""
+    return getattr(zbar, "h_NxD", None) is not None
+
+
+def _without_head(zbar: Any, items: Any) -> Any:
+    if not isinstance(items, _Stack) or not _is_recomputed(zbar):
+        return zbar
+    return dataclasses.replace(zbar, w_VxD=None, bias_V=None)
+
+
+def _shares(weights: Any, total: jax.Array) -> Any:
+    return jax.tree.map(lambda w: w / jnp.where(total > 0, total, 1), weights)
+
+
+def _kept(run: _Run, params: Params, items: Any, each: Any, weights: Any, total: jax.Array) -> _Cotangents:
     # A scan would stack a copy of the head weight for each micro-batch. It is the same for all: this evaluates the
     # model once more for its sake, and the compiler drops all of that but the weight.
-    return _Cotangents(each, share, jnp.asarray(features(params, _first(items)).weight))
+    lacks = isinstance(items, _Stack) and _is_recomputed(each)
+    return _Cotangents(each, _shares(weights, total), _head_weights(run, params, items) if lacks else (), False)

@@ -36,6 +36,7 @@ Precondition = Literal["adam"]
 Norm = Literal["l2", "dual"]
 SecondMoment = Literal["current", "previous"]
 Ascent = Literal["full", "part"]
+Cut = Literal["logits", "hidden"]
 Rho = float | Callable[[Any], Any]
 
 
@@ -61,6 +62,9 @@ class Perturbed:
             one; below 1 one more gradient is held. It must cut the batch into whole rows, or whole micro-batches.
         strength: factor w ≥ 0 of the correction.
         ascent: whose gradient ε comes from: the "full" batch's, or that of the "part" S (as in m-sharpness).
+        cut: where the functional method holds the cotangent. At the "logits" it is the published method. At the last
+            "hidden" states the second pass pulls back h̄ = z̄ W(θ), the head's own gradient stays that of θ, and the
+            pass touches no vocabulary: a near twin of the method, whose quality is to be judged.
 
     Raises:
         UserError: for a value outside these, where the method is made and not later.
@@ -73,6 +77,7 @@ class Perturbed:
     fraction: float = 1.0
     strength: float = 1.0
     ascent: Ascent = "full"
+    cut: Cut = "logits"
 
     path: ClassVar[Path]
 
@@ -84,6 +89,11 @@ class Perturbed:
         _check_choice("norm", self.norm, get_args(Norm))
         _check_choice("second_moment", self.second_moment, get_args(SecondMoment))
         _check_choice("ascent", self.ascent, get_args(Ascent))
+        _check_choice("cut", self.cut, get_args(Cut))
+        if self.cut == "hidden" and self.path != "functional":
+            raise UserError(
+                f"cut: 'hidden' is for the functional method, whose cotangent is held; not for {self.path!r}"
+            )
         if not _is_number(self.fraction) or not 0 < self.fraction <= 1:
             raise UserError(f"fraction must be a number in (0, 1], got {self.fraction!r} (1/8, say)")
         if not _is_number(self.strength) or not 0 <= self.strength < math.inf:
@@ -144,7 +154,7 @@ def named(name: str, rho: Rho = 0.5, *, argument: str = "method", **options: Any
     kind, precondition = _NAMED[name]
     if not issubclass(kind, Perturbed):
         # AdamW ignores the options, but a wrong one is still a mistake of the person who typed it.
-        SAM(rho, **options)
+        FunctionalSAM(rho, **options)
         return kind()
     return kind(rho, precondition, **options)
 

@@ -9,15 +9,14 @@ checkpoints know nothing of fsam. Outside a call the model holds θ, never θ+ε
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fsam_core import backends, parts
 from fsam_core.errors import UserError
-from fsam_core.heads import check_shapes
 from fsam_core.methods import SAM, FunctionalSAM, LogitSAM, Method, Perturbed, Plain, check_rho
 
 backends.require("torch")
@@ -26,41 +25,25 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils import _pytree  # noqa: E402
 
-__all__ = ["SAM", "FunctionalSAM", "Info", "LinearHead", "LogitSAM", "Logits", "Plain", "Step", "UserError"]
+from fsam_core import torch_heads as heads  # noqa: E402
+from fsam_core.torch_heads import LinearHead, Logits  # noqa: E402
+from fsam_kernels.options import AUTO, Loss, Memory  # noqa: E402
+
+__all__ = [
+    "SAM",
+    "FunctionalSAM",
+    "Info",
+    "LinearHead",
+    "LogitSAM",
+    "Logits",
+    "Loss",
+    "Memory",
+    "Plain",
+    "Step",
+    "UserError",
+]
 
 Features = Callable[[nn.Module, Any], "LinearHead | Logits"]
-
-
-@dataclass(frozen=True)
-class LinearHead:
-    """A model's output as hidden states and head weight; the loss is the weighted mean cross entropy of their product.
-
-    Attributes:
-        hidden: [..., D] last hidden states, with their graph.
-        weight: [V, D] the head's weight (tied to the embedding or not).
-        labels: [...] int64; a negative one is ignored.
-        token_weights: [...] weight of each label in the mean, or None for 1.
-    """
-
-    hidden: Tensor
-    weight: Tensor
-    labels: Tensor
-    token_weights: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Logits:
-    """The output of a model without a linear head.
-
-    Attributes:
-        logits: tensor of any shape, with its graph.
-        loss: logits -> mean loss, a scalar; it must not depend on the parameters in another way.
-        weight: how much this micro-batch counts beside others (its number of targets, say).
-    """
-
-    logits: Tensor
-    loss: Callable[[Tensor], Tensor]
-    weight: Tensor | float = 1.0
 
 
 class Info(NamedTuple):
@@ -100,6 +83,7 @@ class Step:
         *,
         features: Features,
         clip_norm: float | None = None,
+        memory: Memory = AUTO,
         backend: str | None = None,
     ) -> None:
         """
@@ -110,6 +94,7 @@ class Step:
             features: (model, batch) -> `LinearHead` or `Logits`. Called once a pass. Random draws from PyTorch's own
                 generators are the same in both passes; draws from a private `torch.Generator` are not replayed.
             clip_norm: global norm that the final gradient is clipped to, once; None for no clipping.
+            memory: what may be spent on the head: working bytes, and whether its cotangent is kept or recomputed.
             backend: "torch", "triton" or "auto" (default: FSAM_BACKEND, then auto).
 
         Raises:
@@ -125,7 +110,7 @@ class Step:
         if clip_norm is not None and not clip_norm > 0:
             raise UserError(f"clip_norm must be > 0, or None for no clipping; got {clip_norm!r}")
         self.model, self.optimizer, self.method, self.features = model, optimizer, method, features
-        self.clip_norm = clip_norm
+        self.clip_norm, self.memory = clip_norm, memory
         self.steps = self.skipped_steps = 0
         self.info: Info | None = None
         self.ops = backends.load("torch", backend)
@@ -163,7 +148,8 @@ class Step:
         method = self.method
         part, rest = parts.split(batches, method.fraction, _flatten) if isinstance(method, Perturbed) else (batches, [])
         try:
-            loss, weight, kept = self._base_pass(part)
+            cut = method.cut if isinstance(method, Perturbed) and method.path == "functional" else None
+            loss, weight, kept = self._base_pass(part, cut=cut)
             g_S = {p: _grad(p) for p in self._params()}
             if rest:
                 loss, weight = self._add(rest, loss, weight, g_S)
@@ -210,8 +196,14 @@ class Step:
 
     # --- the passes ---------------------------------------------------------------------------------------------------
 
-    def _base_pass(self, batches: Sequence[Any], replay: Sequence[_Kept] | None = None) -> tuple[Tensor, Tensor, list]:
-        """(loss, total weight, z̄ and random state of every micro-batch) at the present weights; J ᵀ z̄ into `.grad`."""
+    def _base_pass(
+        self, batches: Sequence[Any], replay: Sequence[_Kept] | None = None, cut: str | None = None
+    ) -> tuple[Tensor, Tensor, list[_Kept]]:
+        """(loss, total weight, z̄ and random state of every micro-batch) at the present weights; J ᵀ z̄ into `.grad`.
+
+        `cut` is where z̄ is held for a second pass, None if there is none. At the "hidden" states it is the cotangents
+        of the head's inputs, and those of its weight and bias are summed in the first micro-batch's.
+        """
         self._clear()
         losses: list[Tensor] = []
         weights: list[Tensor] = []
@@ -221,13 +213,21 @@ class Step:
             random = self._random_state()
             if replay is not None:
                 self._set_random_state(replay[i].random)
-            head = _flat(self.features(self.model, batch))
-            weight = _weight(head)
+            head = heads.flat(self.features(self.model, batch))
+            weight = heads.weight(head)
             # Everything is summed in units of the first micro-batch's weight, so that half floats do not overflow; with
             # one micro-batch that is the mean already.
             unit = torch.where(weight > 0, weight, 1) if unit is None else unit
-            loss, cotangent, gradients = self._cotangent(head, unit, gradient=True)
-            _backward(head, gradients)
+            holds = cut == "logits" and heads.keeps(head, len(batches), self.memory)
+            loss, cotangent, out = heads.cotangent(self.ops, head, unit, self.memory, gradient=True, keep=holds)
+            assert out is not None
+            if cut == "hidden":
+                if isinstance(head, Logits):
+                    raise UserError("cut: 'hidden' needs features to return a LinearHead, got Logits")
+                cotangent = out if not kept else out[:1]
+                for total, more in zip(kept[0].cotangent[1:] if kept else (), out[1:], strict=False):
+                    total.add_(more)
+            heads.backward(head, out)
             losses.append(loss)
             weights.append(weight)
             kept.append(_Kept(cotangent, unit, random))
@@ -262,8 +262,9 @@ class Step:
         for batch, base in zip(batches, replay, strict=True):
             self._set_random_state(base.random)
             with torch.no_grad():
-                head = _flat(self.features(self.model, batch))
-            loss, cotangent, _ = self._cotangent(head, base.unit, gradient=False)
+                head = heads.flat(self.features(self.model, batch))
+            holds = heads.keeps(head, len(batches), self.memory)
+            loss, cotangent, _ = heads.cotangent(self.ops, head, base.unit, self.memory, gradient=False, keep=holds)
             losses.append(loss)
             kept.append(_Kept(cotangent, base.unit, base.random))
         return torch.stack(losses).sum(), kept
@@ -273,34 +274,18 @@ class Step:
         self._clear()
         for batch, base in zip(batches, kept, strict=True):
             self._set_random_state(base.random)
-            head = _flat(self.features(self.model, batch))
-            if isinstance(head, LinearHead):
-                _backward(head, self.ops.logit_vjp(base.cotangent, head.hidden, head.weight))
-            else:
-                _backward(head, (base.cotangent,))
-
-    def _cotangent(self, head: LinearHead | Logits, unit: Tensor, *, gradient: bool) -> tuple[Tensor, Any, Any]:
-        """(loss, z̄, z̄ at the outputs of the model) of one micro-batch: sums over its tokens, divided by `unit`."""
-        if isinstance(head, Logits):
-            with torch.enable_grad():
-                z = head.logits.detach().requires_grad_()
-                loss = head.loss(z)
-            (zbar,) = torch.autograd.grad(loss, z)
-            share = _weight(head) / unit
-            # A mean over no targets is 0/0; it weighs nothing.
-            loss, zbar = (torch.where(share > 0, x.detach() * share.to(x), 0) for x in (loss, zbar))
-            return loss, zbar, (zbar,)
-        assert head.token_weights is not None
-        share_N = head.token_weights / unit
-        loss_N, _, cotangent, gradients = self.ops.linear_cross_entropy(
-            head.hidden, head.weight, head.labels, share_N, gradient=gradient
-        )
-        return (loss_N * share_N).sum(), cotangent, gradients
+            head = heads.flat(self.features(self.model, batch))
+            heads.backward(head, heads.pulled_back(self.ops, head, base.cotangent, self.memory))
 
     @staticmethod
     def _rescaled(kept: _Kept, factor: Tensor) -> _Kept:
         z = kept.cotangent
-        z = z * factor.to(z) if isinstance(z, Tensor) else z._replace(weights_N=z.weights_N * factor.to(z.weights_N))
+        if isinstance(z, tuple):
+            z = tuple(x.mul_(factor.to(x)) for x in z)
+        elif isinstance(z, Tensor):
+            z = z * factor.to(z)
+        else:
+            z = dataclasses.replace(z, weights_N=z.weights_N * factor.to(z.weights_N))
         return _Kept(z, kept.unit / factor, kept.random)
 
     # --- the perturbation ---------------------------------------------------------------------------------------------
@@ -401,36 +386,6 @@ class _Kept(NamedTuple):
     cotangent: Any
     unit: Tensor
     random: dict[Any, Tensor]
-
-
-def _flat(head: Any) -> LinearHead | Logits:
-    """The head checked, with its leading axes made one and weights where there were none."""
-    if isinstance(head, Logits):
-        return head
-    if not isinstance(head, LinearHead):
-        raise UserError(f"features must return a LinearHead or Logits, got {type(head).__name__}")
-    h, y, weights = head.hidden, head.labels, head.token_weights
-    check_shapes(h, head.weight, y, weights)
-    y = y.reshape(-1)
-    kind = torch.promote_types(h.dtype, torch.float32)
-    weights = torch.ones(y.shape, dtype=kind, device=y.device) if weights is None else weights.reshape(-1).to(kind)
-    return LinearHead(h.reshape(-1, h.shape[-1]), head.weight, y, torch.where(y >= 0, weights, 0))
-
-
-def _weight(head: LinearHead | Logits) -> Tensor:
-    """How much a micro-batch counts."""
-    if isinstance(head, Logits):
-        dtype = torch.promote_types(head.logits.dtype, torch.float32)
-        return torch.as_tensor(head.weight, dtype=dtype, device=head.logits.device)
-    assert head.token_weights is not None
-    return head.token_weights.sum()
-
-
-def _backward(head: LinearHead | Logits, gradients: Sequence[Tensor]) -> None:
-    """Pull the cotangents of the model's outputs back into every parameter's `.grad`."""
-    outputs = (head.hidden, head.weight) if isinstance(head, LinearHead) else (head.logits,)
-    pairs = [(x, g) for x, g in zip(outputs, gradients, strict=True) if x.requires_grad]
-    torch.autograd.backward([x for x, _ in pairs], [g for _, g in pairs])
 
 
 def _bias_correction(b2: float, step: Tensor | float, current: bool) -> Tensor | float:

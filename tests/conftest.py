@@ -5,3 +5,6 @@ import os
 # Before either framework is imported, and inherited by the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=1")
+# A TPU runtime may be installed for its compiler; there is no TPU to look for. Triton kernels run in its interpreter.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TRITON_INTERPRET", "1")

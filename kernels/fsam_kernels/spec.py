@@ -3,13 +3,24 @@
 A reader who knows only this file can review every backend. Shapes: N rows (tokens), D features, V vocabulary entries.
 Everything is computed in float64 whatever comes in.
 
-    linear_cross_entropy   z = h Wᵀ;  loss_n = logsumexp_v z_nv − z_ny
-    logit cotangent        z̄_nv = weight_n (softmax(z_n)_v − [v = y_n]);   Σ_v z̄_nv = 0 on every row
-    logit_vjp              h̄ = z̄ W',  W̄ = z̄ᵀ h'        with (h', W') = (h, W) the ordinary backward pass,
-                                                          at perturbed weights the functional one
+    logits                 u = h Wᵀ + b;   z = c tanh(u / c) under a soft-cap c, else z = u
+    linear_cross_entropy   ℓ_n = (1 − s)(lse_n − z_ny) + s (lse_n − mean_v z_nv) + ζ lse_n²,    lse_n = logsumexp_v z_nv
+                           s label smoothing, ζ the factor of the z-loss; plain cross entropy is s = ζ = 0
+    logit cotangent        z̄_nv = weight_n ∂ℓ_n/∂z_nv = weight_n ((1 + r_n) p_nv − s/V − (1 − s) [v = y_n]),
+                           p = softmax(z), r_n = 2 ζ lse_n;    Σ_v z̄_nv = weight_n r_n, which is 0 without a z-loss
+    logit_vjp              ū = z̄ (1 − tanh²(u' / c)),  h̄ = ū W',  W̄ = ūᵀ h',  b̄ = Σ_n ū_n
+                           with (h', W', b') = (h, W, b) the ordinary backward pass, at perturbed weights the functional
+                           one. The tanh belongs to the network, so it moves with the head; without a cap ū = z̄
+    reductions             none ℓ;  sum Σ_n weight_n ℓ_n;  mean Σ_n weight_n ℓ_n / Σ_n weight_n;
+                           or the sum over a token count that is given (of all micro-batches and ranks, say)
     direction              d = c g,  or  d = c g / (sqrt(v̂) + δ)        c the factor of gradient clipping
     preconditioned_norm    Σ d²  and  Σ (c g) d
     perturb                θ' = θ + scale · d
+
+A row whose label is negative, or equal to `ignore_index`, counts for nothing: its loss, weight and cotangent are 0.
+At the target the cotangent is (1 + r)(p_y − 1) + r + s − s/V, and p_y − 1 is formed as minus the sum of the other
+columns: where p_y → 1 a subtraction would leave no digits, and expm1(z_y − lse) leaves none either, because lse is
+itself rounded.
 
 v̂ is AdamW's bias-corrected second moment. With `current` the gradient at hand is folded in first,
 
@@ -26,29 +37,79 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fsam_kernels.options import CROSS_ENTROPY, Loss
+
 F64 = NDArray[np.float64]
 
 
 def linear_cross_entropy(
-    h_NxD: ArrayLike, w_VxD: ArrayLike, labels_N: ArrayLike, weights_N: ArrayLike | None = None
+    h_NxD: ArrayLike,
+    w_VxD: ArrayLike,
+    labels_N: ArrayLike,
+    weights_N: ArrayLike | None = None,
+    *,
+    bias_V: ArrayLike | None = None,
+    loss: Loss = CROSS_ENTROPY,
+    ignore_index: int | None = None,
 ) -> tuple[F64, F64, F64]:
-    """(loss_N, lse_N, z̄_NxV); a row with a negative label is ignored: loss 0 and cotangent 0."""
-    h, w, labels = _f64(h_NxD), _f64(w_VxD), np.asarray(labels_N)
+    """(loss_N, lse_N, z̄_NxV), the cotangent of Σ_n weight_n loss_n at the capped logits z."""
+    labels = np.asarray(labels_N)
     seen = labels >= 0
+    if ignore_index is not None:
+        seen &= labels != ignore_index
     weights = np.where(seen, 1.0 if weights_N is None else _f64(weights_N), 0.0)
+    z = capped(logits(h_NxD, w_VxD, bias_V), loss.soft_cap)
+    V = z.shape[1]
     rows, y = np.arange(len(labels)), np.where(seen, labels, 0)
-    z = h @ w.T
-    top = z.max(axis=1)
-    lse = top + np.log(np.exp(z - top[:, None]).sum(axis=1))
-    zbar = np.exp(z - lse[:, None])
-    zbar[rows, y] = 0
-    zbar[rows, y] = -zbar.sum(axis=1)  # p_y − 1 = −Σ of the others: no cancellation where p_y → 1
-    return np.where(seen, lse - z[rows, y], 0.0), lse, zbar * weights[:, None]
+    s, top = loss.label_smoothing, z.max(axis=1)
+    e = np.exp(z - top[:, None])
+    lse = top + np.log(e.sum(axis=1))
+    p = np.exp(z - lse[:, None])
+    p[rows, y] = 0
+    miss = p.sum(axis=1)  # 1 − p_y, with no cancellation where p_y → 1
+    each = (1 - s) * (lse - z[rows, y]) + s * (lse - z.mean(axis=1)) + loss.z_loss * lse**2
+    r = 2 * loss.z_loss * lse
+    zbar = (1 + r)[:, None] * p - loss.floor(V)
+    zbar[rows, y] = -(1 + r) * miss + r + s - loss.floor(V)
+    return np.where(seen, each, 0.0), lse, zbar * weights[:, None]
 
 
-def logit_vjp(zbar_NxV: ArrayLike, h_NxD: ArrayLike, w_VxD: ArrayLike) -> tuple[F64, F64]:
-    """(h̄_NxD, w̄_VxD): the cotangent contracted with any head."""
-    return _f64(zbar_NxV) @ _f64(w_VxD), _f64(zbar_NxV).T @ _f64(h_NxD)
+def logit_vjp(
+    zbar_NxV: ArrayLike,
+    h_NxD: ArrayLike,
+    w_VxD: ArrayLike,
+    *,
+    bias_V: ArrayLike | None = None,
+    soft_cap: float | None = None,
+) -> tuple[F64, F64, F64]:
+    """(h̄_NxD, w̄_VxD, b̄_V): the cotangent pulled back through any head."""
+    ubar = _f64(zbar_NxV)
+    if soft_cap is not None:
+        ubar = ubar * (1 - np.tanh(logits(h_NxD, w_VxD, bias_V) / soft_cap) ** 2)
+    return ubar @ _f64(w_VxD), ubar.T @ _f64(h_NxD), ubar.sum(axis=0)
+
+
+def logits(h_NxD: ArrayLike, w_VxD: ArrayLike, bias_V: ArrayLike | None = None) -> F64:
+    """u = h Wᵀ + b."""
+    u = _f64(h_NxD) @ _f64(w_VxD).T
+    return u if bias_V is None else u + _f64(bias_V)
+
+
+def capped(u_NxV: F64, soft_cap: float | None) -> F64:
+    """z = c tanh(u / c)."""
+    return u_NxV if soft_cap is None else soft_cap * np.tanh(u_NxV / soft_cap)
+
+
+def reduce(loss_N: F64, weights_N: ArrayLike, reduction: Literal["none", "sum", "mean"], count: float | None = None):
+    """The loss as `cross_entropy` returns it; `weights_N` are 0 where rows are ignored. A mean of nothing is 0."""
+    weights = _f64(weights_N)
+    if reduction == "none":
+        return loss_N
+    total = float(np.sum(loss_N * weights))
+    if reduction == "sum":
+        return total
+    divisor = float(np.sum(weights)) if count is None else count
+    return total / divisor if divisor > 0 else 0.0
 
 
 def clip_factor(g: list[Any], clip_norm: float | None) -> float:

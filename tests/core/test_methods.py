@@ -90,7 +90,7 @@ def test_describe_gives_plain_values():
     assert describe(Plain()) == {"path": "base"}
     got = describe(FunctionalSAM(0.5, precondition="adam"))
     named = {"path": "functional", "rho": 0.5, "precondition": "adam", "norm": "l2", "second_moment": "current"}
-    assert got == {**named, "fraction": 1.0, "strength": 1.0, "ascent": "full"}
+    assert got == {**named, "fraction": 1.0, "strength": 1.0, "ascent": "full", "cut": "logits"}
     assert isinstance(describe(SAM(lambda step: 0.1))["rho"], str)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any, NamedTuple
 
 import jax
@@ -14,22 +13,34 @@ import torch.nn.functional as F
 import fsam_kernels.torch
 import fsam_kernels.xla
 from fsam_kernels import spec
+from fsam_kernels.options import CROSS_ENTROPY, Loss
 
 BACKENDS = ("xla", "torch")
 DTYPES = ("float32", "bfloat16", "float16")
 OPS = {"xla": fsam_kernels.xla, "torch": fsam_kernels.torch}
-# The package attribute of this name is the function; the module holds CHUNK_BYTES.
-TORCH_MODULE = importlib.import_module("fsam_kernels.torch.linear_cross_entropy")
+
+
+class Problem(NamedTuple):
+    """A head, what it is pulled back through besides itself, and its loss. Arrays are NumPy's, in float64."""
+
+    h: Any
+    w: Any
+    y: Any
+    weights: Any
+    moved: tuple[Any, Any]
+    bias: Any = None
+    moved_bias: Any = None
+    loss: Loss = CROSS_ENTROPY
 
 
 class Result(NamedTuple):
-    """loss and lse, and (h̄, w̄) at the base head, at the moved head, and at the base head once more."""
+    """loss and lse, and (h̄, w̄[, b̄]) formed with the loss, at the moved head, and at the base head once more."""
 
     loss_N: Any
     lse_N: Any
-    base: tuple[Any, Any]
-    moved: tuple[Any, Any]
-    again: tuple[Any, Any]
+    base: tuple[Any, ...]
+    moved: tuple[Any, ...]
+    again: tuple[Any, ...]
 
 
 def to(backend: str, x: Any, dtype: str | None = None) -> Any:
@@ -62,53 +73,105 @@ def rounded(dtype: str, *arrays: np.ndarray) -> list[np.ndarray]:
     return [back(to("torch", x, dtype)) for x in arrays]
 
 
-def head(backend: str, dtype: str, h, w, y, weights, moved) -> Result:
-    """linear_cross_entropy, then logit_vjp three times."""
-    ops = OPS[backend]
-    h, w, weights, h2, w2 = (
-        to(backend, x, kind)
-        for x, kind in zip((h, w, weights, *moved), (dtype, dtype, "float32", dtype, dtype), strict=True)
+def head(backend: str, dtype: str, problem: Problem, *, keep: bool = False, chunk_bytes: int | None = None) -> Result:
+    """linear_cross_entropy with its gradient, then logit_vjp at the moved head and at the base head."""
+    ops, p = OPS[backend], problem
+    give = lambda x: None if x is None else to(backend, x, dtype)
+    h, w, bias = give(p.h), give(p.w), give(p.bias)
+    loss, lse, cotangent, gradients = ops.linear_cross_entropy(
+        h,
+        w,
+        to(backend, p.y),
+        to(backend, p.weights, "float32" if dtype != "float64" else dtype),
+        bias_V=bias,
+        loss=p.loss,
+        gradient=True,
+        keep=keep,
+        chunk_bytes=chunk_bytes,
     )
-    loss, lse, cotangent, *_ = ops.linear_cross_entropy(h, w, to(backend, y), weights)
-    vjp = lambda h, w: tuple(map(back, ops.logit_vjp(cotangent, h, w)))
-    return Result(back(loss), back(lse), vjp(h, w), vjp(h2, w2), vjp(h, w))
+    present = lambda gradients: tuple(back(x) for x in gradients if x is not None)
+    vjp = lambda h, w, b: present(ops.logit_vjp(cotangent, h, w, bias_V=b, chunk_bytes=chunk_bytes))
+    moved = vjp(*map(give, p.moved), give(p.moved_bias))
+    return Result(back(loss), back(lse), present(gradients), moved, vjp(h, w, bias))
 
 
-def head_oracle(h, w, y, weights, moved) -> Result:
+def head_oracle(problem: Problem) -> Result:
     """The same in float64."""
-    loss, lse, zbar = spec.linear_cross_entropy(h, w, y, weights)
-    base = spec.logit_vjp(zbar, h, w)
-    return Result(loss, lse, base, spec.logit_vjp(zbar, *moved), base)
+    p = problem
+    loss, lse, zbar = spec.linear_cross_entropy(p.h, p.w, p.y, p.weights, bias_V=p.bias, loss=p.loss)
+    vjp = lambda h, w, b: spec.logit_vjp(zbar, h, w, bias_V=b, soft_cap=p.loss.soft_cap)[: 2 if b is None else 3]
+    base = vjp(p.h, p.w, p.bias)
+    return Result(loss, lse, base, vjp(*p.moved, p.moved_bias), base)
 
 
-def head_plain(backend: str, dtype: str, h, w, y, weights, moved) -> Result:
+def head_plain(backend: str, dtype: str, problem: Problem) -> Result:
     """What one writes without this package: logits, log_softmax and autodiff, all in `dtype`."""
-    return (_plain_jax if backend == "xla" else _plain_torch)(dtype, h, w, y, weights, moved)
+    return (_plain_torch if backend in ("torch", "triton") else _plain_jax)(dtype, problem)
 
 
-def _plain_jax(dtype, h, w, y, weights, moved) -> Result:
-    h, w, weights, h2, w2 = (jnp.asarray(x, dtype) for x in (h, w, weights, *moved))
-    safe, seen = jnp.maximum(y, 0), jnp.asarray(y) >= 0
+def _plain_jax(dtype: str, p: Problem) -> Result:
+    h, w, weights, h2, w2 = (jnp.asarray(x, dtype) for x in (p.h, p.w, p.weights, *p.moved))
+    b, b2 = (None if x is None else jnp.asarray(x, dtype) for x in (p.bias, p.moved_bias))
+    safe, seen, o = jnp.maximum(p.y, 0), jnp.asarray(p.y) >= 0, p.loss
+
+    def logits(h, w, b):
+        u = h @ w.T if b is None else h @ w.T + b
+        return u if o.soft_cap is None else o.soft_cap * jnp.tanh(u / o.soft_cap)
 
     def loss_of(z):
-        logp = jax.nn.log_softmax(z)
-        return jnp.where(seen, -jnp.take_along_axis(logp, safe[:, None], 1)[:, 0], 0)
+        logp, lse = jax.nn.log_softmax(z), jax.nn.logsumexp(z, axis=1)
+        target = -jnp.take_along_axis(logp, safe[:, None], 1)[:, 0]
+        smooth = (1 - o.label_smoothing) * target - o.label_smoothing * logp.mean(axis=1)
+        return jnp.where(seen, smooth + o.z_loss * lse**2 if o.z_loss else smooth, 0)
 
-    z = h @ w.T
+    z = logits(h, w, b)
     zbar = jax.grad(lambda z: jnp.sum(loss_of(z) * weights))(z)
-    pull = lambda h, w: tuple(map(back, (zbar @ w, zbar.T @ h)))
-    return Result(back(loss_of(z)), back(jax.nn.logsumexp(z, axis=1)), pull(h, w), pull(h2, w2), pull(h, w))
+
+    def pull(*head):
+        given = [x for x in head if x is not None]
+        return tuple(map(back, jax.vjp(lambda *x: logits(*x, *head[len(x) :]), *given)[1](zbar)))
+
+    base = pull(h, w, b)
+    return Result(back(loss_of(z)), back(jax.nn.logsumexp(z, axis=1)), base, pull(h2, w2, b2), base)
 
 
-def _plain_torch(dtype, h, w, y, weights, moved) -> Result:
-    h, w, weights, h2, w2 = (to("torch", x, dtype) for x in (h, w, weights, *moved))
-    y = torch.from_numpy(np.array(y))
-    z = (h @ w.T).requires_grad_()
-    loss = F.nll_loss(F.log_softmax(z, 1), y.where(y >= 0, -100), reduction="none", ignore_index=-100)
+def _plain_torch(dtype: str, p: Problem) -> Result:
+    h, w, weights, h2, w2 = (to("torch", x, dtype) for x in (p.h, p.w, p.weights, *p.moved))
+    b, b2 = (None if x is None else to("torch", x, dtype) for x in (p.bias, p.moved_bias))
+    y, o = torch.from_numpy(np.array(p.y)), p.loss
+
+    def logits(h, w, b):
+        u = F.linear(h, w, b)
+        return u if o.soft_cap is None else o.soft_cap * torch.tanh(u / o.soft_cap)
+
+    z = logits(h, w, b).detach().requires_grad_()
+    y, options = y.where(y >= 0, -100), {"reduction": "none", "ignore_index": -100}
+    loss = F.cross_entropy(z, y, label_smoothing=o.label_smoothing, **options)
+    if o.z_loss:
+        loss = loss + torch.where(y >= 0, o.z_loss * z.logsumexp(1) ** 2, 0)
     (zbar,) = torch.autograd.grad((loss * weights).sum(), z)
-    z = z.detach()
-    pull = lambda h, w: tuple(map(back, (zbar @ w, zbar.T @ h)))
-    return Result(back(loss.detach()), back(z.logsumexp(1)), pull(h, w), pull(h2, w2), pull(h, w))
+
+    def pull(*head):
+        leaves = [x.detach().requires_grad_() for x in head if x is not None]
+        return tuple(map(back, torch.autograd.grad(logits(*leaves, *head[len(leaves) :]), leaves, zbar)))
+
+    base = pull(h, w, b)
+    return Result(back(loss.detach()), back(z.detach().logsumexp(1)), base, pull(h2, w2, b2), base)
+
+
+def assert_all_as_good(backend: str, dtype: str, problem: Problem, *, k: float = 3.0, **options: Any) -> Result:
+    """Every output of `head` within k times the error of plain code; returns what it gave."""
+    got, plain, oracle = (
+        head(backend, dtype, problem, **options),
+        head_plain(backend, dtype, problem),
+        head_oracle(problem),
+    )
+    for name in ("loss_N", "lse_N"):
+        assert_as_good(getattr(got, name), getattr(plain, name), getattr(oracle, name), dtype, k)
+    for name in ("base", "moved", "again"):
+        for x, p, o in zip(getattr(got, name), getattr(plain, name), getattr(oracle, name), strict=True):
+            assert_as_good(x, p, o, dtype, k)
+    return got
 
 
 def assert_as_good(got: Any, plain: Any, oracle: Any, dtype: str, k: float = 3.0) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -12,7 +15,8 @@ from operations import (
     BACKENDS,
     DTYPES,
     OPS,
-    TORCH_MODULE,
+    Problem,
+    assert_all_as_good,
     assert_as_good,
     back,
     head,
@@ -23,79 +27,136 @@ from operations import (
 )
 
 from fsam_kernels import spec
-from fsam_kernels.xla.logit_vjp import logit_cotangent
+from fsam_kernels.options import Loss
+from fsam_kernels.torch.linear_cross_entropy import chunks as torch_chunks
+from fsam_kernels.xla import chunks as xla_chunks
 
 N, D, V = 37, 12, 53
+SIXTEEN_ROWS = 16 * V * 8  # float32: 32 rows and a ragged 5 in PyTorch, four chunks of 10 rows, padded, in JAX
+
+OPTIONS = {
+    "smoothing": {"label_smoothing": 0.1},
+    "z-loss": {"z_loss": 1e-2},
+    "soft-cap": {"soft_cap": 5.0},
+    "bias": {"bias": True},
+}
+PAIRS = [*((name,) for name in OPTIONS), *itertools.combinations(OPTIONS, 2), tuple(OPTIONS)]
 
 
-@pytest.fixture(autouse=True)
-def _two_chunks_and_a_ragged_tail(monkeypatch):
-    monkeypatch.setattr(TORCH_MODULE, "CHUNK_BYTES", 4 * V * 16)
-    sizes = [len(range(N)[rows]) for rows in TORCH_MODULE.chunks(torch.zeros(N, D), torch.zeros(V, D))]
-    assert sizes == [16, 16, 5]
-
-
-def problem(dtype: str = "float32", scale: float = 1.0, seed: int = 0, n: int = N, d: int = D, v: int = V):
-    """(h, w, labels, weights, moved head), rounded to `dtype`; logits have the standard deviation `scale`."""
+def problem(
+    dtype: str = "float32",
+    scale: float = 1.0,
+    seed: int = 0,
+    n: int = N,
+    d: int = D,
+    v: int = V,
+    *,
+    bias: bool = False,
+    **loss: float,
+) -> Problem:
+    """A head whose arrays are rounded to `dtype`; logits have the standard deviation `scale`."""
     random = np.random.default_rng(seed)
     h, w = random.normal(size=(n, d)) * scale, random.normal(size=(v, d)) / np.sqrt(d)
     y = random.integers(-1, v, n)
     weights = random.uniform(0, 2, n) * (random.random(n) > 0.2) / n
     h, w, h2, w2 = rounded(dtype, h, w, h + 0.1 * random.normal(size=h.shape), w + 0.1 * random.normal(size=w.shape))
-    return h, w, y, rounded("float32", weights)[0], (h2, w2)
+    b, b2 = rounded(dtype, random.normal(size=v) * scale, random.normal(size=v) * scale) if bias else (None, None)
+    return Problem(h, w, y, rounded("float32", weights)[0], (h2, w2), b, b2, Loss(**loss))
 
 
+def with_options(names: tuple[str, ...], **more) -> Problem:
+    options = {key: value for name in names for key, value in OPTIONS[name].items()}
+    return problem(**{**options, **more})
+
+
+def test_chunks_are_several_and_ragged():
+    sizes = [len(range(N)[x]) for x in torch_chunks(torch.zeros(N, D), torch.zeros(V, D), Loss(), SIXTEEN_ROWS)]
+    assert sizes == [32, 5]
+    m = xla_chunks.count(N, V, 4, SIXTEEN_ROWS)
+    assert m == 3
+    assert xla_chunks.split(jnp.zeros((N, D)), m).shape == (m, 13, D)
+
+
+@pytest.mark.parametrize("n", [1, 7, 36, 37])
+@pytest.mark.parametrize("m", [1, 3, 4])
+def test_xla_chunks_come_together_again(n, m):
+    x = jnp.arange(n * 2.0).reshape(n, 2)
+    assert np.array_equal(xla_chunks.join(xla_chunks.split(x, m), n), x)
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["recompute", "keep"])
 @pytest.mark.parametrize("scale", [1, 30, 1000])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_error_is_within_that_of_plain_code(backend, dtype, scale):
-    args = problem(dtype, scale)
-    got, plain, oracle = head(backend, dtype, *args), head_plain(backend, dtype, *args), head_oracle(*args)
-    assert_as_good(got.loss_N, plain.loss_N, oracle.loss_N, dtype)
-    assert_as_good(got.lse_N, plain.lse_N, oracle.lse_N, dtype)
-    for pair in ("base", "moved"):
-        for x, p, o in zip(getattr(got, pair), getattr(plain, pair), getattr(oracle, pair), strict=True):
-            assert_as_good(x, p, o, dtype)
+def test_error_is_within_that_of_plain_code(backend, dtype, scale, keep):
+    assert_all_as_good(backend, dtype, problem(dtype, scale), keep=keep, chunk_bytes=SIXTEEN_ROWS)
 
 
-@pytest.mark.parametrize("scale", [1, 30, 1000])
+@pytest.mark.parametrize("keep", [False, True], ids=["recompute", "keep"])
+@pytest.mark.parametrize("names", PAIRS, ids=" ".join)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_torch_gradient_formed_in_the_forward_pass_is_as_good(dtype, scale):
-    h, w, y, weights, _ = args = problem(dtype, scale)
-    tensors = to("torch", h, dtype), to("torch", w, dtype), to("torch", y), to("torch", weights, "float32")
-    *_, gradients = OPS["torch"].linear_cross_entropy(*tensors, gradient=True)
-    for x, p, o in zip(gradients, head_plain("torch", dtype, *args).base, head_oracle(*args).base, strict=True):
-        assert_as_good(back(x), p, o, dtype)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_option_alone_and_in_pairs(backend, dtype, names, keep):
+    assert_all_as_good(backend, dtype, with_options(names, dtype=dtype, scale=3), keep=keep, chunk_bytes=SIXTEEN_ROWS)
 
 
-def test_torch_without_gradient_forms_none():
-    h, w, y, weights, _ = problem()
-    tensors = to("torch", h, "float32"), to("torch", w, "float32"), to("torch", y), to("torch", weights)
-    assert OPS["torch"].linear_cross_entropy(*tensors)[3] is None
+@pytest.mark.parametrize("name", ["label_smoothing", "z_loss", "soft_cap"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_option_that_is_left_out_is_noticed(backend, name):
+    asked = problem(scale=3, label_smoothing=0.1, z_loss=1e-2, soft_cap=5.0)
+    forgot = asked._replace(loss=Loss(**{**vars(asked.loss), name: Loss().__dict__[name]}))
+    got, plain, oracle = head(backend, "float32", forgot), head_plain(backend, "float32", asked), head_oracle(asked)
+    with pytest.raises(AssertionError, match="error"):
+        assert_as_good(got.moved[1], plain.moved[1], oracle.moved[1], "float32")
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 16, 1000])
-def test_torch_chunk_size_does_not_matter(monkeypatch, chunk_rows):
-    args = problem()
-    whole = head("torch", "float32", *args)
-    monkeypatch.setattr(TORCH_MODULE, "CHUNK_BYTES", 4 * V * chunk_rows)
-    other = head("torch", "float32", *args)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_under_a_soft_cap_the_derivative_is_that_of_the_moved_head(backend):
+    p = problem(scale=3, soft_cap=2.0)
+    base = spec.linear_cross_entropy(p.h, p.w, p.y, p.weights, loss=p.loss)[2]
+    stale = base * (1 - np.tanh(spec.logits(p.h, p.w) / 2.0) ** 2)
+    wrong = spec.logit_vjp(stale, *p.moved)[:2]
+    got = head(backend, "float32", p).moved
+    assert np.linalg.norm(got[1] - wrong[1]) > 1e-2 * np.linalg.norm(wrong[1])
+
+
+@pytest.mark.parametrize("bytes_", [1, SIXTEEN_ROWS, 10**9])
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_chunk_size_does_not_matter(backend, bytes_, keep):
+    p = problem(label_smoothing=0.1)
+    whole, other = head(backend, "float32", p), head(backend, "float32", p, chunk_bytes=bytes_, keep=keep)
     np.testing.assert_allclose(other.loss_N, whole.loss_N, rtol=1e-6)
-    np.testing.assert_allclose(other.base[1], whole.base[1], rtol=1e-4, atol=1e-6 * np.abs(whole.base[1]).max())
+    for name in ("base", "moved", "again"):
+        for x, y in zip(getattr(other, name), getattr(whole, name), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6 * np.abs(y).max())
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_applying_the_cotangent_twice_gives_twice_the_same(backend, keep):
+    p = problem()
+    give = lambda x: to(backend, x, "float32")
+    args = give(p.h), give(p.w), to(backend, p.y), give(p.weights)
+    cotangent = OPS[backend].linear_cross_entropy(*args, keep=keep)[2]
+    first, other, again = (OPS[backend].logit_vjp(cotangent, give(h), give(w)) for h, w in (p[:2], p.moved, p[:2]))
+    assert np.array_equal(back(first[0]), back(again[0]))
+    assert np.array_equal(back(first[1]), back(again[1]))
+    assert not np.array_equal(back(first[0]), back(other[0]))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_applying_the_cotangent_twice_gives_twice_the_same(backend):
-    got = head(backend, "float32", *problem())
-    assert np.array_equal(got.base[0], got.again[0])
-    assert np.array_equal(got.base[1], got.again[1])
-    assert not np.array_equal(got.base[0], got.moved[0])
+def test_without_gradient_none_is_formed(backend):
+    p = problem()
+    give = lambda x: to(backend, x, "float32")
+    assert OPS[backend].linear_cross_entropy(give(p.h), give(p.w), to(backend, p.y), give(p.weights))[3] is None
 
 
+@pytest.mark.parametrize("names", [("bias",), ("smoothing", "z-loss"), ("soft-cap",)], ids=" ".join)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_all_rows_ignored_is_exactly_zero(backend):
-    h, w, y, weights, moved = problem()
-    got = head(backend, "float32", h, w, np.full_like(y, -100), weights, moved)
+def test_all_rows_ignored_is_exactly_zero(backend, names):
+    p = with_options(names)
+    got = head(backend, "float32", p._replace(y=np.full_like(p.y, -100)))
     for x in (got.loss_N, *got.base, *got.moved):
         assert not x.any()
 
@@ -103,139 +164,171 @@ def test_all_rows_ignored_is_exactly_zero(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("sizes", [(1, D, V), (N, D, 1), (1, 1, 1)])
 def test_one_row_or_one_vocabulary_entry(backend, sizes):
-    args = problem(n=sizes[0], d=sizes[1], v=sizes[2], seed=3)
-    args = (*args[:2], np.maximum(args[2], 0), *args[3:])
-    got, plain, oracle = head(backend, "float32", *args), head_plain(backend, "float32", *args), head_oracle(*args)
-    for x, p, o in zip(
-        (got.loss_N, *got.moved), (plain.loss_N, *plain.moved), (oracle.loss_N, *oracle.moved), strict=True
-    ):
-        assert_as_good(x, p, o, "float32")
+    p = problem(n=sizes[0], d=sizes[1], v=sizes[2], seed=3)
+    assert_all_as_good(backend, "float32", p._replace(y=np.maximum(p.y, 0)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("ignored", ["negative label", "zero weight"])
 def test_an_ignored_row_changes_nothing(backend, ignored):
-    h, w, y, weights, (h2, w2) = problem()
-    y = np.maximum(y, 0)
-    keep = np.arange(N) % 3 != 0
+    p = problem()
+    y, keep = np.maximum(p.y, 0), np.arange(N) % 3 != 0
     some_y = np.where(keep | (ignored == "zero weight"), y, -1)
-    some_weights = np.where(keep | (ignored == "negative label"), weights, 0)
-    got = head(backend, "float32", h, w, some_y, some_weights, (h2, w2))
-    short = head(backend, "float32", h[keep], w, y[keep], weights[keep], (h2[keep], w2))
+    some_weights = np.where(keep | (ignored == "negative label"), p.weights, 0)
+    got = head(backend, "float32", p._replace(y=some_y, weights=some_weights))
+    h2, w2 = p.moved
+    short = Problem(p.h[keep], p.w, y[keep], p.weights[keep], (h2[keep], w2))
+    short = head(backend, "float32", short)
     assert not got.base[0][~keep].any()
     np.testing.assert_allclose(got.base[0][keep], short.base[0], rtol=1e-4, atol=1e-9)
     np.testing.assert_allclose(got.base[1], short.base[1], rtol=1e-4, atol=1e-6 * np.abs(short.base[1]).max())
 
 
-def zbar(backend: str, h, w, y, weights) -> np.ndarray:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_may_be_negative_and_tiny(backend):
+    p = problem("float16")
+    weights = rounded("float32", np.where(np.arange(N) % 2, -1, 1) * p.weights * 1e-6)[0]
+    got, oracle = head(backend, "float16", p._replace(weights=weights)), head_oracle(p._replace(weights=weights))
+    # In float16 1e-6 / 37 is 0.4 of its smallest number: the weight must not meet the cotangent before the sum.
+    wide = OPS[backend].linear_cross_entropy(
+        *(to(backend, x, "float16") for x in (p.h, p.w)), to(backend, p.y), to(backend, weights), gradient=True
+    )[3]
+    scaled = weights * 1e6
+    exact = head_oracle(p._replace(weights=scaled)).base[1]
+    large = head(backend, "float16", p._replace(weights=rounded("float32", scaled)[0])).base[1]
+    assert np.linalg.norm(large - exact) < 2**-8 * np.linalg.norm(exact)
+    assert np.linalg.norm(back(wide.wbar_VxD) - oracle.base[1]) <= 2**-25 * np.sqrt(V * D)  # half its smallest number
+    assert got.base[1].shape == oracle.base[1].shape
+
+
+def zbar(backend: str, p: Problem) -> np.ndarray:
     """The logit cotangent itself: contracted with an identity, h̄ = z̄ I."""
-    tensors = to(backend, h, "float32"), to(backend, w, "float32"), to(backend, y), to(backend, weights, "float32")
-    cotangent = OPS[backend].linear_cross_entropy(*tensors)[2]
-    eye = to(backend, np.eye(len(w)), "float32")
-    return back(OPS[backend].logit_vjp(cotangent, to(backend, np.zeros((len(h), len(w))), "float32"), eye)[0])
+    give = lambda x: to(backend, x, "float32")
+    cotangent = OPS[backend].linear_cross_entropy(give(p.h), give(p.w), to(backend, p.y), give(p.weights), loss=p.loss)[
+        2
+    ]
+    zeros, eye = np.zeros((len(p.h), len(p.w))), np.eye(len(p.w))
+    return back(OPS[backend].logit_vjp(cotangent, give(zeros), give(eye))[0])
 
 
 @pytest.mark.parametrize("scale", [1, 30, 1000])
+@pytest.mark.parametrize("smoothing", [0, 0.1])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_of_the_cotangent_sum_to_zero(backend, scale):
-    h, w, y, weights, _ = problem(scale=scale)
-    got = zbar(backend, h, w, y, weights)
+def test_rows_of_the_cotangent_sum_to_zero(backend, smoothing, scale):
+    p = problem(scale=scale, label_smoothing=smoothing)
+    got = zbar(backend, p)
     assert np.abs(got).sum() > 0
     # The logits are rounded in float32 already, which turns p by |z| roundings.
-    roundings = np.abs(h @ w.T).max(axis=1) + V
+    roundings = np.abs(p.h @ p.w.T).max(axis=1) + V
     assert (np.abs(got.sum(axis=1)) <= 2**-24 * roundings * np.abs(got).max(axis=1)).all()
 
 
-def confident(miss: float) -> tuple[np.ndarray, ...]:
+def confident(miss: float) -> Problem:
     """Rows whose target has p_y = 1 − miss, with the target's logit at 0, 20 and −20."""
     gap = np.log(miss / (1 - miss) / 7)
     w = np.full((8, 2), gap)
     w[3, 0], w[:, 1] = 0.0, 1.0
     h = np.array([[1.0, 0.0], [1.0, 20.0], [1.0, -20.0]])
-    return (*rounded("float32", h, w), np.full(3, 3), np.ones(3))
+    h, w = rounded("float32", h, w)
+    return Problem(h, w, np.full(3, 3), np.ones(3), (h, w))
 
 
-def target_error(got: np.ndarray, h, w, y, weights) -> float:
+def target_error(got: np.ndarray, p: Problem) -> float:
     """Worst relative error of the target column; the oracle's is minus the sum of the others, which do not cancel."""
-    others = np.delete(spec.linear_cross_entropy(h, w, y, weights)[2], 3, axis=1).sum(axis=1)
+    others = np.delete(spec.linear_cross_entropy(p.h, p.w, p.y, p.weights)[2], 3, axis=1).sum(axis=1)
     return float(np.max(np.abs(got[:, 3] / -others - 1)))
 
 
 @pytest.mark.parametrize("miss", [1e-3, 1e-6, 1e-9])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_confident_row_keeps_the_digits_of_its_target_column(backend, miss):
-    args = confident(miss)
+    p = confident(miss)
     # Logits of 20 are themselves rounded to 2^-20, so 1 − p_y is known to 1e-5 and no better.
-    assert target_error(zbar(backend, *args), *args) < 1e-5
+    assert target_error(zbar(backend, p), p) < 1e-5
 
 
 def test_softmax_minus_one_loses_the_digits_of_a_confident_row():
-    h, w, y, weights = args = confident(1e-6)
-    got = jax.nn.softmax(to("xla", h, "float32") @ to("xla", w, "float32").T) - np.eye(8, dtype=np.float32)[y]
-    assert target_error(back(got) * weights[:, None], *args) > 1e-3
+    p = confident(1e-6)
+    got = jax.nn.softmax(to("xla", p.h, "float32") @ to("xla", p.w, "float32").T) - np.eye(8, dtype=np.float32)[p.y]
+    assert target_error(back(got) * p.weights[:, None], p) > 1e-3
 
 
 def test_the_oracle_keeps_the_digits_of_a_confident_row():
-    args = confident(1e-9)
-    assert target_error(spec.linear_cross_entropy(*args)[2], *args) < 1e-5
+    p = confident(1e-9)
+    assert target_error(spec.linear_cross_entropy(p.h, p.w, p.y, p.weights)[2], p) < 1e-5
+
+
+def test_the_oracle_is_the_derivative_of_its_loss():
+    p, step = problem(label_smoothing=0.2, z_loss=1e-2, soft_cap=3.0, bias=True), 1e-6
+    loss = lambda **x: spec.linear_cross_entropy(**{**args, **x}, loss=p.loss)[0] @ p.weights
+    args = {"h_NxD": p.h, "w_VxD": p.w, "labels_N": p.y, "bias_V": p.bias}
+    zbar_NxV = spec.linear_cross_entropy(**args, weights_N=p.weights, loss=p.loss)[2]
+    got = spec.logit_vjp(zbar_NxV, p.h, p.w, bias_V=p.bias, soft_cap=3.0)
+    for name, x, of in zip(("h_NxD", "w_VxD", "bias_V"), (p.h, p.w, p.bias), got, strict=True):
+        at = tuple(0 for _ in x.shape)
+        moved = [np.array(x), np.array(x)]
+        moved[0][at] += step
+        moved[1][at] -= step
+        slope = (loss(**{name: moved[0]}) - loss(**{name: moved[1]})) / (2 * step)
+        assert slope == pytest.approx(of[at], rel=1e-6)
 
 
 def test_xla_loss_of_a_label_outside_the_vocabulary_is_nan():
-    h, w, y, weights, moved = problem()
-    y[5] = V
-    loss = head("xla", "float32", h, w, y, weights, moved).loss_N
+    p = problem()
+    p.y[5] = V
+    loss = head("xla", "float32", p).loss_N
     assert np.isnan(loss[5])
     assert np.isfinite(np.delete(loss, 5)).all()
 
 
 def test_torch_raises_for_a_label_outside_the_vocabulary():
-    h, w, y, weights, moved = problem()
-    y[5] = V
+    p = problem()
+    p.y[5] = V
     with pytest.raises((IndexError, RuntimeError)):
-        head("torch", "float32", h, w, y, weights, moved)
+        head("torch", "float32", p)
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "int32"])
 def test_xla_label_dtype_may_be_narrower_than_the_vocabulary(dtype):
-    h, w, y, weights, _ = problem(v=300)
-    y = np.minimum(np.maximum(y, 0), 255)
-    tensors = to("xla", h, "float32"), to("xla", w, "float32"), to("xla", y.astype(dtype)), to("xla", weights)
-    got = back(logit_cotangent(OPS["xla"].linear_cross_entropy(*tensors)[2]))
-    np.testing.assert_allclose(got, spec.linear_cross_entropy(h, w, y, weights)[2], rtol=1e-4, atol=1e-9)
-
-
-def check_any(backend: str, n: int, d: int, v: int, y: np.ndarray) -> None:
-    h, w, _, weights, moved = problem(n=n, d=d, v=v, seed=n + 10 * d + 100 * v)
-    args = h, w, y, weights, moved
-    got, plain, oracle = head(backend, "float32", *args), head_plain(backend, "float32", *args), head_oracle(*args)
-    for x, p, o in zip(
-        (got.loss_N, *got.moved), (plain.loss_N, *plain.moved), (oracle.loss_N, *oracle.moved), strict=True
-    ):
-        assert_as_good(x, p, o, "float32", k=4)
+    p = problem(v=300)
+    p = p._replace(y=np.minimum(np.maximum(p.y, 0), 255).astype(dtype))
+    expected = spec.linear_cross_entropy(p.h, p.w, p.y, p.weights)[2]
+    np.testing.assert_allclose(zbar("xla", p), expected, rtol=1e-4, atol=1e-9)
 
 
 @settings(max_examples=25, deadline=None)
 @given(n=st.integers(1, 9), d=st.integers(1, 5), v=st.integers(1, 9), rows=st.integers(1, 4), data=st.data())
-def test_torch_any_shape_any_labels_any_chunks(n, d, v, rows, data):
+def test_torch_any_shape_any_labels_any_chunks_any_options(n, d, v, rows, data):
     y = np.array(data.draw(st.lists(st.integers(-2, v - 1), min_size=n, max_size=n)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TORCH_MODULE, "CHUNK_BYTES", 4 * v * rows)
-        check_any("torch", n, d, v, y)
+    loss = {"label_smoothing": data.draw(st.sampled_from([0, 0.3])), "z_loss": data.draw(st.sampled_from([0, 1e-2]))}
+    p = problem(n=n, d=d, v=v, seed=n + 10 * d + 100 * v, bias=data.draw(st.booleans()), **loss)
+    assert_all_as_good(
+        "torch", "float32", p._replace(y=y), k=4, chunk_bytes=4 * v * rows, keep=data.draw(st.booleans())
+    )
 
 
 @settings(max_examples=20, deadline=None)
-@given(y=st.lists(st.integers(-2, 4), min_size=6, max_size=6))
-def test_xla_any_labels(y):
-    check_any("xla", 6, 3, 5, np.array(y))
+@given(y=st.lists(st.integers(-2, 4), min_size=6, max_size=6), keep=st.booleans())
+def test_xla_any_labels(y, keep):
+    p = problem(n=6, d=3, v=5, seed=563)
+    assert_all_as_good("xla", "float32", p._replace(y=np.array(y)), k=4, keep=keep, chunk_bytes=8 * 5 * 2)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["xla", "torch"])
 def test_float64_input_is_computed_in_float64(backend):
-    args = problem()
+    p = problem(label_smoothing=0.1, z_loss=1e-3, bias=True)
     with jax.enable_x64(True):
-        tensors = [to(backend, x) for x in args[:4]]
-        loss, lse, cotangent, *_ = OPS[backend].linear_cross_entropy(*tensors)
-        got = OPS[backend].logit_vjp(cotangent, *(to(backend, x) for x in args[4]))
-    oracle = head_oracle(*args)
-    for x, o in zip((loss, lse, *got), (oracle.loss_N, oracle.lse_N, *oracle.moved), strict=True):
-        np.testing.assert_allclose(back(x), o, rtol=1e-11, atol=1e-14)
+        got, oracle = head(backend, "float64", p, chunk_bytes=SIXTEEN_ROWS), head_oracle(p)
+    for x, o in zip((got.loss_N, got.lse_N, *got.moved), (oracle.loss_N, oracle.lse_N, *oracle.moved), strict=True):
+        np.testing.assert_allclose(x, o, rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("stored", ["VD", "DV"])
+def test_torch_gradient_of_a_transposed_weight_has_its_strides(stored):
+    p = problem()
+    w = to("torch", p.w, "float32")
+    w = w if stored == "VD" else w.T.contiguous().T
+    given = to("torch", p.h, "float32"), w, to("torch", p.y), to("torch", p.weights, "float32")
+    wbar = OPS["torch"].linear_cross_entropy(*given, gradient=True)[3].wbar_VxD
+    assert wbar.stride() == w.stride()
+    assert_as_good(back(wbar), head_plain("torch", "float32", p).base[1], head_oracle(p).base[1], "float32")

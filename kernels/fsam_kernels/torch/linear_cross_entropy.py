@@ -2,95 +2,167 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Rows are taken in chunks whose float32 logits fill this many bytes, so that no N×V tensor is ever whole.
-CHUNK_BYTES = 32 * 2**20
+from fsam_kernels.options import CROSS_ENTROPY, Loss, chunk_rows, default_chunk_bytes
+from fsam_kernels.torch import rows as plain
+from fsam_kernels.torch.rows import Rows, wide
 
 
-class Cotangent(NamedTuple):
-    """z̄ = weight (softmax(h Wᵀ) − onehot(y)), kept as what it is recomputed from: N·D + 5N values, not N·V.
+@dataclass(frozen=True)
+class Cotangent:
+    """z̄ = weights P, in a form that any head can be pulled back through, more than once.
 
-    The head weight is the unperturbed parameter's own storage, so it costs no memory. With e = exp(z − top) and
-    miss = 1 − p_y, the share of the other columns:  z̄_v = weight e_v / sum,  z̄_y = −weight miss.
+    P_v = scale exp(z_v − top) − s/V off the target and P_y = target, with z from (h, W, b). Either what P is recomputed
+    from is held, N·D + 5N values (the head weight is the parameter's own storage), or P itself (`kept_NxV`) in the
+    dtype of h, which is what the matrix products would round it to anyway, and the head is None.
     """
 
-    h_NxD: Tensor
-    w_VxD: Tensor
+    h_NxD: Tensor | None
+    w_VxD: Tensor | None
+    bias_V: Tensor | None
     top_N: Tensor
-    sum_N: Tensor
-    miss_N: Tensor
+    scale_N: Tensor
+    target_N: Tensor
     labels_N: Tensor
     weights_N: Tensor
+    kept_NxV: Tensor | None
+    loss: Loss
+
+    def rows(self, rows: slice) -> Rows:
+        """The figures of some rows; loss and lse are not kept, and not needed any more."""
+        top_C = self.top_N[rows]
+        return Rows(top_C, top_C, top_C, self.scale_N[rows], self.target_N[rows])
+
+
+class HeadGradients(NamedTuple):
+    """The cotangents of a head's hidden states, weight and bias (None where it has none)."""
+
+    hbar_NxD: Tensor
+    wbar_VxD: Tensor
+    bbar_V: Tensor | None
 
 
 @torch.no_grad()
 def linear_cross_entropy(
-    h_NxD: Tensor, w_VxD: Tensor, labels_N: Tensor, weights_N: Tensor, *, gradient: bool = False
-) -> tuple[Tensor, Tensor, Cotangent, tuple[Tensor, Tensor] | None]:
-    """(loss_N, lse_N, the cotangent of Σ_n weight_n loss_n, its (h̄, w̄) at this same head or None).
+    h_NxD: Tensor,
+    w_VxD: Tensor,
+    labels_N: Tensor,
+    weights_N: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    loss: Loss = CROSS_ENTROPY,
+    gradient: bool = False,
+    keep: bool = False,
+    chunk_bytes: int | None = None,
+    stages: ModuleType = plain,
+) -> tuple[Tensor, Tensor, Cotangent, HeadGradients | None]:
+    """(loss_N, lse_N, the cotangent of Σ_n weight_n loss_n, it pulled back through this same head or None).
 
     With `gradient` the head's gradients are formed while a chunk's logits exist, which saves the ordinary backward pass
     one matrix product. Formulas in `spec.linear_cross_entropy` and `spec.logit_vjp`.
 
     Args:
         h_NxD: last hidden states, any float dtype.
-        w_VxD: head weight.
+        w_VxD: head weight; a head stored as [D, V] is given as its transposed view.
         labels_N: int64; a negative one makes its row ignored.
         weights_N: weight of each row in the mean, already divided by its normaliser.
+        bias_V: added to the logits, or None.
+        loss: label smoothing, z-loss, soft-cap.
+        keep: hold P for a second pull-back: N·V values in the dtype of h, and one matrix product less there.
+        chunk_bytes: rows are taken in chunks whose working tensors fill at most this much (one row at the least), so
+            that no N×V tensor is ever whole; None for the device's default. It changes nothing beyond rounding.
+        stages: what is done to the logits between the matrix products, a module like `fsam_kernels.torch.rows`.
 
     Returns:
-        loss_N and lse_N in float32 (float64 for float64 input); h̄ and w̄ in the dtypes of h and w.
+        loss_N and lse_N in float32 (float64 for float64 input); h̄, w̄ and b̄ in the dtypes of h, w and b, each summed
+        over chunks in float32.
 
     Raises:
-        IndexError, RuntimeError: from PyTorch, for a label ≥ V.
+        RuntimeError: from PyTorch, for a label ≥ V.
     """
     h_NxD, w_VxD = h_NxD.detach(), w_VxD.detach()
-    dtype = wide(h_NxD)
-    weights_N = torch.where(labels_N >= 0, weights_N, 0).to(dtype)
-    loss_N, lse_N, top_N, sum_N, miss_N = (h_NxD.new_empty(len(h_NxD), dtype=dtype) for _ in range(5))
-    hbar_NxD = torch.empty_like(h_NxD) if gradient else None
-    wbar_VxD = torch.zeros_like(w_VxD, dtype=dtype) if gradient else None
-    for rows in chunks(h_NxD, w_VxD):
-        z_CxV = (h_NxD[rows] @ w_VxD.to(h_NxD.dtype).T).to(dtype)
-        index_Cx1 = labels_N[rows].clamp_min(0)[:, None]
-        top_Cx1 = z_CxV.amax(1, keepdim=True)
-        gap_Cx1 = z_CxV.gather(1, index_Cx1) - top_Cx1  # 0 where the target is the row's largest
-        others_Cx1 = z_CxV.sub_(top_Cx1).exp_().scatter_(1, index_Cx1, 0).sum(1, keepdim=True)
-        sum_Cx1 = others_Cx1 + gap_Cx1.exp()
-        # Where the row is sure, sum is 1 + others and rounds to 1; log1p keeps the others, and so the loss's digits.
-        log_sum_Cx1 = (others_Cx1 + gap_Cx1.expm1()).log1p()
-        miss_Cx1 = others_Cx1 / sum_Cx1
-        top_N[rows], sum_N[rows], miss_N[rows] = top_Cx1[:, 0], sum_Cx1[:, 0], miss_Cx1[:, 0]
-        lse_N[rows] = (top_Cx1 + log_sum_Cx1)[:, 0]
-        loss_N[rows] = torch.where(labels_N[rows] >= 0, (log_sum_Cx1 - gap_Cx1)[:, 0], 0)
-        if hbar_NxD is not None and wbar_VxD is not None:
-            weights_Cx1 = weights_N[rows][:, None]
-            z_CxV.mul_(weights_Cx1 / sum_Cx1).scatter_(1, index_Cx1, -miss_Cx1 * weights_Cx1)
-            contract(z_CxV, h_NxD[rows], w_VxD, hbar_NxD[rows], wbar_VxD)
-    gradients = (hbar_NxD, wbar_VxD.to(w_VxD.dtype)) if hbar_NxD is not None and wbar_VxD is not None else None
-    return loss_N, lse_N, Cotangent(h_NxD, w_VxD, top_N, sum_N, miss_N, labels_N, weights_N), gradients
+    bias_V = None if bias_V is None else bias_V.detach()
+    weights_N = torch.where(labels_N >= 0, weights_N, 0).to(wide(h_NxD))
+    figures = Rows(*(h_NxD.new_empty(len(h_NxD), dtype=wide(h_NxD)) for _ in Rows._fields))
+    kept_NxV = h_NxD.new_empty(len(h_NxD), len(w_VxD)) if keep else None
+    total = Sums(h_NxD, w_VxD, bias_V, weights_N) if gradient else None
+    base = product(w_VxD, bias_V, h_NxD.dtype)
+    for rows in chunks(h_NxD, w_VxD, loss, chunk_bytes):
+        u_CxV, labels_C = base(h_NxD[rows]), labels_N[rows]
+        row, e_CxV = stages.statistics(u_CxV, labels_C, loss)
+        for of_all, of_chunk in zip(figures, row, strict=True):
+            of_all[rows] = of_chunk
+        if kept_NxV is not None:
+            p_CxV = kept_NxV[rows]
+        else:
+            p_CxV = e_CxV if e_CxV.dtype == u_CxV.dtype else u_CxV
+            if p_CxV is u_CxV and loss.soft_cap is not None:
+                p_CxV = torch.empty_like(u_CxV)
+        if keep or total is not None:
+            stages.cotangent(e_CxV, row, labels_C, loss, p_CxV)
+        if total is not None:
+            if loss.soft_cap is not None:
+                p_CxV = p_CxV.clone() if keep else p_CxV
+                stages.through_cap_(p_CxV, u_CxV, loss.soft_cap)
+            total.add(p_CxV, rows)
+    h, w, b = (None, None, None) if keep else (h_NxD, w_VxD, bias_V)
+    _, _, top_N, scale_N, target_N = figures
+    cotangent = Cotangent(h, w, b, top_N, scale_N, target_N, labels_N, weights_N, kept_NxV, loss)
+    return figures.loss_C, figures.lse_C, cotangent, None if total is None else total.result()
 
 
-def contract(zbar_CxV: Tensor, h_CxD: Tensor, w_VxD: Tensor, hbar_CxD: Tensor, wbar_VxD: Tensor) -> None:
-    """h̄ = z̄ W into `hbar_CxD`, and z̄ᵀ h added to `wbar_VxD`, which is float32 or float64 whatever h is."""
-    zbar_CxV = zbar_CxV.to(h_CxD.dtype)
-    torch.mm(zbar_CxV, w_VxD.to(h_CxD.dtype), out=hbar_CxD)
-    if wbar_VxD.dtype == h_CxD.dtype:
-        wbar_VxD.addmm_(zbar_CxV.T, h_CxD)
-    else:
-        wbar_VxD += zbar_CxV.T @ h_CxD
-
-
-def chunks(h_NxD: Tensor, w_VxD: Tensor) -> list[slice]:
-    """Slices of rows whose logits stay within CHUNK_BYTES (one row at the least)."""
-    rows = max(1, CHUNK_BYTES // (wide(h_NxD).itemsize * len(w_VxD)))
+def chunks(h_NxD: Tensor, w_VxD: Tensor, loss: Loss, chunk_bytes: int | None) -> list[slice]:
+    """Slices of rows whose working tensors stay within `chunk_bytes` (one row at the least)."""
+    budget = default_chunk_bytes(h_NxD.device.type) if chunk_bytes is None else chunk_bytes
+    rows = chunk_rows(len(w_VxD), h_NxD.element_size(), wide(h_NxD).itemsize, loss, budget)
     return [slice(start, start + rows) for start in range(0, len(h_NxD), rows)]
 
 
-def wide(x: Tensor) -> torch.dtype:
-    """The dtype sums are kept in: float64 for float64, else float32."""
-    return torch.promote_types(x.dtype, torch.float32)
+def product(w_VxD: Tensor, bias_V: Tensor | None, dtype: torch.dtype):
+    """h -> u = h Wᵀ + b in `dtype`; the weight is cast once, however many chunks there are."""
+    w_DxV, bias_V = w_VxD.to(dtype).T, None if bias_V is None else bias_V.to(dtype)
+    return lambda h_CxD: h_CxD @ w_DxV if bias_V is None else torch.addmm(bias_V, h_CxD, w_DxV)
+
+
+class Sums:
+    """h̄ = weights (P W), and w̄ = Pᵀ (weights h), b̄ = Pᵀ weights, summed chunk by chunk in float32 or float64.
+
+    Row weights are applied on the narrow side, D values a row and not V, and relative to the largest: 1/N times a
+    probability is below what half floats hold.
+    """
+
+    def __init__(self, h_NxD: Tensor, w_VxD: Tensor, bias_V: Tensor | None, weights_N: Tensor) -> None:
+        self.h_NxD, self.w_VxD, self.bias_V, self.weights_N = h_NxD, w_VxD, bias_V, weights_N
+        largest = weights_N.abs().max() if len(weights_N) else weights_N.new_ones(())
+        self.unit = torch.where(largest > 0, largest, 1)
+        self.cast_VxD = w_VxD.to(h_NxD.dtype)
+        self.hbar_NxD = torch.empty_like(h_NxD)
+        self.wbar_VxD = torch.zeros_like(w_VxD, dtype=wide(h_NxD))
+        self.bbar_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=wide(h_NxD))
+
+    def add(self, p_CxV: Tensor, rows: slice) -> None:
+        """Contract one chunk's P with its head."""
+        h_CxD, weights_C = self.h_NxD[rows], self.weights_N[rows]
+        p_CxV = p_CxV.to(h_CxD.dtype)
+        torch.mm(p_CxV, self.cast_VxD, out=self.hbar_NxD[rows])
+        self.hbar_NxD[rows].mul_(weights_C[:, None])
+        relative_C = (weights_C / self.unit).to(h_CxD.dtype)
+        weighted_CxD = h_CxD * relative_C[:, None]
+        if self.wbar_VxD.dtype == h_CxD.dtype:
+            self.wbar_VxD.addmm_(p_CxV.T, weighted_CxD)
+        else:
+            self.wbar_VxD += p_CxV.T @ weighted_CxD
+        if self.bbar_V is not None:
+            self.bbar_V += p_CxV.T @ relative_C
+
+    def result(self) -> HeadGradients:
+        wbar_VxD = self.wbar_VxD.mul_(self.unit).to(self.w_VxD.dtype)
+        if self.bias_V is None or self.bbar_V is None:
+            return HeadGradients(self.hbar_NxD, wbar_VxD, None)
+        return HeadGradients(self.hbar_NxD, wbar_VxD, self.bbar_V.mul_(self.unit).to(self.bias_V.dtype))

@@ -1,25 +1,55 @@
-"""The logit cotangent contracted with a head: the same one, or the head at the perturbed weights."""
+"""The logit cotangent pulled back through a head: the same one, or the head at the perturbed weights."""
 
 from __future__ import annotations
+
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from fsam_kernels.torch.linear_cross_entropy import Cotangent, chunks, contract, wide
+from fsam_kernels.torch import rows as plain
+from fsam_kernels.torch.linear_cross_entropy import Cotangent, HeadGradients, Sums, chunks, product
 
 
 @torch.no_grad()
-def logit_vjp(cotangent: Cotangent, h_NxD: Tensor, w_VxD: Tensor) -> tuple[Tensor, Tensor]:
-    """(h̄_NxD, w̄_VxD) = (z̄ W, z̄ᵀ h), w̄ summed in float32; returned in the dtypes of h and w."""
+def logit_vjp(
+    cotangent: Cotangent,
+    h_NxD: Tensor,
+    w_VxD: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    chunk_bytes: int | None = None,
+    stages: ModuleType = plain,
+) -> HeadGradients:
+    """(h̄_NxD, w̄_VxD, b̄_V) of `spec.logit_vjp`; w̄ and b̄ are summed in float32, all in the dtypes of h, w and b.
+
+    A cotangent that was kept costs the two matrix products and nothing else, unless there is a soft-cap, whose
+    derivative is taken at this head. One that was not is recomputed from its own head, chunk by chunk.
+
+    Args:
+        h_NxD, w_VxD, bias_V: the head to pull back through, of the shapes the cotangent was made from; `bias_V` if and
+            only if that had one.
+    """
+    base, soft_cap = cotangent, cotangent.loss.soft_cap
     h_NxD, w_VxD = h_NxD.detach(), w_VxD.detach()
-    base = cotangent
-    hbar_NxD = torch.empty_like(h_NxD)
-    wbar_VxD = torch.zeros_like(w_VxD, dtype=wide(h_NxD))
-    for rows in chunks(base.h_NxD, base.w_VxD):
-        z_CxV = (base.h_NxD[rows] @ base.w_VxD.to(base.h_NxD.dtype).T).to(wide(h_NxD))
-        index_Cx1 = base.labels_N[rows].clamp_min(0)[:, None]
-        weights_Cx1 = base.weights_N[rows][:, None]
-        z_CxV.sub_(base.top_N[rows][:, None]).exp_().mul_(weights_Cx1 / base.sum_N[rows][:, None])
-        z_CxV.scatter_(1, index_Cx1, -base.miss_N[rows][:, None] * weights_Cx1)
-        contract(z_CxV, h_NxD[rows], w_VxD, hbar_NxD[rows], wbar_VxD)
-    return hbar_NxD, wbar_VxD.to(w_VxD.dtype)
+    bias_V = None if bias_V is None else bias_V.detach()
+    total = Sums(h_NxD, w_VxD, bias_V, base.weights_N)
+    if base.kept_NxV is not None and soft_cap is None:
+        total.add(base.kept_NxV, slice(None))
+        return total.result()
+    moved = product(w_VxD, bias_V, h_NxD.dtype)
+    if base.h_NxD is not None and base.w_VxD is not None:
+        logits = product(base.w_VxD, base.bias_V, base.h_NxD.dtype)
+    for rows in chunks(h_NxD, w_VxD, base.loss, chunk_bytes):
+        if base.kept_NxV is not None:
+            p_CxV = base.kept_NxV[rows].clone()
+        else:
+            assert base.h_NxD is not None
+            u_CxV = logits(base.h_NxD[rows])
+            e_CxV = stages.exponentials(u_CxV, base.top_N[rows], base.loss)
+            p_CxV = e_CxV if e_CxV.dtype == u_CxV.dtype else u_CxV
+            stages.cotangent(e_CxV, base.rows(rows), base.labels_N[rows], base.loss, p_CxV)
+        if soft_cap is not None:
+            stages.through_cap_(p_CxV, moved(h_NxD[rows]), soft_cap)
+        total.add(p_CxV, rows)
+    return total.result()

@@ -2,64 +2,148 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from fsam_kernels.options import CROSS_ENTROPY, Loss
+from fsam_kernels.xla import chunks
+from fsam_kernels.xla import rows as plain
+from fsam_kernels.xla.rows import Rows, wide
 
-class Cotangent(NamedTuple):
-    """z̄ = weight (softmax(h Wᵀ) − onehot(y)), kept as what it is recomputed from: N·D + 5N values, not N·V.
 
-    With e = exp(z − top) and miss = 1 − p_y, the share of the other columns:  z̄_v = weight e_v / sum,
-    z̄_y = −weight miss.
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cotangent:
+    """z̄ = weights P, in a form that any head can be pulled back through, more than once.
 
-    The head weight is the unperturbed parameter itself, so it costs no memory. Under one `jit` XLA recognises the
-    recomputed logits as the forward pass's own and may keep them instead.
+    P_v = scale exp(z_v − top) − s/V off the target and P_y = target, with z from (h, W, b). Either what P is recomputed
+    from is held, N·D + 5N values (the head weight is the parameter itself), or P in the dtype of h, which is what the
+    matrix products would round it to anyway (`kept`: what the backend's `rows.keep` makes of each chunk, stacked), and
+    the head is None.
     """
 
-    h_NxD: jax.Array
-    w_VxD: jax.Array
+    h_NxD: jax.Array | None
+    w_VxD: jax.Array | None
+    bias_V: jax.Array | None
     top_N: jax.Array
-    sum_N: jax.Array
-    miss_N: jax.Array
+    scale_N: jax.Array
+    target_N: jax.Array
     labels_N: jax.Array
     weights_N: jax.Array
+    kept: Any
+    loss: Loss = field(metadata={"static": True})
+
+    @property
+    def rows(self) -> Rows:
+        """The figures of all rows; loss and lse are not kept, and not needed any more."""
+        return Rows(self.top_N, self.top_N, self.top_N, self.scale_N, self.target_N)
+
+
+class HeadGradients(NamedTuple):
+    """The cotangents of a head's hidden states, weight and bias (None where it has none)."""
+
+    hbar_NxD: jax.Array
+    wbar_VxD: jax.Array
+    bbar_V: jax.Array | None
 
 
 def linear_cross_entropy(
-    h_NxD: jax.Array, w_VxD: jax.Array, labels_N: jax.Array, weights_N: jax.Array
-) -> tuple[jax.Array, jax.Array, Cotangent]:
-    """(loss_N, lse_N, the cotangent of Σ_n weight_n loss_n); formula in `spec.linear_cross_entropy`.
+    h_NxD: jax.Array,
+    w_VxD: jax.Array,
+    labels_N: jax.Array,
+    weights_N: jax.Array,
+    *,
+    bias_V: jax.Array | None = None,
+    loss: Loss = CROSS_ENTROPY,
+    gradient: bool = False,
+    keep: bool = False,
+    chunk_bytes: int | None = None,
+    stages: ModuleType = plain,
+) -> tuple[jax.Array, jax.Array, Cotangent, HeadGradients | None]:
+    """(loss_N, lse_N, the cotangent of Σ_n weight_n loss_n, it pulled back through this same head or None).
+
+    With `gradient` the head's gradients are formed while a chunk's logits exist, which saves the ordinary backward pass
+    one matrix product. Formulas in `spec.linear_cross_entropy` and `spec.logit_vjp`.
 
     Args:
         h_NxD: last hidden states, any float dtype.
-        w_VxD: head weight.
+        w_VxD: head weight; a head stored as [D, V] is given transposed.
         labels_N: integers; a negative one makes its row ignored. One ≥ V gives a NaN loss.
         weights_N: weight of each row in the mean, already divided by its normaliser.
+        bias_V: added to the logits, or None.
+        loss: label smoothing, z-loss, soft-cap.
+        keep: hold P for a second pull-back: N·V values in the dtype of h, and one matrix product less there.
+        chunk_bytes: rows are taken in chunks whose logits fill about this much, so that no N×V array is ever whole;
+            None for the platform's default. Their number changes nothing beyond rounding.
+        stages: how logits become row figures and P, a module like `fsam_kernels.xla.rows`.
 
     Returns:
-        loss_N and lse_N in float32 (float64 for float64 input).
+        loss_N and lse_N in float32 (float64 for float64 input); h̄, w̄ and b̄ in the dtypes of h, w and b, each summed
+        over chunks in float32.
     """
-    z_NxV = logits(h_NxD, w_VxD)
-    is_target_NxV = jnp.arange(z_NxV.shape[1]) == labels_N[:, None]
-    top_N = z_NxV.max(axis=-1)
-    e_NxV = jnp.exp(z_NxV - top_N[:, None])
-    others_N = jnp.sum(jnp.where(is_target_NxV, 0, e_NxV), axis=-1)
-    # "fill" turns a label that is not in the vocabulary into NaN, which the step then skips, instead of another token.
-    target_N = jnp.take_along_axis(z_NxV, jnp.maximum(labels_N, 0)[:, None], axis=-1, mode="fill")[:, 0]
-    gap_N = jnp.where(labels_N >= 0, target_N - top_N, 0)  # 0 where the target is the row's largest
-    e_target_N = jnp.where(labels_N >= 0, jnp.exp(gap_N), 0)
-    sum_N = others_N + e_target_N
-    # Where the row is sure, sum is 1 + others and rounds to 1; log1p keeps the others, and so the loss's digits.
-    log_sum_N = jnp.where(labels_N >= 0, jnp.log1p(others_N + jnp.expm1(gap_N)), jnp.log(sum_N))
-    lse_N = top_N + log_sum_N
-    loss_N = jnp.where(labels_N >= 0, log_sum_N - gap_N, 0)
-    weights_N = jnp.where(labels_N >= 0, weights_N, 0).astype(z_NxV.dtype)
-    return loss_N, lse_N, Cotangent(h_NxD, w_VxD, top_N, sum_N, others_N / sum_N, labels_N, weights_N)
+    N, V = len(h_NxD), len(w_VxD)
+    m = chunks.count(N, V, h_NxD.dtype.itemsize, chunk_bytes)
+    dtype = wide(h_NxD, w_VxD)
+    weights_N = jnp.where(labels_N >= 0, weights_N, 0).astype(dtype)
+    sums = Sums(h_NxD, w_VxD, bias_V, weights_N)
+
+    def one(total: Any, chunk: Any) -> Any:
+        h_CxD, labels_C, weights_C = chunk
+        rows, tiles = stages.forward(h_CxD, w_VxD, bias_V, labels_C, loss, tiles=gradient or keep)
+        held = (tiles, rows, labels_C, loss, h_NxD.dtype)
+        hbar_CxD = None
+        if gradient:
+            p_CxV = stages.operand(*held)
+            moved_CxV = plain.logits(h_CxD, w_VxD, bias_V) if loss.soft_cap is not None else p_CxV
+            total, hbar_CxD = sums.add(total, plain.through_cap(p_CxV, moved_CxV, loss), h_CxD, weights_C)
+        return total, (rows, hbar_CxD, stages.keep(*held) if keep else None)
+
+    pieces = chunks.split(h_NxD, m), chunks.split(labels_N, m, -1), chunks.split(weights_N, m)
+    total, (rows, hbar, kept) = chunks.each(one, sums.zero() if gradient else (), pieces)
+    figures = Rows(*(chunks.join(x, N) for x in rows))
+    h, w, b = (None, None, None) if keep else (h_NxD, w_VxD, bias_V)
+    _, _, top_N, scale_N, target_N = figures
+    cotangent = Cotangent(h, w, b, top_N, scale_N, target_N, labels_N, weights_N, kept, loss)
+    gradients = sums.result(total, chunks.join(hbar, N)) if gradient else None
+    return figures.loss_C, figures.lse_C, cotangent, gradients
 
 
-def logits(h_NxD: jax.Array, w_VxD: jax.Array) -> jax.Array:
-    """h Wᵀ, accumulated and returned in float32 (float64 for float64 input)."""
-    dtype = jnp.promote_types(jnp.promote_types(h_NxD.dtype, w_VxD.dtype), jnp.float32)
-    return jax.lax.dot_general(h_NxD, w_VxD, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
+class Sums:
+    """h̄ = weights (P W), and w̄ = Pᵀ (weights h), b̄ = Pᵀ weights, summed chunk by chunk in float32 or float64.
+
+    Row weights are applied on the narrow side, D values a row and not V, and relative to the largest: 1/N times a
+    probability is below what half floats hold.
+    """
+
+    def __init__(self, h_NxD: jax.Array, w_VxD: jax.Array, bias_V: jax.Array | None, weights_N: jax.Array) -> None:
+        self.h_dtype, self.w_VxD, self.bias_V, self.dtype = h_NxD.dtype, w_VxD, bias_V, wide(h_NxD, w_VxD)
+        largest = jnp.max(jnp.abs(weights_N), initial=0)
+        self.unit = jnp.where(largest > 0, largest, 1)
+
+    def zero(self) -> tuple[jax.Array, jax.Array | None]:
+        b = self.bias_V
+        return jnp.zeros(self.w_VxD.shape, self.dtype), None if b is None else jnp.zeros(b.shape, self.dtype)
+
+    def add(self, total: Any, p_CxV: jax.Array, h_CxD: jax.Array, weights_C: jax.Array) -> tuple[Any, jax.Array]:
+        """(the sums with one chunk's P contracted, its h̄)."""
+        wbar_VxD, bbar_V = total
+        dot = lambda a, b, axis: jax.lax.dot_general(
+            a, b, (((axis,), (0,)), ((), ())), preferred_element_type=self.dtype
+        )
+        hbar_CxD = dot(p_CxV, self.w_VxD.astype(jnp.promote_types(p_CxV.dtype, self.w_VxD.dtype)), 1)
+        relative_C = (weights_C / self.unit).astype(h_CxD.dtype)
+        wbar_VxD = wbar_VxD + dot(p_CxV, h_CxD * relative_C[:, None], 0)
+        if bbar_V is not None:
+            bbar_V = bbar_V + dot(p_CxV, relative_C, 0)
+        return (wbar_VxD, bbar_V), (hbar_CxD * weights_C[:, None]).astype(self.h_dtype)
+
+    def result(self, total: Any, hbar_NxD: jax.Array) -> HeadGradients:
+        wbar_VxD, bbar_V = total
+        wbar_VxD = (wbar_VxD * self.unit).astype(self.w_VxD.dtype)
+        if self.bias_V is None or bbar_V is None:
+            return HeadGradients(hbar_NxD, wbar_VxD, None)
+        return HeadGradients(hbar_NxD, wbar_VxD, (bbar_V * self.unit).astype(self.bias_V.dtype))

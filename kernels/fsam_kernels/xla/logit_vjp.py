@@ -1,28 +1,56 @@
-"""The logit cotangent contracted with a head: the same one, or the head at the perturbed weights."""
+"""The logit cotangent pulled back through a head: the same one, or the head at the perturbed weights."""
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import Any
+
 import jax
-import jax.numpy as jnp
 
-from fsam_kernels.xla.linear_cross_entropy import Cotangent, logits
-
-
-def logit_vjp(cotangent: Cotangent, h_NxD: jax.Array, w_VxD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(h̄_NxD, w̄_VxD) = (z̄ W, z̄ᵀ h), accumulated in float32 and returned in the dtypes of h and w."""
-    zbar_NxV = logit_cotangent(cotangent)
-    accumulate = zbar_NxV.dtype
-    zbar_NxV = zbar_NxV.astype(jnp.promote_types(h_NxD.dtype, w_VxD.dtype))
-    hbar_NxD = jax.lax.dot_general(zbar_NxV, w_VxD, (((1,), (0,)), ((), ())), preferred_element_type=accumulate)
-    wbar_VxD = jax.lax.dot_general(zbar_NxV, h_NxD, (((0,), (0,)), ((), ())), preferred_element_type=accumulate)
-    return hbar_NxD.astype(h_NxD.dtype), wbar_VxD.astype(w_VxD.dtype)
+from fsam_kernels.xla import chunks
+from fsam_kernels.xla import rows as plain
+from fsam_kernels.xla.linear_cross_entropy import Cotangent, HeadGradients, Sums
+from fsam_kernels.xla.rows import Rows
 
 
-def logit_cotangent(cotangent: Cotangent) -> jax.Array:
-    """z̄_NxV itself, by the formulas of `Cotangent`: p_y − 1 is never formed by subtraction."""
-    z_NxV = logits(cotangent.h_NxD, cotangent.w_VxD)
-    e_NxV = jnp.exp(z_NxV - cotangent.top_N[:, None])
-    weights_Nx1 = cotangent.weights_N[:, None]
-    is_target_NxV = jax.lax.broadcasted_iota(jnp.int32, z_NxV.shape, 1) == cotangent.labels_N[:, None]
-    miss_Nx1 = cotangent.miss_N[:, None]
-    return jnp.where(is_target_NxV, -miss_Nx1 * weights_Nx1, e_NxV * (weights_Nx1 / cotangent.sum_N[:, None]))
+def logit_vjp(
+    cotangent: Cotangent,
+    h_NxD: jax.Array,
+    w_VxD: jax.Array,
+    *,
+    bias_V: jax.Array | None = None,
+    chunk_bytes: int | None = None,
+    stages: ModuleType = plain,
+) -> HeadGradients:
+    """(h̄_NxD, w̄_VxD, b̄_V) of `spec.logit_vjp`; w̄ and b̄ are summed in float32, all in the dtypes of h, w and b.
+
+    A cotangent that was kept costs the two matrix products and nothing else, unless there is a soft-cap, whose
+    derivative is taken at this head. One that was not is recomputed from its own head, chunk by chunk.
+
+    Args:
+        h_NxD, w_VxD, bias_V: the head to pull back through, of the shapes the cotangent was made from; `bias_V` if and
+            only if that had one.
+    """
+    base, N, V = cotangent, len(h_NxD), len(w_VxD)
+    if base.kept is None:
+        m = chunks.count(N, V, h_NxD.dtype.itemsize, chunk_bytes)
+    else:
+        m = len(jax.tree.leaves(base.kept)[0])
+    sums = Sums(h_NxD, w_VxD, bias_V, base.weights_N)
+
+    def one(total: Any, chunk: Any) -> Any:
+        h_CxD, weights_C, labels_C, rows, base_CxD, kept = chunk
+        if base.w_VxD is not None:
+            u_CxV = plain.logits(base_CxD, base.w_VxD, base.bias_V)
+            p_CxV = plain.operand(u_CxV, rows, labels_C, base.loss, h_NxD.dtype)
+        else:
+            p_CxV = stages.kept_operand(kept, rows, labels_C, base.loss, h_NxD.dtype)
+        moved_CxV = plain.logits(h_CxD, w_VxD, bias_V) if base.loss.soft_cap is not None else p_CxV
+        return sums.add(total, plain.through_cap(p_CxV, moved_CxV, base.loss), h_CxD, weights_C)
+
+    split = lambda x, fill=0: chunks.split(x, m, fill)
+    rows = Rows(*(split(x) for x in base.rows))
+    base_mxCxD = None if base.h_NxD is None else split(base.h_NxD)
+    pieces = (split(h_NxD), split(base.weights_N), split(base.labels_N, -1), rows, base_mxCxD, base.kept)
+    total, hbar = chunks.each(one, sums.zero(), pieces)
+    return sums.result(total, chunks.join(hbar, N))

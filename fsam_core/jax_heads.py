@@ -1,0 +1,134 @@
+"""Heads in JAX: what `features` returns, its loss, and the logit cotangent at the model's outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fsam_core.errors import UserError
+from fsam_core.heads import Layout, check
+from fsam_kernels.options import CROSS_ENTROPY, Loss, Memory
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """A model's output as hidden states and head weight; the loss is the weighted mean cross entropy of their product.
+
+    Attributes:
+        hidden: [..., D] last hidden states, any float dtype.
+        weight: [V, D] the head's weight, as a function of the params (tied to the embedding or not).
+        labels: [...] integers; a negative one is ignored.
+        token_weights: [...] weight of each label in the mean, or None for 1.
+        bias: [V] added to the logits, or None.
+        layout: "DV" for a weight stored as [D, V].
+        loss: label smoothing, z-loss, soft-cap.
+        ignore_index: a label ≥ 0 that is ignored too (the padding token, say).
+    """
+
+    hidden: jax.Array
+    weight: jax.Array
+    labels: jax.Array
+    token_weights: jax.Array | None = None
+    bias: jax.Array | None = None
+    layout: Layout = "VD"
+    loss: Loss = CROSS_ENTROPY
+    ignore_index: int | None = None
+
+
+@dataclass(frozen=True)
+class Logits:
+    """The output of a model without a linear head.
+
+    Attributes:
+        logits: array of any shape, a function of the params.
+        loss: logits -> mean loss, a scalar; it must not depend on the params in another way.
+        weight: how much this micro-batch counts beside others (its number of targets, say).
+    """
+
+    logits: jax.Array
+    loss: Callable[[jax.Array], jax.Array]
+    weight: jax.Array | float = 1.0
+
+
+def flat(head: Any) -> Any:
+    """The head checked, with its leading axes made one, its weight as [V, D], and weights where there were none."""
+    if isinstance(head, Logits):
+        return head
+    if not isinstance(head, LinearHead):
+        raise UserError(f"features must return a LinearHead or Logits, got {type(head).__name__}")
+    check(head)
+    y, weights = head.labels.reshape(-1).astype(jnp.int32), head.token_weights
+    if head.ignore_index is not None:
+        y = jnp.where(y == head.ignore_index, -1, y)
+    kind = jnp.promote_types(head.hidden.dtype, jnp.float32)
+    weights = jnp.ones(y.shape, kind) if weights is None else weights.reshape(-1).astype(kind)
+    return dataclasses.replace(
+        head,
+        hidden=head.hidden.reshape(-1, head.hidden.shape[-1]),
+        weight=head.weight if head.layout == "VD" else head.weight.T,
+        labels=y,
+        token_weights=jnp.where(y >= 0, weights, 0),
+        layout="VD",
+    )
+
+
+def outputs(head: LinearHead | Logits) -> tuple[jax.Array, ...]:
+    """What depends on the params: (hidden, weight), with the bias where there is one, or (logits,)."""
+    if isinstance(head, Logits):
+        return (head.logits,)
+    return (head.hidden, head.weight) if head.bias is None else (head.hidden, head.weight, head.bias)
+
+
+def with_outputs(head: LinearHead | Logits, out: tuple[jax.Array, ...]) -> LinearHead | Logits:
+    """The head with other arrays in the places of `outputs`."""
+    if isinstance(head, Logits):
+        return dataclasses.replace(head, logits=out[0])
+    return dataclasses.replace(head, hidden=out[0], weight=out[1], bias=out[2] if len(out) > 2 else None)
+
+
+def cotangent(
+    ops: ModuleType, head: LinearHead | Logits, memory: Memory, *, gradient: bool, keep: bool
+) -> tuple[jax.Array, jax.Array, Any, tuple[jax.Array, ...] | None]:
+    """(mean loss, weight, z̄, z̄ at `outputs` or None) of one micro-batch; loss 0 where every label is ignored."""
+    if isinstance(head, Logits):
+        loss, zbar = jax.value_and_grad(head.loss)(head.logits)
+        weight = jnp.asarray(head.weight, loss.dtype)
+        # A mean over no targets is 0/0; it weighs nothing.
+        loss, zbar = (jnp.where(weight > 0, x, 0) for x in (loss, zbar))
+        return loss, weight, zbar, (zbar.astype(head.logits.dtype),)
+    assert head.token_weights is not None
+    weight = jnp.sum(head.token_weights)
+    share_N = head.token_weights / jnp.where(weight > 0, weight, 1)
+    options = {"bias_V": head.bias, "loss": head.loss, "chunk_bytes": memory.chunk_bytes}
+    loss_N, _, zbar, gradients = ops.linear_cross_entropy(
+        head.hidden, head.weight, head.labels, share_N, **options, gradient=gradient, keep=keep
+    )
+    return jnp.sum(loss_N * share_N), weight, zbar, None if gradients is None else _present(gradients)
+
+
+def pulled_back(
+    ops: ModuleType, head: LinearHead | Logits, zbar: Any, share: jax.Array, memory: Memory
+) -> tuple[jax.Array, ...]:
+    """What `share` times the cotangent of another head of these shapes is at the `outputs` of this one."""
+    if isinstance(head, Logits):
+        return ((zbar * share.astype(zbar.dtype)).astype(head.logits.dtype),)
+    zbar = dataclasses.replace(zbar, weights_N=zbar.weights_N * share.astype(zbar.weights_N.dtype))
+    return _present(ops.logit_vjp(zbar, head.hidden, head.weight, bias_V=head.bias, chunk_bytes=memory.chunk_bytes))
+
+
+def keeps(head: LinearHead | Logits, micro_batches: int, memory: Memory) -> bool:
+    """Whether the cotangents of that many such micro-batches are kept for a second pass."""
+    if isinstance(head, Logits):
+        return False
+    (N, D), V = head.hidden.shape, len(head.weight)
+    return memory.keeps(N * micro_batches, D, V, head.hidden.dtype.itemsize, jax.default_backend())
+
+
+def _present(gradients: tuple[Any, ...]) -> tuple[jax.Array, ...]:
+    return tuple(x for x in gradients if x is not None)

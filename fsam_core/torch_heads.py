@@ -1,0 +1,144 @@
+"""Heads in PyTorch: what `features` returns, its loss, and the logit cotangent at the model's outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fsam_core.errors import UserError
+from fsam_core.heads import Layout, check
+from fsam_kernels.options import CROSS_ENTROPY, Loss, Memory
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """A model's output as hidden states and head weight; the loss is the weighted mean cross entropy of their product.
+
+    Attributes:
+        hidden: [..., D] last hidden states, with their graph.
+        weight: [V, D] the head's weight (tied to the embedding or not).
+        labels: [...] int64; a negative one is ignored.
+        token_weights: [...] weight of each label in the mean, or None for 1.
+        bias: [V] added to the logits, or None.
+        layout: "DV" for a weight stored as [D, V].
+        loss: label smoothing, z-loss, soft-cap.
+        ignore_index: a label ≥ 0 that is ignored too (the padding token, say).
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    token_weights: Tensor | None = None
+    bias: Tensor | None = None
+    layout: Layout = "VD"
+    loss: Loss = CROSS_ENTROPY
+    ignore_index: int | None = None
+
+
+@dataclass(frozen=True)
+class Logits:
+    """The output of a model without a linear head.
+
+    Attributes:
+        logits: tensor of any shape, with its graph.
+        loss: logits -> mean loss, a scalar; it must not depend on the parameters in another way.
+        weight: how much this micro-batch counts beside others (its number of targets, say).
+    """
+
+    logits: Tensor
+    loss: Callable[[Tensor], Tensor]
+    weight: Tensor | float = 1.0
+
+
+def flat(head: Any) -> LinearHead | Logits:
+    """The head checked, with its leading axes made one, its weight as [V, D], and weights where there were none."""
+    if isinstance(head, Logits):
+        return head
+    if not isinstance(head, LinearHead):
+        raise UserError(f"features must return a LinearHead or Logits, got {type(head).__name__}")
+    check(head)
+    y, weights = head.labels.reshape(-1), head.token_weights
+    if head.ignore_index is not None:
+        y = y.masked_fill(y == head.ignore_index, -1)
+    kind = torch.promote_types(head.hidden.dtype, torch.float32)
+    weights = torch.ones(y.shape, dtype=kind, device=y.device) if weights is None else weights.reshape(-1).to(kind)
+    return dataclasses.replace(
+        head,
+        hidden=head.hidden.reshape(-1, head.hidden.shape[-1]),
+        weight=head.weight if head.layout == "VD" else head.weight.T,
+        labels=y,
+        token_weights=torch.where(y >= 0, weights, 0),
+        layout="VD",
+    )
+
+
+def weight(head: LinearHead | Logits) -> Tensor:
+    """How much a micro-batch counts."""
+    if isinstance(head, Logits):
+        dtype = torch.promote_types(head.logits.dtype, torch.float32)
+        return torch.as_tensor(head.weight, dtype=dtype, device=head.logits.device)
+    assert head.token_weights is not None
+    return head.token_weights.sum()
+
+
+def cotangent(
+    ops: ModuleType, head: LinearHead | Logits, unit: Tensor, memory: Memory, *, gradient: bool, keep: bool
+) -> tuple[Tensor, Any, tuple[Tensor, ...] | None]:
+    """(loss, z̄, z̄ at the outputs of the model or None) of one micro-batch: sums over its tokens, divided by `unit`."""
+    if isinstance(head, Logits):
+        with torch.enable_grad():
+            z = head.logits.detach().requires_grad_()
+            loss = head.loss(z)
+        (zbar,) = torch.autograd.grad(loss, z)
+        share = weight(head) / unit
+        # A mean over no targets is 0/0; it weighs nothing.
+        loss, zbar = (torch.where(share > 0, x.detach() * share.to(x), 0) for x in (loss, zbar))
+        return loss, zbar, (zbar,)
+    assert head.token_weights is not None
+    share_N = head.token_weights / unit
+    loss_N, _, zbar, gradients = ops.linear_cross_entropy(
+        head.hidden,
+        head.weight,
+        head.labels,
+        share_N,
+        bias_V=head.bias,
+        loss=head.loss,
+        gradient=gradient,
+        keep=keep,
+        chunk_bytes=memory.chunk_bytes,
+    )
+    return (loss_N * share_N).sum(), zbar, gradients
+
+
+def pulled_back(ops: ModuleType, head: LinearHead | Logits, zbar: Any, memory: Memory) -> tuple[Tensor, ...]:
+    """What the cotangent of another head of these shapes is at the outputs of this one.
+
+    A tuple is already that, as far as it goes: the cotangents of the hidden states and, in one micro-batch, of the
+    head's weight and bias.
+    """
+    if isinstance(head, Logits):
+        return (zbar,)
+    if isinstance(zbar, tuple):
+        return zbar
+    return ops.logit_vjp(zbar, head.hidden, head.weight, bias_V=head.bias, chunk_bytes=memory.chunk_bytes)
+
+
+def keeps(head: LinearHead | Logits, micro_batches: int, memory: Memory) -> bool:
+    """Whether the cotangents of that many such micro-batches are kept for a second pass."""
+    if isinstance(head, Logits):
+        return False
+    (N, D), V = head.hidden.shape, len(head.weight)
+    return memory.keeps(N * micro_batches, D, V, head.hidden.element_size(), head.hidden.device.type)
+
+
+def backward(head: LinearHead | Logits, gradients: Sequence[Tensor | None]) -> None:
+    """Pull the cotangents of the model's outputs back into every parameter's `.grad`."""
+    outputs = (head.logits,) if isinstance(head, Logits) else (head.hidden, head.weight, head.bias)
+    pairs = [(x, g) for x, g in zip(outputs, gradients, strict=False) if x is not None and x.requires_grad]
+    torch.autograd.backward([x for x, _ in pairs], [g for _, g in pairs])
