@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from fsam_core.errors import UserError
-
-Layout = Literal["VD", "DV"]
 
 
 def check(head: Any) -> None:

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from fsam_core.errors import UserError
-from fsam_core.heads import Layout, check
-from fsam_kernels.options import CROSS_ENTROPY, Loss, Memory
+from fsam_core.heads import check
+from fsam_kernels.options import CROSS_ENTROPY, Layout, Loss, Memory
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def pulled_back(
     """What `share` times the cotangent of another head of these shapes is at the `outputs` of this one."""
     if isinstance(head, Logits):
         return ((zbar * share.astype(zbar.dtype)).astype(head.logits.dtype),)
-    zbar = dataclasses.replace(zbar, weights_N=zbar.weights_N * share.astype(zbar.weights_N.dtype))
+    zbar = zbar.reweighted(zbar.weights_N * share.astype(zbar.weights_N.dtype))
     return _present(ops.logit_vjp(zbar, head.hidden, head.weight, bias_V=head.bias, chunk_bytes=memory.chunk_bytes))
 
 

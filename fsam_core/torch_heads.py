@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fsam_core.errors import UserError
-from fsam_core.heads import Layout, check
-from fsam_kernels.options import CROSS_ENTROPY, Loss, Memory
+from fsam_core.heads import check
+from fsam_kernels.options import CROSS_ENTROPY, Layout, Loss, Memory
+from fsam_kernels.torch.linear_cross_entropy import compute_dtype
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def flat(head: Any) -> LinearHead | Logits:
     weights = torch.ones(y.shape, dtype=kind, device=y.device) if weights is None else weights.reshape(-1).to(kind)
     return dataclasses.replace(
         head,
-        hidden=head.hidden.reshape(-1, head.hidden.shape[-1]),
+        # Under the user's autocast the head computes in its dtype, as a linear layer would.
+        hidden=head.hidden.reshape(-1, head.hidden.shape[-1]).to(compute_dtype(head.hidden)),
         weight=head.weight if head.layout == "VD" else head.weight.T,
         labels=y,
         token_weights=torch.where(y >= 0, weights, 0),

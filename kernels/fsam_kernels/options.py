@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+Layout = Literal["VD", "DV"]
+Reduction = Literal["none", "sum", "mean"]
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -38,6 +41,20 @@ class Loss:
 
 
 CROSS_ENTROPY = Loss()
+
+
+def check_reduction(reduction: str, has_weights: bool, has_count: bool) -> None:
+    """Whether a reduction is known, and has a use for what came with it.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
+    if reduction not in ("none", "sum", "mean"):
+        raise ValueError(f"reduction must be none, sum or mean; got {reduction!r}")
+    if reduction == "none" and has_weights:
+        raise ValueError("weights: reduction='none' returns each token's own loss; multiply it by them instead")
+    if reduction != "mean" and has_count:
+        raise ValueError(f"count: only reduction='mean' divides by it, got reduction={reduction!r}")
 
 
 def default_chunk_bytes(platform: str) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +14,9 @@ from torch import Tensor
 from fsam_kernels.options import CROSS_ENTROPY, Loss, chunk_rows, default_chunk_bytes
 from fsam_kernels.torch import rows as plain
 from fsam_kernels.torch.rows import Rows, wide
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,25 @@ class HeadGradients(NamedTuple):
     bbar_V: Tensor | None
 
 
-@torch.no_grad()
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Its own dtype, or autocast's where that is on for its device."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def outside_autograd(function: Callable[P, T]) -> Callable[P, T]:
+    """Without a graph, and without an outer autocast: these functions choose their dtypes themselves."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **options: P.kwargs) -> T:
+        device = next(x.device.type for x in args if isinstance(x, Tensor))
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            return function(*args, **options)
+
+    return wrapped
+
+
+@outside_autograd
 def linear_cross_entropy(
     h_NxD: Tensor,
     w_VxD: Tensor,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from fsam_kernels.torch import rows as plain
-from fsam_kernels.torch.linear_cross_entropy import Cotangent, HeadGradients, Sums, chunks, product
+from fsam_kernels.torch.linear_cross_entropy import Cotangent, HeadGradients, Sums, chunks, outside_autograd, product
 
 
-@torch.no_grad()
+@outside_autograd
 def logit_vjp(
     cotangent: Cotangent,
     h_NxD: Tensor,

@@ -6,6 +6,8 @@ products around either. Formulas in `fsam_kernels.spec`.
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -83,6 +85,11 @@ def through_cap_(p_CxV: Tensor, u_CxV: Tensor, soft_cap: float) -> None:
 def wide(x: Tensor) -> torch.dtype:
     """The dtype sums are kept in: float64 for float64, else float32."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def stages_called(name: str) -> ModuleType:
+    """The module with these functions in backend "torch" or "triton"."""
+    return importlib.import_module(f"fsam_kernels.{name}.rows")
 
 
 def _capped(u_CxV: Tensor, loss: Loss) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -36,6 +37,10 @@ class Cotangent:
     weights_N: jax.Array
     kept: Any
     loss: Loss = field(metadata={"static": True})
+
+    def reweighted(self, weights_N: jax.Array) -> Cotangent:
+        """The same with other row weights."""
+        return dataclasses.replace(self, weights_N=weights_N)
 
     @property
     def rows(self) -> Rows:

@@ -1,0 +1,216 @@
+"""The loss of a linear head as one differentiable function, for use outside the step.
+
+It is one custom operator with its own backward pass, so `torch.compile` sees one node and breaks no graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fsam_kernels.options import CROSS_ENTROPY, Layout, Loss, Reduction, check_reduction
+from fsam_kernels.torch.linear_cross_entropy import Cotangent, HeadGradients, compute_dtype, linear_cross_entropy, wide
+from fsam_kernels.torch.logit_vjp import logit_vjp
+from fsam_kernels.torch.rows import stages_called
+
+
+def cross_entropy(
+    h: Tensor,
+    w: Tensor,
+    labels: Tensor,
+    weights: Tensor | None = None,
+    *,
+    bias_V: Tensor | None = None,
+    loss: Loss = CROSS_ENTROPY,
+    reduction: Reduction = "mean",
+    count: Tensor | float | None = None,
+    ignore_index: int | None = None,
+    layout: Layout = "VD",
+    chunk_bytes: int | None = None,
+    stages: str = "torch",
+) -> Tensor:
+    """Cross entropy of the logits h Wᵀ + b, differentiable in h, w and bias; no N×V tensor is ever whole.
+
+    Reduced to a scalar it costs three matrix products with its gradient, which is formed in the forward pass; with
+    reduction="none" the logits are made again in the backward pass, four. Formulas in `spec.linear_cross_entropy` and
+    `spec.reduce`. Under autocast it computes in autocast's dtype, as a linear layer does.
+
+    Args:
+        h: [..., D] hidden states.
+        w: [V, D] head weight, or [D, V] with layout="DV".
+        labels: [...] int64; a negative one, or `ignore_index`, makes its token ignored.
+        weights: [...] weight of each token, a constant; None for 1. Not with reduction="none".
+        bias_V: added to the logits, or None.
+        loss: label smoothing, z-loss, soft-cap.
+        reduction: "none" for [...], "sum" of the weighted losses, or "mean": that over the sum of the weights.
+        count: what a "mean" divides by instead (the tokens of all micro-batches and ranks, say).
+        chunk_bytes: as in `linear_cross_entropy`.
+        stages: what is done between the matrix products: "torch" or "triton".
+
+    Raises:
+        ValueError: for an unknown reduction, or weights or a count that the reduction has no use for.
+    """
+    check_reduction(reduction, weights is not None, count is not None)
+    h_NxD = h.reshape(-1, h.shape[-1]).to(compute_dtype(h))
+    w_VxD = w if layout == "VD" else w.T
+    y_N = labels.reshape(-1)
+    if ignore_index is not None:
+        y_N = y_N.masked_fill(y_N == ignore_index, -1)
+    options = (loss.label_smoothing, loss.z_loss, loss.soft_cap, chunk_bytes, stages)
+    if reduction == "none":
+        return _rows(h_NxD, w_VxD, bias_V, y_N, *options)[0].reshape(labels.shape)
+    dtype = wide(h_NxD)
+    given_N = torch.ones_like(y_N, dtype=dtype) if weights is None else weights.detach().reshape(-1).to(dtype)
+    weights_N = torch.where(y_N >= 0, given_N, 0)
+    if reduction == "mean":
+        total = weights_N.sum() if count is None else torch.as_tensor(count, dtype=dtype, device=h.device)
+        weights_N = weights_N / torch.where(total == 0, 1, total)
+    wanted = [x for x in (h, w, bias_V) if x is not None]
+    gradient = torch.is_grad_enabled() and any(x.requires_grad for x in wanted)
+    return _total(h_NxD, w_VxD, bias_V, y_N, weights_N, gradient, *options)[0]
+
+
+@torch.library.custom_op("fsam::cross_entropy_total", mutates_args=())
+def _total(
+    h_NxD: Tensor,
+    w_VxD: Tensor,
+    bias_V: Tensor | None,
+    labels_N: Tensor,
+    weights_N: Tensor,
+    gradient: bool,
+    label_smoothing: float,
+    z_loss: float,
+    soft_cap: float | None,
+    chunk_bytes: int | None,
+    stages: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(Σ_n weight_n loss_n, h̄, w̄, b̄), the last three empty without `gradient`."""
+    loss_N, *_, gradients = linear_cross_entropy(
+        h_NxD,
+        w_VxD,
+        labels_N,
+        weights_N,
+        bias_V=bias_V,
+        loss=Loss(label_smoothing, z_loss, soft_cap),
+        gradient=gradient,
+        chunk_bytes=chunk_bytes,
+        stages=stages_called(stages),
+    )
+    total = (loss_N * weights_N).sum()
+    if gradients is None:
+        return total, h_NxD.new_empty(0), h_NxD.new_empty(0), h_NxD.new_empty(0)
+    return total, *_without_none(gradients)
+
+
+@_total.register_fake
+def _(h_NxD, w_VxD, bias_V, labels_N, weights_N, gradient, *options):
+    empty = lambda: h_NxD.new_empty(0)
+    if not gradient:
+        return weights_N.new_empty(()), empty(), empty(), empty()
+    bbar = empty() if bias_V is None else torch.empty_like(bias_V)
+    return weights_N.new_empty(()), torch.empty_like(h_NxD), torch.empty_like(w_VxD), bbar
+
+
+def _total_kept(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.has_bias = inputs[2] is not None
+
+
+def _total_backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    rest = (None,) * 8
+    if g is None:
+        return (None, None, None, *rest)
+    hbar_NxD, wbar_VxD, bbar_V = ctx.saved_tensors
+    scaled = lambda x: x * g.to(x.dtype)
+    return (scaled(hbar_NxD), scaled(wbar_VxD), scaled(bbar_V) if ctx.has_bias else None, *rest)
+
+
+_total.register_autograd(_total_backward, setup_context=_total_kept)
+
+
+@torch.library.custom_op("fsam::cross_entropy_rows", mutates_args=())
+def _rows(
+    h_NxD: Tensor,
+    w_VxD: Tensor,
+    bias_V: Tensor | None,
+    labels_N: Tensor,
+    label_smoothing: float,
+    z_loss: float,
+    soft_cap: float | None,
+    chunk_bytes: int | None,
+    stages: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss_N, and top_N, scale_N, target_N to recompute the cotangent from)."""
+    loss_N, _, z, _ = linear_cross_entropy(
+        h_NxD,
+        w_VxD,
+        labels_N,
+        torch.ones_like(labels_N, dtype=wide(h_NxD)),
+        bias_V=bias_V,
+        loss=Loss(label_smoothing, z_loss, soft_cap),
+        chunk_bytes=chunk_bytes,
+        stages=stages_called(stages),
+    )
+    return loss_N, z.top_N, z.scale_N, z.target_N
+
+
+@_rows.register_fake
+def _(h_NxD, w_VxD, bias_V, labels_N, *options):
+    return tuple(torch.empty_like(labels_N, dtype=wide(h_NxD)) for _ in range(4))
+
+
+def _rows_kept(ctx: Any, inputs: Any, output: Any) -> None:
+    h_NxD, w_VxD, bias_V, labels_N, *ctx.options = inputs
+    ctx.save_for_backward(h_NxD, w_VxD, bias_V, labels_N, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _rows_backward(ctx: Any, g_N: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    rest = (None,) * 6
+    if g_N is None:
+        return (None, None, None, *rest)
+    h_NxD, w_VxD, bias_V, *saved = ctx.saved_tensors
+    hbar_NxD, wbar_VxD, bbar_V = _pull_back(h_NxD, w_VxD, bias_V, *saved, g_N, *ctx.options)
+    return (hbar_NxD, wbar_VxD, None if bias_V is None else bbar_V, *rest)
+
+
+_rows.register_autograd(_rows_backward, setup_context=_rows_kept)
+
+
+@torch.library.custom_op("fsam::cross_entropy_rows_backward", mutates_args=())
+def _pull_back(
+    h_NxD: Tensor,
+    w_VxD: Tensor,
+    bias_V: Tensor | None,
+    labels_N: Tensor,
+    top_N: Tensor,
+    scale_N: Tensor,
+    target_N: Tensor,
+    g_N: Tensor,
+    label_smoothing: float,
+    z_loss: float,
+    soft_cap: float | None,
+    chunk_bytes: int | None,
+    stages: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(h̄, w̄, b̄) for per-row losses whose cotangents are g_N."""
+    weights_N = torch.where(labels_N >= 0, g_N, 0).to(wide(h_NxD))
+    loss = Loss(label_smoothing, z_loss, soft_cap)
+    z = Cotangent(h_NxD, w_VxD, bias_V, top_N, scale_N, target_N, labels_N, weights_N, None, loss)
+    gradients = logit_vjp(z, h_NxD, w_VxD, bias_V=bias_V, chunk_bytes=chunk_bytes, stages=stages_called(stages))
+    return _without_none(gradients)
+
+
+@_pull_back.register_fake
+def _(h_NxD, w_VxD, bias_V, *rest):
+    bbar_V = h_NxD.new_empty(0) if bias_V is None else torch.empty_like(bias_V)
+    return torch.empty_like(h_NxD), torch.empty_like(w_VxD), bbar_V
+
+
+def _without_none(gradients: HeadGradients) -> tuple[Tensor, Tensor, Tensor]:
+    """An operator returns tensors only: an empty one where there is no bias."""
+    hbar_NxD, wbar_VxD, bbar_V = gradients
+    return hbar_NxD, wbar_VxD, hbar_NxD.new_empty(0) if bbar_V is None else bbar_V

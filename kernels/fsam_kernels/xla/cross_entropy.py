@@ -1,0 +1,113 @@
+"""The loss of a linear head as one differentiable function, for use outside the step."""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fsam_kernels.options import CROSS_ENTROPY, Layout, Loss, Reduction, check_reduction
+from fsam_kernels.xla import rows as plain
+from fsam_kernels.xla.linear_cross_entropy import linear_cross_entropy
+from fsam_kernels.xla.logit_vjp import logit_vjp
+from fsam_kernels.xla.rows import wide
+
+
+def cross_entropy(
+    h: jax.Array,
+    w: jax.Array,
+    labels: jax.Array,
+    weights: jax.Array | None = None,
+    *,
+    bias_V: jax.Array | None = None,
+    loss: Loss = CROSS_ENTROPY,
+    reduction: Reduction = "mean",
+    count: jax.Array | float | None = None,
+    ignore_index: int | None = None,
+    layout: Layout = "VD",
+    chunk_bytes: int | None = None,
+    stages: ModuleType = plain,
+) -> jax.Array:
+    """Cross entropy of the logits h Wᵀ + b, differentiable in h, w and bias; no N×V array is ever whole.
+
+    Reduced to a scalar it costs three matrix products with its gradient; with reduction="none" the logits are made
+    again in the backward pass, four. Formulas in `spec.linear_cross_entropy` and `spec.reduce`.
+
+    Args:
+        h: [..., D] hidden states.
+        w: [V, D] head weight, or [D, V] with layout="DV".
+        labels: [...] integers; a negative one, or `ignore_index`, makes its token ignored.
+        weights: [...] weight of each token, a constant; None for 1. Not with reduction="none".
+        bias_V: added to the logits, or None.
+        loss: label smoothing, z-loss, soft-cap.
+        reduction: "none" for [...], "sum" of the weighted losses, or "mean": that over the sum of the weights.
+        count: what a "mean" divides by instead (the tokens of all micro-batches and devices, say).
+        chunk_bytes, stages: as in `linear_cross_entropy`.
+
+    Raises:
+        ValueError: for an unknown reduction, or weights or a count that the reduction has no use for.
+    """
+    check_reduction(reduction, weights is not None, count is not None)
+    w_VxD = w if layout == "VD" else w.T
+    y_N = labels.reshape(-1).astype(jnp.int32)
+    if ignore_index is not None:
+        y_N = jnp.where(y_N == ignore_index, -1, y_N)
+    h_NxD = h.reshape(-1, h.shape[-1])
+    statics = (loss, chunk_bytes, stages)
+    if reduction == "none":
+        return _rows(statics, h_NxD, w_VxD, bias_V, y_N).reshape(labels.shape)
+    ones_N = jnp.ones(y_N.shape, wide(h, w))
+    weights_N = jnp.where(y_N >= 0, ones_N if weights is None else weights.reshape(-1).astype(ones_N.dtype), 0)
+    if reduction == "mean":
+        total = jnp.sum(weights_N) if count is None else jnp.asarray(count, ones_N.dtype)
+        weights_N = weights_N / jnp.where(total == 0, 1, total)
+    return _total(statics, h_NxD, w_VxD, bias_V, y_N, jax.lax.stop_gradient(weights_N))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _total(statics: Any, h_NxD: Any, w_VxD: Any, bias_V: Any, labels_N: Any, weights_N: Any) -> jax.Array:
+    loss, chunk_bytes, stages = statics
+    options = {"bias_V": bias_V, "loss": loss, "chunk_bytes": chunk_bytes, "stages": stages}
+    loss_N, *_ = linear_cross_entropy(h_NxD, w_VxD, labels_N, weights_N, **options)
+    return jnp.sum(loss_N * weights_N)
+
+
+def _total_forward(statics: Any, h_NxD: Any, w_VxD: Any, bias_V: Any, labels_N: Any, weights_N: Any) -> Any:
+    loss, chunk_bytes, stages = statics
+    options = {"bias_V": bias_V, "loss": loss, "chunk_bytes": chunk_bytes, "stages": stages}
+    loss_N, *_, gradients = linear_cross_entropy(h_NxD, w_VxD, labels_N, weights_N, gradient=True, **options)
+    return jnp.sum(loss_N * weights_N), gradients
+
+
+def _total_backward(statics: Any, gradients: Any, g: jax.Array) -> Any:
+    return (*jax.tree.map(lambda x: (x * g).astype(x.dtype), tuple(gradients)), None, None)
+
+
+_total.defvjp(_total_forward, _total_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rows(statics: Any, h_NxD: Any, w_VxD: Any, bias_V: Any, labels_N: Any) -> jax.Array:
+    return _rows_forward(statics, h_NxD, w_VxD, bias_V, labels_N)[0]
+
+
+def _rows_forward(statics: Any, h_NxD: Any, w_VxD: Any, bias_V: Any, labels_N: Any) -> Any:
+    loss, chunk_bytes, stages = statics
+    options = {"bias_V": bias_V, "loss": loss, "chunk_bytes": chunk_bytes, "stages": stages}
+    ones_N = jnp.ones(labels_N.shape, wide(h_NxD, w_VxD))
+    loss_N, _, cotangent, _ = linear_cross_entropy(h_NxD, w_VxD, labels_N, ones_N, **options)
+    return loss_N, cotangent
+
+
+def _rows_backward(statics: Any, cotangent: Any, g_N: jax.Array) -> Any:
+    _, chunk_bytes, stages = statics
+    weights_N = (cotangent.weights_N * g_N).astype(cotangent.weights_N.dtype)
+    head = cotangent.h_NxD, cotangent.w_VxD
+    options = {"bias_V": cotangent.bias_V, "chunk_bytes": chunk_bytes, "stages": stages}
+    return (*logit_vjp(cotangent.reweighted(weights_N), *head, **options), None)
+
+
+_rows.defvjp(_rows_forward, _rows_backward)
