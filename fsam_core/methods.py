@@ -91,9 +91,7 @@ class Perturbed:
         _check_choice("ascent", self.ascent, get_args(Ascent))
         _check_choice("cut", self.cut, get_args(Cut))
         if self.cut == "hidden" and self.path != "functional":
-            raise UserError(
-                f"cut: 'hidden' is for the functional method, whose cotangent is held; not for {self.path!r}"
-            )
+            raise UserError(f"cut: 'hidden' needs the functional method, which holds its cotangent; got {self.path!r}")
         if not _is_number(self.fraction) or not 0 < self.fraction <= 1:
             raise UserError(f"fraction must be a number in (0, 1], got {self.fraction!r} (1/8, say)")
         if not _is_number(self.strength) or not 0 <= self.strength < math.inf:

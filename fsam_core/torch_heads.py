@@ -115,7 +115,7 @@ def cotangent(
         keep=keep,
         chunk_bytes=memory.chunk_bytes,
     )
-    return (loss_N * share_N).sum(), zbar, gradients
+    return (loss_N * share_N).sum(), zbar, None if gradients is None else _present(gradients)
 
 
 def pulled_back(ops: ModuleType, head: LinearHead | Logits, zbar: Any, memory: Memory) -> tuple[Tensor, ...]:
@@ -128,7 +128,7 @@ def pulled_back(ops: ModuleType, head: LinearHead | Logits, zbar: Any, memory: M
         return (zbar,)
     if isinstance(zbar, tuple):
         return zbar
-    return ops.logit_vjp(zbar, head.hidden, head.weight, bias_V=head.bias, chunk_bytes=memory.chunk_bytes)
+    return _present(ops.logit_vjp(zbar, head.hidden, head.weight, bias_V=head.bias, chunk_bytes=memory.chunk_bytes))
 
 
 def keeps(head: LinearHead | Logits, micro_batches: int, memory: Memory) -> bool:
@@ -139,8 +139,12 @@ def keeps(head: LinearHead | Logits, micro_batches: int, memory: Memory) -> bool
     return memory.keeps(N * micro_batches, D, V, head.hidden.element_size(), head.hidden.device.type)
 
 
-def backward(head: LinearHead | Logits, gradients: Sequence[Tensor | None]) -> None:
+def backward(head: LinearHead | Logits, gradients: Sequence[Tensor]) -> None:
     """Pull the cotangents of the model's outputs back into every parameter's `.grad`."""
     outputs = (head.logits,) if isinstance(head, Logits) else (head.hidden, head.weight, head.bias)
     pairs = [(x, g) for x, g in zip(outputs, gradients, strict=False) if x is not None and x.requires_grad]
     torch.autograd.backward([x for x, _ in pairs], [g for _, g in pairs])
+
+
+def _present(gradients: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    return tuple(x for x in gradients if x is not None)

@@ -15,6 +15,7 @@ from torch import nn
 from fsam_core import SAM, FunctionalSAM, LogitSAM, Method, Plain
 from fsam_core import jax as in_jax
 from fsam_core import torch as in_torch
+from fsam_kernels.options import AUTO, Memory
 
 FRAMEWORKS = ("jax", "torch")
 METHODS = {
@@ -125,17 +126,18 @@ def gradient(
     *,
     clip_norm: float | None = None,
     jit: bool = False,
+    memory: Memory = AUTO,
 ) -> tuple[float, Any, dict[str, np.ndarray]]:
     """(loss, Info, ĝ unclipped) as NumPy; the second moments are `moments(weights)`."""
     nu = moments(weights)
     if framework == "torch":
         model = Weights(weights)
-        step = in_torch.Step(model, adamw(model, nu), method, features=features, clip_norm=clip_norm)
+        step = in_torch.Step(model, adamw(model, nu), method, features=features, clip_norm=clip_norm, memory=memory)
         loss = step.gradient(as_torch(batch))
         back = max(1.0, step.info.grad_norm / clip_norm) if clip_norm else 1.0
         grads = {k: p.grad.numpy() * back for k, p in model.named_parameters() if p.grad is not None}
         return float(loss), step.info, grads
-    call = in_jax.value_and_grad(features, method, b2=B2, eps=EPS, clip_norm=clip_norm)
+    call = in_jax.value_and_grad(features, method, b2=B2, eps=EPS, clip_norm=clip_norm, memory=memory)
     weights, batch, nu = jax.tree.map(jnp.asarray, (weights, batch, nu))
     (loss, info), grads = (jax.jit(call) if jit else call)(weights, batch, adam_state(weights, nu))
     return float(loss), info, {k: np.asarray(x) for k, x in grads.items()}

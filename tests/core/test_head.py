@@ -1,0 +1,283 @@
+"""The head's options in the step: losses, layouts, how the cotangent waits, and the cut at the hidden states."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import FRAMEWORKS, METHODS, Weights, adamw, as_torch, batch_of, distance, gradient, values
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fsam_core import SAM, FunctionalSAM, LogitSAM, Plain, UserError
+from fsam_core import jax as in_jax
+from fsam_core import torch as in_torch
+from fsam_kernels.options import Loss, Memory
+
+RHO, WIDTH, D, V = 0.3, 6, 5, 9
+CASES = [
+    *((FunctionalSAM(RHO, precondition=p), shape) for p in (None, "adam") for shape in ("one", "list", "ragged list")),
+    *((FunctionalSAM(RHO, fraction=1 / 4), shape) for shape in ("one", "list")),
+]
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def weights_of(tied: bool = False, **more: np.ndarray) -> dict[str, np.ndarray]:
+    """A trunk `a` and a head `w`; tied, the trunk reads its input through the head's weight."""
+    random = np.random.default_rng(3)
+    return {"a": random.normal(size=(D if tied else WIDTH, D)), "w": random.normal(size=(V, D)), **more}
+
+
+def trunk(p, batch, tied: bool):
+    x = p["w"][batch["t"]] if tied else batch["x"]
+    z = x @ p["a"]
+    return torch.tanh(z) if isinstance(z, torch.Tensor) else jnp.tanh(z)
+
+
+def kinds(h):
+    """The framework's (LinearHead, Logits)."""
+    module = in_torch if isinstance(h, torch.Tensor) else in_jax
+    return module.LinearHead, module.Logits
+
+
+def batch_with_tokens(n: int = 12, seed: int = 1) -> dict:
+    return {**batch_of(n, seed), "t": np.random.default_rng(seed).integers(0, V, n)}
+
+
+def quarters(batch: dict) -> list[dict]:
+    return [{k: x[i::4] for k, x in batch.items()} for i in range(4)]
+
+
+# --- the cut at the hidden states ---------------------------------------------------------------------------------
+
+
+def hidden_cut(method, weights, batch, tied):
+    """ĝ by its formula: the trunk's Jacobian at θ+ε on h̄(θ), and the head's own gradient at θ."""
+    y = jnp.asarray(batch["y"])
+    weights = jax.tree.map(jnp.asarray, weights)
+
+    def loss(p, rows, h=None, w=None):
+        h = trunk(p, {k: x[rows] for k, x in batch.items()}, tied) if h is None else h
+        logp = jax.nn.log_softmax(h @ (p["w"] if w is None else w).T)
+        nll = -logp[jnp.arange(len(logp)), y[rows]]
+        return jnp.sum(jnp.where(y[rows] >= 0, nll, 0)) / jnp.sum(y[rows] >= 0)
+
+    every, part = slice(None), slice(None, None, round(1 / method.fraction))
+    g_B, g_S = (jax.grad(loss)(weights, rows) for rows in (every, part))
+    d = g_B
+    if method.precondition:
+        from problems import B2, EPS, STEPS, moments
+
+        v = jax.tree.map(lambda v, g: (B2 * v + (1 - B2) * g**2) / (1 - B2 ** (STEPS + 1)), moments(weights), g_B)
+        d = jax.tree.map(lambda g, v: g / (jnp.sqrt(v) + EPS), g_B, v)
+    length = jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(d)))
+    moved = jax.tree.map(lambda p, x: p + method.rho * x / length, weights, d)
+    of_part = {k: x[part] for k, x in batch.items()}
+    h = trunk(weights, of_part, tied)
+    hbar, wbar = jax.grad(lambda h, w: loss(weights, part, h, w), (0, 1))(h, weights["w"])
+    g_moved = jax.grad(lambda p: jnp.sum(trunk(p, of_part, tied) * hbar))(moved)
+    g_moved["w"] = g_moved["w"] + wbar
+    return {k: np.asarray(g_B[k] + g_moved[k] - g_S[k]) for k in g_B}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(("method", "shape"), CASES, ids=str)
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_hidden_cut_is_its_formula(framework, method, shape, tied):
+    features = lambda p, b: (lambda h: kinds(h)[0](h, p["w"], b["y"]))(trunk(p, b, tied))
+    batch, weights = batch_with_tokens(), weights_of(tied)
+    given = {"one": batch, "list": quarters(batch), "ragged list": quarters(batch)}[shape]
+    if shape == "ragged list":
+        last = {k: np.concatenate([given[2][k], given[3][k]]) for k in batch}
+        given = [*given[:2], last]
+    got = gradient(framework, features, dataclasses.replace(method, cut="hidden"), weights, given)[2]
+    assert distance(got, hidden_cut(method, weights, batch, tied)) < 1e-12
+    assert distance(got, gradient(framework, features, method, weights, given)[2]) > 1e-4
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_hidden_cut_without_perturbation_is_the_plain_gradient(framework):
+    features = lambda p, b: (lambda h: kinds(h)[0](h, p["w"], b["y"], bias=p["b"]))(trunk(p, b, False))
+    weights, batch = weights_of(b=np.linspace(-1, 1, V)), quarters(batch_with_tokens())
+    got = gradient(framework, features, FunctionalSAM(0.0, cut="hidden"), weights, batch)[2]
+    assert distance(got, gradient(framework, features, Plain(), weights, batch)[2]) < 1e-14
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_hidden_cut_needs_a_linear_head_and_the_functional_method(framework):
+    logits = lambda p, b: (lambda h: kinds(h)[1](h @ p["w"].T, lambda z: (z**2).sum()))(trunk(p, b, False))
+    with pytest.raises(UserError, match="cut: 'hidden' needs features to return a LinearHead"):
+        gradient(framework, logits, FunctionalSAM(RHO, cut="hidden"), weights_of(), batch_of())
+    for kind in (SAM, LogitSAM):
+        with pytest.raises(UserError, match="cut: 'hidden' needs the functional method"):
+            kind(RHO, cut="hidden")
+
+
+# --- how much vocabulary work a step does -------------------------------------------------------------------------
+
+
+HEAD_PRODUCTS = [
+    (Plain(), "auto", 3),
+    (FunctionalSAM(RHO), "recompute", 6),
+    (FunctionalSAM(RHO), "keep", 5),
+    (FunctionalSAM(RHO, cut="hidden"), "auto", 3),
+    (SAM(RHO), "auto", 6),
+]
+
+
+def products_with(v: int, program: str) -> int:
+    """Dots of a compiled program that have an axis of length v in their result or in an operand."""
+    shapes = dict(re.findall(r"(%\S+) = \w+\[([\d,]*)\]", program))
+    dots = re.findall(r"(%\S+) = \S+ dot\((%[^,\s]+), (%[^,\s)]+)\)", program)
+    return sum(any(str(v) in shapes[name].split(",") for name in dot) for dot in dots)
+
+
+@pytest.mark.parametrize(("method", "cotangent", "expected"), HEAD_PRODUCTS)
+def test_matrix_products_with_the_vocabulary_jax(method, cotangent, expected):
+    v, n = 1009, 64
+    features = lambda p, b: in_jax.LinearHead(jnp.tanh(b["x"] @ p["a"]), p["w"], b["y"])
+    call = in_jax.value_and_grad(features, method, memory=Memory(cotangent, chunk_bytes=n * v * 8 // 2))
+    params, batch = values(v=v, dtype="float32"), batch_of(n, v=v, dtype="float32")
+    # Two chunks a pass run in a loop, so each product is in the program once.
+    assert products_with(v, jax.jit(call).lower(params, batch).compile().as_text()) == expected
+
+
+class _Products(TorchDispatchMode):
+    """Counts matrix products that have an axis of the vocabulary's length."""
+
+    def __init__(self, v: int) -> None:
+        super().__init__()
+        self.v, self.found = v, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "bmm") and any(self.v in x.shape for x in tensors):
+            self.found += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("method", "cotangent", "expected"), HEAD_PRODUCTS)
+def test_matrix_products_with_the_vocabulary_torch(method, cotangent, expected):
+    v, n = 1009, 64
+    model = Weights(values(v=v, dtype="float32"))
+    features = lambda p, b: in_torch.LinearHead(torch.tanh(b["x"] @ p["a"]), p["w"], b["y"])
+    step = in_torch.Step(model, adamw(model), method, features=features, memory=Memory(cotangent))
+    with _Products(v) as counted:
+        step.gradient(as_torch(batch_of(n, v=v, dtype="float32")))
+    assert counted.found == expected
+
+
+# --- how the cotangent waits --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", ["one", "list"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "adamw"])
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_kept_or_recomputed_is_the_same_gradient(framework, name, shape):
+    features = lambda p, b: (lambda h: kinds(h)[0](h, p["w"], b["y"]))(trunk(p, b, False))
+    batch = batch_with_tokens() if shape == "one" else quarters(batch_with_tokens())
+    kept, recomputed = (
+        gradient(framework, features, METHODS[name], weights_of(), batch, memory=Memory(cotangent, chunk_bytes=400))[2]
+        for cotangent in ("keep", "recompute")
+    )
+    assert distance(kept, recomputed) < 1e-12
+
+
+def test_auto_keeps_what_fits_and_is_faster():
+    memory = Memory(keep_bytes=1000 * 4096 * 2)
+    assert memory.keeps(1000, 1024, 4096, 2, "cuda")
+    assert not memory.keeps(1001, 1024, 4096, 2, "cuda")  # does not fit
+    assert not memory.keeps(1000, 512, 4096, 2, "cuda")  # a product costs less than its bytes
+    assert memory.keeps(1000, 512, 4096, 2, "cpu")
+    assert Memory("keep").keeps(10**6, 1, 10**6, 4, "cuda")
+    assert not Memory("recompute").keeps(1, 10**6, 1, 2, "cuda")
+
+
+@pytest.mark.parametrize("options", [{"cotangent": "both"}, {"keep_bytes": 0}, {"chunk_bytes": -1}])
+def test_bad_memory_options_are_named(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        Memory(**options)
+
+
+@pytest.mark.parametrize("options", [{"label_smoothing": 1.0}, {"z_loss": -1.0}, {"soft_cap": 0.0}])
+def test_bad_losses_are_named(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        Loss(**options)
+
+
+# --- losses and layouts -------------------------------------------------------------------------------------------
+
+
+def with_logits(p, batch, loss: Loss):
+    """The same model without a linear head: logits, and the loss written out."""
+    h = trunk(p, batch, False)
+    torchy = isinstance(h, torch.Tensor)
+    np_, u, y = torch if torchy else jnp, h @ p["w"] + p["b"], batch["y"]
+    z = u if loss.soft_cap is None else loss.soft_cap * np_.tanh(u / loss.soft_cap)
+    seen = ((y >= 0) & (y != 2)) * batch["weights"]
+
+    def of(z):
+        logp = F.log_softmax(z, 1) if torchy else jax.nn.log_softmax(z)
+        lse = torch.logsumexp(z, 1) if torchy else jax.nn.logsumexp(z, axis=1)
+        s = loss.label_smoothing
+        each = -(1 - s) * logp[np_.arange(len(y)), y] - s * logp.mean(1) + loss.z_loss * lse**2
+        return (each * seen).sum() / seen.sum()
+
+    return kinds(h)[1](z, of, seen.sum())
+
+
+@pytest.mark.parametrize("cotangent", ["keep", "recompute"])
+@pytest.mark.parametrize("shape", ["one", "list"])
+@pytest.mark.parametrize("loss", [Loss(0.1, 1e-2), Loss(0.1, 1e-2, 2.0)], ids=str)
+@pytest.mark.parametrize("name", ["sam", "precond-functional", "logit"])
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_losses_biases_and_layouts_are_those_of_written_out_logits(framework, name, loss, shape, cotangent):
+    weights = weights_of(b=np.linspace(-1, 1, V))
+    weights["w"] = weights["w"].T
+    batch = {**batch_of(16), "weights": np.random.default_rng(0).uniform(size=16)}
+    given = batch if shape == "one" else quarters(batch)
+
+    def features(p, b):
+        h = trunk(p, b, False)
+        options = {"bias": p["b"], "layout": "DV", "loss": loss, "ignore_index": 2}
+        return kinds(h)[0](h, p["w"], b["y"], b["weights"], **options)
+
+    method = METHODS[name]
+    memory = Memory(cotangent, chunk_bytes=700)
+    got, _, grads = gradient(framework, features, method, weights, given, memory=memory, clip_norm=0.5)
+    written = lambda p, b: with_logits(p, b, loss)
+    expected, _, expected_grads = gradient(framework, written, method, weights, given, clip_norm=0.5)
+    assert got == pytest.approx(expected, rel=1e-12)
+    assert distance(grads, expected_grads) < 1e-11
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": np.zeros((D, V))}, "stored the other way round"),
+        ({"weight": np.zeros((V, 3))}, r"weight must be \[V, 5\], got \(9, 3\)"),
+        ({"layout": "VDD"}, "layout must be 'VD' or 'DV'"),
+        ({"bias": np.zeros(3)}, r"bias must be \[9\], got \(3,\)"),
+        ({"labels": np.zeros(3, int)}, "leading axes"),
+    ],
+)
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_head_that_does_not_fit_is_named(framework, change, message):
+    to = (lambda x: x) if framework == "jax" else (lambda x: torch.from_numpy(x) if isinstance(x, np.ndarray) else x)
+    fields = {"hidden": np.zeros((4, D)), "weight": np.zeros((V, D)), "labels": np.zeros(4, int), **change}
+    fields = {k: to(x) for k, x in fields.items()}
+    kind = in_jax.LinearHead if framework == "jax" else in_torch.LinearHead
+    with pytest.raises(UserError, match=message):
+        gradient(framework, lambda p, b: kind(**fields), Plain(), values(), batch_of())
