@@ -41,6 +41,7 @@ __all__ = [
     "Memory",
     "Plain",
     "UserError",
+    "mean_loss",
     "skip_nonfinite",
     "value_and_grad",
 ]
@@ -147,6 +148,19 @@ def value_and_grad(
         return (loss, Info(loss, moved_loss, weight, base_norm, norm, length, finite)), g_hat
 
     return grad
+
+
+def mean_loss(
+    features: Features, *, memory: Memory = AUTO, backend: str | None = None
+) -> Callable[[Params, Any], jax.Array]:
+    """(params, batch) -> mean loss with the same head, for evaluation: no gradient, no N×V array."""
+    ops = backends.load("jax", backend)
+
+    def loss(params: Params, batch: Any) -> jax.Array:
+        head = heads.flat(features(params, batch))
+        return heads.cotangent(ops, head, memory, gradient=False, keep=False)[0]
+
+    return loss
 
 
 def skip_nonfinite(tx: optax.GradientTransformation) -> optax.GradientTransformation:

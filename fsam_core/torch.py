@@ -41,6 +41,7 @@ __all__ = [
     "Plain",
     "Step",
     "UserError",
+    "mean_loss",
 ]
 
 Features = Callable[[nn.Module, Any], "LinearHead | Logits"]
@@ -373,6 +374,21 @@ class Step:
                 torch.set_rng_state(state)
             else:
                 torch.get_device_module(device).set_rng_state(state, device)
+
+
+def mean_loss(
+    features: Features, *, memory: Memory = AUTO, backend: str | None = None
+) -> Callable[[nn.Module, Any], Tensor]:
+    """(model, batch) -> mean loss with the same head, for evaluation: no gradient, no N×V tensor."""
+    ops = backends.load("torch", backend)
+
+    @torch.no_grad()
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        head = heads.flat(features(model, batch))
+        weight = heads.weight(head)
+        return heads.cotangent(ops, head, torch.where(weight > 0, weight, 1), memory, gradient=False, keep=False)[0]
+
+    return loss
 
 
 def _flatten(batch: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Layout = Literal["VD", "DV"]
 Reduction = Literal["none", "sum", "mean"]
+Form = Literal["auto", "keep", "recompute"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def check_reduction(reduction: str, has_weights: bool, has_count: bool) -> None:
     Raises:
         ValueError: naming the argument that does not fit.
     """
-    if reduction not in ("none", "sum", "mean"):
+    if reduction not in get_args(Reduction):
         raise ValueError(f"reduction must be none, sum or mean; got {reduction!r}")
     if reduction == "none" and has_weights:
         raise ValueError("weights: reduction='none' returns each token's own loss; multiply it by them instead")
@@ -104,12 +105,12 @@ class Memory:
         ValueError: for a value outside these.
     """
 
-    cotangent: Literal["auto", "keep", "recompute"] = "auto"
+    cotangent: Form = "auto"
     keep_bytes: int = 2**30
     chunk_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        if self.cotangent not in ("auto", "keep", "recompute"):
+        if self.cotangent not in get_args(Form):
             raise ValueError(f"cotangent must be auto, keep or recompute; got {self.cotangent!r}")
         for name in ("keep_bytes", "chunk_bytes"):
             value = getattr(self, name)

@@ -78,20 +78,20 @@ class JaxEngine:
         self.backend = backends.choose("jax", settings.backend).name
         self.device = jax.devices()[0].device_kind
         model = flax_decoder.Decoder(settings.model)
-        features = partial(flax_decoder.features, model)
+        trained, reported = settings.losses()
         tx = optimizer(settings)
         params = flax_decoder.parameters(settings.model, settings.seed)
         self.state = State(params, tx.init(params))
         self._key = jax.random.key(settings.seed)
         gradient = fsam.value_and_grad(
-            features,
+            partial(flax_decoder.features, model, loss=trained),
             settings.as_method(),
             b2=settings.b2,
             eps=settings.eps,
             clip_norm=settings.clip_norm or None,
+            memory=fsam.Memory(settings.cotangent),
             backend=settings.backend,
         )
-        plain = fsam.value_and_grad(features, fsam.Plain(), backend=settings.backend)
 
         @partial(jax.jit, donate_argnums=0)
         def step(state: State, batch: Any) -> tuple[State, fsam.Info]:
@@ -101,8 +101,9 @@ class JaxEngine:
 
         self._jitted = step
         self._step: Callable[..., Any] = step
-        # The loss alone: the compiler drops the gradient.
-        self._loss = jax.jit(lambda params, batch: plain(params, batch)[0][0])
+        self._loss = jax.jit(
+            fsam.mean_loss(partial(flax_decoder.features, model, loss=reported), backend=settings.backend)
+        )
 
     def prepare(self, tokens_BxL1: np.ndarray) -> None:
         self._step = self._jitted.lower(self.state, self._parts(tokens_BxL1, 0)).compile()

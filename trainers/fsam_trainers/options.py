@@ -46,6 +46,10 @@ class Common:
     """share of the batch that the second pass is computed on: 1/8, 0.25"""
     ascent: str = Settings.ascent
     """whose gradient the perturbation comes from: the full batch's, or that of the part"""
+    cut: str = Settings.cut
+    """where the functional method holds the cotangent: logits, or hidden (a second pass without the vocabulary)"""
+    cotangent: str = Settings.cotangent
+    """how the logit cotangent waits for the second pass: auto, keep (more memory), recompute"""
     batch: int | None = None
     """sequences a step"""
     micro_batches: int = Settings.micro_batches
@@ -72,6 +76,12 @@ class Common:
     """clip the final gradient to this global norm; 0 for no clipping"""
     dropout: float = 0.0
     """after the embedding, attention and MLP"""
+    label_smoothing: float = Settings.label_smoothing
+    """share of the target that is spread over the vocabulary"""
+    z_loss: float = Settings.z_loss
+    """factor of the squared log-normaliser in the loss (1e-4 is usual)"""
+    soft_cap: float = Settings.soft_cap
+    """cap c of the logits c tanh(u/c); 0 for none"""
     tied: bool = True
     """one matrix for input embedding and head"""
     backend: str = Settings.backend
@@ -107,8 +117,9 @@ class Common:
         else:
             steps = DEFAULT_STEPS if self.steps is None else self.steps
         training = ("framework", "micro_batches", "final_learning_rate", "weight_decay", "b1", "b2", "eps", "clip_norm")
-        perturbation = ("norm", "second_moment", "ascent", "backend")
-        same: dict[str, Any] = {name: getattr(self, name) for name in (*training, *perturbation)}
+        perturbation = ("norm", "second_moment", "ascent", "cut", "backend")
+        head = ("cotangent", "label_smoothing", "z_loss", "soft_cap")
+        same: dict[str, Any] = {name: getattr(self, name) for name in (*training, *perturbation, *head)}
         return Settings(
             method=method,
             model=model,

@@ -9,7 +9,8 @@ from fractions import Fraction
 from typing import Any, Literal, get_args
 
 from fsam_core import Method, UserError, named
-from fsam_core.methods import Ascent, Norm, Perturbed, SecondMoment, check_rho
+from fsam_core.methods import Ascent, Cut, Norm, Perturbed, SecondMoment, check_rho
+from fsam_kernels.options import Form, Loss
 from fsam_trainers.models.layout import ModelConfig
 
 Framework = Literal["jax", "torch"]
@@ -29,7 +30,10 @@ class Settings:
         seed: of the initial weights, the order of the data and dropout.
         learning_rate: the peak, reached after `warmup` steps, then a cosine down to `final_learning_rate` times it.
         clip_norm: global norm of the final gradient; 0 for no clipping.
-        rho, norm, second_moment, correction_fraction, ascent: see `fsam_core.methods.Perturbed`.
+        rho, norm, second_moment, correction_fraction, ascent, cut: see `fsam_core.methods.Perturbed`.
+        cotangent: "auto", "keep" or "recompute", see `fsam_kernels.options.Memory`.
+        label_smoothing, z_loss, soft_cap: of the loss that is trained, see `fsam_kernels.options.Loss`; soft_cap 0 for
+            none. Evaluation reports the plain cross entropy of the (capped) logits.
         backend: "auto", or a backend of the framework.
 
     Raises:
@@ -56,6 +60,11 @@ class Settings:
     second_moment: SecondMoment = "current"
     correction_fraction: float = 1.0
     ascent: Ascent = "full"
+    cut: Cut = "logits"
+    cotangent: Form = "auto"
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    soft_cap: float = 0.0
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -75,6 +84,10 @@ class Settings:
         _check(0 < self.eps < math.inf, "--eps", self.eps, "a finite number > 0")
         _check(0 <= self.clip_norm < math.inf, "--clip-norm", self.clip_norm, "a finite number >= 0 (0: no clipping)")
         check_rho(self.rho, "--rho")
+        _check(self.cotangent in get_args(Form), "--cotangent", self.cotangent, "auto, keep or recompute")
+        _check(0 <= self.label_smoothing < 1, "--label-smoothing", self.label_smoothing, "in [0, 1)")
+        _check(0 <= self.z_loss < math.inf, "--z-loss", self.z_loss, "a finite number >= 0")
+        _check(0 <= self.soft_cap < math.inf, "--soft-cap", self.soft_cap, "a finite number >= 0 (0: no cap)")
         q = self.correction_fraction
         _check(0 < q <= 1, "--correction-fraction", q, "in (0, 1], 1/8 say")
         method = self.as_method()
@@ -85,8 +98,13 @@ class Settings:
             _check(per_part % cut.denominator == 0, "--correction-fraction", q, fits)
 
     def as_method(self) -> Method:
-        options = {"norm": self.norm, "second_moment": self.second_moment, "ascent": self.ascent}
+        options = {name: getattr(self, name) for name in ("norm", "second_moment", "ascent", "cut")}
         return named(self.method, self.rho, argument="--method", fraction=self.correction_fraction, **options)
+
+    def losses(self) -> tuple[Loss, Loss]:
+        """(the loss that is trained, the one that is reported)."""
+        cap = self.soft_cap or None
+        return Loss(self.label_smoothing, self.z_loss, cap), Loss(soft_cap=cap)
 
     @property
     def tokens_per_step(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,15 @@ class TorchEngine:
         self.device = str(self._device)
         self.model = torch_decoder.Decoder(settings.model, settings.seed).to(self._device)
         self.optimizer = optimizer(self.model, settings)
+        trained, reported = settings.losses()
+        self._loss = fsam.mean_loss(partial(torch_decoder.features, loss=reported), backend=settings.backend)
         self._step = fsam.Step(
             self.model,
             self.optimizer,
             settings.as_method(),
-            features=torch_decoder.features,
+            features=partial(torch_decoder.features, loss=trained),
             clip_norm=settings.clip_norm or None,
+            memory=fsam.Memory(settings.cotangent),
             backend=settings.backend,
         )
 
@@ -94,16 +98,9 @@ class TorchEngine:
         report = StepReport(info.loss, info.base_norm, info.grad_norm, info.perturbation_norm, info.skipped)
         return lambda: report
 
-    @torch.no_grad()
     def evaluate(self, batches: Sequence[np.ndarray]) -> float:
         self.model.eval()
-        losses = []
-        for tokens in batches:
-            head = torch_decoder.features(self.model, self._tokens(tokens))
-            share_N = torch.full(head.labels.shape, 1 / head.labels.numel(), device=self._device)
-            loss_N, *_ = self._step.ops.linear_cross_entropy(head.hidden, head.weight, head.labels, share_N)
-            losses.append(float(loss_N.mean()))
-        return float(np.mean(losses))
+        return float(np.mean([float(self._loss(self.model, self._tokens(tokens))) for tokens in batches]))
 
     def state_bytes(self) -> int:
         moments = [x for state in self.optimizer.state.values() for x in state.values()]

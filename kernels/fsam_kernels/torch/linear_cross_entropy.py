@@ -113,9 +113,9 @@ def linear_cross_entropy(
     bias_V = None if bias_V is None else bias_V.detach()
     weights_N = torch.where(labels_N >= 0, weights_N, 0).to(wide(h_NxD))
     figures = Rows(*(h_NxD.new_empty(len(h_NxD), dtype=wide(h_NxD)) for _ in Rows._fields))
-    kept_NxV = h_NxD.new_empty(len(h_NxD), len(w_VxD)) if keep else None
+    kept_NxV = stages.empty_chunk(len(h_NxD), len(w_VxD), h_NxD) if keep else None
     total = Sums(h_NxD, w_VxD, bias_V, weights_N) if gradient else None
-    base = product(w_VxD, bias_V, h_NxD.dtype)
+    base = product(w_VxD, bias_V, h_NxD.dtype, stages)
     for rows in chunks(h_NxD, w_VxD, loss, chunk_bytes):
         u_CxV, labels_C = base(h_NxD[rows]), labels_N[rows]
         row, e_CxV = stages.statistics(u_CxV, labels_C, loss)
@@ -126,7 +126,7 @@ def linear_cross_entropy(
         else:
             p_CxV = e_CxV if e_CxV.dtype == u_CxV.dtype else u_CxV
             if p_CxV is u_CxV and loss.soft_cap is not None:
-                p_CxV = torch.empty_like(u_CxV)
+                p_CxV = stages.empty_chunk(*u_CxV.shape, u_CxV)
         if keep or total is not None:
             stages.cotangent(e_CxV, row, labels_C, loss, p_CxV)
         if total is not None:
@@ -147,10 +147,17 @@ def chunks(h_NxD: Tensor, w_VxD: Tensor, loss: Loss, chunk_bytes: int | None) ->
     return [slice(start, start + rows) for start in range(0, len(h_NxD), rows)]
 
 
-def product(w_VxD: Tensor, bias_V: Tensor | None, dtype: torch.dtype):
+def product(w_VxD: Tensor, bias_V: Tensor | None, dtype: torch.dtype, stages: ModuleType) -> Callable[[Tensor], Tensor]:
     """h -> u = h Wᵀ + b in `dtype`; the weight is cast once, however many chunks there are."""
     w_DxV, bias_V = w_VxD.to(dtype).T, None if bias_V is None else bias_V.to(dtype)
-    return lambda h_CxD: h_CxD @ w_DxV if bias_V is None else torch.addmm(bias_V, h_CxD, w_DxV)
+
+    def logits(h_CxD: Tensor) -> Tensor:
+        u_CxV = stages.empty_chunk(len(h_CxD), w_DxV.shape[1], h_CxD)
+        if bias_V is None:
+            return torch.mm(h_CxD, w_DxV, out=u_CxV)
+        return torch.addmm(bias_V, h_CxD, w_DxV, out=u_CxV)
+
+    return logits
 
 
 class Sums:

@@ -36,9 +36,9 @@ def logit_vjp(
     if base.kept_NxV is not None and soft_cap is None:
         total.add(base.kept_NxV, slice(None))
         return total.result()
-    moved = product(w_VxD, bias_V, h_NxD.dtype)
+    moved = product(w_VxD, bias_V, h_NxD.dtype, stages)
     if base.h_NxD is not None and base.w_VxD is not None:
-        logits = product(base.w_VxD, base.bias_V, base.h_NxD.dtype)
+        logits = product(base.w_VxD, base.bias_V, base.h_NxD.dtype, stages)
     for rows in chunks(h_NxD, w_VxD, base.loss, chunk_bytes):
         if base.kept_NxV is not None:
             p_CxV = base.kept_NxV[rows].clone()

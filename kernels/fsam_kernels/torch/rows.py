@@ -29,6 +29,11 @@ class Rows(NamedTuple):
     target_C: Tensor
 
 
+def empty_chunk(C: int, V: int, like: Tensor) -> Tensor:
+    """An uninitialised [C, V] for logits, of the dtype and device of `like`; a backend may pad its rows."""
+    return like.new_empty(C, V)
+
+
 def statistics(u_CxV: Tensor, labels_C: Tensor, loss: Loss) -> tuple[Rows, Tensor]:
     """(the rows' figures, exp(z − top) for `cotangent` to go on from).
 

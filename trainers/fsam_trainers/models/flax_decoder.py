@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fsam_core.jax import LinearHead
+from fsam_kernels.options import CROSS_ENTROPY, Loss
 from fsam_trainers.models.layout import EMBEDDING_STD, ModelConfig, initial, nested
 
 _ones, _normal = nn.initializers.ones, nn.initializers.normal(EMBEDDING_STD)
@@ -75,13 +76,13 @@ def layer_norm(x_NxD: jax.Array, scale_D: jax.Array) -> jax.Array:
     return centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + 1e-6) * scale_D
 
 
-def features(model: Decoder, params: dict, batch: dict) -> LinearHead:
+def features(model: Decoder, params: dict, batch: dict, loss: Loss = CROSS_ENTROPY) -> LinearHead:
     """What `fsam_core.jax` asks of a model: batch["tokens"] is [B, L+1]; with batch["key"] dropout is on."""
     tokens_BxL, labels_BxL = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
     rngs = {"dropout": batch["key"]} if "key" in batch else {}
     out: Any = model.apply({"params": params}, tokens_BxL, deterministic=not rngs, rngs=rngs)
     h_NxD, w_VxD = out
-    return LinearHead(h_NxD, w_VxD, labels_BxL.reshape(-1))
+    return LinearHead(h_NxD, w_VxD, labels_BxL.reshape(-1), loss=loss)
 
 
 def parameters(config: ModelConfig, seed: int) -> dict:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fsam_core.torch import LinearHead
+from fsam_kernels.options import CROSS_ENTROPY, Loss
 from fsam_trainers.models.layout import ModelConfig, initial, shapes
 
 
@@ -64,10 +65,10 @@ def layer_norm(x_NxD: Tensor, scale_D: Tensor) -> Tensor:
     return F.layer_norm(x_NxD, scale_D.shape, scale_D, None, 1e-6)
 
 
-def features(model: nn.Module, tokens_BxL1: Tensor) -> LinearHead:
+def features(model: nn.Module, tokens_BxL1: Tensor, loss: Loss = CROSS_ENTROPY) -> LinearHead:
     """What `fsam_core.torch` asks of a model; tokens are [B, L+1] int64."""
     h_NxD, w_VxD = model(tokens_BxL1[:, :-1])
-    return LinearHead(h_NxD, w_VxD, tokens_BxL1[:, 1:].reshape(-1))
+    return LinearHead(h_NxD, w_VxD, tokens_BxL1[:, 1:].reshape(-1), loss=loss)
 
 
 def load(model: nn.Module, flat: dict[str, np.ndarray]) -> None:
