@@ -5,6 +5,9 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 RUN    ?= runs/train
 
+# libtpu is installed for its compiler; without this JAX looks for a TPU to go with it.
+export JAX_PLATFORMS ?= cpu
+
 .PHONY: install train test test-slow lint bench clean
 
 install: $(STAMP)
@@ -13,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	# torch first and pinned: an open range would take a build with gigabytes of CUDA libraries.
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[jax,torch,data,report,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[jax,torch,triton,tpu,data,report,dev]'
 	touch $@
 
 # AdamW and preconditioned Functional-SAM, seven passes over 100,000 tokens: a table, a plot and a report.

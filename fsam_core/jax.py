@@ -28,7 +28,8 @@ import optax  # noqa: E402
 
 from fsam_core import jax_heads as heads  # noqa: E402
 from fsam_core.jax_heads import LinearHead, Logits  # noqa: E402
-from fsam_kernels.options import AUTO, Loss, Memory  # noqa: E402
+from fsam_kernels.memory import AUTO, Memory  # noqa: E402
+from fsam_kernels.options import Loss  # noqa: E402
 
 __all__ = [
     "SAM",

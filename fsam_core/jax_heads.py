@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from fsam_core.errors import UserError
 from fsam_core.heads import check
-from fsam_kernels.options import CROSS_ENTROPY, Layout, Loss, Memory
+from fsam_kernels.memory import Memory
+from fsam_kernels.options import CROSS_ENTROPY, Layout, Loss
 
 
 @dataclass(frozen=True)

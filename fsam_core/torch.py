@@ -27,7 +27,8 @@ from torch.utils import _pytree  # noqa: E402
 
 from fsam_core import torch_heads as heads  # noqa: E402
 from fsam_core.torch_heads import LinearHead, Logits  # noqa: E402
-from fsam_kernels.options import AUTO, Loss, Memory  # noqa: E402
+from fsam_kernels.memory import AUTO, Memory  # noqa: E402
+from fsam_kernels.options import Loss  # noqa: E402
 
 __all__ = [
     "SAM",

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fsam_core.errors import UserError
 from fsam_core.heads import check
-from fsam_kernels.options import CROSS_ENTROPY, Layout, Loss, Memory
+from fsam_kernels.memory import Memory
+from fsam_kernels.options import CROSS_ENTROPY, Layout, Loss
 from fsam_kernels.torch.linear_cross_entropy import compute_dtype
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from fsam_core import SAM, FunctionalSAM, LogitSAM, Method, Plain
 from fsam_core import jax as in_jax
 from fsam_core import torch as in_torch
-from fsam_kernels.options import AUTO, Memory
+from fsam_kernels.memory import AUTO, Memory
 
 FRAMEWORKS = ("jax", "torch")
 METHODS = {

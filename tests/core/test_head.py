@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fsam_core import SAM, FunctionalSAM, LogitSAM, Plain, UserError
 from fsam_core import jax as in_jax
 from fsam_core import torch as in_torch
-from fsam_kernels.options import Loss, Memory
+from fsam_kernels.memory import Memory
+from fsam_kernels.options import Loss
 
 RHO, WIDTH, D, V = 0.3, 6, 5, 9
 CASES = [

@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args
 
 from fsam_core import Method, UserError, named
 from fsam_core.methods import Ascent, Cut, Norm, Perturbed, SecondMoment, check_rho
-from fsam_kernels.options import Form, Loss
+from fsam_kernels.memory import Form
+from fsam_kernels.options import Loss
 from fsam_trainers.models.layout import ModelConfig
 
 Framework = Literal["jax", "torch"]
@@ -31,7 +32,7 @@ class Settings:
         learning_rate: the peak, reached after `warmup` steps, then a cosine down to `final_learning_rate` times it.
         clip_norm: global norm of the final gradient; 0 for no clipping.
         rho, norm, second_moment, correction_fraction, ascent, cut: see `fsam_core.methods.Perturbed`.
-        cotangent: "auto", "keep" or "recompute", see `fsam_kernels.options.Memory`.
+        cotangent: "auto", "keep" or "recompute", see `fsam_kernels.memory.Memory`.
         label_smoothing, z_loss, soft_cap: of the loss that is trained, see `fsam_kernels.options.Loss`; soft_cap 0 for
             none. Evaluation reports the plain cross entropy of the (capped) logits.
         backend: "auto", or a backend of the framework.

@@ -11,7 +11,8 @@ from typing import NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from fsam_kernels.options import CROSS_ENTROPY, Loss, chunk_rows, default_chunk_bytes
+from fsam_kernels.memory import BLOCK, chunk_rows, default_chunk_bytes
+from fsam_kernels.options import CROSS_ENTROPY, Loss
 from fsam_kernels.torch import rows as plain
 from fsam_kernels.torch.rows import Rows, wide
 
@@ -116,7 +117,8 @@ def linear_cross_entropy(
     kept_NxV = stages.empty_chunk(len(h_NxD), len(w_VxD), h_NxD) if keep else None
     total = Sums(h_NxD, w_VxD, bias_V, weights_N) if gradient else None
     base = product(w_VxD, bias_V, h_NxD.dtype, stages)
-    for rows in chunks(h_NxD, w_VxD, loss, chunk_bytes):
+
+    def one(rows: slice) -> None:  # a function, so that a chunk's tensors are gone before the next one's are made
         u_CxV, labels_C = base(h_NxD[rows]), labels_N[rows]
         row, e_CxV = stages.statistics(u_CxV, labels_C, loss)
         for of_all, of_chunk in zip(figures, row, strict=True):
@@ -134,6 +136,9 @@ def linear_cross_entropy(
                 p_CxV = p_CxV.clone() if keep else p_CxV
                 stages.through_cap_(p_CxV, u_CxV, loss.soft_cap)
             total.add(p_CxV, rows)
+
+    for rows in chunks(h_NxD, w_VxD, loss, chunk_bytes):
+        one(rows)
     h, w, b = (None, None, None) if keep else (h_NxD, w_VxD, bias_V)
     _, _, top_N, scale_N, target_N = figures
     cotangent = Cotangent(h, w, b, top_N, scale_N, target_N, labels_N, weights_N, kept_NxV, loss)
@@ -187,7 +192,10 @@ class Sums:
         if self.wbar_VxD.dtype == h_CxD.dtype:
             self.wbar_VxD.addmm_(p_CxV.T, weighted_CxD)
         else:
-            self.wbar_VxD += p_CxV.T @ weighted_CxD
+            # A library sums one product in float32 and rounds it; by blocks, so that it is not a whole w̄ beside w̄.
+            for start in range(0, len(self.wbar_VxD), BLOCK):
+                columns = slice(start, start + BLOCK)
+                self.wbar_VxD[columns] += p_CxV[:, columns].T @ weighted_CxD
         if self.bbar_V is not None:
             self.bbar_V += p_CxV.T @ relative_C
 

@@ -39,7 +39,8 @@ def logit_vjp(
     moved = product(w_VxD, bias_V, h_NxD.dtype, stages)
     if base.h_NxD is not None and base.w_VxD is not None:
         logits = product(base.w_VxD, base.bias_V, base.h_NxD.dtype, stages)
-    for rows in chunks(h_NxD, w_VxD, base.loss, chunk_bytes):
+
+    def one(rows: slice) -> None:  # a function, so that a chunk's tensors are gone before the next one's are made
         if base.kept_NxV is not None:
             p_CxV = base.kept_NxV[rows].clone()
         else:
@@ -51,4 +52,7 @@ def logit_vjp(
         if soft_cap is not None:
             stages.through_cap_(p_CxV, moved(h_NxD[rows]), soft_cap)
         total.add(p_CxV, rows)
+
+    for rows in chunks(h_NxD, w_VxD, base.loss, chunk_bytes):
+        one(rows)
     return total.result()

@@ -8,13 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fsam_kernels.options import default_chunk_bytes
+from fsam_kernels.memory import default_chunk_bytes
 
 
 def count(N: int, V: int, itemsize: int, chunk_bytes: int | None) -> int:
     """Into how many chunks N rows go: their float32 logits and the operand made of them fill about `chunk_bytes`.
 
-    None takes `options.default_chunk_bytes` of the platform that is compiled for. A number of chunks that divides N is
+    None takes `memory.default_chunk_bytes` of the platform that is compiled for. A number of chunks that divides N is
     preferred, up to twice as many, because then nothing is padded.
     """
     budget = default_chunk_bytes(jax.default_backend()) if chunk_bytes is None else chunk_bytes

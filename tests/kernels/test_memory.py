@@ -1,0 +1,66 @@
+"""The head's memory: what a process grows by, against the bytes that `memory.head_bytes` states."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from fsam_kernels.memory import chunk_rows, head_bytes
+from fsam_kernels.options import CROSS_ENTROPY, Loss
+
+N, D, V, CHUNK = 1024, 256, 32768, 64 * 2**20
+
+# Runs by itself: prints by how many bytes the process's peak passes what it held before the call.
+MEASURE = """
+import sys
+framework, dtype, keep, n, d, v, chunk = sys.argv[1], sys.argv[2], sys.argv[3] == "keep", *map(int, sys.argv[4:])
+
+def status(name):
+    line = next(line for line in open("/proc/self/status") if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+options = {"gradient": True, "keep": keep, "chunk_bytes": chunk}
+if framework == "torch":
+    import torch, fsam_kernels.torch as ops
+    kind = getattr(torch, dtype)
+    h, w = torch.randn(n, d, dtype=kind), torch.randn(v, d, dtype=kind)
+    head = h, w, torch.zeros(n, dtype=int), torch.full((n,), 1 / n)
+    small = head[0][:8], head[1][:256].clone(), head[2][:8], head[3][:8]
+    ops.linear_cross_entropy(*small, gradient=True)  # the library's own buffers
+    call = lambda: ops.linear_cross_entropy(*head, **options)
+else:
+    import jax, jax.numpy as jnp, fsam_kernels.xla as ops
+    h, w = (jax.random.normal(jax.random.key(i), (rows, d), dtype) for i, rows in enumerate((n, v)))
+    head = h, w, jnp.zeros(n, int), jnp.full(n, 1 / n)
+    def results(*head):
+        loss, lse, z, gradients = ops.linear_cross_entropy(*head, **options)
+        return loss, lse, z.top_N, z.scale_N, z.target_N, z.kept, gradients
+    compiled = jax.jit(results).lower(*head).compile()
+    call = lambda: jax.block_until_ready(compiled(*head))
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins here
+before = status("VmRSS")
+held = call()
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("form", ["keep", "recompute"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_a_process_grows_by_what_is_stated(framework, dtype, form):
+    arguments = [framework, dtype, form, *map(str, (N, D, V, CHUNK))]
+    out = subprocess.run([sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=True)
+    itemsize = {"float32": 4, "bfloat16": 2}[dtype]
+    stated = head_bytes(framework, N, D, V, itemsize, keep=form == "keep", chunk_bytes=CHUNK)
+    assert int(out.stdout) <= 1.2 * stated, f"grew by {int(out.stdout) / 2**20:.0f} MiB, stated {stated / 2**20:.0f}"
+    assert int(out.stdout) > 0.7 * stated
+
+
+def test_a_chunk_is_what_fits_and_one_row_at_the_least():
+    assert chunk_rows(1000, 4, 4, CROSS_ENTROPY, 40_000) == 10
+    assert chunk_rows(1000, 2, 4, CROSS_ENTROPY, 40_000) == 6
+    assert chunk_rows(1000, 4, 4, Loss(soft_cap=5.0), 40_000) == 2
+    assert chunk_rows(1000, 4, 4, CROSS_ENTROPY, 1) == 1
