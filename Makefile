@@ -38,7 +38,7 @@ lint: install
 
 # Step cost of every method beside AdamW, both frameworks, on this machine. Run it on a quiet one.
 bench: install
-	$(BIN)/python -m fsam_profiling.step_cost
+	$(BIN)/fsam profile step
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

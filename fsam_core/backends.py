@@ -68,6 +68,19 @@ def choose(framework: str, backend: str | None = None) -> Choice:
     return Choice(plain, f"auto: {why}")
 
 
+def check_device(backend: str, device: str) -> None:
+    """Whether the backend's kernels run where the model is.
+
+    Raises:
+        UserError: for Triton kernels on a CPU, outside its interpreter.
+    """
+    if backend == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UserError(
+            "backend: 'triton' runs on a GPU and the model is on the CPU; use backend='torch', or TRITON_INTERPRET=1 "
+            "to run its kernels in the interpreter, slowly"
+        )
+
+
 def load(framework: str, backend: str | None = None) -> ModuleType:
     """The chosen backend's package: `linear_cross_entropy`, `logit_vjp`, `preconditioned_norm`, `perturb`.
 

@@ -115,7 +115,10 @@ class Step:
         self.clip_norm, self.memory = clip_norm, memory
         self.steps = self.skipped_steps = 0
         self.info: Info | None = None
-        self.ops = backends.load("torch", backend)
+        chosen = backends.choose("torch", backend)
+        for device in sorted({p.device.type for p in model.parameters()}):
+            backends.check_device(chosen.name, device)
+        self.ops = backends.load("torch", chosen.name)
 
     def __call__(self, batch: Any) -> Tensor:
         """Take one step; returns the mean loss at θ, detached.

@@ -1,4 +1,4 @@
-"""Step time of every method in both frameworks, taken turn about in one process: `make bench`.
+"""Step time of every method in both frameworks, taken turn about in one process: `fsam profile step`, `make bench`.
 
 Each row's ratio is to AdamW in the same framework, and the last column sets the two frameworks against each other.
 """
@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 from rich.console import Console as Rich
 from rich.table import Table
 
@@ -23,8 +21,16 @@ from fsam_trainers.files import write_json
 from fsam_trainers.presets import preset
 from fsam_trainers.settings import Framework, Settings
 
-# The correction on part of the batch, for the method that is meant to be used.
-PART, FRACTIONS = "precond-functional-sam", ("1/4", "1/8")
+# Savings, each for the method that is meant to be used: (what the table calls it, changes of the settings).
+METHOD = "precond-functional-sam"
+SAVINGS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("recompute", {"cotangent": "recompute"}),
+    ("keep", {"cotangent": "keep"}),
+    ("cut hidden", {"cut": "hidden"}),
+    ("1/4", {"correction_fraction": 0.25}),
+    ("1/8", {"correction_fraction": 0.125}),
+    ("1/8, cut hidden", {"correction_fraction": 0.125, "cut": "hidden"}),
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,8 @@ class Options:
     """sequences a step"""
     seq_len: int | None = None
     """tokens a sequence"""
+    vocab_size: int | None = None
+    """size of the vocabulary"""
     repeats: int = 15
     """steps of each variant"""
     json: Path | None = None
@@ -46,29 +54,27 @@ class Options:
 def measure(options: Options) -> list[dict[str, Any]]:
     """One row a framework and variant: step_ms, ratio to AdamW with its spread, ratio to PyTorch's same variant."""
     size = preset(options.preset)
-    model = size.model(seq_len=options.seq_len, tied=True, dropout=0.0)
+    model = size.model(seq_len=options.seq_len, vocab_size=options.vocab_size, tied=True, dropout=0.0)
     torch = Settings(framework="torch", method="adamw", model=model, steps=1000, batch=options.batch or size.batch)
     torch = dataclasses.replace(torch, learning_rate=size.learning_rate, rho=size.rho)
     frameworks: tuple[Framework, ...] = ("jax", "torch")
     variants = {
-        (framework, method, q): dataclasses.replace(
-            torch, framework=framework, method=method, correction_fraction=float(Fraction(q))
-        )
-        for method, q in [*((name, "1") for name in NAMES), *((PART, q) for q in FRACTIONS)]
+        (framework, method, saving): dataclasses.replace(torch, framework=framework, method=method, **changes)
+        for method, saving, changes in [*((m, "", {}) for m in NAMES), *((METHOD, *saving) for saving in SAVINGS)]
         for framework in frameworks
     }
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (torch.batch, model.seq_len + 1), dtype=np.int32)
     with Console().counting("timing", (options.repeats + 2) * len(variants)) as tick:
         times = cost.interleaved(variants, tokens, options.repeats, tick)
     rows = []
-    for (framework, method, q), milliseconds in times.items():
-        to_adamw = cost.against(milliseconds, times[framework, "adamw", "1"])
-        to_torch = cost.against(milliseconds, times["torch", method, q])
+    for (framework, method, saving), milliseconds in times.items():
+        to_adamw = cost.against(milliseconds, times[framework, "adamw", ""])
+        to_torch = cost.against(milliseconds, times["torch", method, saving])
         rows.append(
             {
                 "framework": framework,
                 "method": method,
-                "correction_fraction": q,
+                "saving": saving,
                 "params": model.parameters,
                 "tokens": torch.tokens_per_step,
                 **to_adamw._asdict(),
@@ -80,8 +86,8 @@ def measure(options: Options) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    options = tyro.cli(Options, prog="python -m fsam_profiling.step_cost")
+def run(options: Options) -> int:
+    """Measure, print the table, write the file; 0."""
     rows = measure(options)
     if options.json is not None:
         write_json(options.json, rows)
@@ -89,14 +95,11 @@ def main() -> None:
     title = (
         f"{options.preset}: {first['params']:,} parameters, {first['tokens']:,} tokens a step, {options.repeats} steps"
     )
-    table = Table("method", "part", "framework", "ms/step", "x AdamW (20–80 %)", "x PyTorch (20–80 %)", title=title)
+    table = Table("method", "saving", "framework", "ms/step", "x AdamW (20–80 %)", "x PyTorch (20–80 %)", title=title)
     for row in rows:
         ratio = f"{row['ratio']:.2f} ({row['ratio_p20']:.2f}–{row['ratio_p80']:.2f})"
         other = f"{row['to_torch']:.2f} ({row['to_torch_p20']:.2f}–{row['to_torch_p80']:.2f})"
         cells = (ratio if row["method"] != "adamw" else "1", other if row["framework"] != "torch" else "1")
-        table.add_row(row["method"], row["correction_fraction"], row["framework"], f"{row['step_ms']:,.0f}", *cells)
+        table.add_row(row["method"], row["saving"], row["framework"], f"{row['step_ms']:,.0f}", *cells)
     Rich(width=110).print(table)
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -78,6 +78,13 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(module, ex
         backends.require(module)
 
 
+def test_triton_on_a_cpu_is_refused_outside_its_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    model = Weights(values())
+    with pytest.raises(UserError, match=r"backend: 'triton' runs on a GPU .* use backend='torch'"):
+        Step(model, adamw(model), Plain(), features=mlp, backend="triton")
+
+
 @pytest.mark.parametrize("framework", PLAIN)
 def test_a_loaded_backend_has_the_operations(framework):
     ops = backends.load(framework)

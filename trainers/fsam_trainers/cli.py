@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import sys
@@ -14,13 +15,19 @@ from rich.table import Table
 from fsam_core import UserError, backends
 from fsam_trainers.console import Console
 from fsam_trainers.files import writable, write_json
-from fsam_trainers.options import Backends, Common, Compare, Train, command_line, parse
+from fsam_trainers.options import Backends, Common, Compare, Profile, Train, command_line, parse
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one subcommand and exit: 0 done, 2 bad input, 128 + n stopped by signal n (state saved)."""
     try:
-        sys.exit(run(parse(arguments)))
+        arguments = sys.argv[1:] if arguments is None else arguments
+        if arguments[:1] == ["profile"]:
+            # By name: nothing imports the profiling package, and its commands are its own.
+            sys.exit(importlib.import_module("fsam_profiling.cli").main(arguments[1:] or ["--help"]))
+        options = parse(arguments)
+        assert not isinstance(options, Profile)
+        sys.exit(run(options))
     except UserError as error:
         print(f"fsam: error: {error}", file=sys.stderr)
         sys.exit(2)

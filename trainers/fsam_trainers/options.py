@@ -198,14 +198,20 @@ class Backends:
     """also write the table here"""
 
 
+@dataclass(frozen=True)
+class Profile:
+    """Where time and bytes go: step (here), tpu and gpu (through their compilers); see `fsam profile --help`."""
+
+
 Command = (
     Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Backends, tyro.conf.subcommand("backends")]
+    | Annotated[Profile, tyro.conf.subcommand("profile")]
 )
 
 
-def parse(arguments: list[str] | None = None) -> Train | Compare | Backends:
+def parse(arguments: list[str] | None = None) -> Train | Compare | Backends | Profile:
     """The command line as one of the above; prints help or a usage error and exits (0 or 2) by itself."""
     return tyro.cli(Command, prog="fsam", args=arguments)
 
