@@ -15,6 +15,7 @@ from fsam_core.errors import UserError
 from fsam_core.heads import check
 from fsam_kernels.memory import Memory
 from fsam_kernels.options import CROSS_ENTROPY, Layout, Loss
+from fsam_kernels.xla.chunks import shards
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,17 @@ def cotangent(
     assert head.token_weights is not None
     weight = jnp.sum(head.token_weights)
     share_N = head.token_weights / jnp.where(weight > 0, weight, 1)
-    options = {"bias_V": head.bias, "loss": head.loss, "chunk_bytes": memory.chunk_bytes}
     loss_N, _, zbar, gradients = ops.linear_cross_entropy(
-        head.hidden, head.weight, head.labels, share_N, **options, gradient=gradient, keep=keep
+        head.hidden,
+        head.weight,
+        head.labels,
+        share_N,
+        bias_V=head.bias,
+        loss=head.loss,
+        gradient=gradient,
+        keep=keep,
+        chunk_bytes=memory.chunk_bytes,
+        row_axes=memory.row_axes,
     )
     return jnp.sum(loss_N * share_N), weight, zbar, None if gradients is None else _present(gradients)
 
@@ -120,7 +129,8 @@ def pulled_back(
     if isinstance(head, Logits):
         return ((zbar * share.astype(zbar.dtype)).astype(head.logits.dtype),)
     zbar = zbar.reweighted(zbar.weights_N * share.astype(zbar.weights_N.dtype))
-    return _present(ops.logit_vjp(zbar, head.hidden, head.weight, bias_V=head.bias, chunk_bytes=memory.chunk_bytes))
+    options = {"bias_V": head.bias, "chunk_bytes": memory.chunk_bytes, "row_axes": memory.row_axes}
+    return _present(ops.logit_vjp(zbar, head.hidden, head.weight, **options))
 
 
 def keeps(head: LinearHead | Logits, micro_batches: int, memory: Memory) -> bool:
@@ -128,7 +138,8 @@ def keeps(head: LinearHead | Logits, micro_batches: int, memory: Memory) -> bool
     if isinstance(head, Logits):
         return False
     (N, D), V = head.hidden.shape, len(head.weight)
-    return memory.keeps(N * micro_batches, D, V, head.hidden.dtype.itemsize, jax.default_backend())
+    N = N // shards(memory.row_axes) * micro_batches
+    return memory.keeps(N, D, V, head.hidden.dtype.itemsize, jax.default_backend())
 
 
 def _present(gradients: tuple[Any, ...]) -> tuple[jax.Array, ...]:

@@ -82,6 +82,7 @@ class Memory:
             keeps it when that fits in `keep_bytes` and `keeps` finds it faster.
         keep_bytes: what "auto" may hold, over all micro-batches of a step on a device.
         chunk_bytes: working memory of a chunk of rows; None for the platform's default.
+        row_axes: in JAX, the axes of the mesh in use that the tokens are sharded over. Budgets are then for a device.
 
     Raises:
         ValueError: for a value outside these.
@@ -90,6 +91,7 @@ class Memory:
     cotangent: Form = "auto"
     keep_bytes: int = 2**30
     chunk_bytes: int | None = None
+    row_axes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.cotangent not in get_args(Form):

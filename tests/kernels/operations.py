@@ -45,7 +45,7 @@ class Result(NamedTuple):
 
 def to(backend: str, x: Any, dtype: str | None = None) -> Any:
     """A NumPy array as the backend's own."""
-    if backend == "xla":
+    if backend in ("xla", "pallas"):
         return jnp.asarray(x, dtype)
     x = torch.from_numpy(np.array(x))
     return x if dtype is None else x.to(getattr(torch, dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,13 +10,29 @@ import jax
 import jax.numpy as jnp
 
 from fsam_kernels.memory import default_chunk_bytes
+from fsam_kernels.options import Loss
+
+
+def shards(row_axes: tuple[str, ...]) -> int:
+    """Over how many devices these axes of the mesh in use spread rows.
+
+    Raises:
+        ValueError: where no mesh is in use, or it lacks one of the axes.
+    """
+    if not row_axes:
+        return 1
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    if missing := [axis for axis in row_axes if axis not in sizes]:
+        has = ", ".join(sizes) or "none: call it under jax.set_mesh(mesh)"
+        raise ValueError(f"row_axes: the mesh in use has no axis {', '.join(missing)}; it has {has}")
+    return math.prod(sizes[axis] for axis in row_axes)
 
 
 def count(N: int, V: int, itemsize: int, chunk_bytes: int | None) -> int:
     """Into how many chunks N rows go: their float32 logits and the operand made of them fill about `chunk_bytes`.
 
-    None takes `memory.default_chunk_bytes` of the platform that is compiled for. A number of chunks that divides N is
-    preferred, up to twice as many, because then nothing is padded.
+    N is what one device has. None takes `memory.default_chunk_bytes` of the platform that is compiled for. A number of
+    chunks that divides N is preferred, up to twice as many, because then nothing is padded.
     """
     budget = default_chunk_bytes(jax.default_backend()) if chunk_bytes is None else chunk_bytes
     rows = max(1, budget // (V * (4 + itemsize)))
@@ -47,3 +64,19 @@ def each(one: Callable[[Any, Any], tuple[Any, Any]], sums: Any, chunks: Any) -> 
         return jax.lax.scan(one, sums, chunks)
     sums, out = one(sums, jax.tree.map(lambda x: x[0], chunks))
     return sums, jax.tree.map(lambda x: x[None], out)
+
+
+def on_each_device(forward: Callable[..., Any], row_axes: tuple[str, ...]) -> Callable[..., Any]:
+    """A backend's `rows.forward` on each device's own rows; a compiled kernel cannot be partitioned otherwise."""
+    if not row_axes:
+        return forward
+    rows, whole = jax.sharding.PartitionSpec(row_axes), jax.sharding.PartitionSpec()
+
+    def sharded(h_CxD: Any, w_VxD: Any, bias_V: Any, labels_C: Any, loss: Loss, *, tiles: bool) -> Any:
+        local = lambda h, w, b, y: forward(h, w, b, y, loss, tiles=tiles)
+        # check_vma: a kernel's outputs do not say which axes they vary over.
+        return jax.shard_map(local, in_specs=(rows, whole, whole, rows), out_specs=rows, check_vma=False)(
+            h_CxD, w_VxD, bias_V, labels_C
+        )
+
+    return sharded

@@ -29,6 +29,7 @@ def cross_entropy(
     ignore_index: int | None = None,
     layout: Layout = "VD",
     chunk_bytes: int | None = None,
+    row_axes: tuple[str, ...] = (),
     stages: ModuleType = plain,
 ) -> jax.Array:
     """Cross entropy of the logits h Wᵀ + b, differentiable in h, w and bias; no N×V array is ever whole.
@@ -45,7 +46,7 @@ def cross_entropy(
         loss: label smoothing, z-loss, soft-cap.
         reduction: "none" for [...], "sum" of the weighted losses, or "mean": that over the sum of the weights.
         count: what a "mean" divides by instead (the tokens of all micro-batches and devices, say).
-        chunk_bytes, stages: as in `linear_cross_entropy`.
+        chunk_bytes, row_axes, stages: as in `linear_cross_entropy`.
 
     Raises:
         ValueError: for an unknown reduction, or weights or a count that the reduction has no use for.
@@ -56,7 +57,7 @@ def cross_entropy(
     if ignore_index is not None:
         y_N = jnp.where(y_N == ignore_index, -1, y_N)
     h_NxD = h.reshape(-1, h.shape[-1])
-    statics = (loss, chunk_bytes, stages)
+    statics = (("loss", loss), ("chunk_bytes", chunk_bytes), ("row_axes", row_axes), ("stages", stages))
     if reduction == "none":
         return _rows(statics, h_NxD, w_VxD, bias_V, y_N).reshape(labels.shape)
     ones_N = jnp.ones(y_N.shape, wide(h, w))
@@ -69,16 +70,13 @@ def cross_entropy(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _total(statics: Any, h_NxD: Any, w_VxD: Any, bias_V: Any, labels_N: Any, weights_N: Any) -> jax.Array:
-    loss, chunk_bytes, stages = statics
-    options = {"bias_V": bias_V, "loss": loss, "chunk_bytes": chunk_bytes, "stages": stages}
-    loss_N, *_ = linear_cross_entropy(h_NxD, w_VxD, labels_N, weights_N, **options)
+    loss_N, *_ = linear_cross_entropy(h_NxD, w_VxD, labels_N, weights_N, bias_V=bias_V, **dict(statics))
     return jnp.sum(loss_N * weights_N)
 
 
 def _total_forward(statics: Any, h_NxD: Any, w_VxD: Any, bias_V: Any, labels_N: Any, weights_N: Any) -> Any:
-    loss, chunk_bytes, stages = statics
-    options = {"bias_V": bias_V, "loss": loss, "chunk_bytes": chunk_bytes, "stages": stages}
-    loss_N, *_, gradients = linear_cross_entropy(h_NxD, w_VxD, labels_N, weights_N, gradient=True, **options)
+    options = {"bias_V": bias_V, "gradient": True, **dict(statics)}
+    loss_N, *_, gradients = linear_cross_entropy(h_NxD, w_VxD, labels_N, weights_N, **options)
     return jnp.sum(loss_N * weights_N), gradients
 
 
@@ -95,19 +93,16 @@ def _rows(statics: Any, h_NxD: Any, w_VxD: Any, bias_V: Any, labels_N: Any) -> j
 
 
 def _rows_forward(statics: Any, h_NxD: Any, w_VxD: Any, bias_V: Any, labels_N: Any) -> Any:
-    loss, chunk_bytes, stages = statics
-    options = {"bias_V": bias_V, "loss": loss, "chunk_bytes": chunk_bytes, "stages": stages}
     ones_N = jnp.ones(labels_N.shape, wide(h_NxD, w_VxD))
-    loss_N, _, cotangent, _ = linear_cross_entropy(h_NxD, w_VxD, labels_N, ones_N, **options)
+    loss_N, _, cotangent, _ = linear_cross_entropy(h_NxD, w_VxD, labels_N, ones_N, bias_V=bias_V, **dict(statics))
     return loss_N, cotangent
 
 
 def _rows_backward(statics: Any, cotangent: Any, g_N: jax.Array) -> Any:
-    _, chunk_bytes, stages = statics
+    options = {name: value for name, value in statics if name != "loss"}  # the cotangent knows its own
     weights_N = (cotangent.weights_N * g_N).astype(cotangent.weights_N.dtype)
     head = cotangent.h_NxD, cotangent.w_VxD
-    options = {"bias_V": cotangent.bias_V, "chunk_bytes": chunk_bytes, "stages": stages}
-    return (*logit_vjp(cotangent.reweighted(weights_N), *head, **options), None)
+    return (*logit_vjp(cotangent.reweighted(weights_N), *head, bias_V=cotangent.bias_V, **options), None)
 
 
 _rows.defvjp(_rows_forward, _rows_backward)

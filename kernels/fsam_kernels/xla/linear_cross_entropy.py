@@ -67,6 +67,7 @@ def linear_cross_entropy(
     gradient: bool = False,
     keep: bool = False,
     chunk_bytes: int | None = None,
+    row_axes: tuple[str, ...] = (),
     stages: ModuleType = plain,
 ) -> tuple[jax.Array, jax.Array, Cotangent, HeadGradients | None]:
     """(loss_N, lse_N, the cotangent of Σ_n weight_n loss_n, it pulled back through this same head or None).
@@ -84,6 +85,8 @@ def linear_cross_entropy(
         keep: hold P for a second pull-back: N·V values in the dtype of h, and one matrix product less there.
         chunk_bytes: rows are taken in chunks whose logits fill about this much, so that no N×V array is ever whole;
             None for the platform's default. Their number changes nothing beyond rounding.
+        row_axes: axes of the mesh in use (`jax.set_mesh`) that N is sharded over; chunks are then counted for each
+            device, and a backend's own kernels run on each device's rows.
         stages: how logits become row figures and P, a module like `fsam_kernels.xla.rows`.
 
     Returns:
@@ -91,14 +94,15 @@ def linear_cross_entropy(
         over chunks in float32.
     """
     N, V = len(h_NxD), len(w_VxD)
-    m = chunks.count(N, V, h_NxD.dtype.itemsize, chunk_bytes)
+    m = chunks.count(N // chunks.shards(row_axes), V, h_NxD.dtype.itemsize, chunk_bytes)
+    forward = chunks.on_each_device(stages.forward, row_axes) if stages is not plain else stages.forward
     dtype = wide(h_NxD, w_VxD)
     weights_N = jnp.where(labels_N >= 0, weights_N, 0).astype(dtype)
     sums = Sums(h_NxD, w_VxD, bias_V, weights_N)
 
     def one(total: Any, chunk: Any) -> Any:
         h_CxD, labels_C, weights_C = chunk
-        rows, tiles = stages.forward(h_CxD, w_VxD, bias_V, labels_C, loss, tiles=gradient or keep)
+        rows, tiles = forward(h_CxD, w_VxD, bias_V, labels_C, loss, tiles=gradient or keep)
         held = (tiles, rows, labels_C, loss, h_NxD.dtype)
         hbar_CxD = None
         if gradient:

@@ -20,6 +20,7 @@ def logit_vjp(
     *,
     bias_V: jax.Array | None = None,
     chunk_bytes: int | None = None,
+    row_axes: tuple[str, ...] = (),
     stages: ModuleType = plain,
 ) -> HeadGradients:
     """(h̄_NxD, w̄_VxD, b̄_V) of `spec.logit_vjp`; w̄ and b̄ are summed in float32, all in the dtypes of h, w and b.
@@ -30,10 +31,11 @@ def logit_vjp(
     Args:
         h_NxD, w_VxD, bias_V: the head to pull back through, of the shapes the cotangent was made from; `bias_V` if and
             only if that had one.
+        chunk_bytes, row_axes, stages: as in `linear_cross_entropy`, and the same as there.
     """
     base, N, V = cotangent, len(h_NxD), len(w_VxD)
     if base.kept is None:
-        m = chunks.count(N, V, h_NxD.dtype.itemsize, chunk_bytes)
+        m = chunks.count(N // chunks.shards(row_axes), V, h_NxD.dtype.itemsize, chunk_bytes)
     else:
         m = len(jax.tree.leaves(base.kept)[0])
     sums = Sums(h_NxD, w_VxD, bias_V, base.weights_N)
