@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console as Rich
 from rich.table import Table
 
-from fsam_core import NAMES
+from fsam_core import NAMES, UserError
+from fsam_profiling.peak import peak_bytes
 from fsam_trainers import cost
 from fsam_trainers.console import Console
 from fsam_trainers.files import write_json
@@ -29,7 +30,7 @@ SAVINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("cut hidden", {"cut": "hidden"}),
     ("1/4", {"correction_fraction": 0.25}),
     ("1/8", {"correction_fraction": 0.125}),
-    ("1/8, cut hidden", {"correction_fraction": 0.125, "cut": "hidden"}),
+    ("1/8 + cut hidden", {"correction_fraction": 0.125, "cut": "hidden"}),
 )
 
 
@@ -47,6 +48,12 @@ class Options:
     """size of the vocabulary"""
     repeats: int = 15
     """steps of each variant"""
+    only: str = ""
+    """some of the rows, by method or saving: 'sam,1/8,cut hidden'; AdamW is always there, all models exist at once"""
+    framework: Literal["both", "jax", "torch"] = "both"
+    """jax, torch, or both beside each other"""
+    peak: bool = False
+    """also the peak memory of a step beside weights and moments, each variant in a process of its own"""
     json: Path | None = None
     """also write the figures here"""
 
@@ -57,10 +64,10 @@ def measure(options: Options) -> list[dict[str, Any]]:
     model = size.model(seq_len=options.seq_len, vocab_size=options.vocab_size, tied=True, dropout=0.0)
     torch = Settings(framework="torch", method="adamw", model=model, steps=1000, batch=options.batch or size.batch)
     torch = dataclasses.replace(torch, learning_rate=size.learning_rate, rho=size.rho)
-    frameworks: tuple[Framework, ...] = ("jax", "torch")
+    frameworks: tuple[Framework, ...] = ("jax", "torch") if options.framework == "both" else (options.framework,)
     variants = {
         (framework, method, saving): dataclasses.replace(torch, framework=framework, method=method, **changes)
-        for method, saving, changes in [*((m, "", {}) for m in NAMES), *((METHOD, *saving) for saving in SAVINGS)]
+        for method, saving, changes in _rows(options.only)
         for framework in frameworks
     }
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (torch.batch, model.seq_len + 1), dtype=np.int32)
@@ -69,7 +76,8 @@ def measure(options: Options) -> list[dict[str, Any]]:
     rows = []
     for (framework, method, saving), milliseconds in times.items():
         to_adamw = cost.against(milliseconds, times[framework, "adamw", ""])
-        to_torch = cost.against(milliseconds, times["torch", method, saving])
+        to_torch = cost.against(milliseconds, times.get(("torch", method, saving), milliseconds))
+        grown = peak_bytes(variants[framework, method, saving], tokens) if options.peak else None
         rows.append(
             {
                 "framework": framework,
@@ -78,12 +86,27 @@ def measure(options: Options) -> list[dict[str, Any]]:
                 "params": model.parameters,
                 "tokens": torch.tokens_per_step,
                 **to_adamw._asdict(),
+                "peak_bytes": grown,
                 "to_torch": to_torch.ratio,
                 "to_torch_p20": to_torch.ratio_p20,
                 "to_torch_p80": to_torch.ratio_p80,
             }
         )
     return rows
+
+
+def _rows(only: str) -> list[tuple[str, str, dict[str, Any]]]:
+    """(method, saving, changed settings) of each row that was asked for.
+
+    Raises:
+        UserError: for a name that no row has.
+    """
+    rows = [*((name, "", {}) for name in NAMES), *((METHOD, *saving) for saving in SAVINGS)]
+    known = [saving or method for method, saving, _ in rows]
+    wanted = {name.strip() for name in only.split(",") if name.strip()}
+    if unknown := sorted(wanted - set(known)):
+        raise UserError(f"--only: {', '.join(unknown)} is no row; use some of {', '.join(known)}")
+    return [row for row, name in zip(rows, known, strict=True) if not wanted or name in wanted or name == "adamw"]
 
 
 def run(options: Options) -> int:
@@ -95,11 +118,18 @@ def run(options: Options) -> int:
     title = (
         f"{options.preset}: {first['params']:,} parameters, {first['tokens']:,} tokens a step, {options.repeats} steps"
     )
-    table = Table("method", "saving", "framework", "ms/step", "x AdamW (20–80 %)", "x PyTorch (20–80 %)", title=title)
+    headings = ["method", "saving", "framework", "ms/step", "x AdamW (20–80 %)"]
+    headings += ["x PyTorch (20–80 %)"] * (options.framework == "both") + ["peak MiB"] * options.peak
+    table = Table(*headings, title=title)
     for row in rows:
         ratio = f"{row['ratio']:.2f} ({row['ratio_p20']:.2f}–{row['ratio_p80']:.2f})"
         other = f"{row['to_torch']:.2f} ({row['to_torch_p20']:.2f}–{row['to_torch_p80']:.2f})"
-        cells = (ratio if row["method"] != "adamw" else "1", other if row["framework"] != "torch" else "1")
-        table.add_row(row["method"], row["saving"], row["framework"], f"{row['step_ms']:,.0f}", *cells)
+        cells = [row["method"], row["saving"], row["framework"], f"{row['step_ms']:,.0f}"]
+        cells.append(ratio if row["method"] != "adamw" else "1")
+        if options.framework == "both":
+            cells.append(other if row["framework"] != "torch" else "1")
+        if options.peak:
+            cells.append("?" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}")
+        table.add_row(*cells)
     Rich(width=110).print(table)
     return 0
