@@ -27,8 +27,8 @@ class Card(NamedTuple):
     NVIDIA, limits of a multiprocessor: those of sm_80 and sm_90 are in the headers of NVIDIA's CCCL; those of sm_100
     and sm_120 are taken to be what the CUDA programming guide lists and were not checked against it. Registers are
     given to a warp in units of 256, and each block costs 1 KiB of shared memory more. AMD: 512 vector registers a lane
-    and SIMD in units of 8, 8 wavefronts a SIMD, 4 SIMDs and 64 KiB of LDS a compute unit; the register rule agrees with the
-    occupancy that LLVM prints. Bandwidths are the published figures of the cards named.
+    and SIMD in units of 8, 8 wavefronts a SIMD, 4 SIMDs and 64 KiB of LDS a compute unit; the register rule agrees with
+    the occupancy that LLVM prints. Bandwidths are the published figures of the cards named.
 
     Attributes:
         bandwidth: bytes a second.
