@@ -56,6 +56,46 @@ def test_a_correction_on_part_of_the_batch_trains_alike_in_both_frameworks(ascen
     np.testing.assert_allclose(losses["jax"], losses["torch"], rtol=2e-4)
 
 
+HEADS = {
+    "losses": ("--label-smoothing", 0.1, "--z-loss", 1e-3, "--soft-cap", 20),
+    "keep": ("--cotangent", "keep", "--micro-batches", 2),
+    "recompute": ("--cotangent", "recompute", "--micro-batches", 2),
+    "cut hidden": ("--cut", "hidden"),
+}
+
+
+@pytest.fixture(scope="module")
+def head_losses(text, tmp_path_factory):
+    """Training and final validation losses of 8 steps with each of HEADS in each framework."""
+    found = {}
+    for name, options in {"plain": (), **HEADS}.items():
+        for framework in ("jax", "torch"):
+            out = tmp_path_factory.mktemp("head")
+            more = ("--framework", framework, "--steps", 8, "--evaluate-every", 0, "--probe-steps", 0, "--rho", 0.5)
+            assert fsam(*arguments(text, out, *more, *options)) == 0
+            lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+            found[name, framework] = [x.get("loss", x.get("val_loss")) for x in lines]
+    return found
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_heads_options_train_alike_in_both_frameworks(name, head_losses):
+    np.testing.assert_allclose(head_losses[name, "jax"], head_losses[name, "torch"], rtol=3e-4)
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_the_heads_options_do_what_they_say(framework, head_losses):
+    plain = np.array(head_losses["plain", framework])
+    of = {name: np.array(head_losses[name, framework]) for name in HEADS}
+    np.testing.assert_allclose(of["keep"], plain, rtol=1e-5)
+    np.testing.assert_allclose(of["recompute"], plain, rtol=1e-5)
+    assert np.abs(of["cut hidden"] - plain).max() > 1e-4
+    np.testing.assert_allclose(of["cut hidden"][0], plain[0], rtol=1e-6)  # the loss is that of the unperturbed weights
+    # Smoothing and the z-loss are in the loss that is trained and not in the one that is reported at the end.
+    assert of["losses"][0] > plain[0] + 0.02
+    assert abs(of["losses"][-1] - plain[-1]) < 0.02
+
+
 def test_tokens_per_param_sets_the_steps(text, tmp_path):
     out = tmp_path / "out.json"
     more = ("--framework", "torch", "--method", "adamw", "--tokens-per-param", 0.0003, "--json", out)
@@ -122,6 +162,10 @@ BAD = {
     "sequences longer than the text": (["--seq-len", "99999"], ["--data", "sequence"]),
     "a vocabulary too small for bytes": (["--vocab-size", "100"], ["--vocab-size", "100", "257"]),
     "a fraction that is no number": (["--correction-fraction", "1/0"], ["--correction-fraction", "'1/0'"]),
+    "an unknown form of the cotangent": (["--cotangent", "both"], ["--cotangent", "'both'", "keep or recompute"]),
+    "a cut that is none": (["--cut", "embedding"], ["cut", "'embedding'", "logits, hidden"]),
+    "the hidden cut of plain SAM": (["--cut", "hidden", "--method", "sam"], ["cut", "functional method", "'sam'"]),
+    "label smoothing of one": (["--label-smoothing", "1"], ["--label-smoothing", "[0, 1)"]),
     "a fraction above one": (["--correction-fraction", "2"], ["--correction-fraction", "2"]),
     "a fraction that does not cut the batch": (
         ["--correction-fraction", "1/8"],
