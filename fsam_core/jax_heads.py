@@ -139,7 +139,7 @@ def keeps(head: LinearHead | Logits, micro_batches: int, memory: Memory) -> bool
         return False
     (N, D), V = head.hidden.shape, len(head.weight)
     N = N // shards(memory.row_axes) * micro_batches
-    return memory.keeps(N, D, V, head.hidden.dtype.itemsize, jax.default_backend())
+    return memory.keeps(N, D, V, head.hidden.dtype.itemsize, jax.devices()[0].device_kind)
 
 
 def _present(gradients: tuple[Any, ...]) -> tuple[jax.Array, ...]:

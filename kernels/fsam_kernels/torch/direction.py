@@ -1,12 +1,26 @@
-"""The ascent direction of one tensor, shared by the norm and the perturbation; formulas in `fsam_kernels.spec`."""
+"""The ascent direction, shared by the norm and the perturbation, a piece of a tensor at a time; formulas in `spec`.
+
+Piece by piece, because a tensor at a time would put every intermediate result through memory: a piece's stay in the
+cache, and no temporary is longer than a piece. The square root's factor is taken out of it,
+
+    d = k g / (sqrt(v + r g²) + k δ),    r = (1 − β₂) / β₂,  k² = (1 − β₂ᵗ) / β₂       with the current moment
+    d = k g / (sqrt(v) + k δ),           k² = 1 − β₂ᵗ⁻¹                                with the previous one,
+
+so that a piece takes four operations, and k multiplies the sums or the scale.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+# Elements of a piece. On a CPU three arrays of float32 fit into a core's L2 cache of 1 MiB beside what is read; on
+# other devices a piece is only there to bound the temporaries.
+CPU_PIECE, PIECE = 2**16, 2**24
 
 
 class Adam(NamedTuple):
@@ -18,19 +32,146 @@ class Adam(NamedTuple):
     current: bool = True
 
 
-def direction(g: Tensor, v: Tensor | None, adam: Adam | None, clip: Tensor | float) -> Tensor:
-    """d in float32 (float64 for float64 gradients): c g, or c g / (sqrt(v̂) + δ) where `v` is given."""
-    g = g.to(torch.promote_types(g.dtype, torch.float32))
-    g = g * (clip.to(g.device, g.dtype) if isinstance(clip, Tensor) else clip)
-    if v is None or adam is None:
-        return g
-    moment = (v.to(g.dtype) * adam.b2).addcmul_(g, g, value=1 - adam.b2) if adam.current else v.to(g.dtype)
-    return g / (moment / adam.correction).sqrt_().add_(adam.eps)
+class Entry(NamedTuple):
+    """One parameter's tensors as 1-d arrays of which element i is always that of the same weight.
+
+    Attributes:
+        index: position in the lists that were given.
+        arrays: as given, None where there is none.
+        adam: None for the plain direction.
+    """
+
+    index: int
+    arrays: tuple[Any, ...]
+    adam: Adam | None
 
 
-def with_moments(
-    g: Sequence[Tensor], v: Sequence[Tensor] | None, adam: Sequence[Adam] | None
-) -> Iterable[tuple[Tensor, Any, Any]]:
-    """(gradient, second moment or None, settings or None) of each tensor."""
-    none = [None] * len(g)
-    return zip(g, none if v is None else v, none if adam is None else adam, strict=True)
+def entries(
+    lists: Sequence[Sequence[Tensor] | None],
+    adam: Sequence[Adam] | None = None,
+    mask: Sequence[bool] | None = None,
+    *,
+    written: int = 0,
+) -> Iterator[Entry]:
+    """One for each tensor that `mask` does not leave out; the last `written` lists are written to.
+
+    Raises:
+        ValueError: for lists of different lengths, tensors of different shapes, or a tensor to be written to that does
+            not lie in memory as the others do.
+    """
+    columns = [x for x in lists if x is not None]
+    count = len(columns[0])
+    for name, given in (("adam", adam), ("mask", mask), *(("tensors", x) for x in columns)):
+        if given is not None and len(given) != count:
+            raise ValueError(f"{name}: one for each of the {count} tensors is needed, got {len(given)}")
+    for i in range(count):
+        if mask is None or mask[i]:
+            arrays = [None if x is None else local(x[i]) for x in lists]
+            yield Entry(i, tuple(flat(arrays, written)), None if adam is None else adam[i])
+
+
+def local(x: Tensor) -> Tensor:
+    """This rank's part of a DTensor; any other tensor as it is."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+def flat(arrays: Sequence[Tensor | None], written: int = 0) -> list[Tensor | None]:
+    """1-d views in the order of memory where all lie alike in it, else in row-major order, copies where need be.
+
+    Raises:
+        ValueError: for different shapes, or where one of the last `written` would have to be copied.
+    """
+    given = [x for x in arrays if x is not None]
+    first = given[0]
+    for x in given[1:]:
+        if x.shape != first.shape:
+            raise ValueError(f"tensors: one weight's have shapes {tuple(first.shape)} and {tuple(x.shape)}")
+    if all(x.is_contiguous() for x in given):
+        return [None if x is None else x.view(-1) for x in arrays]
+    n = first.numel()
+    if _dense(first) and all(x.stride() == first.stride() for x in given):
+        return [None if x is None else x.as_strided((n,), (1,)) for x in arrays]
+    if any(x is not None and not x.is_contiguous() for x in arrays[len(arrays) - written :]):
+        raise ValueError("tensors: what is written to must lie in memory as the others do, or be contiguous")
+    return [None if x is None else x.contiguous().view(-1) for x in arrays]
+
+
+def _dense(x: Tensor) -> bool:
+    """Whether it fills one stretch of memory, in whatever order of its axes."""
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+class Scratch:
+    """Buffers of one piece, made when first asked for."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[Any, Tensor] = {}
+
+    def __call__(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+        key = (name, like.device, dtype)
+        if key not in self._buffers or self._buffers[key].numel() < like.numel():
+            self._buffers[key] = torch.empty(like.numel(), dtype=dtype, device=like.device)
+        return self._buffers[key][: like.numel()]
+
+
+def pieces(arrays: Sequence[Tensor | None]) -> Iterator[tuple[Any, ...]]:
+    """The arrays a piece at a time; none of an empty tensor."""
+    given = next(x for x in arrays if x is not None)
+    n, size = given.numel(), CPU_PIECE if given.device.type == "cpu" else PIECE
+    if n <= size:
+        yield from (tuple(arrays),) if n else ()
+        return
+    for start in range(0, n, size):
+        yield tuple(None if x is None else x[start : start + size] for x in arrays)
+
+
+class Direction:
+    """d / k of one piece after the other, in float32 (float64 for float64 gradients).
+
+    Attributes:
+        k: the factor that the pieces lack, a number or a scalar tensor.
+    """
+
+    def __init__(self, adam: Adam | None, clip: Tensor | float, scratch: Scratch) -> None:
+        self.clip, self.scratch = clip, scratch
+        self.k: Tensor | float = 1.0
+        if adam is None:
+            return
+        self.ratio = None if not adam.current else (1 - adam.b2) / adam.b2 if adam.b2 else math.inf
+        square = _number(adam.correction) / (adam.b2 if adam.current and adam.b2 else 1.0)
+        self.k = square.sqrt() if isinstance(square, Tensor) else math.sqrt(square)
+        self.shift = self.k * adam.eps
+
+    def __call__(self, g: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(d / k, c g); both may be overwritten by the next call."""
+        wide = torch.promote_types(g.dtype, torch.float32)
+        if g.dtype != wide:
+            g = self.scratch("gradient", g, wide).copy_(g)
+        if isinstance(self.clip, Tensor) or self.clip != 1:
+            clip = self.clip.to(g.device, wide) if isinstance(self.clip, Tensor) else self.clip
+            g = torch.mul(g, clip, out=self.scratch("gradient", g, wide))
+        if v is None:
+            return g, g
+        d = self.scratch("direction", g, wide)
+        v = v if v.dtype == wide else d.copy_(v)
+        if self.ratio is None:
+            torch.sqrt(v, out=d)
+        elif self.ratio == math.inf:
+            torch.mul(g, g, out=d).sqrt_()
+        else:
+            torch.addcmul(v, g, g, value=self.ratio, out=d).sqrt_()
+        return torch.div(g, d.add_(self.shift), out=d), g
+
+
+def as_clip(clip: Tensor | float) -> Tensor | float:
+    """A number where that can be had without waiting for a device."""
+    return _number(clip)
+
+
+def _number(x: Any) -> Any:
+    return float(x) if not isinstance(x, Tensor) or x.device.type == "cpu" else x

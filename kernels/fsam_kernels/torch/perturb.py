@@ -1,4 +1,4 @@
-"""The perturbed weights of a list of tensors."""
+"""The perturbed weights of a list of tensors, in one pass over (θ, g, v)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fsam_kernels.torch.direction import Adam, direction, with_moments
+from fsam_kernels.torch import rounding as rounds
+from fsam_kernels.torch.direction import Adam, Direction, Scratch, as_clip, entries, pieces
+from fsam_kernels.torch.rounding import Rounding
 
 
 @torch.no_grad()
@@ -19,16 +21,63 @@ def perturb(
     *,
     clip: Tensor | float = 1.0,
     adam: Sequence[Adam] | None = None,
+    mask: Sequence[bool] | None = None,
+    out: Sequence[Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    rounding: Rounding = rounds.NEAREST,
 ) -> list[Tensor]:
-    """θ + scale · d as new tensors; added in float32 and rounded once, to the dtype of each weight.
+    """θ + scale · d, added in float32 and rounded once, to the dtype of what is written. θ is left as it is.
+
+    Restoring: there is none. Float32 weights get a second array, 4 bytes a weight, which the second pass reads in
+    place of θ, whose bits nobody touches. Where the second pass reads bfloat16 weights cast from float32 masters, `out`
+    is that compute copy (2 bytes a weight): the next pass writes it anew from the masters.
 
     Args:
-        theta: weights, left as they are.
+        theta: weights.
         g, v, clip, adam: as in `preconditioned_norm`.
-        scale: ρ / ‖d‖₂ or ρ / sqrt(gᵀ d), a scalar tensor on the same device: nothing here waits for it.
+        scale: ρ / ‖d‖₂ or ρ / sqrt(gᵀ d), a scalar tensor on the same device, or one value for each tensor: nothing
+            here waits for it.
+        mask: False for tensors that are not perturbed: θ itself is returned, or rounded to `out`.
+        out: where to write, tensors of the shapes of `theta`; new ones without it.
+        dtype: of new tensors; each weight's own without it.
+        rounding: to bfloat16, to nearest or at random.
+
+    Returns:
+        what was written.
+
+    Raises:
+        ValueError: as `preconditioned_norm`, or for a scale of another length.
     """
-    directions = (direction(*one, clip) for one in with_moments(g, v, adam))
+    scratch, clip = Scratch(), as_clip(clip)
+    if scale.ndim and len(scale) != len(theta):
+        raise ValueError(f"scale: one for each of the {len(theta)} tensors or one for all, got {len(scale)}")
+    moved = list(out) if out is not None else new_like(theta, dtype, mask)
+    for entry in entries((g, v, theta, moved), adam, mask, written=1):
+        direction = Direction(entry.adam, clip, scratch)
+        home, wide = entry.arrays[0].device, torch.promote_types(entry.arrays[0].dtype, torch.float32)
+        step = (scale[entry.index] if scale.ndim else scale).to(home, wide) * direction.k
+        at = 0
+        for x, moment, weight, result in pieces(entry.arrays):
+            d, _ = direction(x, moment)
+            weight = weight if weight.dtype == wide else scratch("weight", weight, wide).copy_(weight)
+            if result.dtype == wide:
+                torch.addcmul(weight, d, step, out=result)
+            else:
+                sum_ = torch.addcmul(weight, d, step, out=scratch("sum", d, wide))
+                rounds.write(result, sum_, rounding, entry.index, at)
+            at += d.numel()
+    for index in range(len(theta)):
+        if mask is not None and not mask[index] and moved[index] is not theta[index]:
+            moved[index].copy_(theta[index])
+    return moved
+
+
+def new_like(theta: Sequence[Tensor], dtype: torch.dtype | None, mask: Sequence[bool] | None) -> list[Tensor]:
+    """Tensors for the result, of the weights' layout; a weight itself where it stays as it is."""
+    perturbed = [True] * len(theta) if mask is None else mask
     return [
-        torch.addcmul(weight.to(d.dtype), d, scale.to(d.device, d.dtype)).to(weight.dtype)
-        for weight, d in zip(theta, directions, strict=True)
+        torch.empty_like(x, dtype=dtype or x.dtype, requires_grad=False)
+        if moves or (dtype or x.dtype) != x.dtype
+        else x
+        for x, moves in zip(theta, perturbed, strict=True)
     ]

@@ -1,13 +1,29 @@
-"""‖d‖² and gᵀd over a list of gradients."""
+"""‖d‖² and gᵀd over a list of gradients, in one pass over (g, v)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fsam_kernels.torch.direction import Adam, direction, with_moments
+from fsam_kernels.torch.direction import Adam, Direction, Scratch, as_clip, entries, pieces
+
+
+class Norms(NamedTuple):
+    """Scalar tensors, or with `per_tensor` one value for each tensor, 0 for what the mask leaves out."""
+
+    d_sumsq: Tensor
+    g_dot_d: Tensor
+
+
+class NormsAndGradient(NamedTuple):
+    """`Norms`, and Σ (c g)²."""
+
+    d_sumsq: Tensor
+    g_dot_d: Tensor
+    g_sumsq: Tensor
 
 
 @torch.no_grad()
@@ -17,20 +33,71 @@ def preconditioned_norm(
     *,
     clip: Tensor | float = 1.0,
     adam: Sequence[Adam] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(Σ d², Σ (c g) d), two scalar tensors on the first gradient's device; sums of several calls add up.
+    mask: Sequence[bool] | None = None,
+    per_tensor: bool = False,
+    gradient: bool = False,
+) -> Norms | NormsAndGradient:
+    """(Σ d², Σ (c g) d[, Σ (c g)²]) in float32, or float64 for float64 gradients, on the first gradient's device.
+
+    Each piece of the tensors gives partial sums, and those are added in one order: the same tensors give the same bits.
+    A NaN or an infinity in a gradient shows in the sums. Sums of several calls add up, and so do those of the shards of
+    DTensors, of which this rank's is taken.
+
+    The factor c has to be known: d is not linear in it where the current gradient is folded into the moment. Clipping
+    therefore takes a pass over g first, or this one with `gradient` and, where the norm then says c < 1, once more;
+    without clipping, and with the previous moment or none, where Σ d² and Σ (c g) d scale by c², one pass is enough.
 
     Args:
         g: gradients, at least one.
         v: AdamW's second moments of the same shapes, or None for d = c g.
         clip: the factor c that gradient clipping would apply to g.
         adam: one for each tensor; needed with `v`.
+        mask: False for tensors that are not perturbed; they count for nothing, in Σ (c g)² neither.
+        per_tensor: one sum for each tensor.
+        gradient: also Σ (c g)², from the same pass.
+
+    Raises:
+        ValueError: for lists of different lengths, or tensors of one weight of different shapes.
     """
-    sumsq, dot = [], []
-    for x, moment, settings in with_moments(g, v, adam):
-        d = direction(x, moment, settings, clip)
-        sumsq.append(d.square().sum())
-        dot.append((d * x).sum())
-    first = sumsq[0]
-    total = [torch.stack([x.to(first.device) for x in sums]).sum() for sums in (sumsq, dot)]
-    return total[0], total[1] * (clip.to(first) if isinstance(clip, Tensor) else clip)
+    if not g:
+        raise ValueError("g: at least one gradient is needed, got an empty list")
+    scratch, clip = Scratch(), as_clip(clip)
+    total = torch.promote_types(g[0].dtype, torch.float32)
+    home = g[0].device
+    sums: list[list[Tensor]] = [[], [], []]
+    factors: list[Tensor | float] = []
+    counts = [0] * len(g)
+    for entry in entries((g, v), adam, mask):
+        total = torch.promote_types(total, entry.arrays[0].dtype)
+        direction = Direction(entry.adam, clip, scratch)
+        for x, moment in pieces(entry.arrays):
+            d, cg = direction(x, moment)
+            dot = torch.dot(d, d)
+            sums[0].append(dot)
+            sums[1].append(dot if d is cg else torch.dot(d, cg))
+            if gradient:
+                sums[2].append(dot if d is cg else torch.dot(cg, cg))
+            factors.append(direction.k)
+            counts[entry.index] += 1
+    k = _stack(factors, home)
+    parts = [_stack(x, home) for x in sums[: 3 if gradient else 2]]
+    # Σ d² and Σ (c g) d lack k² and k; in float64, since hundreds of pieces may be added.
+    each = [part * factor for part, factor in zip(parts, (k * k, k, torch.ones_like(k)), strict=False)]
+    if per_tensor:
+        added = [torch.stack([x.sum() for x in part.split(counts)]) for part in each]
+    else:
+        added = [part.sum() for part in each]
+    kind = NormsAndGradient if gradient else Norms
+    return kind(*(x.to(total) for x in added))
+
+
+def _stack(values: Sequence[Tensor | float], home: torch.device) -> Tensor:
+    """In float64 on one device; numbers are not sent to it one by one."""
+    if not values:
+        return torch.zeros(0, dtype=torch.float64, device=home)
+    if not any(isinstance(x, Tensor) for x in values):
+        return torch.tensor(values, dtype=torch.float64).to(home, non_blocking=True)
+    tensors = [x if isinstance(x, Tensor) else torch.tensor(x) for x in values]
+    if len({(x.device, x.dtype) for x in tensors}) == 1:
+        return torch.stack(tensors).to(home, torch.float64)
+    return torch.stack([x.to(home, torch.float64) for x in tensors])
