@@ -72,16 +72,17 @@ def with_options(names: tuple[str, ...], **more) -> Problem:
 def test_chunks_are_several_and_ragged():
     sizes = [len(range(N)[x]) for x in torch_chunks(torch.zeros(N, D), torch.zeros(V, D), Loss(), SIXTEEN_ROWS)]
     assert sizes == [32, 5]
-    m = xla_chunks.count(N, V, 4, SIXTEEN_ROWS)
+    m = xla_chunks.count(N, V * 8, SIXTEEN_ROWS)
     assert m == 3
     assert xla_chunks.split(jnp.zeros((N, D)), m).shape == (m, 13, D)
 
 
 @pytest.mark.parametrize("n", [1, 7, 36, 37])
 @pytest.mark.parametrize("m", [1, 3, 4])
-def test_xla_chunks_come_together_again(n, m):
+@pytest.mark.parametrize("strided", [True, False])
+def test_xla_chunks_come_together_again(n, m, strided):
     x = jnp.arange(n * 2.0).reshape(n, 2)
-    assert np.array_equal(xla_chunks.join(xla_chunks.split(x, m), n), x)
+    assert np.array_equal(xla_chunks.join(xla_chunks.split(x, m, strided=strided), n, strided=strided), x)
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["recompute", "keep"])

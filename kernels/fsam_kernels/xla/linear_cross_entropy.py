@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -23,8 +24,8 @@ class Cotangent:
 
     P_v = scale exp(z_v − top) − s/V off the target and P_y = target, with z from (h, W, b). Either what P is recomputed
     from is held, N·D + 5N values (the head weight is the parameter itself), or P in the dtype of h, which is what the
-    matrix products would round it to anyway (`kept`: what the backend's `rows.keep` makes of each chunk, stacked), and
-    the head is None.
+    matrix products would round it to anyway (`kept`: what the backend's `rows.keep` makes of each chunk, stacked),
+    and the head is None.
     """
 
     h_NxD: jax.Array | None
@@ -94,7 +95,10 @@ def linear_cross_entropy(
         over chunks in float32.
     """
     N, V = len(h_NxD), len(w_VxD)
-    m = chunks.count(N // chunks.shards(row_axes), V, h_NxD.dtype.itemsize, chunk_bytes)
+    m = stages.chunk_count(N // chunks.shards(row_axes), V, h_NxD.dtype.itemsize, chunk_bytes, keep=keep)
+    # A backend's own kernels run on one device's rows, or on each device's through `row_axes`.
+    strided = stages is plain or bool(row_axes)
+    split, join = partial(chunks.split, m=m, strided=strided), partial(chunks.join, N=N, strided=strided)
     forward = chunks.on_each_device(stages.forward, row_axes) if stages is not plain else stages.forward
     dtype = wide(h_NxD, w_VxD)
     weights_N = jnp.where(labels_N >= 0, weights_N, 0).astype(dtype)
@@ -106,18 +110,19 @@ def linear_cross_entropy(
         held = (tiles, rows, labels_C, loss, h_NxD.dtype)
         hbar_CxD = None
         if gradient:
-            p_CxV = stages.operand(*held)
-            moved_CxV = plain.logits(h_CxD, w_VxD, bias_V) if loss.soft_cap is not None else p_CxV
-            total, hbar_CxD = sums.add(total, plain.through_cap(p_CxV, moved_CxV, loss), h_CxD, weights_C)
+            q_CxV, factor_C = stages.scaled_operand(*held)
+            moved_CxV = plain.logits(h_CxD, w_VxD, bias_V) if loss.soft_cap is not None else q_CxV
+            q_CxV = plain.through_cap(q_CxV, moved_CxV, loss)
+            total, hbar_CxD = sums.add(total, q_CxV, factor_C, h_CxD, weights_C)
         return total, (rows, hbar_CxD, stages.keep(*held) if keep else None)
 
-    pieces = chunks.split(h_NxD, m), chunks.split(labels_N, m, -1), chunks.split(weights_N, m)
+    pieces = split(h_NxD), split(labels_N, fill=-1), split(weights_N)
     total, (rows, hbar, kept) = chunks.each(one, sums.zero() if gradient else (), pieces)
-    figures = Rows(*(chunks.join(x, N) for x in rows))
+    figures = Rows(*(join(x) for x in rows))
     h, w, b = (None, None, None) if keep else (h_NxD, w_VxD, bias_V)
     _, _, top_N, scale_N, target_N = figures
     cotangent = Cotangent(h, w, b, top_N, scale_N, target_N, labels_N, weights_N, kept, loss)
-    gradients = sums.result(total, chunks.join(hbar, N)) if gradient else None
+    gradients = sums.result(total, join(hbar)) if gradient else None
     return figures.loss_C, figures.lse_C, cotangent, gradients
 
 
@@ -137,17 +142,22 @@ class Sums:
         b = self.bias_V
         return jnp.zeros(self.w_VxD.shape, self.dtype), None if b is None else jnp.zeros(b.shape, self.dtype)
 
-    def add(self, total: Any, p_CxV: jax.Array, h_CxD: jax.Array, weights_C: jax.Array) -> tuple[Any, jax.Array]:
-        """(the sums with one chunk's P contracted, its h̄)."""
+    def add(
+        self, total: Any, q_CxV: jax.Array, factor_C: jax.Array | None, h_CxD: jax.Array, weights_C: jax.Array
+    ) -> tuple[Any, jax.Array]:
+        """(the sums with one chunk's P = factor Q contracted, its h̄)."""
         wbar_VxD, bbar_V = total
         dot = lambda a, b, axis: jax.lax.dot_general(
             a, b, (((axis,), (0,)), ((), ())), preferred_element_type=self.dtype
         )
-        hbar_CxD = dot(p_CxV, self.w_VxD.astype(jnp.promote_types(p_CxV.dtype, self.w_VxD.dtype)), 1)
-        relative_C = (weights_C / self.unit).astype(h_CxD.dtype)
-        wbar_VxD = wbar_VxD + dot(p_CxV, h_CxD * relative_C[:, None], 0)
+        weights_C = weights_C if factor_C is None else weights_C * factor_C
+        hbar_CxD = dot(q_CxV, self.w_VxD.astype(q_CxV.dtype), 1)
+        relative_C = weights_C / self.unit
+        # Behind a barrier: XLA would fuse it into the product and make it again for every block, 5 % of that (v5e).
+        weighted_CxD = jax.lax.optimization_barrier((h_CxD * relative_C[:, None]).astype(q_CxV.dtype))
+        wbar_VxD = wbar_VxD + dot(q_CxV, weighted_CxD, 0)
         if bbar_V is not None:
-            bbar_V = bbar_V + dot(p_CxV, relative_C, 0)
+            bbar_V = bbar_V + dot(q_CxV, relative_C.astype(q_CxV.dtype), 0)
         return (wbar_VxD, bbar_V), (hbar_CxD * weights_C[:, None]).astype(self.h_dtype)
 
     def result(self, total: Any, hbar_NxD: jax.Array) -> HeadGradients:

@@ -35,24 +35,25 @@ def logit_vjp(
     """
     base, N, V = cotangent, len(h_NxD), len(w_VxD)
     if base.kept is None:
-        m = chunks.count(N // chunks.shards(row_axes), V, h_NxD.dtype.itemsize, chunk_bytes)
+        m = plain.chunk_count(N // chunks.shards(row_axes), V, h_NxD.dtype.itemsize, chunk_bytes, keep=False)
     else:
         m = len(jax.tree.leaves(base.kept)[0])
+    strided = base.kept is None or stages is plain or bool(row_axes)  # as it was kept
     sums = Sums(h_NxD, w_VxD, bias_V, base.weights_N)
 
     def one(total: Any, chunk: Any) -> Any:
         h_CxD, weights_C, labels_C, rows, base_CxD, kept = chunk
         if base.w_VxD is not None:
             u_CxV = plain.logits(base_CxD, base.w_VxD, base.bias_V)
-            p_CxV = plain.operand(u_CxV, rows, labels_C, base.loss, h_NxD.dtype)
+            q_CxV, factor_C = plain.scaled_operand(u_CxV, rows, labels_C, base.loss, h_NxD.dtype)
         else:
-            p_CxV = stages.kept_operand(kept, rows, labels_C, base.loss, h_NxD.dtype)
-        moved_CxV = plain.logits(h_CxD, w_VxD, bias_V) if base.loss.soft_cap is not None else p_CxV
-        return sums.add(total, plain.through_cap(p_CxV, moved_CxV, base.loss), h_CxD, weights_C)
+            q_CxV, factor_C = stages.scaled_kept(kept, rows, labels_C, base.loss, h_NxD.dtype)
+        moved_CxV = plain.logits(h_CxD, w_VxD, bias_V) if base.loss.soft_cap is not None else q_CxV
+        return sums.add(total, plain.through_cap(q_CxV, moved_CxV, base.loss), factor_C, h_CxD, weights_C)
 
-    split = lambda x, fill=0: chunks.split(x, m, fill)
+    split = lambda x, fill=0: chunks.split(x, m, fill, strided=strided)
     rows = Rows(*(split(x) for x in base.rows))
     base_mxCxD = None if base.h_NxD is None else split(base.h_NxD)
     pieces = (split(h_NxD), split(base.weights_N), split(base.labels_N, -1), rows, base_mxCxD, base.kept)
     total, hbar = chunks.each(one, sums.zero(), pieces)
-    return sums.result(total, chunks.join(hbar, N))
+    return sums.result(total, chunks.join(hbar, N, strided=strided))

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from fsam_kernels.options import Loss
+from fsam_kernels.xla import chunks
 
 
 class Rows(NamedTuple):
@@ -94,9 +95,19 @@ def keep(u_CxV: Any, rows: Rows, labels_C: jax.Array, loss: Loss, dtype: Any) ->
     return operand(u_CxV, rows, labels_C, loss, dtype)
 
 
-def kept_operand(kept_CxV: Any, rows: Rows, labels_C: jax.Array, loss: Loss, dtype: Any) -> jax.Array:
-    """P_CxV from what `keep` returned."""
-    return kept_CxV.astype(dtype)
+def scaled_operand(u_CxV: Any, rows: Rows, labels_C: jax.Array, loss: Loss, dtype: Any) -> tuple[jax.Array, None]:
+    """(Q_CxV, a factor for each row or None for 1) with P = factor Q."""
+    return operand(u_CxV, rows, labels_C, loss, dtype), None
+
+
+def scaled_kept(kept_CxV: Any, rows: Rows, labels_C: jax.Array, loss: Loss, dtype: Any) -> tuple[jax.Array, None]:
+    """`scaled_operand` from what `keep` returned."""
+    return kept_CxV.astype(dtype), None
+
+
+def chunk_count(N: int, V: int, itemsize: int, chunk_bytes: int | None, *, keep: bool) -> int:
+    """Chunks for N rows of a device: a row has its float32 logits and the operand that is made of them."""
+    return chunks.count(N, V * (4 + itemsize), chunk_bytes)
 
 
 def assemble(p_CxV: jax.Array, rows: Rows, labels_C: jax.Array, loss: Loss) -> jax.Array:

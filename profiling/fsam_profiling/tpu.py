@@ -1,0 +1,346 @@
+"""What the TPU compiler makes of a JAX function, on a machine that has no TPU.
+
+`compile_for` compiles ahead of time for v4, v5e, v5p, v6e or tpu7x with libtpu's own compiler. Whose figures these are:
+
+* memory (arguments, outputs, temporaries in HBM) and FLOPs: the compiler's analysis of the program;
+* cycles of XLA's instructions: the compiler's cost model (`tpu_hlo`);
+* cycles of a Pallas kernel: the larger of what its schedule takes (`tpu_dumps`) and what its blocks take to cross the
+  memory bus at the published bandwidth. Copies that do not overlap with the schedule are not seen.
+
+None of it is a measurement of a running chip.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from fsam_core.errors import UserError
+from fsam_profiling import tpu_dumps, tpu_hlo
+
+# name -> (topology that libtpu knows, cores that share a program). The clock follows from the published peak and the
+# multiply-adds a matrix unit does in a cycle: see `Chip`.
+TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2x1", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2x1", "tpu7x": "tpu7x:2x2x1"}
+# Rows of 16 bf16 (128 or 256 columns) that one matrix unit takes a cycle: 128×128 units one row, 256×256 units two.
+_ROWS_A_CYCLE = {128: 1, 256: 2}
+_MXU_SIZE = {"v4": 128, "v5e": 128, "v5p": 128, "v6e": 256, "tpu7x": 256}
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One core of a chip, by the figures that the compiler publishes for it."""
+
+    name: str
+    bytes_per_second: float
+    flops_per_second: float
+    mxus: int
+    vmem_bytes: int
+
+    @property
+    def row_cycles(self) -> float:
+        """Cycles of a matrix unit for one row of bf16."""
+        return 1 / _ROWS_A_CYCLE[_MXU_SIZE[self.name]]
+
+    @property
+    def flops_per_cycle(self) -> float:
+        """Of all matrix units together, in bf16."""
+        return self.mxus * 2 * _MXU_SIZE[self.name] ** 2 / self.row_cycles
+
+    @property
+    def hertz(self) -> float:
+        return self.flops_per_second / self.flops_per_cycle
+
+    @property
+    def bytes_per_cycle(self) -> float:
+        return self.bytes_per_second / self.hertz
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A Pallas kernel in a compiled program; `cycles` are of one run, and it runs `times`."""
+
+    name: str
+    grid: tuple[int, ...]
+    times: int
+    rare: bool
+    schedule: tpu_dumps.Schedule
+    bytes: int | None
+    bytes_cycles: int | None
+
+    @property
+    def cycles(self) -> int:
+        return max(self.schedule.cycles, self.bytes_cycles or 0)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A function compiled for a chip.
+
+    Attributes:
+        argument_bytes, output_bytes, temporary_bytes, aliased_bytes: in HBM; an output that takes the place of a
+            donated argument is counted in both and in aliased_bytes.
+        flops, bytes_accessed: the compiler's cost analysis, in which the body of a loop counts once and a Pallas kernel
+            not at all; None where it has none.
+        xla_cycles: estimate for the XLA instructions, loops counted as often as they turn.
+        xla_bytes: bytes the XLA instructions move between HBM and the core, loops likewise.
+        rare_cycles: of XLA instructions and kernels under `tpu_hlo.RARE`, as if they ran; in no other figure.
+        unknown: XLA instructions that carry no estimate, and so count nothing, as "name (bytes)".
+        kernels: the Pallas kernels; empty where they were not asked for.
+    """
+
+    chip: Chip
+    argument_bytes: int
+    output_bytes: int
+    temporary_bytes: int
+    aliased_bytes: int
+    flops: float | None
+    bytes_accessed: float | None
+    xla_cycles: int
+    xla_bytes: int
+    rare_cycles: int
+    unknown: tuple[str, ...]
+    kernels: tuple[Kernel, ...]
+    text: str
+
+    @property
+    def cycles(self) -> int:
+        """XLA's estimate and the kernels' cycles together."""
+        return self.xla_cycles + sum(x.cycles * x.times for x in self.kernels if not x.rare)
+
+    @property
+    def seconds(self) -> float:
+        return self.cycles / self.chip.hertz
+
+
+def compile_for(
+    chip: str,
+    function: str,
+    args: Sequence[tuple[Sequence[int], str] | None] | None = None,
+    *,
+    options: dict[str, Any] | None = None,
+    donate: Sequence[int] = (),
+    kernels: bool = True,
+) -> Compiled:
+    """Compile a JAX function for one core of `chip`, in a process of its own.
+
+    Args:
+        chip: v4, v5e, v5p, v6e or tpu7x.
+        function: "module:name". With `args` it is the function itself; without, it is called with `options` and returns
+            (function, tuple of arguments), each argument a tree of `jax.ShapeDtypeStruct`.
+        args: (shape, dtype) of each argument, None for an argument that is None.
+        options: keyword arguments of the function; what JSON can hold.
+        donate: positions of donated arguments.
+        kernels: read the schedules of Pallas kernels too, which takes about twice as long. Without, a function that
+            calls a kernel is refused, because its cycles would be missing from the sum.
+
+    Raises:
+        UserError: for an unknown chip, a libtpu that is missing or whose dumps cannot be read, and where the compiler
+            refuses the function (its last lines are quoted).
+    """
+    if chip not in TOPOLOGIES:
+        raise UserError(f"--chip: {chip!r} is not known; use {', '.join(TOPOLOGIES)}")
+    tpu_dumps.check_version(_libtpu())
+    request = {
+        "topology": TOPOLOGIES[chip],
+        "function": function,
+        "args": None if args is None else [None if x is None else [list(x[0]), x[1]] for x in args],
+        "options": options or {},
+        "donate": list(donate),
+    }
+    with tempfile.TemporaryDirectory(prefix="fsam-tpu-") as name:
+        folder = Path(name)
+        dumps = folder / "dumps"
+        dumps.mkdir()
+        answer = _run(chip, request, folder, dumps if kernels else None)
+        device = Chip(chip, **answer["chip"])
+        program = tpu_hlo.read(answer["text"])
+        if program.kernels and not kernels:
+            raise UserError(f"tpu: {function} calls Pallas kernels; compile it with kernels=True to count them")
+        found = tuple(_kernel(device, x, program.kernels, answer["calls"], dumps) for x in program.kernels)
+    return Compiled(
+        chip=device,
+        **{name: answer[name] for name in ("argument_bytes", "output_bytes", "temporary_bytes", "aliased_bytes")},
+        flops=answer["flops"],
+        bytes_accessed=answer["bytes"],
+        xla_cycles=program.cycles,
+        xla_bytes=program.bytes,
+        rare_cycles=program.rare_cycles + sum(x.cycles * x.times for x in found if x.rare),
+        unknown=tuple(f"{x.name} ({x.bytes * x.times:,} B)" for x in program.unknown if not x.rare),
+        kernels=found,
+        text=answer["text"],
+    )
+
+
+def to_json(compiled: Compiled) -> dict[str, Any]:
+    """Every figure of a compiled function as JSON holds it; the text of the program is left out."""
+    figures = asdict(compiled) | {"cycles": compiled.cycles, "seconds": compiled.seconds}
+    del figures["text"]
+    figures["chip"] |= {"hertz": compiled.chip.hertz}
+    for one, kernel in zip(figures["kernels"], compiled.kernels, strict=True):
+        one["cycles"] = kernel.cycles
+    return figures
+
+
+def _libtpu() -> str | None:
+    try:
+        return importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _run(chip: str, request: dict[str, Any], folder: Path, dumps: Path | None) -> dict[str, Any]:
+    question, reply = folder / "request.json", folder / "answer.json"
+    question.write_text(json.dumps(request))
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+        "FSAM_PALLAS_INTERPRET": "0",
+        "LIBTPU_INIT_ARGS": tpu_dumps.FLAGS.format(folder=dumps) if dumps else "",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    environment.pop("JAX_ENABLE_X64", None)
+    command = [sys.executable, "-m", "fsam_profiling.tpu_child", str(question), str(reply)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode or not reply.exists():
+        said = " ".join(line.strip() for line in done.stderr.strip().splitlines()[-3:])[-800:]
+        raise UserError(
+            f"tpu: the compiler for {chip} refused {request['function']}: {said or f'exit {done.returncode}'}"
+        )
+    return json.loads(reply.read_text())
+
+
+def _kernel(
+    chip: Chip, kernel: tpu_hlo.Kernel, others: list[tpu_hlo.Kernel], calls: list[dict[str, Any]], dumps: Path
+) -> Kernel:
+    """The schedule of one kernel, and the bytes its blocks move for the arrays that lie in HBM."""
+    shapes = [*kernel.operands, *kernel.results]
+    match = next((x for x in calls if x["shapes"] == shapes), None)
+    if match is None:
+        raise UserError(
+            f"tpu: no pallas_call of the traced function has the shapes of kernel {kernel.name}: {', '.join(shapes)}"
+        )
+    # Of several calls of one kernel the compiler compiles, and dumps, the first.
+    base = lambda x: x.name.partition(".")[0]
+    same = [x.name for x in others if base(x) == base(kernel) and [*x.operands, *x.results] == shapes]
+    name = next((x for x in (kernel.name, *same) if tpu_dumps.has(dumps, x)), kernel.name)
+    grid = tuple(match["grid"])
+    schedule = tpu_dumps.read(dumps, name, grid, chip.mxus, chip.row_cycles)
+    moved = [x for x, in_hbm in zip(match["moved"], kernel.in_hbm, strict=True) if in_hbm]
+    total = None if None in moved else sum(moved)
+    cycles = None if total is None else round(total / chip.bytes_per_cycle)
+    return Kernel(kernel.name, grid, kernel.times, kernel.rare, schedule, total, cycles)
+
+
+@dataclass(frozen=True)
+class Tpu:
+    """What the TPU compiler makes of the head, for a chip that need not be here: cycles, memory, kernels."""
+
+    chip: str = "v5e"
+    """v4, v5e, v5p, v6e or tpu7x"""
+    head: str = "reference"
+    """shape: tiny, 2m, 24m, 43m, 118m, 1208m, reference, gpt2, llama3-8b"""
+    backend: Literal["all", "xla", "pallas"] = "all"
+    """whose loss and gradients: all of them, xla or pallas"""
+    rows: int = 2048
+    """rows of a chunk"""
+    json: Path | None = None
+    """also write the figures here"""
+
+
+def run(options: Tpu) -> int:
+    """Compile the head's programs for the chip and print what the compiler says; 0.
+
+    Raises:
+        UserError: as `compile_for`, and for an unknown head.
+    """
+    from fsam_kernels.shapes import HEADS
+
+    if options.head not in HEADS:
+        raise UserError(f"--head: {options.head!r} is not known; use {', '.join(HEADS)}")
+    shape = HEADS[options.head]
+    same = dict(shape._asdict())
+    programs: dict[str, tuple[str, dict[str, Any]]] = {"three matrix products": ("products", same)}
+    backends = ("xla", "pallas") if options.backend == "all" else (options.backend,)
+    if "xla" in backends:
+        programs["log-softmax, autodiff"] = ("log_softmax", same)
+    for backend in backends:
+        programs[f"fsam {backend}"] = ("first_pass", same | {"backend": backend, "rows": options.rows})
+    compiled = {
+        name: compile_for(options.chip, f"fsam_profiling.head_programs:{function}", options=arguments)
+        for name, (function, arguments) in programs.items()
+    }
+    if options.json is not None:
+        figures = {name: to_json(x) for name, x in compiled.items()}
+        options.json.write_text(json.dumps({"chip": options.chip, "head": same, "programs": figures}, indent=1))
+    flops = 6 * shape.N * shape.D * shape.V
+    print_tables(compiled, f"head {options.head}, N={shape.N} D={shape.D} V={shape.V}, bfloat16", flops)
+    return 0
+
+
+def print_tables(compiled: dict[str, Compiled], title: str, flops: float) -> None:
+    """A table of the programs, and one of their Pallas kernels where they have any; `flops` are the least needed."""
+    chip = next(iter(compiled.values())).chip
+    console = Console() if sys.stdout.isatty() else Console(width=150)
+    floor = flops / chip.flops_per_cycle
+    table = Table(
+        "program", "Mcycles", "of it kernels", "ms", "x floor", "temporaries MB", "args + outputs MB", "no estimate"
+    )
+    table.title = f"{title}: TPU {chip.name}, one core at {chip.hertz / 1e9:.2f} GHz"
+    for name, one in compiled.items():
+        inside = sum(x.cycles * x.times for x in one.kernels if not x.rare)
+        table.add_row(
+            name,
+            f"{one.cycles / 1e6:.2f}",
+            f"{inside / 1e6:.2f}" if one.kernels else "–",
+            f"{one.seconds * 1e3:.2f}",
+            f"{one.cycles / floor:.2f}",
+            f"{one.temporary_bytes / 1e6:,.0f}",
+            f"{(one.argument_bytes + one.output_bytes - one.aliased_bytes) / 1e6:,.0f}",
+            str(len(one.unknown)),
+        )
+    console.print(table)
+    if any(one.kernels for one in compiled.values()):
+        console.print(_kernel_table(compiled))
+    console.print(
+        f"floor: {flops / 1e9:,.0f} GFLOP at {chip.flops_per_second / 1e12:.0f} TFLOP/s = {floor / 1e6:.2f} Mcycles. "
+        "Estimates, not timings: XLA's instructions by the compiler's cost model; kernels by their schedule, with the "
+        "matrix units at their published peak, or by bytes over bandwidth where that is more.",
+        markup=False,
+    )
+
+
+def _kernel_table(compiled: dict[str, Compiled]) -> Table:
+    units = ("MXU", "VALU", "EUP", "XLU", "VLOAD", "VSTORE")
+    heads = ("kernel", "grid", "runs", "cycles", "schedule", "matrix units", "bytes", "spills", "VMEM MB")
+    table = Table(*heads, *(f"{x} %" for x in units), title="Pallas kernels, cycles of one run")
+    for name, one in compiled.items():
+        for x in one.kernels:
+            plan = x.schedule
+            table.add_row(
+                f"{name}: {x.name}" + (" (rare)" if x.rare else "") + (" (upper bound)" if plan.assumed else ""),
+                "x".join(map(str, x.grid)) or "1",
+                str(x.times),
+                f"{x.cycles:,}",
+                f"{plan.issued:,}",
+                f"{plan.mxu_cycles:,}",
+                "unknown" if x.bytes_cycles is None else f"{x.bytes_cycles:,}",
+                str(plan.spills),
+                f"{plan.vmem_bytes / 2**20:.1f} of {one.chip.vmem_bytes / 2**20:.0f}",
+                *(f"{100 * plan.use.get(unit, 0):.0f}" for unit in units),
+            )
+    return table

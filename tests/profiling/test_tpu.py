@@ -1,0 +1,214 @@
+"""The offline TPU reader: its figures where arithmetic gives them, and one clear sentence where it cannot read."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+
+from fsam_core.errors import UserError
+from fsam_profiling import tpu, tpu_dumps, tpu_hlo
+
+needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+CHIPS = ("v5e", "v6e")
+
+
+def compiled(chip, function, *args, kernels=False, **options):
+    return tpu.compile_for(chip, f"tpu_programs:{function}", args, options=options, kernels=kernels)
+
+
+@needs_compiler
+@pytest.mark.parametrize("chip", CHIPS)
+def test_a_matmul_takes_its_flops_over_the_peak_and_moves_its_arrays_once(chip):
+    n = 4096
+    got = compiled(chip, "matmul", ((n, n), "bfloat16"), ((n, n), "bfloat16"))
+    assert got.cycles == pytest.approx(2 * n**3 / got.chip.flops_per_cycle, rel=0.16)
+    assert got.xla_bytes == pytest.approx(3 * 2 * n**2, rel=0.02)
+    assert got.seconds == pytest.approx(got.cycles / got.chip.hertz)
+    assert (got.argument_bytes, got.output_bytes, got.temporary_bytes) == (4 * n**2, 2 * n**2, 0)
+
+
+@needs_compiler
+def test_a_copy_and_an_axpy_move_what_arithmetic_says_at_the_published_bandwidth():
+    size = 4 * 8192 * 4096
+    array = ((8192, 4096), "float32")
+    for got, arrays in ((compiled("v5e", "copied", array), 2), (compiled("v5e", "axpy", array, array), 3)):
+        assert got.xla_bytes == pytest.approx(arrays * size, rel=0.02)
+        assert got.cycles == pytest.approx(arrays * size / got.chip.bytes_per_cycle, rel=0.3)
+
+
+@needs_compiler
+def test_the_figures_in_the_documents_come_out_again():
+    h, w, y = ((8192, 1024), "bfloat16"), ((32768, 1024), "bfloat16"), ((8192,), "int32")
+    plain = compiled("v5e", "cross_entropy", h, w, y)
+    assert plain.cycles == pytest.approx(23.5e6, rel=0.05)
+    assert plain.temporary_bytes == pytest.approx(1.61e9, rel=0.01)
+    bare = compiled("v5e", "three_products", h, w, ((8192, 32768), "bfloat16"))
+    assert bare.cycles == pytest.approx(12.9e6, rel=0.01)
+    assert bare.unknown == ()
+
+
+@needs_compiler
+def test_the_body_of_a_loop_counts_as_often_as_the_loop_turns():
+    x, y = ((64, 2048, 2048), "bfloat16"), ((2048, 2048), "bfloat16")
+    few, many = (compiled("v5e", "twice_over", x, y, turns=turns).cycles for turns in (24, 48))
+    assert many == pytest.approx(2 * few, rel=0.05)
+    assert few > 24 * 2 * 2048**3 / 131072
+
+
+@needs_compiler
+def test_a_rare_branch_is_shown_apart():
+    x = ((1024, 1024), "bfloat16")
+    got = compiled("v5e", "sometimes", x, x)
+    assert 2 * 2 * 1024**3 / 131072 < got.rare_cycles < 2.5 * got.cycles
+    assert got.cycles < 2 * 2 * 1024**3 / 131072
+
+
+@needs_compiler
+@pytest.mark.parametrize("chip", CHIPS)
+def test_a_pallas_copy_is_bound_by_its_bytes(chip):
+    (kernel,) = compiled(chip, "copy_kernel", ((8192, 1024), "float32"), kernels=True, rows=512).kernels
+    assert kernel.bytes == 2 * 4 * 8192 * 1024
+    bandwidth, hertz = {"v5e": (820e9, 1.5e9), "v6e": (1640e9, 1.75e9)}[chip]
+    assert kernel.cycles == kernel.bytes_cycles == pytest.approx(kernel.bytes / bandwidth * hertz, rel=0.01)
+    stores = {"v5e": 1, "v6e": 2}[chip]  # of 1024 floats a bundle
+    assert 16 * 512 / stores <= kernel.schedule.issued <= 1.3 * 16 * 512 / stores
+    assert kernel.schedule.vmem_bytes == pytest.approx(2 * 2 * 4 * 512 * 1024, rel=0.02)
+    assert (kernel.grid, kernel.times, kernel.schedule.spills) == ((16,), 1, 0)
+
+
+@needs_compiler
+def test_a_ragged_last_block_moves_no_more_than_the_array_holds():
+    (kernel,) = compiled("v5e", "copy_kernel", ((1000, 1024), "float32"), kernels=True, rows=512).kernels
+    assert kernel.bytes == 2 * 4 * 1000 * 1024
+
+
+@needs_compiler
+@pytest.mark.parametrize("chip", CHIPS)
+def test_a_pallas_product_takes_no_less_than_its_matrix_units_do(chip):
+    n = 2048
+    got = compiled(chip, "matmul_kernel", *[((n, n), "bfloat16")] * 2, kernels=True, rows=512, columns=512)
+    (kernel,) = got.kernels
+    assert kernel.schedule.mxu_cycles == 2 * n**3 / got.chip.flops_per_cycle
+    assert kernel.schedule.mxu_cycles <= kernel.schedule.cycles <= 1.25 * kernel.schedule.mxu_cycles
+    assert kernel.bytes == 2 * n * n * (1 + 4 + 1)  # the second operand is read again for each of 4 blocks of rows
+    assert kernel.schedule.use["MXU"] == pytest.approx(kernel.schedule.mxu_cycles / kernel.schedule.cycles)
+
+
+@needs_compiler
+def test_a_branch_counts_in_the_steps_it_runs_in_and_a_loop_by_its_turns():
+    def cycles(**options):
+        array = ((1024, 2048), "float32")
+        (kernel,) = compiled("v5e", "row_sums_kernel", array, kernels=True, rows=128, columns=256, **options).kernels
+        return kernel.schedule.cycles, kernel.schedule.assumed
+
+    (short, none), (long, _) = (cycles(turns=turns, first_only=True) for turns in (100, 200))
+    every, _ = cycles(turns=100, first_only=False)
+    of_data, one = cycles(turns=100, first_only=True, by_value=True)
+    turn = (long - short) / (8 * 100)  # 8 blocks of rows
+    assert turn == round(turn) > 0
+    assert every > short + 50 * 100 * turn  # in 64 steps instead of 8
+    assert of_data >= every
+    assert (none, one) == (0, 1)
+
+
+@needs_compiler
+def test_spills_are_found():
+    (kernel,) = compiled("v5e", "spilling_kernel", ((1280, 128), "float32"), kernels=True).kernels
+    assert kernel.schedule.spills > 50
+    assert kernel.schedule.fills > 50
+
+
+@needs_compiler
+def test_a_kernel_that_does_not_fit_gives_the_compilers_own_words():
+    with pytest.raises(UserError, match=r"the compiler for v5e refused tpu_programs:copy_kernel: .*(vmem|VmemOom)"):
+        compiled("v5e", "copy_kernel", ((8704, 1024), "float32"), kernels=True, rows=8704)
+
+
+@needs_compiler
+def test_a_kernel_is_not_left_out_of_a_sum():
+    with pytest.raises(UserError, match="kernels=True"):
+        compiled("v5e", "copy_kernel", ((1024, 1024), "float32"), rows=512)
+
+
+def test_an_unknown_chip_is_refused():
+    with pytest.raises(UserError, match=r"--chip: 'v3' is not known; use v4, v5e"):
+        compiled("v3", "matmul")
+
+
+@pytest.mark.parametrize("version", ["0.0.43", None])
+def test_another_version_of_the_compiler_is_refused(version, monkeypatch):
+    monkeypatch.setattr(tpu, "_libtpu", lambda: version)
+    with pytest.raises(UserError, match=r"pip install libtpu==0\.0\.42\.1"):
+        compiled("v5e", "matmul")
+
+
+BUNDLES = "     0   :  { %s0_s1 = smov 0 }\n   0x1   :  { %1 = vst [vmem:[%s0_s1]] %v1_v1 }\n"
+TABLE = "== CAPACTIY:\nMXU, VALU, VLOAD, VLOAD:FILL, VSTORE, VSTORE:SPILL\n4 4 3 3 1 1\n== UTILIZATION:\n"
+ROWS = "0 0 0 0 0 0\n0 0 0 0 1 0\n"
+
+
+@pytest.mark.parametrize(
+    ("bundles", "table", "why"),
+    [
+        (BUNDLES, None, "0 files"),
+        ("nothing of the kind\n", TABLE + ROWS, "no bundle"),
+        (BUNDLES.replace("0x1", "0x7"), TABLE + ROWS, "bundle 0x7"),
+        (BUNDLES + "   0x2   ?? { }\n", TABLE + ROWS, "not understood"),
+        (BUNDLES, TABLE + ROWS + "0 0 0 0 1 0\n", "2 bundles are scheduled, and 3"),
+        (BUNDLES, TABLE.replace("VSTORE:SPILL", "VSTORE:OTHER") + ROWS, "other columns"),
+        (BUNDLES, ROWS, "another head"),
+        (
+            BUNDLES + "   0x2   :  { %3 = sbr.rel (!%p9) target = $region5 }\n",
+            TABLE + ROWS + "0 0 0 0 0 0\n",
+            "region 5",
+        ),
+    ],
+)
+def test_a_dump_that_is_not_as_known_is_refused_in_one_sentence(tmp_path, bundles, table, why):
+    (tmp_path / "123-rows.1-03-final_bundles.txt").write_text(bundles)
+    (tmp_path / "123-rows.1-00-pre-finalize-registers-and-allocations.txt").write_text("")
+    if table is not None:
+        (tmp_path / "123-rows.1-01-final_hlo-static-per-bundle-utilization.txt").write_text(table)
+    with pytest.raises(UserError, match=rf"^tpu: the compiler's dumps of kernel rows\.1 cannot be read: .*{why}"):
+        tpu_dumps.read(tmp_path, "rows.1", (), mxus=4, row_cycles=1)
+
+
+def test_a_dump_that_is_as_known_is_read(tmp_path):
+    (tmp_path / "123-rows.1-03-final_bundles.txt").write_text(BUNDLES)
+    (tmp_path / "123-rows.1-01-final_hlo-static-per-bundle-utilization.txt").write_text(TABLE + ROWS)
+    (tmp_path / "123-rows.1-00-pre-finalize-registers-and-allocations.txt").write_text("")
+    got = tpu_dumps.read(tmp_path, "rows.1", (), mxus=4, row_cycles=1)
+    assert (got.bundles, got.cycles, got.use["VSTORE"]) == (2, 2, 0.5)
+
+
+MODULE = """HloModule m, is_scheduled=true
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  ROOT %y = f32[8]{0} add(%x, %x), backend_config={WHAT}
+}
+"""
+
+
+def test_a_module_without_estimates_is_refused():
+    text = MODULE.replace("WHAT", '"estimated_cycles":"12"')
+    assert tpu_hlo.read(text).cycles == 12
+    with pytest.raises(UserError, match="no instruction of the compiled module carries estimated_cycles"):
+        tpu_hlo.read(MODULE.replace("WHAT", ""))
+    with pytest.raises(UserError, match="not a scheduled one"):
+        tpu_hlo.read(text.replace("is_scheduled=true", ""))
+
+
+@needs_compiler
+def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
+    path = tmp_path / "tpu.json"
+    assert tpu.run(tpu.Tpu(chip="v5e", head="tiny", backend="xla", json=path)) == 0
+    written = json.loads(path.read_text())
+    assert set(written["programs"]) == {"three matrix products", "log-softmax, autodiff", "fsam xla"}
+    bare = written["programs"]["three matrix products"]
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"{bare['cycles'] / 1e6:.2f}" in out
+    assert "Estimates, not timings" in out
+    with pytest.raises(UserError, match=r"--head: 'huge' is not known; use tiny"):
+        tpu.run(tpu.Tpu(head="huge"))

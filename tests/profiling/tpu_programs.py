@@ -1,0 +1,142 @@
+"""Functions that `test_tpu` compiles for a TPU; imported by the process that compiles."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from fsam_profiling.tpu_hlo import RARE
+
+
+def matmul(x, y):
+    return x @ y
+
+
+def copied(x):
+    return jnp.copy(x)
+
+
+def axpy(x, y):
+    return 3.0 * x + y
+
+
+def twice_over(x, y, *, turns: int):
+    """The sum of `turns` products, in a loop whose body XLA cannot take out."""
+
+    def one(total, x):
+        return total + x @ y, None
+
+    return jax.lax.scan(one, jnp.zeros((x.shape[1], y.shape[1]), jnp.float32), x[:turns])[0]
+
+
+def cross_entropy(h, w, y):
+    """What one writes without this package: log-softmax of the logits, and autodiff."""
+
+    def loss(h, w):
+        z = (h @ w.T).astype(jnp.float32)
+        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(z), y[:, None], 1))
+
+    return jax.value_and_grad(loss, (0, 1))(h, w)
+
+
+def three_products(h, w, p):
+    return h @ w.T, p @ w, p.T @ h
+
+
+def sometimes(x, y):
+    """A branch that is not counted, because it is marked as rare."""
+    with jax.named_scope("head"):
+        z = x @ y
+
+    def again(z):
+        with jax.named_scope(RARE):
+            return (z @ y) @ y
+
+    return jax.lax.cond(jnp.isinf(z[0, 0]), again, lambda z: z, z)
+
+
+def copy_kernel(x, *, rows: int):
+    """A Pallas kernel that copies blocks of `rows`."""
+
+    def kernel(x, out):
+        out[...] = x[...]
+
+    block = pl.BlockSpec((rows, x.shape[1]), lambda i: (i, 0))
+    grid = (-(-x.shape[0] // rows),)
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return pl.pallas_call(kernel, grid=grid, in_specs=[block], out_specs=block, out_shape=shape, name="copier")(x)
+
+
+def matmul_kernel(x, y, *, rows: int, columns: int):
+    """A Pallas matrix product of whole rows with whole columns."""
+
+    def kernel(x, y, out):
+        out[...] = jnp.dot(x[...], y[...], preferred_element_type=jnp.float32).astype(out.dtype)
+
+    (n, k), v = x.shape, y.shape[1]
+    return pl.pallas_call(
+        kernel,
+        grid=(n // rows, v // columns),
+        in_specs=[pl.BlockSpec((rows, k), lambda i, j: (i, 0)), pl.BlockSpec((k, columns), lambda i, j: (0, j))],
+        out_specs=pl.BlockSpec((rows, columns), lambda i, j: (i, j)),
+        out_shape=jax.ShapeDtypeStruct((n, v), x.dtype),
+        name="product",
+    )(x, y)
+
+
+def row_sums_kernel(x, *, rows: int, columns: int, turns: int, first_only: bool, by_value: bool = False):
+    """Row sums of a [N, V] array over a grid (N / rows, V / columns); a heavy branch of `turns` turns of a loop.
+
+    Args:
+        first_only: the branch runs where a row block starts; else in every step.
+        by_value: the branch depends on the data as well.
+    """
+
+    def kernel(x, out, total):
+        first = pl.program_id(1) == 0
+
+        @pl.when(first)
+        def _():
+            total[...] = jnp.zeros_like(total)
+
+        def heavy():
+            def turn(i, value):
+                return jnp.abs(value - 1.5) * 0.5
+
+            total[...] += jax.lax.fori_loop(0, turns, turn, x[:, :128])
+
+        runs = first if first_only else pl.program_id(1) >= 0
+        pl.when(runs & (jnp.max(x[:8, :128]) > 0) if by_value else runs)(heavy)
+        for start in range(0, x.shape[1], 128):
+            total[...] += x[:, start : start + 128]
+
+        @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
+        def _():
+            out[...] = jnp.sum(total[...], axis=1, keepdims=True)
+
+    n, v = x.shape
+    return pl.pallas_call(
+        kernel,
+        grid=(n // rows, v // columns),
+        in_specs=[pl.BlockSpec((rows, columns), lambda i, j: (i, j))],
+        out_specs=pl.BlockSpec((rows, 1), lambda i, j: (i, 0)),
+        out_shape=jax.ShapeDtypeStruct((n, 1), x.dtype),
+        scratch_shapes=[pltpu.VMEM((rows, 128), jnp.float32)],
+        name="row_sums",
+    )(x)
+
+
+def spilling_kernel(x):
+    """Holds more registers than there are: a 512-wide chain that uses every row twice, far apart."""
+
+    def kernel(x, out):
+        parts = [jnp.exp(x[8 * i : 8 * i + 8, :]) for i in range(160)]
+        total = parts[0]
+        for part in (*parts, *parts):
+            total = jnp.exp(total) + part
+        out[...] = total
+
+    shape = jax.ShapeDtypeStruct((8, 128), x.dtype)
+    return pl.pallas_call(kernel, out_shape=shape, name="spiller")(x + 1)
