@@ -89,8 +89,7 @@ def forward(
     Raises:
         ValueError: where no block fits in the chip's vector memory.
     """
-    dtype = jnp.promote_types(h_CxD.dtype, w_VxD.dtype)
-    dtype = dtype if dtype == jnp.bfloat16 else jnp.dtype(jnp.float32)
+    dtype = h_CxD.dtype if h_CxD.dtype == jnp.bfloat16 else jnp.dtype(jnp.float32)
     h_CxD, w_VxD = h_CxD.astype(dtype), w_VxD.astype(dtype)
     V, labels_C = len(w_VxD), labels_C.astype(jnp.int32)
     run = functools.partial(_run, h_CxD, w_VxD, bias_V, labels_C, loss=loss, tiles=tiles, blocks=blocks)

@@ -92,8 +92,9 @@ def linear_cross_entropy(
     one matrix product. Formulas in `spec.linear_cross_entropy` and `spec.logit_vjp`.
 
     Args:
-        h_NxD: last hidden states, any float dtype.
-        w_VxD: head weight; a head stored as [D, V] is given as its transposed view.
+        h_NxD: last hidden states, any float dtype; the products are taken in it.
+        w_VxD: head weight; a head stored as [D, V] is given as its transposed view. Given in float32 beside a narrower
+            h, w̄ comes back as it was summed, not rounded.
         labels_N: int64; a negative one makes its row ignored.
         weights_N: weight of each row in the mean, already divided by its normaliser.
         bias_V: added to the logits, or None.

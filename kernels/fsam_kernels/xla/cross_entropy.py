@@ -60,7 +60,7 @@ def cross_entropy(
     statics = (("loss", loss), ("chunk_bytes", chunk_bytes), ("row_axes", row_axes), ("stages", stages))
     if reduction == "none":
         return _rows(statics, h_NxD, w_VxD, bias_V, y_N).reshape(labels.shape)
-    ones_N = jnp.ones(y_N.shape, wide(h, w))
+    ones_N = jnp.ones(y_N.shape, wide(h))
     weights_N = jnp.where(y_N >= 0, ones_N if weights is None else weights.reshape(-1).astype(ones_N.dtype), 0)
     if reduction == "mean":
         total = jnp.sum(weights_N) if count is None else jnp.asarray(count, ones_N.dtype)
@@ -93,7 +93,7 @@ def _rows(statics: Any, h_NxD: Any, w_VxD: Any, bias_V: Any, labels_N: Any) -> j
 
 
 def _rows_forward(statics: Any, h_NxD: Any, w_VxD: Any, bias_V: Any, labels_N: Any) -> Any:
-    ones_N = jnp.ones(labels_N.shape, wide(h_NxD, w_VxD))
+    ones_N = jnp.ones(labels_N.shape, wide(h_NxD))
     loss_N, _, cotangent, _ = linear_cross_entropy(h_NxD, w_VxD, labels_N, ones_N, bias_V=bias_V, **dict(statics))
     return loss_N, cotangent
 

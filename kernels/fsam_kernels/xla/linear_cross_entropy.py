@@ -77,8 +77,9 @@ def linear_cross_entropy(
     one matrix product. Formulas in `spec.linear_cross_entropy` and `spec.logit_vjp`.
 
     Args:
-        h_NxD: last hidden states, any float dtype.
-        w_VxD: head weight; a head stored as [D, V] is given transposed.
+        h_NxD: last hidden states, any float dtype; the products are taken in it.
+        w_VxD: head weight; a head stored as [D, V] is given transposed. Given in float32 beside a narrower h, w̄ comes
+            back as it was summed, not rounded.
         labels_N: integers; a negative one makes its row ignored. One ≥ V gives a NaN loss.
         weights_N: weight of each row in the mean, already divided by its normaliser.
         bias_V: added to the logits, or None.
@@ -100,7 +101,7 @@ def linear_cross_entropy(
     strided = stages is plain or bool(row_axes)
     split, join = partial(chunks.split, m=m, strided=strided), partial(chunks.join, N=N, strided=strided)
     forward = chunks.on_each_device(stages.forward, row_axes) if stages is not plain else stages.forward
-    dtype = wide(h_NxD, w_VxD)
+    dtype = wide(h_NxD)
     weights_N = jnp.where(labels_N >= 0, weights_N, 0).astype(dtype)
     sums = Sums(h_NxD, w_VxD, bias_V, weights_N)
 
@@ -134,7 +135,7 @@ class Sums:
     """
 
     def __init__(self, h_NxD: jax.Array, w_VxD: jax.Array, bias_V: jax.Array | None, weights_N: jax.Array) -> None:
-        self.h_dtype, self.w_VxD, self.bias_V, self.dtype = h_NxD.dtype, w_VxD, bias_V, wide(h_NxD, w_VxD)
+        self.h_dtype, self.w_VxD, self.bias_V, self.dtype = h_NxD.dtype, w_VxD, bias_V, wide(h_NxD)
         largest = jnp.max(jnp.abs(weights_N), initial=0)
         self.unit = jnp.where(largest > 0, largest, 1)
 

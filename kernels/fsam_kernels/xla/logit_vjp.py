@@ -55,5 +55,9 @@ def logit_vjp(
     rows = Rows(*(split(x) for x in base.rows))
     base_mxCxD = None if base.h_NxD is None else split(base.h_NxD)
     pieces = (split(h_NxD), split(base.weights_N), split(base.labels_N, -1), rows, base_mxCxD, base.kept)
+    if base.kept is not None and base.loss.soft_cap is None:
+        # P is there and nothing N×V is made, so one product each instead of m that add w̄ up.
+        pieces = jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), pieces)
     total, hbar = chunks.each(one, sums.zero(), pieces)
-    return sums.result(total, chunks.join(hbar, N, strided=strided))
+    hbar_mxCxD = hbar.reshape(m, -1, hbar.shape[-1])
+    return sums.result(total, chunks.join(hbar_mxCxD, N, strided=strided))

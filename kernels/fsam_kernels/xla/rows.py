@@ -126,8 +126,9 @@ def through_cap(p_CxV: jax.Array, u_CxV: jax.Array, loss: Loss) -> jax.Array:
 
 
 def logits(h_CxD: jax.Array, w_VxD: jax.Array, bias_V: jax.Array | None = None) -> jax.Array:
-    """h Wᵀ + b, accumulated and returned in float32 (float64 for float64 input)."""
-    dtype = wide(h_CxD, w_VxD)
+    """h Wᵀ + b from W in the dtype of h, accumulated and returned in float32 (float64 for float64 h)."""
+    dtype = wide(h_CxD)
+    w_VxD = w_VxD.astype(h_CxD.dtype)
     u_CxV = jax.lax.dot_general(h_CxD, w_VxD, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
     return u_CxV if bias_V is None else u_CxV + bias_V.astype(dtype)
 
@@ -142,6 +143,6 @@ def is_target(labels_C: jax.Array, V: int) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, (len(labels_C), V), 1) == labels_C.astype(jnp.int32)[:, None]
 
 
-def wide(*arrays: jax.Array) -> Any:
-    """The dtype sums are kept in: float64 where an array is float64, else float32."""
-    return jnp.promote_types(jnp.result_type(*(x.dtype for x in arrays)), jnp.float32)
+def wide(x: jax.Array) -> Any:
+    """The dtype sums are kept in: float64 for float64, else float32."""
+    return jnp.promote_types(x.dtype, jnp.float32)
