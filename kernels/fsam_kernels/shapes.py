@@ -25,3 +25,27 @@ HEADS: dict[str, Head] = {
     "gpt2": Head(8192, 768, 50257),  # a vocabulary no tile divides
     "llama3-8b": Head(8192, 4096, 128256),
 }
+
+
+def decoder(layers: int, D: int, V: int = 32768, positions: int = 512) -> list[tuple[int, ...]]:
+    """Shapes of the weights of a decoder without biases, head and embedding tied, as the trainers make it."""
+    block: list[tuple[int, ...]] = [(D,), (D, 3 * D), (D, D), (D,), (D, 4 * D), (4 * D, D)]
+    return [(V, D), (positions, D), *(layers * block), (D,)]
+
+
+def _gpt2(layers: int = 12, D: int = 768, V: int = 50257, positions: int = 1024) -> list[tuple[int, ...]]:
+    """With biases: 148 tensors."""
+    affine: list[tuple[int, ...]] = [(D,), (D,)]
+    layer: list[tuple[int, ...]] = [
+        *affine, (D, 3 * D), (3 * D,), (D, D), (D,), *affine, (D, 4 * D), (4 * D,), (4 * D, D), (D,)
+    ]  # fmt: skip
+    return [(V, D), (positions, D), *(layers * layer), *affine]
+
+
+# Weights of whole models, for what walks over all of them.
+WEIGHTS: dict[str, list[tuple[int, ...]]] = {
+    "24m": decoder(6, 576),
+    "118m": decoder(6, 1280),
+    "1208m": decoder(24, 2048),
+    "gpt2": _gpt2(),
+}

@@ -14,8 +14,12 @@ Everything is computed in float64 whatever comes in.
     reductions             none ℓ;  sum Σ_n weight_n ℓ_n;  mean Σ_n weight_n ℓ_n / Σ_n weight_n;
                            or the sum over a token count that is given (of all micro-batches and ranks, say)
     direction              d = c g,  or  d = c g / (sqrt(v̂) + δ)        c the factor of gradient clipping
-    preconditioned_norm    Σ d²  and  Σ (c g) d
-    perturb                θ' = θ + scale · d
+    preconditioned_norm    Σ d²  and  Σ (c g) d, over all tensors or of each, of those that a mask leaves in
+    perturb                θ' = θ + scale · d; scale one number, or one for each tensor; θ where a mask says so
+    adamw                  m ← β₁ m + (1 − β₁) c g,   v ← β₂ v + (1 − β₂) (c g)²
+                           θ ← (1 − η λ) θ − η m̂ / (sqrt(v̂) + ε),   m̂ = m / (1 − β₁ᵗ),   v̂ = v / (1 − β₂ᵗ)
+                           η the learning rate, λ the weight decay (decoupled), t = 1, 2, … the step that is taken
+    random rounding        of float32 bits b to bfloat16: the upper half of b + u, u of 16 random bits; a NaN stays one
 
 A row whose label is negative, or equal to `ignore_index`, counts for nothing: its loss, weight and cotangent are 0.
 At the target the cotangent is (1 + r)(p_y − 1) + r + s − s/V, and p_y − 1 is formed as minus the sum of the other
@@ -142,22 +146,95 @@ def direction(
     return cg / (np.sqrt(moment / correction) + eps)
 
 
-def preconditioned_norm(g: list[Any], v: list[Any] | None, *, clip: float = 1.0, **adam: Any) -> tuple[float, float]:
-    """(Σ d², Σ (c g) d) over all tensors."""
-    d = _directions(g, v, clip=clip, **adam)
-    sumsq = sum(float(np.sum(x**2)) for x in d)
-    return sumsq, sum(float(np.sum(clip * _f64(x) * y)) for x, y in zip(g, d, strict=True))
+def preconditioned_norm(
+    g: list[Any],
+    v: list[Any] | None,
+    *,
+    clip: float = 1.0,
+    mask: list[bool] | None = None,
+    per_tensor: bool = False,
+    **adam: Any,
+) -> tuple[Any, Any]:
+    """(Σ d², Σ (c g) d) over all tensors, or of each with `per_tensor`; 0 of a tensor whose mask is False."""
+    d = _masked(_directions(g, v, clip=clip, **adam), mask)
+    sumsq = np.array([np.sum(x**2) for x in d])
+    dot = np.array([np.sum(clip * _f64(x) * y) for x, y in zip(g, d, strict=True)])
+    return (sumsq, dot) if per_tensor else (float(sumsq.sum()), float(dot.sum()))
 
 
-def scale(rho: float, d_sumsq: float, g_dot_d: float, norm: Literal["l2", "dual"]) -> float:
-    """The number that turns d into ε: ρ / ‖d‖₂ or ρ / sqrt(gᵀ d); 0 where the gradient is 0."""
-    square = d_sumsq if norm == "l2" else g_dot_d
-    return rho / np.sqrt(square) if square > 0 else 0.0
+def scale(rho: float, d_sumsq: Any, g_dot_d: Any, norm: Literal["l2", "dual"]) -> Any:
+    """The number that turns d into ε: ρ / ‖d‖₂ or ρ / sqrt(gᵀ d); 0 where the gradient is 0.
+
+    Given the sums of each tensor, one number for each: every tensor's ε has the length ρ by itself.
+    """
+    square = _f64(d_sumsq if norm == "l2" else g_dot_d)
+    found = np.where(square > 0, rho / np.sqrt(np.where(square > 0, square, 1.0)), 0.0)
+    return found if found.ndim else float(found)
 
 
-def perturb(theta: list[Any], g: list[Any], v: list[Any] | None, scale: float, **adam: Any) -> list[F64]:
-    """θ + scale · d for every tensor."""
-    return [_f64(x) + scale * d for x, d in zip(theta, _directions(g, v, **adam), strict=True)]
+def perturb(
+    theta: list[Any], g: list[Any], v: list[Any] | None, scale: Any, *, mask: list[bool] | None = None, **adam: Any
+) -> list[F64]:
+    """θ + scale · d for every tensor; θ where its mask is False."""
+    d = _masked(_directions(g, v, **adam), mask)
+    each = np.broadcast_to(_f64(scale), len(theta))
+    return [_f64(x) + s * y for x, s, y in zip(theta, each, d, strict=True)]
+
+
+def adamw(
+    theta: ArrayLike,
+    g: ArrayLike,
+    m: ArrayLike,
+    v: ArrayLike,
+    *,
+    step: int,
+    lr: float,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float = 0.0,
+    clip: float = 1.0,
+) -> tuple[F64, F64, F64]:
+    """(θ, m, v) of one tensor after step `step` = 1, 2, …"""
+    cg = clip * _f64(g)
+    m = b1 * _f64(m) + (1 - b1) * cg
+    v = b2 * _f64(v) + (1 - b2) * cg**2
+    moved = lr * (m / (1 - b1**step)) / (np.sqrt(v / (1 - b2**step)) + eps)
+    return (1 - lr * weight_decay) * _f64(theta) - moved, m, v
+
+
+STREAMS = {"theta": 0, "exp_avg": 1, "exp_avg_sq": 2, "copy": 3}  # arrays that are written at one time, drawn apart
+
+
+def random_bits(n: int, *, seed: int, step: int, tensor: int, stream: str = "theta") -> NDArray[np.uint32]:
+    """16 random bits for each of n elements: the low, then the high half of a 32-bit hash of half the position.
+
+    The hash is keyed by two numbers that SplitMix64's finaliser, chained, makes of seed, step, tensor and stream.
+    """
+    x, full = np.uint64(0), 2**64
+    with np.errstate(over="ignore"):
+        for word in (seed, step, tensor, STREAMS[stream]):
+            x += np.uint64((word + 0x9E3779B97F4A7C15) % full)
+            x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            x ^= x >> np.uint64(31)
+        words = (np.arange((n + 1) // 2) % 2**32).astype(np.uint32) ^ np.uint32(int(x) % 2**32)
+        words = (words ^ (words >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+        words = (words ^ (words >> np.uint32(13)) ^ np.uint32(int(x) >> 32)) * np.uint32(0xC2B2AE35)
+    words ^= words >> np.uint32(16)
+    return np.stack((words & np.uint32(0xFFFF), words >> np.uint32(16)), axis=1).ravel()[:n]
+
+
+def rounded_at_random(x: ArrayLike, **draw: Any) -> NDArray[np.float32]:
+    """Values that bfloat16 holds, in float32, from float32 values; `draw` as in `random_bits`. The mean error is 0."""
+    x = np.asarray(x, dtype=np.float32)
+    bits = np.ascontiguousarray(x).view(np.uint32).ravel() + random_bits(x.size, **draw)
+    rounded = (bits & np.uint32(0xFFFF0000)).view(np.float32).reshape(x.shape)
+    return np.where(np.isnan(x), x, rounded)
+
+
+def _masked(d: list[F64], mask: list[bool] | None) -> list[F64]:
+    return d if mask is None else [x if moves else 0 * x for x, moves in zip(d, mask, strict=True)]
 
 
 def _directions(g: list[Any], v: list[Any] | None, **adam: Any) -> list[F64]:

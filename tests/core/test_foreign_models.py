@@ -43,7 +43,10 @@ def logits(model, ids):
     return in_torch.Logits(model(ids).logits[:, :-1], loss, ids[:, 1:].numel())
 
 
-@pytest.fixture(scope="module", params=[(llama, True), (llama, False), (gpt2, True), (gpt2, False)], ids=str)
+MODELS = [(llama, True), (llama, False), (gpt2, True), (gpt2, False)]
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=lambda m: f"{m[0].__name__}-{'tied' if m[1] else 'untied'}")
 def model(request):
     build, tied = request.param
     torch.manual_seed(0)

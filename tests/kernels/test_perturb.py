@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from operations import BACKENDS, DTYPES, OPS, adam_of, back, rounded, to
 from test_preconditioned_norm import SHAPES, settings_of, tensors
 
+import fsam_kernels.torch
 from fsam_kernels import spec
+from fsam_kernels.torch import perturb as run_torch
+from fsam_kernels.torch.rounding import Rounding
 
 
 def weights(dtype: str = "float32"):
@@ -92,3 +96,147 @@ def test_arguments_are_left_as_they_are(backend):
     ops.perturb(*lists, to(backend, np.float32(0.5)), clip=0.5, adam=adam_of(backend, settings_of(3, False), len(g)))
     for values, arrays in zip((theta, g, v), lists, strict=True):
         assert all(np.array_equal(a, back(b)) for a, b in zip(values, arrays, strict=True))
+
+
+# --- many tensors, of any kind, in plain PyTorch ----------------------------------------------------------------------
+
+SCALE = torch.tensor(0.1)
+
+
+def problem(shapes=SHAPES, adam: dict | None = None):
+    """(θ, g, v, settings) with settings that are not all the same."""
+    make = torch.Generator().manual_seed(0)
+    theta, g = ([torch.randn(s, generator=make) * x for s in shapes] for x in (1.0, 1e-2))
+    v = [torch.rand(s, generator=make) * 1e-4 for s in shapes]
+    return theta, g, v, [fsam_kernels.torch.Adam(**(adam or settings_of(2, i % 2 == 0))) for i in range(len(shapes))]
+
+
+def want(theta, g, v, adam, scale=0.1, clip: float = 1.0) -> list[np.ndarray]:
+    scales = np.broadcast_to(scale, len(theta))
+    rows = zip(theta, g, v, adam, scales, strict=True)
+    return [spec.perturb([back(t)], [back(x)], [back(m)], s, clip=clip, **a._asdict())[0] for t, x, m, a, s in rows]
+
+
+def assert_close(got, oracle) -> None:
+    for x, o in zip(got, oracle, strict=True):
+        assert (np.abs(back(x) - o) <= 10 * 2**-24 * (np.abs(o) + 1)).all()
+
+
+@pytest.mark.parametrize("shapes", [[(10**6,), (1,), (0,), ()], [(i % 5,) for i in range(3000)], [(2**18 + 1,)]])
+def test_tensors_of_all_sizes(shapes):
+    theta, g, v, adam = problem(shapes)
+    assert_close(run_torch(theta, g, v, SCALE, adam=adam, clip=0.5), want(theta, g, v, adam, clip=0.5))
+
+
+def test_a_scale_for_each_tensor_and_tensors_left_out():
+    theta, g, v, adam = problem()
+    scale, mask = torch.arange(1.0, 6.0) / 10, [True, False, True, True, False]
+    got = run_torch(theta, g, v, scale, adam=adam, mask=mask)
+    assert got[1] is theta[1]
+    assert_close(got, want(theta, g, v, adam, scale.numpy() * mask))
+
+
+def test_written_where_it_is_asked_for_in_the_dtype_of_that():
+    theta, g, v, adam = problem()
+    out = [torch.full_like(x, 7, dtype=torch.bfloat16) for x in theta]
+    mask = [True, True, True, True, False]
+    got = run_torch(theta, g, v, SCALE, adam=adam, out=out, mask=mask)
+    new = run_torch(theta, g, v, SCALE, adam=adam, dtype=torch.bfloat16, mask=mask)
+    wide = run_torch(theta, g, v, SCALE, adam=adam, mask=mask)
+    for x, y, z, w in zip(got, out, new, wide, strict=True):
+        assert x is y
+        assert torch.equal(x, z)
+        assert torch.equal(x, w.to(torch.bfloat16))
+
+
+def test_weights_in_any_layout_keep_it():
+    theta, g, v, adam = problem([(6, 8)] * 4)
+    turned = lambda x: x.view(2, 3, 8).permute(2, 0, 1)
+    theta = [theta[0].T, theta[1][:, ::2], turned(theta[2]), turned(theta[3])]
+    g = [g[0].T, g[1][:, 1::2], turned(g[2]), turned(g[3]).contiguous()]
+    v = [v[0].T.contiguous(), v[1][:, ::2], turned(v[2]), turned(v[3])]
+    got = run_torch(theta, g, v, SCALE, adam=adam)
+    assert_close(got, want(theta, g, v, adam))
+    assert [got[i].stride() for i in (0, 2, 3)] == [theta[i].stride() for i in (0, 2, 3)]
+
+
+@pytest.mark.parametrize("n", [1, 7, 4096, 2**18 + 3])
+def test_random_rounding_is_that_of_the_oracle(n):
+    theta, g = [torch.zeros(3), torch.randn(n) * 3], [torch.zeros(3), torch.zeros(n)]
+    got = run_torch(theta, g, None, SCALE, dtype=torch.bfloat16, rounding=Rounding(True, seed=7, step=3))
+    assert np.array_equal(back(got[1]), spec.rounded_at_random(theta[1].numpy(), seed=7, step=3, tensor=1))
+
+
+def drawn(n: int = 2**17, **draw) -> np.ndarray:
+    return spec.random_bits(n, **{"seed": 1, "step": 1, "tensor": 0, **draw}).astype(np.int64)
+
+
+@pytest.mark.parametrize("draw", [{}, {"seed": -5}, {"step": 10**6}, {"tensor": 2999}, {"stream": "copy"}])
+def test_the_bits_are_spread_evenly(draw):
+    bits, n = drawn(**draw), 2**17
+    counts = np.bincount(bits >> 8, minlength=256)  # χ² of 255 degrees of freedom: 255 ± 23
+    assert abs(((counts - n / 256) ** 2 / (n / 256)).sum() - 255) < 6 * np.sqrt(2 * 255)
+    for i in range(16):
+        assert abs((bits >> i & 1).mean() - 0.5) < 5 * 0.5 / np.sqrt(n)
+
+
+def test_draws_that_differ_in_one_thing_have_nothing_to_do_with_each_other():
+    n, base = 2**17, drawn()
+    others = [
+        drawn(seed=2),
+        drawn(step=2),
+        drawn(tensor=1),
+        drawn(stream="exp_avg"),
+        np.roll(base, 1),
+        np.roll(base, 2),
+    ]
+    for other in others:
+        assert abs(np.corrcoef(base, other)[0, 1]) < 5 / np.sqrt(n)
+        assert abs((base == other).mean() - 2**-16) < 6 * np.sqrt(2**-16 / n)
+    assert np.array_equal(base, drawn())
+
+
+@pytest.mark.parametrize("part", [0.01, 0.3, 0.5, 0.9])
+def test_random_rounding_has_the_right_mean_and_the_right_neighbours(part):
+    n = 2**17
+    theta = [torch.full((n,), -(1 + part * 2**-7))]
+    rounding = Rounding(True, seed=3, step=9)
+    got = run_torch(theta, [torch.zeros(n)], None, SCALE, dtype=torch.bfloat16, rounding=rounding)[0]
+    assert set(got.tolist()) == {-1.0, -(1 + 2**-7)}
+    share = float((got != -1).double().mean())
+    assert abs(share - part) < 5 * np.sqrt(part * (1 - part) / n)
+
+
+def test_random_rounding_keeps_exact_values_infinities_and_nans():
+    x = torch.tensor([0.0, -0.0, 1.5, np.inf, -np.inf, np.nan] * 100)
+    x[5::12] = torch.tensor([0x7F800001], dtype=torch.int32).view(torch.float32)  # a NaN all in the bits cut off
+    zero = [torch.zeros_like(x)]
+    got = run_torch([x], zero, None, torch.tensor(0.0), dtype=torch.bfloat16, rounding=Rounding(True, 1, 1))[0]
+    assert np.array_equal(back(got), back(x), equal_nan=True)
+
+
+def test_what_arrives_of_a_perturbation_in_bfloat16_comes_from_masters_and_not_from_weights_in_place():
+    """ρ = 0.05 over 10^6 weights ~ N(0, 0.02²): the projection of what is written on ε."""
+    make = torch.Generator().manual_seed(0)
+    theta, g = [torch.randn(10**6, generator=make) * 0.02], [torch.randn(10**6, generator=make)]
+    scale = 0.05 / g[0].norm()
+    epsilon = (scale * g[0]).double()
+
+    def arrived(before: torch.Tensor, after: torch.Tensor) -> float:
+        return float((after.double() - before.double()) @ epsilon / (epsilon @ epsilon))
+
+    half = theta[0].to(torch.bfloat16)
+    masters = run_torch(theta, g, None, scale, dtype=torch.bfloat16)[0]
+    random = run_torch(theta, g, None, scale, dtype=torch.bfloat16, rounding=Rounding(True, 1, 1))[0]
+    assert abs(arrived(half, masters) - 1) < 0.02
+    assert abs(arrived(half, random) - 1) < 0.04  # two roundings that are drawn apart
+    in_place = half + (scale * g[0]).to(torch.bfloat16)
+    assert abs(arrived(half, in_place) - 1) > 0.1
+
+
+def test_lists_that_do_not_fit_are_refused():
+    theta, g, v, adam = problem()
+    with pytest.raises(ValueError, match="scale: one for each of the 5 tensors or one for all, got 2"):
+        run_torch(theta, g, v, torch.ones(2), adam=adam)
+    with pytest.raises(ValueError, match="at random is to bfloat16 alone"):
+        run_torch(theta, g, v, SCALE, adam=adam, dtype=torch.float16, rounding=Rounding(True))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operations import BACKENDS, DTYPES, OPS, adam_of, back, rounded, to
 
+import fsam_kernels.torch
 from fsam_kernels import spec
+from fsam_kernels.torch import preconditioned_norm
 
 SHAPES = [(7, 5), (13,), (1,), (), (3, 1, 2)]
 ADAM = {"b2": 0.95, "eps": 1e-8}
@@ -112,3 +115,137 @@ def test_arguments_are_left_as_they_are(backend):
     gs, vs = [to(backend, x, "float32") for x in g], [to(backend, x, "float32") for x in v]
     ops.preconditioned_norm(gs, vs, clip=0.5, adam=adam_of(backend, settings_of(3, True), len(gs)))
     assert all(np.array_equal(a, back(b)) for a, b in zip(g + v, gs + vs, strict=True))
+
+
+# --- many tensors, of any kind, in plain PyTorch ----------------------------------------------------------------------
+
+
+def listed(shapes, seed: int = 0) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    make = torch.Generator().manual_seed(seed)
+    g = [torch.randn(shape, generator=make) * 1e-2 for shape in shapes]
+    return g, [(torch.rand(shape, generator=make) + 0.1) * 1e-4 for shape in shapes]
+
+
+def norms(g, v=None, adam: dict | None = None, **options):
+    adams = None if adam is None else [fsam_kernels.torch.Adam(**adam)] * len(g)
+    return preconditioned_norm(g, v, adam=adams, **options)
+
+
+def oracle(g, v, adam: dict | None = None, **options):
+    return spec.preconditioned_norm([back(x) for x in g], v and [back(x) for x in v], **(adam or {}), **options)
+
+
+# A float32 sum of equal terms rounds the same way again and again: 227 half units were seen over 2^15 of them.
+EQUAL_TERMS = 400 * 2**-24
+
+
+@pytest.mark.parametrize("n", [1, 2, 1000, 2**18, 2**18 + 1, 10**6])
+@pytest.mark.parametrize("adam", [None, settings_of(3, True), settings_of(3, False)])
+def test_one_tensor_of_any_length(n, adam):
+    g, v = listed([(n,)])
+    v = v if adam else None
+    np.testing.assert_allclose(norms(g, v, adam), oracle(g, v, adam), rtol=FEW_ROUNDINGS)
+    g = [torch.full((n,), 0.1)]
+    np.testing.assert_allclose(norms(g), oracle(g, None), rtol=EQUAL_TERMS)
+
+
+def test_three_thousand_tensors_some_empty():
+    g, v = listed([(i % 7,) if i % 3 else () for i in range(3000)])
+    adam = settings_of(3, True)
+    np.testing.assert_allclose(norms(g, v, adam), oracle(g, v, adam), rtol=FEW_ROUNDINGS)
+    each = norms(g, v, adam, per_tensor=True)
+    assert each.d_sumsq.shape == (3000,)
+    np.testing.assert_allclose(each.d_sumsq, oracle(g, v, adam, per_tensor=True)[0], rtol=FEW_ROUNDINGS)
+
+
+@pytest.mark.parametrize("adam", [None, settings_of(3, True), settings_of(3, False)])
+def test_masks_sums_of_each_tensor_and_of_the_gradient(adam):
+    g, v = listed(SHAPES)
+    v, mask = v if adam else None, [True, False, True, True, False]
+    want = oracle(g, v, adam, mask=mask, per_tensor=True, clip=0.5)
+    got = norms(g, v, adam, mask=mask, per_tensor=True, clip=0.5, gradient=True)
+    np.testing.assert_allclose(got[:2], want, rtol=FEW_ROUNDINGS)
+    squares = oracle(g, None, mask=mask, per_tensor=True, clip=0.5)[0]
+    np.testing.assert_allclose(got.g_sumsq, squares, rtol=FEW_ROUNDINGS)
+    assert got.d_sumsq[1] == got.g_dot_d[4] == 0
+    np.testing.assert_allclose(norms(g, v, adam, mask=mask, clip=0.5), np.sum(want, axis=1), rtol=FEW_ROUNDINGS)
+    assert norms(g, v, adam, mask=[False] * 5, gradient=True) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-45, 1e-30, 1e18])
+@pytest.mark.parametrize("current", [True, False])
+def test_zero_denormal_and_huge_gradients(value, current):
+    g, v = [torch.full((100,), value)], [torch.zeros(100) if value < 1 else torch.full((100,), 1e36)]
+    adam = settings_of(3, current)
+    np.testing.assert_allclose(norms(g, v, adam), oracle(g, v, adam), rtol=FEW_ROUNDINGS, atol=1e-37)
+
+
+def test_views_that_are_unaligned_transposed_or_strided():
+    whole_g, whole_v = listed([(40, 50)] * 2)
+    adam = settings_of(3, True)
+    views = [
+        lambda x: x.view(-1)[1:],
+        lambda x: x.T,
+        lambda x: x[:, ::2],
+        lambda x: x.view(4, 10, 50).permute(2, 0, 1),
+        lambda x: x.view(-1)[3:4].view(()),
+    ]
+    g, v = [f(whole_g[0]) for f in views], [f(whole_v[0]) for f in views]
+    np.testing.assert_allclose(norms(g, v, adam), oracle(g, v, adam), rtol=FEW_ROUNDINGS)
+    v = [x.contiguous() for x in v]  # g and v lie differently
+    np.testing.assert_allclose(norms(g, v, adam), oracle(g, v, adam), rtol=FEW_ROUNDINGS)
+
+
+def test_dtypes_may_differ_from_tensor_to_tensor_and_settings_too():
+    g, v = listed([(30,)] * 4)
+    kinds = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+    g = [x.to(kind) for x, kind in zip(g, kinds, strict=True)]
+    v = [x.to(kind) for x, kind in zip(v, kinds[:2] + kinds[:1] + kinds[3:], strict=True)]
+    each = [settings_of(3, True), settings_of(3, False), {**settings_of(1, True), "b2": 0.0}, settings_of(2, True)]
+    got = preconditioned_norm(g, v, adam=[fsam_kernels.torch.Adam(**x) for x in each])
+    want = np.sum([oracle([x], [y], z) for x, y, z in zip(g, v, each, strict=True)], axis=0)
+    np.testing.assert_allclose(got, want, rtol=FEW_ROUNDINGS)
+    assert got.d_sumsq.dtype == torch.float64
+
+
+def test_the_same_tensors_give_the_same_bits():
+    g, v = listed([(2**18 + 5,), (77,)])
+    first, second = (norms(g, v, settings_of(3, True)) for _ in range(2))
+    assert first == second
+
+
+def test_no_temporary_is_as_long_as_a_long_tensor():
+    g, v = listed([(2**21,)])
+    norms(g, v, settings_of(3, True), clip=0.5)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        norms(g, v, settings_of(3, True), clip=0.5)
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert 0 < largest <= 4 * 2**18
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_one_bad_gradient_among_a_million_shows_in_every_sum_it_is_in(bad):
+    g, v = listed([(10,), (10**6,)])
+    g[1][777_777] = bad
+    got = norms(g, v, settings_of(3, True), per_tensor=True, gradient=True)
+    assert not torch.isfinite(torch.stack(got)[:2, 1]).any()
+    assert torch.isfinite(torch.stack(got)[:, 0]).all()
+    assert not np.isfinite(norms(g)).any()
+
+
+def test_a_moment_left_out_would_be_noticed():
+    """The negative control: the previous moment in place of the current one."""
+    g, v = listed(SHAPES)
+    got = norms(g, v, {**settings_of(3, True), "current": False})
+    assert abs(float(got[0]) / oracle(g, v, settings_of(3, True))[0] - 1) > 1e-3
+
+
+def test_lists_that_do_not_fit_are_refused():
+    g, v = listed([(3,), (4,)])
+    adam = fsam_kernels.torch.Adam(**settings_of(3, True))
+    with pytest.raises(ValueError, match="at least one gradient"):
+        preconditioned_norm([])
+    with pytest.raises(ValueError, match="adam: one for each of the 2 tensors is needed, got 1"):
+        preconditioned_norm(g, v, adam=[adam])
+    with pytest.raises(ValueError, match=r"have shapes \(3,\) and \(4,\)"):
+        preconditioned_norm(g, v[::-1], adam=[adam] * 2)

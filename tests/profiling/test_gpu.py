@@ -24,9 +24,9 @@ import torch
 
 from fsam_core import UserError
 from fsam_kernels.options import CROSS_ENTROPY, Loss
-from fsam_kernels.shapes import HEADS, Head
-from fsam_kernels.triton import catalogue, tiles
-from fsam_profiling import gpu, gpu_code, gpu_llvm, gpu_programs
+from fsam_kernels.shapes import HEADS, WEIGHTS, Head
+from fsam_kernels.triton import catalogue, parameters, tiles
+from fsam_profiling import gpu, gpu_code, gpu_llvm, gpu_parameters, gpu_programs
 
 KERNELS = Path(__file__).with_name("gpu_kernels.py")
 N, BLOCK = 10_000, 1024  # as in gpu_kernels.py
@@ -41,6 +41,26 @@ import json, sys
 from fsam_profiling.gpu import Gpu, read
 dtypes = ("bfloat16", "float16", "float32")
 json.dump([row for dtype in dtypes for row in read(Gpu("all", None, dtype))], sys.stdout)
+"""
+
+
+PARAMETERS = """
+import json, sys
+from fsam_kernels.shapes import WEIGHTS
+from fsam_kernels.triton import tables
+from fsam_kernels.triton.parameters import OPERATIONS, launches
+from fsam_profiling import gpu_code
+from fsam_profiling.gpu_parameters import count, read
+few = ("preconditioned_norm", "perturb to bfloat16 at random", "adamw, bfloat16 copy")
+rows = list(read(models=["gpt2"], operations=[each for each in OPERATIONS if each.name in few]))
+launch = launches(OPERATIONS[0], WEIGHTS["gpt2"])[0]
+launch.tables["table_ptr"][:, tables.ALIGNED] = 0
+json.dump([rows, count(launch, gpu_code.read(launch, "sm_90").llvm, 32).load_width], sys.stdout)
+"""
+ALL_PARAMETERS = """
+import json, sys
+from fsam_profiling.gpu_parameters import read
+json.dump(list(read()), sys.stdout)
 """
 
 
@@ -83,6 +103,49 @@ def test_every_kernel_compiles_for_every_target_shape_and_dtype():
     rows = compiled("-c", ALL)
     assert_sound(rows)
     assert len({(row["arch"], row["dtype"]) for row in rows}) == 3 * len(gpu_code.CARDS)
+
+
+def assert_parameters_sound(rows: list[dict[str, Any]]) -> None:
+    """0 spills, 16 bytes a thread wherever tensors move, at most 1.05x the least bytes, two launches at most."""
+    for row in rows:
+        where = (row["arch"], row["operation"], row["model"])
+        assert 1 <= row["ratio"] <= 1.05, where
+        assert row["bytes_per_parameter"] == pytest.approx(row["ratio"] * row["least_bytes"] / row["parameters"])
+        assert row["launches"] <= 2, where
+        for kernel in row["kernels"]:
+            assert kernel["spills"] == 0, where
+            assert kernel["occupancy"] >= 0.2, where
+        first = row["kernels"][0]
+        assert first["load_bytes"] >= 16, where
+        assert first["store_bytes"] >= 16 or row["operation"].startswith("preconditioned_norm"), where
+
+
+def test_the_parameter_kernels_move_little_more_than_they_must_on_every_target():
+    rows, of_unaligned = compiled("-c", PARAMETERS)
+    assert_parameters_sound(rows)
+    assert of_unaligned == 4  # the negative control: the same code, told that nothing is aligned
+    assert {row["arch"] for row in rows} == set(gpu_code.CARDS)
+    assert {(row["tensors"], row["parameters"]) for row in rows} == {(148, 124_439_808)}
+    assert {k["kernel"] for row in rows for k in row["kernels"]} == set(parameters.KERNELS)
+
+
+@pytest.mark.slow
+def test_every_parameter_kernel_on_every_target_and_model():
+    rows = compiled("-c", ALL_PARAMETERS)
+    assert_parameters_sound(rows)
+    assert len(rows) == len(gpu_code.CARDS) * len(parameters.OPERATIONS) * len(WEIGHTS)
+
+
+def test_chunks_are_counted_by_what_is_left_of_their_tensor():
+    operation = parameters.OPERATIONS[0]
+    chunk, partials = parameters.launches(operation, [(5000,), (2048,), (3,), (904,), ()])
+    assert gpu_parameters._kinds(chunk) == {1: (6, 1), 3: (4, 1), 904: (2, 2), 2048: (0, 3)}
+    assert gpu_parameters._kinds(partials) == {0: (0, 1), -1: (1, 1)}
+
+
+def test_the_parameter_kernels_are_not_compiled_under_the_interpreter():
+    with pytest.raises(UserError, match="TRITON_INTERPRET is set"):
+        next(gpu_parameters.read())
 
 
 def test_figures_of_kernels_that_are_known():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -72,6 +72,7 @@ class Launch:
         loss: its options.
         least_bytes: as of the kernel.
         bulk: as of the kernel.
+        tables: of integers that programs read to find their data: argument -> what is in it.
     """
 
     kernel: str
@@ -89,6 +90,7 @@ class Launch:
     loss: Loss
     least_bytes: int
     bulk: tuple[str, ...]
+    tables: dict[str, Any] = field(default_factory=dict)
 
     @property
     def specialisation(self) -> tuple[Any, ...]:
@@ -159,30 +161,42 @@ def launches(stage: Stage, head: Head, dtype: torch.dtype, loss: Loss = CROSS_EN
     """The launches of one call of `stage` on one chunk of `head`, in order."""
     u_CxV, labels_C = chunk(head, dtype, "meta")
     call = stage.call(u_CxV, labels_C, loss)
-    found: list[Launch] = []
-    with _recording(found, (*u_CxV.shape, u_CxV.dtype.itemsize, loss)):
+    C, V = u_CxV.shape
+
+    def described(name: str) -> dict[str, Any]:
+        kernel = KERNELS[name]
+        least = kernel.least_bytes(C, V, u_CxV.dtype.itemsize, loss)
+        return {"rows": C, "columns": V, "loss": loss, "least_bytes": least, "bulk": kernel.bulk}
+
+    with recording({name: kernel.module for name, kernel in KERNELS.items()}, described) as found:
         call()
     return found
 
 
 @contextmanager
-def _recording(found: list[Launch], least: tuple[int, int, int, Loss]) -> Iterator[None]:
-    """Kernels append to `found` instead of running."""
-    own = {name: getattr(kernel.module, name) for name, kernel in KERNELS.items()}
+def recording(kernels: dict[str, Any], described: Callable[[str], dict[str, Any]]) -> Iterator[list[Launch]]:
+    """The launches that are made meanwhile, of the kernels named, which append to them instead of running.
+
+    Args:
+        kernels: name -> the module in which it is found.
+        described: name -> the launch's `rows`, `columns`, `loss`, `least_bytes` and `bulk`.
+    """
+    found: list[Launch] = []
+    own = {name: getattr(module, name) for name, module in kernels.items()}
     try:
-        for name, kernel in KERNELS.items():
-            setattr(kernel.module, name, _Recorder(name, own[name], found, least))
-        yield
+        for name, module in kernels.items():
+            setattr(module, name, _Recorder(name, own[name], found, described))
+        yield found
     finally:
-        for name, kernel in KERNELS.items():
-            setattr(kernel.module, name, own[name])
+        for name, module in kernels.items():
+            setattr(module, name, own[name])
 
 
 class _Recorder:
     """Stands in for a jit function: `recorder[grid](*args, **kwargs)` records the launch."""
 
-    def __init__(self, name: str, fn: Any, found: list[Launch], least: tuple[int, int, int, Loss]) -> None:
-        self.name, self.fn, self.found, self.least = name, fn, found, least
+    def __init__(self, name: str, fn: Any, found: list[Launch], described: Callable[[str], dict[str, Any]]) -> None:
+        self.name, self.fn, self.found, self.described = name, fn, found, described
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return lambda *args, **kwargs: self.found.append(_launch(self, grid, args, kwargs))
@@ -207,7 +221,8 @@ def _launch(kernel: _Recorder, grid: tuple[int, ...], args: tuple[Any, ...], kwa
         size = x.storage_offset() * x.dtype.itemsize if isinstance(x, Tensor) else x
         if special and not isinstance(x, float) and size % 16 == 0:
             aligned.append(name)
-    C, V, b, loss = kernel.least
+    described = kernel.described(kernel.name)
+    described["bulk"] = tuple(name for name in described["bulk"] if name in tensors)
     return Launch(
         kernel=kernel.name,
         fn=kernel.fn,
@@ -219,11 +234,7 @@ def _launch(kernel: _Recorder, grid: tuple[int, ...], args: tuple[Any, ...], kwa
         num_warps=options.pop("num_warps"),
         options=options,
         grid=grid[0],
-        rows=C,
-        columns=V,
-        loss=loss,
-        least_bytes=KERNELS[kernel.name].least_bytes(C, V, b, loss),
-        bulk=tuple(name for name in KERNELS[kernel.name].bulk if name in tensors),
+        **described,
     )
 
 
