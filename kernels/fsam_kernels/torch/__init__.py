@@ -1,16 +1,22 @@
 """Plain PyTorch: runs on any device, and is the specification one reads beside `fsam_kernels.spec`."""
 
+from fsam_kernels.torch.adamw import AdamW, Update, adamw
 from fsam_kernels.torch.cross_entropy import cross_entropy
 from fsam_kernels.torch.direction import Adam
 from fsam_kernels.torch.linear_cross_entropy import Cotangent, HeadGradients, linear_cross_entropy
 from fsam_kernels.torch.logit_vjp import logit_vjp
 from fsam_kernels.torch.perturb import perturb
 from fsam_kernels.torch.preconditioned_norm import preconditioned_norm
+from fsam_kernels.torch.rounding import Rounding
 
 __all__ = [
     "Adam",
+    "AdamW",
     "Cotangent",
     "HeadGradients",
+    "Rounding",
+    "Update",
+    "adamw",
     "cross_entropy",
     "linear_cross_entropy",
     "logit_vjp",

@@ -82,9 +82,9 @@ def flat(arrays: Sequence[Tensor | None], written: int = 0) -> list[Tensor | Non
         ValueError: for different shapes, or where one of the last `written` would have to be copied.
     """
     given = [x for x in arrays if x is not None]
-    for x in given[1:]:
-        if x.shape != given[0].shape:
-            raise ValueError(f"tensors: one weight's have shapes {tuple(given[0].shape)} and {tuple(x.shape)}")
+    for other in given[1:]:
+        if other.shape != given[0].shape:
+            raise ValueError(f"tensors: one weight's have shapes {tuple(given[0].shape)} and {tuple(other.shape)}")
     if all(x.is_contiguous() for x in given):
         return [None if x is None else x.view(-1) for x in arrays]
     model = given[-1] if _dense(given[-1]) else torch.empty(given[-1].shape, device="meta")

@@ -1,5 +1,6 @@
 """Plain JAX: runs on any device, and is the specification one reads beside `fsam_kernels.spec`."""
 
+from fsam_kernels.xla.adamw import Updated, adamw
 from fsam_kernels.xla.cross_entropy import cross_entropy
 from fsam_kernels.xla.direction import Adam
 from fsam_kernels.xla.linear_cross_entropy import Cotangent, HeadGradients, linear_cross_entropy
@@ -11,6 +12,8 @@ __all__ = [
     "Adam",
     "Cotangent",
     "HeadGradients",
+    "Updated",
+    "adamw",
     "cross_entropy",
     "linear_cross_entropy",
     "logit_vjp",

@@ -1,0 +1,128 @@
+"""What the compiled kernels of the parameter operations are made of and move, over all tensors of a model.
+
+The compilers and figures are those of `fsam_profiling.gpu`. Programs find their data through tables, whose contents the
+reader is given, so the bytes counted are those of the tables and of every chunk, ragged ones included: programs that
+have as many elements left do the same at other addresses, and one of each kind is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import triton
+
+from fsam_core.errors import UserError
+from fsam_kernels.shapes import WEIGHTS
+from fsam_kernels.triton import parameters, tables
+from fsam_kernels.triton.catalogue import Launch
+from fsam_kernels.triton.parameters import Operation
+from fsam_profiling import gpu_code, gpu_llvm, gpu_programs, gpu_traffic
+from fsam_profiling.gpu_code import CARDS, Code
+from fsam_profiling.gpu_programs import REGION, Access
+
+assert REGION == parameters.REGION
+
+
+def read(
+    archs: Iterable[str] = CARDS,
+    models: Iterable[str] = WEIGHTS,
+    operations: Iterable[Operation] = parameters.OPERATIONS,
+) -> Iterator[dict[str, Any]]:
+    """One object for each architecture, operation and model.
+
+    arch, card, triton, operation, model, tensors, parameters; launches; bytes, least_bytes, ratio;
+    bytes_per_parameter; floor_us; kernels: kernel, grid, warps, registers, spills, occupancy, load_bytes and
+    store_bytes (a thread's narrowest, over the tensors' arrays, on the path of full chunks), bytes.
+
+    Raises:
+        UserError: under TRITON_INTERPRET, and for a compiler whose output cannot be read.
+    """
+    if triton.knobs.runtime.interpret:
+        raise UserError("TRITON_INTERPRET is set, under which Triton compiles nothing: unset it to profile kernels")
+    compiled: dict[Any, Code] = {}
+    models, operations = list(models), list(operations)
+    for arch in archs:
+        for operation in operations:
+            for model in models:
+                launches = parameters.launches(operation, WEIGHTS[model], lanes=CARDS[arch].warp)
+                kernels = [_kernel(arch, launch, compiled) for launch in launches]
+                elements = launches[0].columns
+                least, moved = elements * operation.least_bytes, sum(kernel["bytes"] for kernel in kernels)
+                yield {
+                    "arch": arch,
+                    "card": CARDS[arch].name,
+                    "triton": triton.__version__,
+                    "operation": operation.name,
+                    "model": model,
+                    "tensors": len(WEIGHTS[model]),
+                    "parameters": elements,
+                    "launches": len(launches),
+                    "bytes": moved,
+                    "least_bytes": least,
+                    "ratio": moved / least,
+                    "bytes_per_parameter": moved / elements,
+                    "floor_us": 1e6 * least / CARDS[arch].bandwidth,
+                    "kernels": kernels,
+                }
+
+
+def _kernel(arch: str, launch: Launch, compiled: dict[Any, Code]) -> dict[str, Any]:
+    key = (arch, launch.specialisation)
+    if key not in compiled:
+        compiled[key] = gpu_code.read(launch, arch)
+    code = compiled[key]
+    moved, load, store = count(launch, code.llvm, CARDS[arch].warp)
+    return {
+        "kernel": launch.kernel,
+        "grid": launch.grid,
+        "warps": launch.num_warps,
+        "registers": code.registers,
+        "spills": code.spills,
+        "occupancy": code.occupancy,
+        "load_bytes": load,
+        "store_bytes": store,
+        "bytes": moved,
+    }
+
+
+def count(launch: Launch, llvm: str, wavefront: int) -> gpu_traffic.Traffic:
+    """Bytes of the launch, and the widths of the tensors' arrays on the path of full chunks; 0 where there are none.
+
+    Raises:
+        Unreadable: from `gpu_programs`.
+    """
+    kernel = gpu_llvm.parse(llvm)
+    names = [name for name in launch.fn.arg_names if name not in launch.constants]
+    pointers = {name for name in names if launch.signature[name].startswith("*")}
+    arguments = [(i + 1) * REGION if name in pointers else launch.integers.get(name) for i, name in enumerate(names)]
+    flat = {names.index(name): np.ascontiguousarray(x).ravel() for name, x in launch.tables.items()}
+
+    def contents(argument: int, offsets: Any) -> Any:
+        table = flat.get(argument)
+        return None if table is None else table[offsets // table.itemsize % len(table)]
+
+    def program(number: int) -> list[Access]:
+        return gpu_programs.run(kernel, arguments, number, launch.num_warps * wavefront, wavefront, contents)
+
+    total, widths = 0, (0, 0)
+    for left, (number, repeats) in _kinds(launch).items():
+        accesses = program(number)
+        total += repeats * gpu_traffic._bytes(accesses)
+        if left == tables.BLOCK:
+            arrays = {a.argument for a in accesses if len(names) <= a.argument < len(names) + tables.SCALE}
+            load, store = (gpu_traffic._width([accesses], arrays, store=store) for store in (False, True))
+            widths = (load, store)
+    return gpu_traffic.Traffic(total, *widths)
+
+
+def _kinds(launch: Launch) -> dict[int, tuple[int, int]]:
+    """Elements left, at most BLOCK -> (a program that has so many, how many do); each by itself where not by chunks."""
+    if "chunks_ptr" not in launch.tables:
+        return {-number: (number, 1) for number in range(launch.grid)}
+    first = launch.integers["first"]
+    chunks = launch.tables["chunks_ptr"][first : first + launch.grid].astype(np.int64)
+    left = launch.tables["table_ptr"][chunks[:, 0], tables.LENGTH] - chunks[:, 1] * tables.BLOCK
+    kinds, at, repeats = np.unique(np.minimum(left, tables.BLOCK), return_index=True, return_counts=True)
+    return {int(k): (int(i), int(n)) for k, i, n in zip(kinds, at, repeats, strict=True)}
