@@ -1,4 +1,4 @@
-"""Triton on NVIDIA and AMD GPUs: the head's work between the matrix products, and the parameters' in one launch each."""
+"""Triton on NVIDIA and AMD GPUs: the head's work between the matrix products, the parameters' in a launch or two."""
 
 from fsam_kernels.torch import Adam, Cotangent, HeadGradients, Rounding, Update
 from fsam_kernels.triton.adamw import AdamW, adamw

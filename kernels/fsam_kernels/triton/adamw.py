@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fsam_kernels.torch import adamw as of_torch
 from fsam_kernels.torch import rounding as rounds
+from fsam_kernels.torch.adamw import AdamW as OfTorch
 from fsam_kernels.torch.adamw import Update
 from fsam_kernels.torch.rounding import Rounding
 from fsam_kernels.triton import tables
@@ -106,7 +106,7 @@ def _settings(plan: tables.Plan, settings: Sequence[Update]) -> list:
     return [lr * decay, b1, 1 - b1, b2, 1 - b2, lr / (1 - b1**step), (1 - b2**step) ** 0.5, eps]
 
 
-class AdamW(of_torch.AdamW):
+class AdamW(OfTorch):
     """`fsam_kernels.torch.AdamW` by this module's `adamw`."""
 
     update = staticmethod(adamw)
