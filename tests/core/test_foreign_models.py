@@ -67,8 +67,11 @@ def gradient(model, features, method, **options):
     return float(loss), {k: p.grad.numpy().copy() for k, p in model.named_parameters()}
 
 
+NAMES = ["adamw", "sam", "precond-functional", "logit"]
+
+
 @pytest.mark.parametrize("cotangent", ["keep", "recompute"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", NAMES)
 def test_torch_gradient_is_that_of_the_models_own_head(model, name, cotangent):
     memory = Memory(cotangent, chunk_bytes=5 * V * 8)
     loss, got = gradient(model, linear_head, METHODS[name], memory=memory)
@@ -119,7 +122,7 @@ class Attending(flax.linen.Module):
         return self.embed.attend(self.hidden(ids))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", NAMES)
 def test_flax_gradient_is_that_of_embed_attend(name):
     with jax.enable_x64(True):
         model = Attending()

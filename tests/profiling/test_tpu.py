@@ -49,6 +49,7 @@ def test_the_figures_in_the_documents_come_out_again():
     assert bare.unknown == ()
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_the_body_of_a_loop_counts_as_often_as_the_loop_turns():
     x, y = ((64, 2048, 2048), "bfloat16"), ((2048, 2048), "bfloat16")
@@ -96,6 +97,7 @@ def test_a_pallas_product_takes_no_less_than_its_matrix_units_do(chip):
     assert kernel.schedule.use["MXU"] == pytest.approx(kernel.schedule.mxu_cycles / kernel.schedule.cycles)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_branch_counts_in_the_steps_it_runs_in_and_a_loop_by_its_turns():
     def cycles(**options):
@@ -200,6 +202,7 @@ def test_a_module_without_estimates_is_refused():
         tpu_hlo.read(text.replace("is_scheduled=true", ""))
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
     path = tmp_path / "tpu.json"
