@@ -40,10 +40,10 @@ from rich.table import Table
 
 from fsam_core.errors import UserError
 from fsam_kernels.options import Loss
-from fsam_kernels.shapes import HEADS, Head
+from fsam_kernels.shapes import HEADS, WEIGHTS, Head
 from fsam_kernels.triton import catalogue
 from fsam_kernels.triton.catalogue import Launch, Stage
-from fsam_profiling import gpu_code, gpu_traffic
+from fsam_profiling import gpu_code, gpu_parameters, gpu_traffic
 from fsam_profiling.gpu_code import CARDS, Code
 
 
@@ -53,8 +53,10 @@ class Gpu:
 
     arch: str = "sm_90"
     """sm_80, sm_90, sm_100, sm_120, gfx942, or all of them: all"""
+    what: Literal["head", "parameters"] = "head"
+    """the head's kernels, or those of the parameter operations over all tensors of a model"""
     shape: str | None = None
-    """one of the heads in `fsam_kernels.shapes`; all without it"""
+    """one of the heads (or models) in `fsam_kernels.shapes`; all without it"""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """of the logits"""
     json: Path | None = None
@@ -68,9 +70,10 @@ def run(options: Gpu) -> int:
         UserError: for an architecture or shape that is not known, under TRITON_INTERPRET, and for a compiler whose
             output cannot be read.
     """
-    found = list(read(options))
+    found = list(read(options) if options.what == "head" else _parameters(options))
+    show = table if options.what == "head" else gpu_parameters.table
     for arch in dict.fromkeys(row["arch"] for row in found):
-        Console(width=140).print(table([row for row in found if row["arch"] == arch]))
+        Console(width=140).print(show([row for row in found if row["arch"] == arch]))
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json_module.dumps(found, indent=1) + "\n")
@@ -79,9 +82,7 @@ def run(options: Gpu) -> int:
 
 def read(options: Gpu) -> Iterator[dict[str, Any]]:
     """The objects of the file, in order."""
-    archs = list(CARDS) if options.arch == "all" else [options.arch]
-    if archs[0] not in CARDS:
-        raise UserError(f"arch: {options.arch!r} is not known: use all, {', '.join(CARDS)}")
+    archs = _archs(options)
     if options.shape is not None and options.shape not in HEADS:
         raise UserError(f"shape: {options.shape!r} is not known: use {', '.join(HEADS)}")
     if triton.knobs.runtime.interpret:
@@ -107,6 +108,18 @@ def read(options: Gpu) -> Iterator[dict[str, Any]]:
                         "cold_us": cold,
                         "warm_us": warm,
                     }
+
+
+def _archs(options: Gpu) -> list[str]:
+    if options.arch not in ("all", *CARDS):
+        raise UserError(f"arch: {options.arch!r} is not known: use all, {', '.join(CARDS)}")
+    return list(CARDS) if options.arch == "all" else [options.arch]
+
+
+def _parameters(options: Gpu) -> Iterator[dict[str, Any]]:
+    if options.shape is not None and options.shape not in WEIGHTS:
+        raise UserError(f"shape: {options.shape!r} is not known: use {', '.join(WEIGHTS)}")
+    return gpu_parameters.read(_archs(options), WEIGHTS if options.shape is None else [options.shape])
 
 
 def _groups(

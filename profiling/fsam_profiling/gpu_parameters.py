@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import triton
+from rich import box
+from rich.table import Table
 
 from fsam_core.errors import UserError
 from fsam_kernels.shapes import WEIGHTS
@@ -66,6 +68,26 @@ def read(
                     "floor_us": 1e6 * least / CARDS[arch].bandwidth,
                     "kernels": kernels,
                 }
+
+
+def table(found: list[dict[str, Any]]) -> Table:
+    """One line an operation and model of one architecture."""
+    first = found[0]
+    arch = f"{first['arch']} ({first['card']}), Triton {first['triton']}"
+    title = f"{arch}. A floor is least bytes / bandwidth, not a timing."
+    result = Table(title=title, box=box.SIMPLE, pad_edge=False)
+    for name in ("operation", "model"):
+        result.add_column(name, no_wrap=True)
+    for name in ("parameters", "launches", "bytes each", "bytes/least", "regs", "spills", "load/store", "floor us"):
+        result.add_column(name, justify="right")
+    for row in found:
+        kernels = row["kernels"]
+        worst = [max(kernel[x] for kernel in kernels) for x in ("registers", "spills")]
+        width = "/".join(str(kernels[0][x] or "–") for x in ("load_bytes", "store_bytes"))
+        figures = [f"{row['bytes_per_parameter']:.2f}", f"{row['ratio']:.3f}", *map(str, worst), width]
+        counts = [f"{row['parameters'] / 1e6:,.1f} M", str(row["launches"])]
+        result.add_row(row["operation"], row["model"], *counts, *figures, f"{row['floor_us']:,.1f}")
+    return result
 
 
 def _kernel(arch: str, launch: Launch, compiled: dict[Any, Code]) -> dict[str, Any]:

@@ -65,6 +65,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
     chunks = [(backend, rows) for backend in options.backends for rows in options.rows]
     for backend, rows in chunks:
         found.append(figures("first pass", "first_pass", three, backend, rows)[1])
+        found.append(figures("first pass, w̄ in float32", "first_pass", three, backend, rows, wide_wbar=True)[1])
     found.append(second)
     for backend, rows in chunks:
         found.append(figures("second pass, kept", "second_pass", two, backend, rows)[1])

@@ -59,7 +59,15 @@ def row_figures(
 
 
 def first_pass(
-    N: int, D: int, V: int, dtype: str = "bfloat16", *, backend: str, rows: int, keep: bool = False
+    N: int,
+    D: int,
+    V: int,
+    dtype: str = "bfloat16",
+    *,
+    backend: str,
+    rows: int,
+    keep: bool = False,
+    wide_wbar: bool = False,
 ) -> Program:
     """Loss, both gradients and the cotangent of `linear_cross_entropy`, in chunks of `rows` rows."""
     stages = importlib.import_module(f"fsam_kernels.{backend}.rows")
@@ -73,6 +81,7 @@ def first_pass(
             weights_N,
             gradient=True,
             keep=keep,
+            wide_wbar=wide_wbar,
             chunk_bytes=_chunk_bytes(backend, rows, V, dtype),
             stages=stages,
         )

@@ -329,6 +329,27 @@ def test_float64_input_is_computed_in_float64(backend):
         np.testing.assert_allclose(x, o, rtol=1e-11, atol=1e-14)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_wide_gradients_of_the_weight_are_not_rounded(backend):
+    p = problem("bfloat16", bias=True)
+    give = lambda x: to(backend, x, "bfloat16")
+    args, options = (
+        (give(p.h), give(p.w), to(backend, p.y), to(backend, p.weights, "float32")),
+        {"bias_V": give(p.bias)},
+    )
+    *_, z, wide = OPS[backend].linear_cross_entropy(*args, **options, gradient=True, wide_wbar=True)
+    again = OPS[backend].logit_vjp(z, *args[:2], **options, wide_wbar=True)
+    rounded_ = OPS[backend].linear_cross_entropy(*args, **options, gradient=True)[3]
+    for x, y in (
+        (wide.wbar_VxD, rounded_.wbar_VxD),
+        (wide.bbar_V, rounded_.bbar_V),
+        (again.wbar_VxD, rounded_.wbar_VxD),
+    ):
+        assert str(x.dtype).removeprefix("torch.") == "float32"
+        assert np.array_equal(rounded("bfloat16", back(x))[0], back(y))
+        assert not np.array_equal(back(x), back(y))
+
+
 @pytest.mark.parametrize("stored", ["VD", "DV"])
 def test_torch_gradient_of_a_transposed_weight_has_its_strides(stored):
     p = problem()

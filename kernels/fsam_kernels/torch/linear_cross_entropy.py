@@ -83,6 +83,7 @@ def linear_cross_entropy(
     loss: Loss = CROSS_ENTROPY,
     gradient: bool = False,
     keep: bool = False,
+    wide_wbar: bool = False,
     chunk_bytes: int | None = None,
     stages: ModuleType = plain,
 ) -> tuple[Tensor, Tensor, Cotangent, HeadGradients | None]:
@@ -100,6 +101,7 @@ def linear_cross_entropy(
         bias_V: added to the logits, or None.
         loss: label smoothing, z-loss, soft-cap.
         keep: hold P for a second pull-back: N·V values in the dtype of h, and one matrix product less there.
+        wide_wbar: return w̄ and b̄ as they were summed, in float32, and not in the dtypes of w and b.
         chunk_bytes: rows are taken in chunks whose working tensors fill at most this much (one row at the least), so
             that no N×V tensor is ever whole; None for the device's default. It changes nothing beyond rounding.
         stages: what is done to the logits between the matrix products, a module like `fsam_kernels.torch.rows`.
@@ -116,7 +118,7 @@ def linear_cross_entropy(
     weights_N = torch.where(labels_N >= 0, weights_N, 0).to(wide(h_NxD))
     figures = Rows(*(h_NxD.new_empty(len(h_NxD), dtype=wide(h_NxD)) for _ in Rows._fields))
     kept_NxV = stages.empty_chunk(len(h_NxD), len(w_VxD), h_NxD) if keep else None
-    total = Sums(h_NxD, w_VxD, bias_V, weights_N) if gradient else None
+    total = Sums(h_NxD, w_VxD, bias_V, weights_N, wide_wbar) if gradient else None
     base = product(w_VxD, bias_V, h_NxD.dtype, stages)
 
     def one(rows: slice) -> None:  # a function, so that a chunk's tensors are gone before the next one's are made
@@ -173,7 +175,8 @@ class Sums:
     probability is below what half floats hold.
     """
 
-    def __init__(self, h_NxD: Tensor, w_VxD: Tensor, bias_V: Tensor | None, weights_N: Tensor) -> None:
+    def __init__(self, h_NxD: Tensor, w_VxD: Tensor, bias_V: Tensor | None, weights_N: Tensor, wide_wbar: bool) -> None:
+        self.wide_wbar = wide_wbar
         self.h_NxD, self.w_VxD, self.bias_V, self.weights_N = h_NxD, w_VxD, bias_V, weights_N
         largest = weights_N.abs().max() if len(weights_N) else weights_N.new_ones(())
         self.unit = torch.where(largest > 0, largest, 1)
@@ -201,7 +204,6 @@ class Sums:
             self.bbar_V += p_CxV.T @ relative_C
 
     def result(self) -> HeadGradients:
-        wbar_VxD = self.wbar_VxD.mul_(self.unit).to(self.w_VxD.dtype)
-        if self.bias_V is None or self.bbar_V is None:
-            return HeadGradients(self.hbar_NxD, wbar_VxD, None)
-        return HeadGradients(self.hbar_NxD, wbar_VxD, self.bbar_V.mul_(self.unit).to(self.bias_V.dtype))
+        scaled = lambda x, like: x.mul_(self.unit).to(x.dtype if self.wide_wbar else like.dtype)
+        bbar_V = None if self.bbar_V is None else scaled(self.bbar_V, self.bias_V)
+        return HeadGradients(self.hbar_NxD, scaled(self.wbar_VxD, self.w_VxD), bbar_V)

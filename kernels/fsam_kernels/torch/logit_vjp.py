@@ -17,6 +17,7 @@ def logit_vjp(
     w_VxD: Tensor,
     *,
     bias_V: Tensor | None = None,
+    wide_wbar: bool = False,
     chunk_bytes: int | None = None,
     stages: ModuleType = plain,
 ) -> HeadGradients:
@@ -26,13 +27,14 @@ def logit_vjp(
     derivative is taken at this head. One that was not is recomputed from its own head, chunk by chunk.
 
     Args:
+        wide_wbar: return w̄ and b̄ as they were summed, in float32, and not in the dtypes of w and b.
         h_NxD, w_VxD, bias_V: the head to pull back through, of the shapes the cotangent was made from; `bias_V` if and
             only if that had one.
     """
     base, soft_cap = cotangent, cotangent.loss.soft_cap
     h_NxD, w_VxD = h_NxD.detach(), w_VxD.detach()
     bias_V = None if bias_V is None else bias_V.detach()
-    total = Sums(h_NxD, w_VxD, bias_V, base.weights_N)
+    total = Sums(h_NxD, w_VxD, bias_V, base.weights_N, wide_wbar)
     if base.kept_NxV is not None and soft_cap is None:
         total.add(base.kept_NxV, slice(None))
         return total.result()

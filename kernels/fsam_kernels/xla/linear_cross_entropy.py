@@ -67,6 +67,7 @@ def linear_cross_entropy(
     loss: Loss = CROSS_ENTROPY,
     gradient: bool = False,
     keep: bool = False,
+    wide_wbar: bool = False,
     chunk_bytes: int | None = None,
     row_axes: tuple[str, ...] = (),
     stages: ModuleType = plain,
@@ -85,6 +86,7 @@ def linear_cross_entropy(
         bias_V: added to the logits, or None.
         loss: label smoothing, z-loss, soft-cap.
         keep: hold P for a second pull-back: N·V values in the dtype of h, and one matrix product less there.
+        wide_wbar: return w̄ and b̄ as they were summed, in float32, and not in the dtypes of w and b.
         chunk_bytes: rows are taken in chunks whose logits fill about this much, so that no N×V array is ever whole;
             None for the platform's default. Their number changes nothing beyond rounding.
         row_axes: axes of the mesh in use (`jax.set_mesh`) that N is sharded over; chunks are then counted for each
@@ -103,7 +105,7 @@ def linear_cross_entropy(
     forward = chunks.on_each_device(stages.forward, row_axes) if stages is not plain else stages.forward
     dtype = wide(h_NxD)
     weights_N = jnp.where(labels_N >= 0, weights_N, 0).astype(dtype)
-    sums = Sums(h_NxD, w_VxD, bias_V, weights_N)
+    sums = Sums(h_NxD, w_VxD, bias_V, weights_N, wide_wbar)
 
     def one(total: Any, chunk: Any) -> Any:
         h_CxD, labels_C, weights_C = chunk
@@ -134,7 +136,10 @@ class Sums:
     probability is below what half floats hold.
     """
 
-    def __init__(self, h_NxD: jax.Array, w_VxD: jax.Array, bias_V: jax.Array | None, weights_N: jax.Array) -> None:
+    def __init__(
+        self, h_NxD: jax.Array, w_VxD: jax.Array, bias_V: jax.Array | None, weights_N: jax.Array, wide_wbar: bool
+    ) -> None:
+        self.wide_wbar = wide_wbar
         self.h_dtype, self.w_VxD, self.bias_V, self.dtype = h_NxD.dtype, w_VxD, bias_V, wide(h_NxD)
         largest = jnp.max(jnp.abs(weights_N), initial=0)
         self.unit = jnp.where(largest > 0, largest, 1)
@@ -163,7 +168,6 @@ class Sums:
 
     def result(self, total: Any, hbar_NxD: jax.Array) -> HeadGradients:
         wbar_VxD, bbar_V = total
-        wbar_VxD = (wbar_VxD * self.unit).astype(self.w_VxD.dtype)
-        if self.bias_V is None or bbar_V is None:
-            return HeadGradients(hbar_NxD, wbar_VxD, None)
-        return HeadGradients(hbar_NxD, wbar_VxD, (bbar_V * self.unit).astype(self.bias_V.dtype))
+        scaled = lambda x, like: (x * self.unit).astype(x.dtype if self.wide_wbar else like.dtype)
+        bbar_V = None if bbar_V is None else scaled(bbar_V, self.bias_V)
+        return HeadGradients(hbar_NxD, scaled(wbar_VxD, self.w_VxD), bbar_V)

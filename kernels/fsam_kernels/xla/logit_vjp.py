@@ -19,6 +19,7 @@ def logit_vjp(
     w_VxD: jax.Array,
     *,
     bias_V: jax.Array | None = None,
+    wide_wbar: bool = False,
     chunk_bytes: int | None = None,
     row_axes: tuple[str, ...] = (),
     stages: ModuleType = plain,
@@ -31,7 +32,7 @@ def logit_vjp(
     Args:
         h_NxD, w_VxD, bias_V: the head to pull back through, of the shapes the cotangent was made from; `bias_V` if and
             only if that had one.
-        chunk_bytes, row_axes, stages: as in `linear_cross_entropy`, and the same as there.
+        wide_wbar, chunk_bytes, row_axes, stages: as in `linear_cross_entropy`, and the same as there.
     """
     base, N, V = cotangent, len(h_NxD), len(w_VxD)
     if base.kept is None:
@@ -39,7 +40,7 @@ def logit_vjp(
     else:
         m = len(jax.tree.leaves(base.kept)[0])
     strided = base.kept is None or stages is plain or bool(row_axes)  # as it was kept
-    sums = Sums(h_NxD, w_VxD, bias_V, base.weights_N)
+    sums = Sums(h_NxD, w_VxD, bias_V, base.weights_N, wide_wbar)
 
     def one(total: Any, chunk: Any) -> Any:
         h_CxD, weights_C, labels_C, rows, base_CxD, kept = chunk
