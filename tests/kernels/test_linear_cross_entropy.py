@@ -93,8 +93,17 @@ def test_error_is_within_that_of_plain_code(backend, dtype, scale, keep):
     assert_all_as_good(backend, dtype, problem(dtype, scale), keep=keep, chunk_bytes=SIXTEEN_ROWS)
 
 
+# A quick run takes two of the six; the rest are slow.
+QUICK = [("float32", False), ("bfloat16", True)]
+COMBINATIONS = [
+    pytest.param(dtype, keep, marks=[] if (dtype, keep) in QUICK else pytest.mark.slow)
+    for dtype in DTYPES
+    for keep in (False, True)
+]
+
+
 @pytest.mark.parametrize("names", PAIRS, ids=" ".join)
-@pytest.mark.parametrize(("dtype", "keep"), [("float32", False), ("bfloat16", True)], ids=str)
+@pytest.mark.parametrize(("dtype", "keep"), COMBINATIONS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_option_alone_and_in_pairs(backend, dtype, names, keep):
     assert_all_as_good(backend, dtype, with_options(names, dtype=dtype, scale=3), keep=keep, chunk_bytes=SIXTEEN_ROWS)
