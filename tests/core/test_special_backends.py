@@ -33,7 +33,7 @@ def gradient(backend: str, method, memory: Memory) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("cotangent", ["keep", "recompute"])
-@pytest.mark.parametrize("name", ["precond-functional", "logit"])
+@pytest.mark.parametrize("name", ["precond-functional", pytest.param("logit", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("plain", "special"), [("torch", "triton"), ("xla", "pallas")])
 def test_gradient_is_that_of_the_plain_backend(plain, special, name, cotangent):
     memory = Memory(cotangent, chunk_bytes=6 * V * 8)

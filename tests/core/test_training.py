@@ -79,7 +79,11 @@ def trained_torch(method: Method, written_out: bool, memory: Memory) -> list[flo
 
 @pytest.mark.parametrize(
     ("name", "form"),
-    [("adamw", "recompute"), ("precond-functional-sam", "recompute"), ("precond-functional-sam", "keep")],
+    [
+        ("precond-functional-sam", "keep"),
+        pytest.param("precond-functional-sam", "recompute", marks=pytest.mark.slow),
+        pytest.param("adamw", "recompute", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("train", [trained_jax, trained_torch], ids=["jax", "torch"])
 def test_losses_are_those_of_written_out_logits(train, name, form):

@@ -48,7 +48,7 @@ print(status("VmHWM") - before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("form", ["keep", "recompute"])
+@pytest.mark.parametrize("form", ["keep", pytest.param("recompute", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("framework", ["jax", "torch"])
 def test_a_process_grows_by_what_is_stated(framework, dtype, form):

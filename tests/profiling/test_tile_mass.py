@@ -148,6 +148,7 @@ def text(tmp_path, monkeypatch):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["jax", "torch"])
 def test_the_command_trains_measures_and_takes_up_the_weights_it_kept(framework, text, tmp_path):
     options = small(text, framework=framework, weights=tmp_path / "weights")
