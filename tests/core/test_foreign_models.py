@@ -70,7 +70,7 @@ def gradient(model, features, method, **options):
 NAMES = ["adamw", "sam", "precond-functional", "logit"]
 
 
-@pytest.mark.parametrize("cotangent", ["keep", "recompute"])
+@pytest.mark.parametrize("cotangent", ["keep", pytest.param("recompute", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
 def test_torch_gradient_is_that_of_the_models_own_head(model, name, cotangent):
     memory = Memory(cotangent, chunk_bytes=5 * V * 8)

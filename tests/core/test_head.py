@@ -241,7 +241,7 @@ def with_logits(p, batch, loss: Loss):
 
 @pytest.mark.parametrize("cotangent", ["keep", "recompute"])
 @pytest.mark.parametrize("shape", ["one", "list"])
-@pytest.mark.parametrize("loss", [Loss(0.1, 1e-2), Loss(0.1, 1e-2, 2.0)], ids=str)
+@pytest.mark.parametrize("loss", [pytest.param(Loss(0.1, 1e-2), marks=pytest.mark.slow), Loss(0.1, 1e-2, 2.0)])
 @pytest.mark.parametrize("name", ["sam", "precond-functional", "logit"])
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_losses_biases_and_layouts_are_those_of_written_out_logits(framework, name, loss, shape, cotangent):

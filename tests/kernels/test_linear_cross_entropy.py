@@ -86,7 +86,7 @@ def test_xla_chunks_come_together_again(n, m, strided):
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["recompute", "keep"])
-@pytest.mark.parametrize("scale", [1, 30, 1000])
+@pytest.mark.parametrize("scale", [1, pytest.param(30, marks=pytest.mark.slow), 1000])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_error_is_within_that_of_plain_code(backend, dtype, scale, keep):

@@ -212,7 +212,7 @@ def test_blocks_fit_in_the_memory_of_every_chip():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-@pytest.mark.parametrize(("chip", "most"), [("v5e", 1.05), ("v6e", 1.45)])
+@pytest.mark.parametrize(("chip", "most"), [("v5e", 1.05), pytest.param("v6e", 1.45, marks=pytest.mark.slow)])
 def test_compiled_for_a_chip_it_takes_little_more_than_its_matrix_product(chip, most):
     from fsam_profiling import tpu
 

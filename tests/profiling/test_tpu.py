@@ -39,6 +39,7 @@ def test_a_copy_and_an_axpy_move_what_arithmetic_says_at_the_published_bandwidth
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_the_figures_in_the_documents_come_out_again():
     h, w, y = ((8192, 1024), "bfloat16"), ((32768, 1024), "bfloat16"), ((8192,), "int32")
     plain = compiled("v5e", "cross_entropy", h, w, y)
