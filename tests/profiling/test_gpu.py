@@ -34,13 +34,13 @@ ENOUGH = """
 import json, sys
 from fsam_profiling.gpu import Gpu, read
 jobs = [("all", "gpt2", "bfloat16"), ("gfx942", None, "bfloat16"), ("gfx942", "gpt2", "float32")]
-json.dump([row for arch, shape, dtype in jobs for row in read(Gpu(arch, shape, dtype))], sys.stdout)
+json.dump([row for arch, shape, dtype in jobs for row in read(Gpu(arch, shape=shape, dtype=dtype))], sys.stdout)
 """
 ALL = """
 import json, sys
 from fsam_profiling.gpu import Gpu, read
 dtypes = ("bfloat16", "float16", "float32")
-json.dump([row for dtype in dtypes for row in read(Gpu("all", None, dtype))], sys.stdout)
+json.dump([row for dtype in dtypes for row in read(Gpu("all", dtype=dtype))], sys.stdout)
 """
 
 
