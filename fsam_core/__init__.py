@@ -3,17 +3,23 @@
 Importing this package imports neither jax nor torch.
 """
 
+from fsam_core.ascents import Ascent
 from fsam_core.errors import UserError
 from fsam_core.methods import NAMES, SAM, FunctionalSAM, LogitSAM, Method, Perturbed, Plain, describe, named
+from fsam_core.schedules import Schedule
+from fsam_core.scopes import Blocks
 
 __all__ = [
     "NAMES",
     "SAM",
+    "Ascent",
+    "Blocks",
     "FunctionalSAM",
     "LogitSAM",
     "Method",
     "Perturbed",
     "Plain",
+    "Schedule",
     "UserError",
     "describe",
     "named",

@@ -15,7 +15,9 @@ That is the gradient g' of a whole batch B. On a part S of it the same method is
 
     ĝ = g_B + w (g'_S − g_S),     S ⊆ B a share `fraction` of the batch, w the `strength`,
 
-which keeps the full batch's gradient and estimates the change alone; S = B and w = 1 give g' itself.
+which keeps the full batch's gradient and estimates the change alone; S = B and w = 1 give g' itself. Where ε
+comes from is the `ascent` (`fsam_core.ascents`), which weights it moves the `scope` (`fsam_core.scopes`), and at which
+steps there is a correction at all the schedule (`fsam_core.schedules`).
 
 The preconditioner's exact form and its normalisation are this project's choices, not the paper's; see `spec.py` in
 `fsam_kernels` for the formulas.
@@ -29,13 +31,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
+from fsam_core import ascents, scopes
+from fsam_core.ascents import Ascent
 from fsam_core.errors import UserError
+from fsam_core.scopes import Scope
 
 Path = Literal["base", "sam", "functional", "logit"]
 Precondition = Literal["adam"]
-Norm = Literal["l2", "dual"]
+Norm = Literal["l2", "dual", "per-tensor"]
 SecondMoment = Literal["current", "previous"]
-Ascent = Literal["full", "part"]
 Cut = Literal["logits", "hidden"]
 Rho = float | Callable[[Any], Any]
 
@@ -55,13 +59,22 @@ class Perturbed:
         rho: length of the perturbation, ≥ 0, in the units of the weights; or a function of the number of completed
             optimizer steps that returns it (an optax schedule in JAX, any Python function in PyTorch).
         precondition: None for d = g (the published SAM direction), "adam" for d = g / (sqrt(v̂) + δ).
-        norm: "l2" for ε = ρ d / ‖d‖₂, "dual" for ε = ρ d / sqrt(gᵀ d).
+        norm: "l2" for ε = ρ d / ‖d‖₂, "dual" for ε = ρ d / sqrt(gᵀ d), "per-tensor" for the former of each tensor by
+            itself, so that every one moves by ρ.
         second_moment: "current" folds this step's gradient into v̂ before it is used, "previous" takes the optimizer's
             as it stands. With "previous" a token seen for the first time has v = 0 and takes the whole perturbation.
         fraction: share of the batch that the correction is computed on, 0 < q ≤ 1. The second pass costs q of a whole
             one; below 1 one more gradient is held. It must cut the batch into whole rows, or whole micro-batches.
         strength: factor w ≥ 0 of the correction.
-        ascent: whose gradient ε comes from: the "full" batch's, or that of the "part" S (as in m-sharpness).
+        ascent: what stands in the gradient's place in d: the gradient of the "full" batch, that of a "part" of it,
+            "micro" for that of each micro-batch for itself (m-sharpness), the "previous" step's, "momentum" or
+            "-momentum" (AdamW's first moment), "random", or an `Ascent` of one's own. What is known before the step
+            spares the exact method its base backward pass.
+        ascent_fraction: with ascent="part", the share of the batch; None for `fraction`. Another one needs fraction 1:
+            the correction is then that of the whole batch along the ascent of a part.
+        scope: which weights move: "all", "no-head", "norms", "top:K" for what stands above all but the K last blocks,
+            or a function of a parameter's name. The gradient is that of all weights all the same.
+        seed: of the random ascent; a step's draw depends on it and on the number of completed steps.
         cut: where the functional method holds the cotangent. At the "logits" it is the published method. At the last
             "hidden" states the second pass pulls back h̄ = z̄ W(θ), the head's own gradient stays that of θ, and the
             pass touches no vocabulary: a near twin of the method, whose quality is to be judged.
@@ -76,8 +89,11 @@ class Perturbed:
     second_moment: SecondMoment = "current"
     fraction: float = 1.0
     strength: float = 1.0
-    ascent: Ascent = "full"
+    ascent: str | Ascent = "full"
+    ascent_fraction: float | None = None
+    scope: Scope = "all"
     cut: Cut = "logits"
+    seed: int = 0
 
     path: ClassVar[Path]
 
@@ -88,7 +104,8 @@ class Perturbed:
         _check_choice("precondition", self.precondition, (None, *get_args(Precondition)))
         _check_choice("norm", self.norm, get_args(Norm))
         _check_choice("second_moment", self.second_moment, get_args(SecondMoment))
-        _check_choice("ascent", self.ascent, get_args(Ascent))
+        scopes.check(self.scope)
+        ascent = self.direction
         _check_choice("cut", self.cut, get_args(Cut))
         if self.cut == "hidden" and self.path != "functional":
             raise UserError(f"cut: 'hidden' needs the functional method, which holds its cotangent; got {self.path!r}")
@@ -96,11 +113,37 @@ class Perturbed:
             raise UserError(f"fraction must be a number in (0, 1], got {self.fraction!r} (1/8, say)")
         if not _is_number(self.strength) or not 0 <= self.strength < math.inf:
             raise UserError(f"strength must be a finite number >= 0, got {self.strength!r}")
+        share = self.ascent_fraction
+        if share is not None:
+            if not _is_number(share) or not 0 < share <= 1:
+                raise UserError(f"ascent_fraction must be a number in (0, 1], got {share!r} (1/4, say)")
+            if ascent.source != "part" or (self.fraction != 1 and share != self.fraction):
+                got = f"ascent={self.ascent!r} and fraction={self.fraction}"
+                raise UserError(f"ascent_fraction: {share} goes with ascent='part' and fraction=1, got {got}")
+        if ascent.source == "micro" and not self.exact:
+            raise UserError(
+                f"ascent: 'micro' corrects every micro-batch; it goes with fraction=1 and strength=1, got "
+                f"{self.fraction} and {self.strength}"
+            )
 
     @property
     def exact(self) -> bool:
         """Whether ĝ is g' itself: the correction on the whole batch, at full strength."""
         return self.fraction == 1 and self.strength == 1
+
+    @property
+    def direction(self) -> Ascent:
+        """The ascent itself, where it was given by name.
+
+        Raises:
+            UserError: for an unknown name.
+        """
+        return ascents.named(self.ascent)
+
+    @property
+    def share(self) -> float:
+        """The share of the batch whose gradient is the ascent, with "part"."""
+        return self.fraction if self.ascent_fraction is None else self.ascent_fraction
 
     def rho_at(self, step: Any) -> Any:
         """ρ after `step` completed optimizer steps; `step` may be an int or a traced array."""
@@ -159,9 +202,12 @@ def named(name: str, rho: Rho = 0.5, *, argument: str = "method", **options: Any
 
 def describe(method: Method) -> dict[str, Any]:
     """The method as plain values, for metrics and checkpoints."""
-    values = dataclasses.asdict(method)
-    if callable(values.get("rho")):
-        values["rho"] = repr(values["rho"])
+    values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    for name in ("rho", "scope"):
+        if callable(values.get(name)):
+            values[name] = repr(values[name])
+    if isinstance(values.get("ascent"), Ascent):
+        values["ascent"] = values["ascent"].name
     return {"path": method.path, **values}
 
 

@@ -5,33 +5,45 @@
 
 `features(model, batch)` returns a `LinearHead` or `Logits`. The optimizer stays the user's own: its state and its
 checkpoints know nothing of fsam. Outside a call the model holds θ, never θ+ε, also when a pass raised.
+
+`AdamW` is torch.optim.AdamW in one pass over the state, clipping included. With `copies=masters(model, torch.bfloat16)`
+it updates float32 masters of a model whose own weights are bfloat16; the perturbation is then taken from the masters,
+and written once, over the model's weights.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from fsam_core import backends, parts
+from fsam_core import backends, schedules
+from fsam_core.ascents import Ascent
 from fsam_core.errors import UserError
-from fsam_core.methods import SAM, FunctionalSAM, LogitSAM, Method, Perturbed, Plain, check_rho
+from fsam_core.methods import SAM, FunctionalSAM, LogitSAM, Method, Perturbed, Plain
+from fsam_core.regions import in_torch
+from fsam_core.schedules import ALWAYS, Schedule
+from fsam_core.scopes import Blocks
 
 backends.require("torch")
 
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
-from torch.utils import _pytree  # noqa: E402
 
 from fsam_core import torch_heads as heads  # noqa: E402
+from fsam_core.torch_corrections import Corrections, Outcome  # noqa: E402
 from fsam_core.torch_heads import LinearHead, Logits  # noqa: E402
+from fsam_core.torch_passes import Features, Passes, Staged  # noqa: E402
+from fsam_core.torch_perturbation import norm_of  # noqa: E402
 from fsam_kernels.memory import AUTO, Memory  # noqa: E402
 from fsam_kernels.options import Loss  # noqa: E402
+from fsam_kernels.torch.adamw import AdamW  # noqa: E402
 
 __all__ = [
     "SAM",
+    "AdamW",
+    "Ascent",
+    "Blocks",
     "FunctionalSAM",
     "Info",
     "LinearHead",
@@ -40,25 +52,26 @@ __all__ = [
     "Loss",
     "Memory",
     "Plain",
+    "Schedule",
+    "Staged",
     "Step",
     "UserError",
+    "masters",
     "mean_loss",
 ]
 
-Features = Callable[[nn.Module, Any], "LinearHead | Logits"]
-
 
 class Info(NamedTuple):
-    """What the last step saw."""
+    """What the last step saw. A figure the method has no use for, and that would cost a pass, is NaN."""
 
     loss: float
-    """Mean loss at θ."""
+    """Mean loss at θ, on as much of the batch as is evaluated there; at θ+ε where nothing is (sam, known ascent)."""
     perturbed_loss: float
-    """Mean loss at θ+ε, on S, where the method evaluates it (sam, logit), else NaN."""
+    """Mean loss at θ+ε, on S, where the method evaluates it (sam, logit)."""
     weight: float
     """Sum of the token weights over all micro-batches."""
     base_norm: float
-    """‖g‖₂ of the plain gradient."""
+    """‖g‖₂ of the plain gradient; with a scope, of the exact method, that of the tensors in it."""
     grad_norm: float
     """‖ĝ‖₂ of the gradient the optimizer received, before clipping."""
     perturbation_norm: float
@@ -73,7 +86,7 @@ class Step:
     Attributes:
         ops: the backend's operations.
         info: what the last step saw, None before the first.
-        steps: optimizer steps taken; the argument of a ρ schedule.
+        steps: optimizer steps taken; the argument of every schedule.
         skipped_steps: steps left out because something was not finite. The optimizer does not see those at all.
     """
 
@@ -85,22 +98,28 @@ class Step:
         *,
         features: Features,
         clip_norm: float | None = None,
+        schedule: Schedule = ALWAYS,
+        blocks: Blocks | None = None,
         memory: Memory = AUTO,
         backend: str | None = None,
     ) -> None:
         """
         Args:
-            model: any module; its parameters must be the optimizer's.
+            model: any module; its parameters must be the optimizer's, or the `copies` of a `fsam_core.torch.AdamW`.
             optimizer: with precondition="adam" one that keeps `exp_avg_sq`: Adam, AdamW, NAdam, RAdam.
             method: `Plain`, `SAM`, `FunctionalSAM` or `LogitSAM`.
-            features: (model, batch) -> `LinearHead` or `Logits`. Called once a pass. Random draws from PyTorch's own
-                generators are the same in both passes; draws from a private `torch.Generator` are not replayed.
+            features: (model, batch) -> `LinearHead` or `Logits`; a `Staged` one shares between the passes what the
+                method's scope leaves alone. Called once a pass. Random draws from PyTorch's own generators are the same
+                in both passes; draws from a private `torch.Generator` are not replayed.
             clip_norm: global norm that the final gradient is clipped to, once; None for no clipping.
+            schedule: at which steps there is a correction.
+            blocks: what the parameters are, for a scope that is given by name.
             memory: what may be spent on the head: working bytes, and whether its cotangent is kept or recomputed.
             backend: "torch", "triton" or "auto" (default: FSAM_BACKEND, then auto).
 
         Raises:
-            UserError: for an optimizer without Adam's settings, clip_norm ≤ 0, or an unknown backend.
+            UserError: for an optimizer without Adam's settings, clip_norm ≤ 0, an unknown backend, or a scope or
+                schedule that does not go with the rest.
         """
         if not isinstance(method, Plain | Perturbed):
             raise UserError(f"method must be Plain(), SAM(...), FunctionalSAM(...) or LogitSAM(...), got {method!r}")
@@ -111,14 +130,19 @@ class Step:
                 raise UserError(f"optimizer: precondition='adam' needs one that keeps exp_avg_sq (AdamW), got {kind}")
         if clip_norm is not None and not clip_norm > 0:
             raise UserError(f"clip_norm must be > 0, or None for no clipping; got {clip_norm!r}")
-        self.model, self.optimizer, self.method, self.features = model, optimizer, method, features
-        self.clip_norm, self.memory = clip_norm, memory
+        schedules.check(schedule, method)
+        self.model, self.optimizer, self.method, self.schedule = model, optimizer, method, schedule
+        self.clip_norm = clip_norm
         self.steps = self.skipped_steps = 0
         self.info: Info | None = None
         chosen = backends.choose("torch", backend)
         for device in sorted({p.device.type for p in model.parameters()}):
             backends.check_device(chosen.name, device)
         self.ops = backends.load("torch", chosen.name)
+        copies: Any = dict(getattr(optimizer, "copies", {}))
+        self._passes = Passes(self.ops, model, optimizer, features, memory, copies)
+        reuses = schedule.between == "reuse"
+        self._corrections = Corrections(self._passes, method, clip_norm, blocks, reuses=reuses)
 
     def __call__(self, batch: Any) -> Tensor:
         """Take one step; returns the mean loss at θ, detached.
@@ -126,258 +150,125 @@ class Step:
         `batch` is whatever `features` takes; a list is taken as micro-batches, whose gradient is that of one batch of
         them all, each token weighing the same. If either pass raises, weights and optimizer state are as before.
         """
-        loss = self.gradient(batch)
-        assert self.info is not None
-        if self.info.skipped:
-            self.skipped_steps += 1
-        else:
-            self.optimizer.step()
-            self.steps += 1
+        try:
+            loss, clip = self._gradient(batch)
+            assert self.info is not None
+            if self.info.skipped:
+                self.skipped_steps += 1
+            else:
+                with in_torch("update"):
+                    self._update(clip)
+                self.steps += 1
+        finally:
+            self._passes.refresh()
         return loss
 
-    def state_dict(self) -> dict[str, int]:
-        """What a checkpoint needs beside the model's and the optimizer's own state."""
-        return {"steps": self.steps, "skipped_steps": self.skipped_steps}
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs beside the model's and the optimizer's own state.
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+        Two counts; with ascent="previous" or between="reuse" also one tensor for each parameter.
+        """
+        state: dict[str, Any] = {"steps": self.steps, "skipped_steps": self.skipped_steps}
+        for name, tensors in self._remembered():
+            state[name] = {str(i): tensors.get(p, torch.zeros_like(p)) for i, p in enumerate(self._corrections.all())}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As `state_dict` gave it. What a checkpoint of another method did not remember starts from zero."""
         self.steps, self.skipped_steps = int(state["steps"]), int(state["skipped_steps"])
+        for name, tensors in self._remembered():
+            tensors.clear()
+            for i, p in enumerate(self._corrections.all()):
+                if str(i) in state.get(name, {}):
+                    tensors[p] = state[name][str(i)].to(p.device, p.dtype)
 
     def gradient(self, batch: Any) -> Tensor:
         """The first half of a step: leaves ĝ, clipped, in every parameter's `.grad` and takes no optimizer step.
 
         Returns the mean loss at θ, detached; whether ĝ is to be used says `info.skipped`.
         """
+        try:
+            loss, clip = self._gradient(batch)
+            self._scale(clip)
+        finally:
+            self._passes.refresh()
+        return loss
+
+    def _gradient(self, batch: Any) -> tuple[Tensor, float]:
+        """(loss, the factor that clips): ĝ in `.grad`, unclipped."""
         batches = batch if isinstance(batch, list) else [batch]
         if not batches:
             raise UserError("batch: got an empty list of micro-batches; give at least one")
-        method = self.method
-        part, rest = parts.split(batches, method.fraction, _flatten) if isinstance(method, Perturbed) else (batches, [])
+        method, passes = self.method, self._passes
+        kind = self.schedule.kind(self.steps) if isinstance(method, Perturbed) else "plain"
         try:
-            cut = method.cut if isinstance(method, Perturbed) and method.path == "functional" else None
-            loss, weight, kept = self._base_pass(part, cut=cut)
-            g_S = {p: _grad(p) for p in self._params()}
-            if rest:
-                loss, weight = self._add(rest, loss, weight, g_S)
-            params = self._params()
-            if not params:
-                raise UserError(
-                    "optimizer: none of its parameters got a gradient; is the model frozen, or not its own?"
-                )
-            base_norm = norm = _norm([p.grad for p in params])
-            moved_loss = never = loss.new_tensor(math.nan)
-            length = torch.zeros_like(base_norm)
-            if isinstance(method, Perturbed):
-                full = method.ascent == "full"
-                ascent = [_grad(p) if full else g_S.get(p, torch.zeros_like(p)) for p in params]
-                moved, length = self._perturbed(params, ascent, base_norm if full else _norm(ascent))
-                del ascent
-                left = {} if method.exact else self._less(g_S, method.strength)
-                del g_S
-                with self._statistics_kept(), self._random_kept():
-                    if method.path == "functional":  # J(θ+ε)ᵀ z̄(θ)
-                        with self._at(params, moved):
-                            self._pull_back(part, kept)
-                    elif method.path == "sam":  # J(θ+ε)ᵀ z̄(θ+ε)
-                        with self._at(params, moved):
-                            moved_loss, _, _ = self._base_pass(part, replay=kept)
-                    else:  # J(θ)ᵀ z̄(θ+ε)
-                        with self._at(params, moved):
-                            moved_loss, moved_kept = self._cotangent_pass(part, kept)
-                        self._pull_back(part, moved_kept)
-                for p, gradient in left.items():  # ĝ = (g_B − w g_S) + w g'_S
-                    p.grad = gradient if p.grad is None else gradient.add_(p.grad, alpha=method.strength)
-                norm = _norm([p.grad for p in self._params()])
-        except BaseException:
-            self._clear()
-            raise
-        seen = [loss, moved_loss, weight, base_norm, norm, length]
-        # The one place where the host waits for the device.
-        values = torch.stack([x.detach().to(norm.device, torch.float64) for x in seen]).tolist()
-        evaluated = [v for v, x in zip(values, seen, strict=True) if x is not never]
-        self.info = info = Info._make([*values, not all(map(math.isfinite, evaluated))])
-        if self.clip_norm is not None and not info.skipped and info.grad_norm > self.clip_norm:
-            torch._foreach_mul_([_grad(p) for p in self._params()], self.clip_norm / info.grad_norm)
-        return loss
-
-    # --- the passes ---------------------------------------------------------------------------------------------------
-
-    def _base_pass(
-        self, batches: Sequence[Any], replay: Sequence[_Kept] | None = None, cut: str | None = None
-    ) -> tuple[Tensor, Tensor, list[_Kept]]:
-        """(loss, total weight, z̄ and random state of every micro-batch) at the present weights; J ᵀ z̄ into `.grad`.
-
-        `cut` is where z̄ is held for a second pass, None if there is none. At the "hidden" states it is the cotangents
-        of the head's inputs, and those of its weight and bias are summed in the first micro-batch's.
-        """
-        self._clear()
-        losses: list[Tensor] = []
-        weights: list[Tensor] = []
-        kept: list[_Kept] = []
-        unit: Tensor | None = None
-        for i, batch in enumerate(batches):
-            random = self._random_state()
-            if replay is not None:
-                self._set_random_state(replay[i].random)
-            head = heads.flat(self.features(self.model, batch))
-            weight = heads.weight(head)
-            # Everything is summed in units of the first micro-batch's weight, so that half floats do not overflow; with
-            # one micro-batch that is the mean already.
-            unit = torch.where(weight > 0, weight, 1) if unit is None else unit
-            holds = cut == "logits" and heads.keeps(head, len(batches), self.memory)
-            loss, cotangent, out = heads.cotangent(self.ops, head, unit, self.memory, gradient=True, keep=holds)
-            assert out is not None
-            if cut == "hidden":
-                if isinstance(head, Logits):
-                    raise UserError("cut: 'hidden' needs features to return a LinearHead, got Logits")
-                cotangent = out if not kept else out[:1]
-                for total, more in zip(kept[0].cotangent[1:] if kept else (), out[1:], strict=False):
-                    total.add_(more)
-            heads.backward(head, out)
-            losses.append(loss)
-            weights.append(weight)
-            kept.append(_Kept(cotangent, unit, random))
-        if len(batches) == 1 or unit is None:
-            return losses[0], weights[0], kept
-        total = torch.stack(weights).sum()
-        factor = unit / torch.where(total > 0, total, 1)
-        for p in self._params():
-            _grad(p).mul_(factor.to(_grad(p)))
-        return torch.stack(losses).sum() * factor, total, [self._rescaled(k, factor) for k in kept]
-
-    def _add(self, rest: Sequence[Any], loss: Tensor, weight: Tensor, g_S: dict) -> tuple[Tensor, Tensor]:
-        """Turn what `_base_pass` gave for S into the whole batch's: (loss, weight), and g_B in `.grad`."""
-        other_loss, other_weight, _ = self._base_pass(rest)
-        total = weight + other_weight
-        mine, other = (w / torch.where(total > 0, total, 1) for w in (weight, other_weight))
-        for p in self._params():
-            _grad(p).mul_(other.to(_grad(p)))
-        for p, g in g_S.items():
-            share = g * mine.to(g)
-            p.grad = share if p.grad is None else p.grad.add_(share)
-        return loss * mine + other_loss * other, total
-
-    def _less(self, g_S: dict, strength: float) -> dict[nn.Parameter, Tensor]:
-        """g_B − w g_S for every parameter, from the g_B in `.grad`."""
-        of = {p: _grad(p).clone() if g_S.get(p) is p.grad else _grad(p) for p in self._params()}
-        return {p: g.sub_(g_S[p], alpha=strength) if p in g_S else g for p, g in of.items()}
-
-    def _cotangent_pass(self, batches: Sequence[Any], replay: Sequence[_Kept]) -> tuple[Tensor, list[_Kept]]:
-        """(loss, z̄ of every micro-batch) at the present weights: a forward pass alone."""
-        losses, kept = [], []
-        for batch, base in zip(batches, replay, strict=True):
-            self._set_random_state(base.random)
-            with torch.no_grad():
-                head = heads.flat(self.features(self.model, batch))
-            holds = heads.keeps(head, len(batches), self.memory)
-            loss, cotangent, _ = heads.cotangent(self.ops, head, base.unit, self.memory, gradient=False, keep=holds)
-            losses.append(loss)
-            kept.append(_Kept(cotangent, base.unit, base.random))
-        return torch.stack(losses).sum(), kept
-
-    def _pull_back(self, batches: Sequence[Any], kept: Sequence[_Kept]) -> None:
-        """Jᵀ z̄ into `.grad`: the Jacobian at the present weights, cotangents from anywhere. No logits, no loss."""
-        self._clear()
-        for batch, base in zip(batches, kept, strict=True):
-            self._set_random_state(base.random)
-            head = heads.flat(self.features(self.model, batch))
-            heads.backward(head, heads.pulled_back(self.ops, head, base.cotangent, self.memory))
-
-    @staticmethod
-    def _rescaled(kept: _Kept, factor: Tensor) -> _Kept:
-        z = kept.cotangent
-        if isinstance(z, tuple):
-            z = tuple(x.mul_(factor.to(x)) for x in z)
-        elif isinstance(z, Tensor):
-            z = z * factor.to(z)
-        else:
-            z = dataclasses.replace(z, weights_N=z.weights_N * factor.to(z.weights_N))
-        return _Kept(z, kept.unit / factor, kept.random)
-
-    # --- the perturbation ---------------------------------------------------------------------------------------------
-
-    def _perturbed(self, params: list[nn.Parameter], grads: list[Tensor], norm: Tensor) -> tuple[list[Tensor], Tensor]:
-        """(θ + ε for each of params, ‖ε‖₂) from gradients of this norm; ε = 0 where they are 0. Nothing here waits."""
-        method, ops = self.method, self.ops
-        assert isinstance(method, Perturbed)
-        rho = check_rho(method.rho_at(self.steps), f"rho({self.steps})")
-        clip = 1.0 if self.clip_norm is None else (self.clip_norm / norm).clamp(max=1.0)
-        v, adam = self._moments(params) if method.precondition == "adam" else (None, None)
-        sumsq, dot = ops.preconditioned_norm(grads, v, clip=clip, adam=adam)
-        square = sumsq if method.norm == "l2" else dot
-        scale = torch.where(square == 0, 0, rho / torch.where(square == 0, 1, square).sqrt())
-        return ops.perturb(params, grads, v, scale, clip=clip, adam=adam), scale * sumsq.sqrt()
-
-    def _moments(self, params: list[nn.Parameter]) -> tuple[list[Tensor], list[Any]]:
-        """(AdamW's second moment of each parameter before this step, its settings for the direction)."""
-        assert isinstance(self.method, Perturbed)
-        current = self.method.second_moment == "current"
-        settings = {p: group for group in self.optimizer.param_groups for p in group["params"]}
-        moments, adam = [], []
-        for p in params:
-            state = self.optimizer.state.get(p, {})
-            if state and "exp_avg_sq" not in state:
-                kind = type(self.optimizer).__name__
-                raise UserError(f"optimizer: precondition='adam' needs one that keeps exp_avg_sq (AdamW), got {kind}")
-            moments.append(state["exp_avg_sq"] if state else torch.zeros_like(p))
-            b2 = float(settings[p]["betas"][1])
-            correction = _bias_correction(b2, state.get("step", 0), current)
-            adam.append(self.ops.Adam(b2, float(settings[p]["eps"]), correction, current))
-        return moments, adam
-
-    @contextmanager
-    def _at(self, params: list[nn.Parameter], moved: list[Tensor]) -> Iterator[None]:
-        """The model at other weights. The parameters only point elsewhere meanwhile, so θ comes back to the bit."""
-        original = [p.data for p in params]
-        try:
-            for p, data in zip(params, moved, strict=True):
-                p.data = data
-            torch.clear_autocast_cache()  # inside the user's autocast it holds casts of θ
-            yield
-        finally:
-            for p, data in zip(params, original, strict=True):
-                p.data = data
-            torch.clear_autocast_cache()
-
-    @contextmanager
-    def _statistics_kept(self) -> Iterator[None]:
-        """Running statistics (BatchNorm's) as they are before: one step updates them once, in its base pass."""
-        modules = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-        buffers = [(b, b.clone()) for m in modules for b in m.buffers(recurse=False)]
-        try:
-            yield
-        finally:
-            for buffer, before in buffers:
-                buffer.copy_(before)
-
-    def _params(self) -> list[nn.Parameter]:
-        """The optimizer's parameters that have a gradient at the moment."""
-        return [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-
-    def _clear(self) -> None:
-        self.model.zero_grad(set_to_none=True)
-        self.optimizer.zero_grad(set_to_none=True)
-
-    # --- randomness: both passes draw the same ------------------------------------------------------------------------
-
-    def _random_state(self) -> dict[Any, Tensor]:
-        devices = {p.device for p in self.model.parameters() if p.device.type not in ("cpu", "meta")}
-        return {None: torch.get_rng_state(), **{d: torch.get_device_module(d).get_rng_state(d) for d in devices}}
-
-    @contextmanager
-    def _random_kept(self) -> Iterator[None]:
-        """Whatever is replayed meanwhile, the generators end where the base pass left them."""
-        random = self._random_state()
-        try:
-            yield
-        finally:
-            self._set_random_state(random)
-
-    def _set_random_state(self, random: dict[Any, Tensor]) -> None:
-        for device, state in random.items():
-            if device is None:
-                torch.set_rng_state(state)
+            if kind == "corrected":
+                seen = self._corrections.gradient(batches, self.steps)
+                norm = norm_of([p.grad for p in passes.params()])
             else:
-                torch.get_device_module(device).set_rng_state(state, device)
+                base = passes.base(batches)
+                norm = base_norm = norm_of([p.grad for p in self._corrections.checked()])
+                seen = Outcome(base.loss, None, base.weight, base_norm, None)
+                if kind == "reused":
+                    for p in passes.params():
+                        if p in self._corrections.correction:
+                            p.grad.add_(self._corrections.correction[p])
+                    norm = norm_of([p.grad for p in passes.params()])
+        except BaseException:
+            passes.clear()
+            raise
+        given = [seen.loss, seen.moved_loss, seen.weight, seen.base_norm, norm, seen.length]
+        # The one place where the host waits for the device.
+        tensors = [x.detach().to(norm.device, torch.float64) for x in given if x is not None]
+        values = iter(torch.stack(tensors).tolist())
+        numbers = [math.nan if x is None else next(values) for x in given]
+        evaluated = [x for x, tensor in zip(numbers, given, strict=True) if tensor is not None]
+        numbers[-1] = 0.0 if seen.length is None else numbers[-1]
+        self.info = info = Info._make([*numbers, not all(map(math.isfinite, evaluated))])
+        if isinstance(method, Perturbed) and method.direction.remembers and not info.skipped:
+            self._corrections.previous = {p: p.grad for p in passes.params()}
+        clips = self.clip_norm is not None and not info.skipped and info.grad_norm > self.clip_norm
+        return seen.loss, (self.clip_norm or 1.0) / info.grad_norm if clips else 1.0
+
+    def _update(self, clip: float) -> None:
+        if isinstance(self.optimizer, AdamW):
+            self.optimizer.step(clip=clip)
+            self._passes.stale = False  # it has written the copies of its masters
+        else:
+            self._scale(clip)
+            self.optimizer.step()
+
+    def _remembered(self) -> list[tuple[str, dict[Any, Tensor]]]:
+        method = self.method
+        keeps = isinstance(method, Perturbed) and method.direction.remembers
+        reuses = isinstance(method, Perturbed) and self.schedule.between == "reuse"
+        return [("previous", self._corrections.previous)] * keeps + [
+            ("correction", self._corrections.correction)
+        ] * reuses
+
+    def _scale(self, factor: float) -> None:
+        if factor != 1:
+            grads = [p.grad for p in self._passes.params()]
+            if self._corrections.previous:  # it is of before clipping
+                self._corrections.previous = {p: g.clone() for p, g in self._corrections.previous.items()}
+            torch._foreach_mul_(grads, factor)
+
+
+def masters(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> dict[Tensor, nn.Parameter]:
+    """Turn the model's floating parameters to `dtype` and return their masters: what the optimizer is to be given.
+
+        copies = masters(model)
+        optimizer = AdamW(copies, lr=3e-4, copies=copies)
+
+    Returns:
+        master, a float32 tensor that requires gradients as the parameter does -> the parameter.
+    """
+    found: dict[Tensor, nn.Parameter] = {}
+    for p in model.parameters():
+        if p.is_floating_point():
+            found[p.detach().float().clone().requires_grad_(p.requires_grad)] = p
+            p.data = p.data.to(dtype)
+    return found
 
 
 def mean_loss(
@@ -393,39 +284,3 @@ def mean_loss(
         return heads.cotangent(ops, head, torch.where(weight > 0, weight, 1), memory, gradient=False, keep=False)[0]
 
     return loss
-
-
-def _flatten(batch: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    leaves, tree = _pytree.tree_flatten(batch)
-    return leaves, lambda leaves: _pytree.tree_unflatten(leaves, tree)
-
-
-class _Kept(NamedTuple):
-    """What the second pass needs of a micro-batch: z̄, what it was divided by, and the random state it began with."""
-
-    cotangent: Any
-    unit: Tensor
-    random: dict[Any, Tensor]
-
-
-def _bias_correction(b2: float, step: Tensor | float, current: bool) -> Tensor | float:
-    """1 − β₂ⁿ for the n steps that the moment has seen, 1 for none. A count that lives on a device stays there."""
-    if isinstance(step, Tensor) and step.device.type != "cpu":
-        n = step.double() + current
-        return torch.where(n > 0, 1 - b2**n, 1)
-    count = int(step) + current
-    return 1 - b2**count if count > 0 else 1.0
-
-
-def _grad(p: nn.Parameter) -> Tensor:
-    assert p.grad is not None
-    return p.grad
-
-
-def _norm(tensors: list[Any]) -> Tensor:
-    """‖·‖₂ over all tensors, each summed in float32 or wider."""
-    if not tensors:
-        return torch.zeros(())
-    wide = [torch.promote_types(x.dtype, torch.float32) for x in tensors]
-    norms = [torch.linalg.vector_norm(x, dtype=kind) for x, kind in zip(tensors, wide, strict=True)]
-    return torch.linalg.vector_norm(torch.stack([x.to(norms[0].device) for x in norms]))

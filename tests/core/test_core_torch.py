@@ -380,17 +380,15 @@ class Products(TorchDispatchMode):
 def products_of(method) -> tuple[int, int]:
     """(products with V columns in a step, those among them that read the perturbed hidden states or head)."""
     model, heads = Weights(float32()), []
-    features = lambda model, batch: heads.append(mlp(model, batch)) or heads[-1]
-    step = Step(model, adamw(model), method, features=features)
     weights = []
     storage = lambda x: x.untyped_storage().data_ptr()
 
     def recording(model, batch):
-        out = features(model, batch)
-        weights.append({storage(out.hidden), storage(out.weight)})
-        return out
+        heads.append(mlp(model, batch))
+        weights.append({storage(heads[-1].hidden), storage(heads[-1].weight)})
+        return heads[-1]
 
-    step.features = recording
+    step = Step(model, adamw(model), method, features=recording)
     with Products(9) as products:
         step.gradient(batch())
     theta = {storage(p) for p in model.parameters()}

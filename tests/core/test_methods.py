@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from fsam_core import NAMES, SAM, FunctionalSAM, LogitSAM, Perturbed, Plain, UserError, describe, named
+from fsam_core import NAMES, SAM, Ascent, FunctionalSAM, LogitSAM, Perturbed, Plain, UserError, describe, named
 
 KINDS = (SAM, FunctionalSAM, LogitSAM)
 
@@ -90,8 +90,12 @@ def test_describe_gives_plain_values():
     assert describe(Plain()) == {"path": "base"}
     got = describe(FunctionalSAM(0.5, precondition="adam"))
     named = {"path": "functional", "rho": 0.5, "precondition": "adam", "norm": "l2", "second_moment": "current"}
-    assert got == {**named, "fraction": 1.0, "strength": 1.0, "ascent": "full", "cut": "logits"}
+    named |= {"fraction": 1.0, "strength": 1.0, "ascent": "full", "ascent_fraction": None, "scope": "all"}
+    assert got == {**named, "cut": "logits", "seed": 0}
     assert isinstance(describe(SAM(lambda step: 0.1))["rho"], str)
+    mine = describe(SAM(0.1, ascent=Ascent("mine", lambda seen: seen.momentum), scope=lambda name: True))
+    assert mine["ascent"] == "mine"
+    assert isinstance(mine["scope"], str)
 
 
 @pytest.mark.parametrize("module", ["fsam_core", "fsam_core.methods", "fsam_core.backends", "fsam_kernels.spec"])

@@ -1,0 +1,127 @@
+"""The methods in JAX: ĝ = g_B + w (g'_S − g_S), with no more passes than each of its forms needs."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+
+from fsam_core import jax_passes as passes
+from fsam_core import parts
+from fsam_core.jax_passes import Params, Passed, Run, merged, wide
+from fsam_core.jax_perturbation import Adam, Seen, norm_of, perturbed
+from fsam_core.methods import Perturbed
+
+
+class Step(NamedTuple):
+    """What a method is given."""
+
+    run: Run
+    method: Perturbed
+    params: Params
+    opt_state: Any
+    previous: Any
+    adam: Adam
+    mask: Any
+
+
+class Outcome(NamedTuple):
+    """What the passes saw; None for what was not evaluated."""
+
+    loss: jax.Array
+    moved_loss: jax.Array | None
+    weight: jax.Array
+    base_norm: jax.Array | None
+    length: jax.Array
+    g_hat: Params
+    g_B: Params | None
+
+
+def corrected(step: Step, batches: list[Any]) -> Outcome:
+    """The gradient of the method and what was seen on the way."""
+    return _micro(step, batches) if step.method.direction.source == "micro" else _corrected(step, batches)
+
+
+def _corrected(step: Step, batches: list[Any]) -> Outcome:
+    run, method, params = step.run, step.method, step.params
+    ascent, functional, exact = method.direction, method.path == "functional", method.exact
+    share = method.share if ascent.source == "part" else method.fraction
+    groups = [passes.stacked(x) for x in parts.split(batches, share, passes.flatten) if x]
+    in_S = groups if method.fraction == 1 else groups[:1]
+    if exact and ascent.known:
+        return _known(step, groups)
+
+    def at_theta(i: int, items: Any) -> Passed | None:
+        """The base pass of a group: of the exact method's rest, the cotangent alone is needed, if that."""
+        backward = i == 0 or not exact
+        if not backward and not functional:
+            return None
+        keep = functional and i < len(in_S)
+        return passes.base(run, params, items, backward=backward, keep=keep, cut=method.cut)
+
+    seen = [at_theta(i, items) for i, items in enumerate(groups)]
+    evaluated = [x for x in seen if x is not None]
+    weight, loss = merged([(x.weight, x.loss) for x in evaluated])
+    with_g = [x for x in evaluated if x.g is not None]
+    g_B = merged([(x.weight, x.g) for x in with_g])[1]
+    g_S = g_B if len(in_S) == len(with_g) else with_g[0].g
+    moved, length = _moved(step, {"part": with_g[0].g, "none": None}.get(ascent.source, g_B))
+    moved_losses: list[tuple[jax.Array, Any]] = []
+    gradients: list[tuple[jax.Array, Any]] = []
+    for items, base in zip(in_S, seen, strict=False):
+        if functional:  # J(θ+ε)ᵀ z̄(θ)
+            assert base is not None
+            gradients.append((base.weight, passes.pull_back(run, moved, items, base.cotangents)))
+        elif method.path == "sam":  # J(θ+ε)ᵀ z̄(θ+ε)
+            there = passes.base(run, moved, items, region="second")
+            gradients.append((there.weight, there.g))
+            moved_losses.append((there.weight, there.loss))
+        else:  # J(θ)ᵀ z̄(θ+ε)
+            there = passes.base(run, moved, items, backward=False, keep=True, region="second")
+            gradients.append((there.weight, passes.pull_back(run, params, items, there.cotangents)))
+            moved_losses.append((there.weight, there.loss))
+    weight_S, g_moved = merged(gradients)
+    g_hat = g_moved if exact else _sum(g_B, g_moved, g_S, method.strength)
+    base_norm = norm_of(g_B, step.mask if exact else None)
+    moved_loss = merged(moved_losses)[1] if moved_losses else None
+    return Outcome(loss, moved_loss, weight if None not in seen else weight_S, base_norm, length, g_hat, g_B)
+
+
+def _known(step: Step, groups: list[Any]) -> Outcome:
+    """The exact method along an ascent known before the step: nothing is pulled back at θ for its sake."""
+    run, method, params = step.run, step.method, step.params
+    (items,) = groups
+    moved, length = _moved(step, None)
+    if method.path == "sam":
+        there = passes.base(run, moved, items)
+        return Outcome(there.loss, there.loss, there.weight, None, length, there.g, None)
+    functional = method.path == "functional"
+    at, back = (params, moved) if functional else (moved, params)
+    seen = passes.base(run, at, items, backward=False, keep=True, cut=method.cut)
+    g_hat = passes.pull_back(run, back, items, seen.cotangents)
+    return Outcome(seen.loss, None if functional else seen.loss, seen.weight, None, length, g_hat, None)
+
+
+def _micro(step: Step, batches: list[Any]) -> Outcome:
+    """Each micro-batch corrected along its own gradient; the mean of them, each by its weight."""
+    names = ("moved_loss", "base_norm", "length", "g_hat", "g_B")
+
+    def one(batch: Any) -> Any:
+        found = _corrected(step, [batch])
+        return (found.loss, found.weight, {name: getattr(found, name) for name in names}), ()
+
+    (loss, weight, means), _ = passes.mean(one, passes.stacked(batches))
+    for name in ("g_hat", "g_B"):
+        means[name] = jax.tree.map(lambda x, p: x.astype(p.dtype), means[name], step.params)
+    return Outcome(loss=loss, weight=weight, **means)
+
+
+def _moved(step: Step, gradient: Any) -> tuple[Params, jax.Array]:
+    seen = Seen(step.params, step.opt_state, gradient, step.previous, step.method.seed)
+    return perturbed(step.run, step.method, step.params, seen, step.opt_state, step.adam, step.mask)
+
+
+def _sum(g_B: Params, g_moved: Params, g_S: Params, strength: float) -> Params:
+    """ĝ = g_B + w (g'_S − g_S)."""
+    leaf = lambda b, moved, s: (wide(b) + strength * (wide(moved) - wide(s))).astype(b.dtype)
+    return jax.tree.map(leaf, g_B, g_moved, g_S)

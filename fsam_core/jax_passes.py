@@ -1,0 +1,252 @@
+"""The passes of a step in JAX: gradients, and cotangents kept for another pass. Pure functions of trees."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fsam_core import jax_heads as heads
+from fsam_core import regions
+from fsam_core.errors import UserError
+from fsam_core.jax_heads import LinearHead, Logits
+from fsam_kernels.memory import Memory
+
+Params = Any
+Features = Callable[[Params, Any], "LinearHead | Logits"]
+
+
+class Run(NamedTuple):
+    """What is the same in every pass of a step."""
+
+    ops: ModuleType
+    features: Features
+    memory: Memory
+
+
+class Cotangents(NamedTuple):
+    """z̄ of every micro-batch, its share of all the targets, and what all micro-batches have in common.
+
+    Cut at the logits that is the head's (weight, bias), where they were kept without it. Cut at the hidden states
+    (`is_hidden`), where z̄ stands for h̄, it is the head's own gradient (w̄, b̄).
+    """
+
+    each: Any
+    share: Any
+    common: tuple[jax.Array, ...]
+    is_hidden: bool
+
+
+class Passed(NamedTuple):
+    """Over some micro-batches: mean loss, weight, Jᵀ z̄ (None where not pulled back), and z̄ (None where not kept)."""
+
+    loss: jax.Array
+    weight: jax.Array
+    g: Any
+    cotangents: Cotangents | None
+
+
+def base(
+    run: Run,
+    params: Params,
+    items: Any,
+    *,
+    backward: bool = True,
+    keep: bool = False,
+    cut: str = "logits",
+    region: str = "base",
+) -> Passed:
+    """Loss and z̄ at `params` over all micro-batches; `keep` if z̄ is to be used again, `backward` for Jᵀ z̄."""
+    hidden = keep and cut == "hidden"
+
+    def one(item: Any) -> Any:
+        if backward:
+            head, pull_back = _linearize(run.features, params, item, region)
+        else:
+            with regions.in_jax(_named(region, "forward")):
+                head, pull_back = heads.flat(run.features(params, item)), None
+        if hidden and isinstance(head, Logits):
+            raise UserError("cut: 'hidden' needs features to return a LinearHead, got Logits")
+        holds = keep and not hidden and heads.keeps(head, _count(items), run.memory)
+        with regions.in_jax(_named(region, "backward" if backward else "forward")):
+            loss, weight, zbar, out = heads.cotangent(
+                run.ops, head, run.memory, gradient=backward or hidden, keep=holds
+            )
+            g = () if pull_back is None else pull_back(out)
+        of_head = out[1:] if hidden and out is not None else ()
+        kept = (out[0] if hidden and out is not None else _without_head(zbar, items)) if keep else ()
+        return (loss, weight, (g, of_head)), (kept, weight)
+
+    (loss, weight, (g, of_head)), (each, weights) = mean(one, items)
+    g = jax.tree.map(lambda x, p: x.astype(p.dtype), g, params) if backward else None
+    if not keep:
+        return Passed(loss, weight, g, None)
+    if hidden:
+        return Passed(loss, weight, g, Cotangents(each, _shares(weights, weight), of_head, True))
+    return Passed(loss, weight, g, _kept(run, params, items, each, weights, weight))
+
+
+def pull_back(run: Run, params: Params, items: Any, cotangents: Cotangents | None, region: str = "second") -> Params:
+    """J(params)ᵀ z̄ with the Jacobian at these params and cotangents from anywhere: no logits, no loss."""
+    assert cotangents is not None
+
+    def one(item: Any) -> Any:
+        batch, zbar, share = item
+        head, back = _linearize(run.features, params, batch, region)
+        with regions.in_jax(_named(region, "backward")):
+            if cotangents.is_hidden:
+                hidden, *rest = heads.outputs(head)
+                out: Any = ((zbar * share).astype(hidden.dtype), *map(jnp.zeros_like, rest))
+            else:
+                if cotangents.common:
+                    weight_VxD, *bias_V = cotangents.common
+                    zbar = dataclasses.replace(zbar, w_VxD=weight_VxD, bias_V=bias_V[0] if bias_V else None)
+                out = heads.pulled_back(run.ops, head, zbar, share, run.memory)
+            return jax.tree.map(wide, back(out)), ()
+
+    g = total(one, _zipped(items, cotangents.each, cotangents.share))[0]
+    if cotangents.is_hidden:
+        # The head's own gradient, once for all micro-batches. Of the model this evaluates, the compiler keeps nothing
+        # but the way from the parameters to the head's weight.
+        _, back = jax.vjp(lambda p: _head_weights(run, p, items), params)
+        like = _head_weights(run, params, items)
+        (of_head,) = back(tuple(x.astype(w.dtype) for x, w in zip(cotangents.common, like, strict=True)))
+        g = jax.tree.map(lambda x, y: x + y.astype(x.dtype), g, of_head)
+    return jax.tree.map(lambda x, p: x.astype(p.dtype), g, params)
+
+
+def merged(passes: list[tuple[jax.Array, Any]]) -> tuple[jax.Array, Any]:
+    """(weight, tree) of several sets of micro-batches together; the trees are means, each by its weight."""
+    if len(passes) == 1:
+        return passes[0]
+    weight = sum((w for w, _ in passes[1:]), passes[0][0])
+    shares = [w / jnp.where(weight > 0, weight, 1) for w, _ in passes]
+
+    def leaf(*x: jax.Array) -> jax.Array:
+        scaled = [wide(y) * s for y, s in zip(x, shares, strict=True)]
+        return sum(scaled[1:], scaled[0]).astype(x[0].dtype)
+
+    return weight, jax.tree.map(leaf, *(tree for _, tree in passes))
+
+
+def wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _named(region: str, direction: str) -> Any:
+    return f"{region} {direction}"
+
+
+def _linearize(features: Features, params: Params, batch: Any, region: str) -> tuple[Any, Callable[[Any], Params]]:
+    """(the head at these params, Jᵀ as a function of the cotangents of its `outputs`)."""
+    seen = []
+
+    def outputs(params: Params) -> tuple[jax.Array, ...]:
+        seen.append(heads.flat(features(params, batch)))
+        return heads.outputs(seen[-1])
+
+    with regions.in_jax(_named(region, "forward")):
+        out, pull_back = jax.vjp(outputs, params)
+    # Labels, weights and the loss do not depend on the params, so they may leave the trace that vjp made.
+    return heads.with_outputs(seen[-1], out), lambda cotangents: pull_back(cotangents)[0]
+
+
+def _head_weights(run: Run, params: Params, items: Any) -> tuple[jax.Array, ...]:
+    """(weight, bias) of the head, which are the same for every micro-batch."""
+    return heads.outputs(heads.flat(run.features(params, _first(items))))[1:]
+
+
+# --- micro-batches ----------------------------------------------------------------------------------------------------
+
+
+class _Stack(NamedTuple):
+    """Micro-batches of one shape, stacked, so that `lax.scan` compiles their pass once however many they are."""
+
+    tree: Any
+
+
+def flatten(batch: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    leaves, tree = jax.tree.flatten(batch)
+    return leaves, lambda leaves: jax.tree.unflatten(tree, leaves)
+
+
+def stacked(batches: list[Any]) -> Any:
+    """`batches` as a `_Stack` where that is possible and worth it, else as it is."""
+    if len(batches) == 1 or not all(hasattr(x, "shape") for x in jax.tree.leaves(batches)):
+        return batches
+    shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), b) for b in batches]
+    if any(s != shapes[0] for s in shapes):
+        return batches
+    return _Stack(jax.tree.map(lambda *x: jnp.stack(x), *batches))
+
+
+def _zipped(items: Any, *others: Any) -> Any:
+    if isinstance(items, _Stack):
+        return _Stack((items.tree, *others))
+    return list(zip(items, *others, strict=True))
+
+
+def _first(items: Any) -> Any:
+    return jax.tree.map(lambda x: x[0], items.tree) if isinstance(items, _Stack) else items[0]
+
+
+def total(one: Callable[[Any], tuple[Any, Any]], items: Any) -> tuple[Any, Any]:
+    """one(item) -> (summed, kept); returns the sum of the first over all items and the second of each."""
+    if isinstance(items, _Stack):
+        first = jax.eval_shape(lambda: one(_first(items))[0])
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+
+        def body(so_far: Any, item: Any) -> Any:
+            summed, kept = one(item)
+            return jax.tree.map(jnp.add, so_far, summed), kept
+
+        return jax.lax.scan(body, zeros, items.tree)
+    summed, kept = zip(*map(one, items), strict=True)
+    return jax.tree.map(lambda *x: sum(x[1:], x[0]), *summed), list(kept)
+
+
+def mean(one: Callable[[Any], tuple[Any, Any]], items: Any) -> tuple[Any, Any]:
+    """As `total` for one(item) -> ((loss, weight, g), kept): loss and g are means, each micro-batch by its weight."""
+    if isinstance(items, list) and len(items) == 1:
+        summed, kept = one(items[0])
+        return summed, ([kept[0]], [kept[1]])
+
+    def weighted(item: Any) -> Any:
+        (loss, weight, g), kept = one(item)
+        return (loss * weight, weight, jax.tree.map(lambda x: wide(x) * weight, g)), kept
+
+    (loss, weight, g), kept = total(weighted, items)
+    safe = jnp.where(weight > 0, weight, 1)
+    if isinstance(items, list):
+        kept = tuple(map(list, zip(*kept, strict=True)))
+    return (loss / safe, weight, jax.tree.map(lambda x: x / safe, g)), kept
+
+
+def _count(items: Any) -> int:
+    return len(jax.tree.leaves(items.tree)[0]) if isinstance(items, _Stack) else len(items)
+
+
+def _is_recomputed(zbar: Any) -> bool:
+    """Whether a cotangent holds the head it was made at."""
+    return getattr(zbar, "h_NxD", None) is not None
+
+
+def _without_head(zbar: Any, items: Any) -> Any:
+    if not isinstance(items, _Stack) or not _is_recomputed(zbar):
+        return zbar
+    return dataclasses.replace(zbar, w_VxD=None, bias_V=None)
+
+
+def _shares(weights: Any, total: jax.Array) -> Any:
+    return jax.tree.map(lambda w: w / jnp.where(total > 0, total, 1), weights)
+
+
+def _kept(run: Run, params: Params, items: Any, each: Any, weights: Any, total: jax.Array) -> Cotangents:
+    # A scan would stack a copy of the head weight for each micro-batch. It is the same for all: this evaluates the
+    # model once more for its sake, and the compiler drops all of that but the weight.
+    lacks = isinstance(items, _Stack) and _is_recomputed(each)
+    return Cotangents(each, _shares(weights, total), _head_weights(run, params, items) if lacks else (), False)

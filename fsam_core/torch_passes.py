@@ -1,0 +1,268 @@
+"""The passes of a step in PyTorch: gradients into `.grad`, cotangents kept for another pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from fsam_core import torch_heads as heads
+from fsam_core import torch_random as random
+from fsam_core.errors import UserError
+from fsam_core.regions import in_torch
+from fsam_core.torch_heads import LinearHead, Logits
+from fsam_kernels.memory import Memory
+
+Features = Callable[[nn.Module, Any], "LinearHead | Logits"]
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A model in two stages, so that what no perturbation moves is run once for both passes.
+
+    With a scope that holds nothing of the lower stage (`scope="top:K"` with a prefix that ends where those blocks
+    begin) its activations are shared, and the exact method runs it backwards once.
+
+    Attributes:
+        prefix: (model, batch) -> the lower stage's output: a tensor or a tree of tensors, those with a graph float.
+        suffix: (model, that output, batch) -> `LinearHead` or `Logits`.
+    """
+
+    prefix: Callable[[nn.Module, Any], Any]
+    suffix: Callable[[nn.Module, Any, Any], LinearHead | Logits]
+
+    def __call__(self, model: nn.Module, batch: Any) -> LinearHead | Logits:
+        return self.suffix(model, self.prefix(model, batch), batch)
+
+
+class Kept(NamedTuple):
+    """What the second pass needs of a micro-batch: z̄, what it was divided by, and the random state it began with."""
+
+    cotangent: Any
+    unit: Tensor
+    random: random.State
+
+
+class Passed(NamedTuple):
+    """A pass over some micro-batches: their mean loss, their weight, and what was kept of each."""
+
+    loss: Tensor
+    weight: Tensor
+    kept: list[Kept]
+
+
+class Passes:
+    """A model's passes under one backend, memory budget and pairing of the optimizer's tensors with the model's.
+
+    Attributes:
+        copies: tensor of the optimizer -> the model's parameter that is cast from it; empty where they are the same.
+        stale: whether the copies may hold θ+ε.
+    """
+
+    def __init__(
+        self,
+        ops: ModuleType,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        features: Features,
+        memory: Memory,
+        copies: dict[Tensor, nn.Parameter],
+    ) -> None:
+        self.ops, self.model, self.optimizer, self.memory, self.copies = ops, model, optimizer, memory, copies
+        self.features = features
+        self.stale = False
+
+    # --- gradients ----------------------------------------------------------------------------------------------------
+
+    def params(self) -> list[Any]:
+        """The optimizer's tensors that have a gradient at the moment."""
+        return [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+    def clear(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def collect(self) -> None:
+        """Add the compute weights' gradients to the masters', in the masters' dtype, where there are masters."""
+        for master, p in self.copies.items():
+            if p.grad is not None:
+                wide = p.grad.to(master.dtype)
+                master.grad = wide if master.grad is None else master.grad.add_(wide)
+                p.grad = None
+
+    # --- passes -------------------------------------------------------------------------------------------------------
+
+    def base(
+        self,
+        batches: Sequence[Any],
+        *,
+        backward: bool = True,
+        cut: str | None = None,
+        replay: Sequence[Kept] | None = None,
+        region: str = "base",
+    ) -> Passed:
+        """Loss and z̄ of every micro-batch at the present weights; with `backward`, Jᵀ z̄ into `.grad`.
+
+        `cut` is where z̄ is held for a second pass, None if there is none. At the "hidden" states it is the cotangents
+        of the head's inputs, and those of its weight and bias are summed in the first micro-batch's. With `replay` the
+        random draws are those of an earlier pass over the first of these micro-batches.
+        """
+        if backward:
+            self.clear()
+        seen: list[tuple[Tensor, Tensor, Kept]] = []
+        unit: Tensor | None = None
+        for i, batch in enumerate(batches):
+            if replay is not None and i < len(replay):
+                random.restore(replay[i].random)
+            before = random.state(self.model)
+            with torch.set_grad_enabled(backward), in_torch(_named(region, "forward")):
+                head = heads.flat(self.features(self.model, batch))
+            with in_torch(_named(region, "backward" if backward else "forward")):
+                one = self.head(head, unit, len(batches), cut=cut, backward=backward, before=before)
+            unit = one[2].unit
+            if cut == "hidden" and seen:
+                first = seen[0][2].cotangent
+                for total, more in zip(first[1:], one[2].cotangent[1:], strict=True):
+                    total.add_(more)
+                one = (*one[:2], one[2]._replace(cotangent=one[2].cotangent[:1]))
+            seen.append(one)
+        return self._mean(seen, backward)
+
+    def head(
+        self,
+        head: LinearHead | Logits,
+        unit: Tensor | None,
+        micro_batches: int,
+        *,
+        cut: str | None,
+        backward: bool,
+        before: random.State,
+    ) -> tuple[Tensor, Tensor, Kept]:
+        """(loss, weight, z̄) of one micro-batch; with `backward`, pulled back into `.grad`."""
+        weight = heads.weight(head)
+        # Everything is summed in units of the first micro-batch's weight, so that half floats do not overflow; with one
+        # micro-batch that is the mean already.
+        unit = torch.where(weight > 0, weight, 1) if unit is None else unit
+        if cut == "hidden" and isinstance(head, Logits):
+            raise UserError("cut: 'hidden' needs features to return a LinearHead, got Logits")
+        holds = cut == "logits" and heads.keeps(head, micro_batches, self.memory)
+        wanted = backward or cut == "hidden"
+        loss, cotangent, out = heads.cotangent(self.ops, head, unit, self.memory, gradient=wanted, keep=holds)
+        if cut == "hidden":
+            cotangent = out
+        if backward:
+            assert out is not None
+            heads.backward(head, out)
+            self.collect()
+        return loss, weight, Kept(cotangent, unit, before)
+
+    def _mean(self, seen: Sequence[tuple[Tensor, Tensor, Kept]], backward: bool) -> Passed:
+        losses, weights, kept = zip(*seen, strict=True)
+        if len(seen) == 1:
+            return Passed(losses[0], weights[0], [kept[0]])
+        total = torch.stack(weights).sum()
+        factor = kept[0].unit / torch.where(total > 0, total, 1)
+        if backward:
+            for p in self.params():
+                p.grad.mul_(factor.to(p.grad))
+        return Passed(torch.stack(losses).sum() * factor, total, [rescaled(k, factor) for k in kept])
+
+    def pull_back(self, batches: Sequence[Any], kept: Sequence[Kept], region: str = "second") -> None:
+        """Jᵀ z̄ into `.grad`: the Jacobian at the present weights, cotangents from anywhere. No logits, no loss."""
+        self.clear()
+        for batch, base in zip(batches, kept, strict=True):
+            random.restore(base.random)
+            with in_torch(_named(region, "forward")):
+                head = heads.flat(self.features(self.model, batch))
+            with in_torch(_named(region, "backward")):
+                heads.backward(head, heads.pulled_back(self.ops, head, base.cotangent, self.memory))
+                self.collect()
+
+    # --- what one step does once --------------------------------------------------------------------------------------
+
+    @contextmanager
+    def statistics_kept(self) -> Iterator[None]:
+        """Running statistics (BatchNorm's) as they are before: one step updates them once, in its base pass."""
+        modules = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+        buffers = [(b, b.clone()) for m in modules for b in m.buffers(recurse=False)]
+        try:
+            yield
+        finally:
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+    @contextmanager
+    def at(self, params: Sequence[Any], moved: Sequence[Tensor]) -> Iterator[None]:
+        """The model at other weights.
+
+        The parameters only point elsewhere meanwhile, so θ comes back to the bit. Compute copies of masters have been
+        written over instead, and are to be had again from the masters: by the optimizer's update, or by `refresh`.
+        """
+        original = [] if self.copies else [p.data for p in params]
+        try:
+            if self.copies:
+                self.stale = True
+            else:
+                for p, data in zip(params, moved, strict=True):
+                    p.data = data
+            torch.clear_autocast_cache()  # inside the user's autocast it holds casts of θ
+            yield
+        finally:
+            for p, data in zip(params, original, strict=False):
+                p.data = data
+            torch.clear_autocast_cache()
+
+    def refresh(self) -> None:
+        """The compute copies as their masters say, where a perturbation has written over them."""
+        if self.stale:
+            for master, p in self.copies.items():
+                p.data.copy_(master.detach())
+            self.stale = False
+
+
+def _named(region: str, direction: str) -> Any:
+    return f"{region} {direction}"
+
+
+def rescaled(kept: Kept, factor: Tensor) -> Kept:
+    """The same cotangent as a share of a larger batch."""
+    z = kept.cotangent
+    if isinstance(z, tuple):
+        z = tuple(x.mul_(factor.to(x)) for x in z)
+    elif isinstance(z, Tensor):
+        z = z * factor.to(z)
+    elif z is not None:
+        z = dataclasses.replace(z, weights_N=z.weights_N * factor.to(z.weights_N))
+    return Kept(z, kept.unit / factor, kept.random)
+
+
+def shares(first: Passed, rest: Passed) -> tuple[Tensor, Tensor]:
+    """What each weighs in both together."""
+    total = first.weight + rest.weight
+    safe = torch.where(total > 0, total, 1)
+    return first.weight / safe, rest.weight / safe
+
+
+def together(first: Passed, rest: Passed) -> Passed:
+    """Both as one pass; cotangents of the rest are kept where it kept any."""
+    mine, other = shares(first, rest)
+    kept = [*(rescaled(k, mine) for k in first.kept), *(rescaled(k, other) for k in rest.kept)]
+    if len(kept) > 1 and isinstance(kept[-1].cotangent, tuple) and len(kept[len(first.kept)].cotangent) > 1:
+        # The head's own gradient is held once, in the first.
+        place = len(first.kept)
+        for total, more in zip(kept[0].cotangent[1:], kept[place].cotangent[1:], strict=True):
+            total.add_(more)
+        kept[place] = kept[place]._replace(cotangent=kept[place].cotangent[:1])
+    return Passed(first.loss * mine + rest.loss * other, first.weight + rest.weight, kept)
+
+
+def flatten(batch: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    leaves, tree = _pytree.tree_flatten(batch)
+    return leaves, lambda leaves: _pytree.tree_unflatten(leaves, tree)

@@ -1,0 +1,49 @@
+"""PyTorch's own generators: both passes of a step draw the same, and leave them as one pass would."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+State = dict[Any, Tensor]
+
+
+def state(model: nn.Module) -> State:
+    """Of the CPU's generator and of those of the devices that the model is on."""
+    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    return {None: torch.get_rng_state(), **{d: torch.get_device_module(d).get_rng_state(d) for d in devices}}
+
+
+def restore(states: State) -> None:
+    for device, one in states.items():
+        if device is None:
+            torch.set_rng_state(one)
+        else:
+            torch.get_device_module(device).set_rng_state(one, device)
+
+
+@contextmanager
+def kept(model: nn.Module) -> Iterator[None]:
+    """Whatever is replayed meanwhile, the generators end where they were."""
+    before = state(model)
+    try:
+        yield
+    finally:
+        restore(before)
+
+
+def normal(like: Sequence[Tensor], seed: int, step: int) -> list[Tensor]:
+    """Standard normal tensors, drawn from (seed, step) alone."""
+    generators: dict[torch.device, torch.Generator] = {}
+    drawn = []
+    for x in like:
+        if x.device not in generators:
+            words = torch.tensor([seed, step]).mul_(torch.tensor([0x9E3779B1, 0x85EBCA77])).sum()
+            generators[x.device] = torch.Generator(x.device).manual_seed(int(words) % 2**63)
+        kind = torch.promote_types(x.dtype, torch.float32)
+        drawn.append(torch.randn(x.shape, generator=generators[x.device], dtype=kind, device=x.device))
+    return drawn

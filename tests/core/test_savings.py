@@ -1,0 +1,524 @@
+"""Every option of the step, alone and in pairs, against its formula in float64; and what each must not do."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from problems import B2, EPS, FRAMEWORKS, STEPS, Weights, adamw, as_torch, batch_of, distance, head, moments
+from savings import gradient_of, momenta, part_of, remembered
+
+from fsam_core import SAM, Ascent, Blocks, FunctionalSAM, LogitSAM, Plain, Schedule, UserError, torch_random
+from fsam_core import jax as in_jax
+from fsam_core import torch as in_torch
+
+I, D, V, LAYERS = 6, 5, 9, 3  # noqa: E741
+BLOCKS = Blocks(LAYERS, r"^block_(\d+)_", r"^final_norm$|^head$", r"^head$", r"norm")
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def weights(seed: int = 0) -> dict[str, np.ndarray]:
+    """A stack of blocks x + tanh(x A) n, an input matrix below and a norm's scale and a head above."""
+    random = np.random.default_rng(seed)
+    found = {"embedding": random.normal(size=(I, D)), "final_norm": random.uniform(0.5, 1.5, D)}
+    for i in range(LAYERS):
+        found[f"block_{i}_a"] = random.normal(size=(D, D)) * 0.7
+        found[f"block_{i}_norm"] = random.uniform(0.5, 1.5, D)
+    return found | {"head": random.normal(size=(V, D))}
+
+
+def prefix(p: Any, batch: dict, blocks: int) -> Any:
+    x = batch["x"] @ p["embedding"]
+    return _blocks(p, x, range(blocks))
+
+
+def suffix(p: Any, x: Any, batch: dict, blocks: int) -> Any:
+    return head(_blocks(p, x, range(blocks, LAYERS)) * p["final_norm"], p["head"], batch)
+
+
+def _blocks(p: Any, x: Any, which: range) -> Any:
+    tanh = torch.tanh if isinstance(x, torch.Tensor) else jnp.tanh
+    for i in which:
+        x = x + tanh(x @ p[f"block_{i}_a"]) * p[f"block_{i}_norm"]
+    return x
+
+
+def model(p: Any, batch: dict) -> Any:
+    return suffix(p, prefix(p, batch, 1), batch, 1)
+
+
+def hidden(p: dict, batch: dict) -> tuple[Any, Any]:
+    out = model(p, batch)
+    return out.hidden, out.weight
+
+
+def staged(blocks: int) -> in_torch.Staged:
+    return in_torch.Staged(lambda p, b: prefix(p, b, blocks), lambda p, x, b: suffix(p, x, b, blocks))
+
+
+def got(framework: str, method: Any, batch: Any, *, clip_norm=None, features: Any = model) -> tuple[Any, dict]:
+    """(Info, ĝ before clipping) with the momenta, second moments and previous gradient of the formulas."""
+    values = weights()
+    nu, mu, last = moments(values), momenta(values), remembered(values)
+    if framework == "torch":
+        net = Weights(values)
+        optimizer = adamw(net, nu)
+        for name, p in net.named_parameters():
+            optimizer.state[p]["exp_avg"] = torch.from_numpy(mu[name])
+        step = in_torch.Step(net, optimizer, method, features=features, clip_norm=clip_norm, blocks=BLOCKS)
+        step.steps = STEPS
+        step._corrections.previous = {p: torch.from_numpy(last[name]) for name, p in net.named_parameters()}
+        step.gradient(as_torch(batch))
+        back = max(1.0, step.info.grad_norm / clip_norm) if clip_norm else 1.0
+        return step.info, {k: p.grad.numpy() * back for k, p in net.named_parameters()}
+    grad = in_jax.value_and_grad(model, method, b2=B2, eps=EPS, clip_norm=clip_norm, blocks=BLOCKS)
+    params, batch = jax.tree.map(jnp.asarray, (values, batch))
+    state = optax.ScaleByAdamState(jnp.int32(STEPS), mu, nu)
+    carry = in_jax.Carry(previous=jax.tree.map(jnp.asarray, last)) if method.direction.remembers else None
+    (_, info), grads = grad(params, batch, state, carry)[:2]
+    return info, {k: np.asarray(x) for k, x in grads.items()}
+
+
+def holds(method: Any) -> Any:
+    scope = method.scope
+    if callable(scope):
+        return scope
+    return {
+        "all": lambda name: True,
+        "no-head": lambda name: name != "head",
+        "norms": lambda name: "norm" in name,
+        "top:2": lambda name: name in ("final_norm", "head") or name.startswith(("block_1", "block_2")),
+    }[scope]
+
+
+OPTIONS = {
+    "half": {"fraction": 0.5},
+    "strength": {"strength": 0.7},
+    "part": {"ascent": "part", "ascent_fraction": 0.5},
+    "previous": {"ascent": "previous"},
+    "momentum": {"ascent": "momentum"},
+    "-momentum": {"ascent": "-momentum"},
+    "hidden": {"cut": "hidden"},
+    "no-head": {"scope": "no-head"},
+    "norms": {"scope": "norms"},
+    "top": {"scope": "top:2"},
+    "named": {"scope": lambda name: name.endswith("_a")},
+    "per-tensor": {"norm": "per-tensor"},
+    "dual": {"norm": "dual"},
+    "adam": {"precondition": "adam"},
+}
+SINGLE = [(name,) for name in OPTIONS]
+PAIRS = list(itertools.combinations(OPTIONS, 2))
+KINDS = {"sam": SAM, "functional": FunctionalSAM, "logit": LogitSAM}
+
+
+def made(kind: str, names: tuple[str, ...]) -> Any:
+    """The method with those options, or None where they do not go together."""
+    chosen: dict[str, Any] = {}
+    for name in names:
+        if set(chosen) & set(OPTIONS[name]):
+            return None
+        chosen |= OPTIONS[name]
+    if chosen.get("cut") and kind != "functional":
+        return None
+    return KINDS[kind](0.4, **chosen)
+
+
+def check(framework: str, kind: str, names: tuple[str, ...], batches: list[dict], features: Any = model) -> None:
+    method = made(kind, names)
+    if method is None:
+        pytest.skip("the same option twice, or the hidden cut of another method")
+    clip_norm = 0.3 if "adam" in names else None
+    expected, length = gradient_of(hidden, weights(), batches, method, clip_norm=clip_norm, holds=holds(method))
+    info, grads = got(framework, method, batches, clip_norm=clip_norm, features=features)
+    assert distance(grads, expected) < 1e-10
+    assert float(info.perturbation_norm) == pytest.approx(length, rel=1e-9)
+    assert float(info.weight) == sum((b["y"] >= 0).sum() for b in batches)
+
+
+ONE = [batch_of(12, 1)]
+TWO = [batch_of(8, 1), batch_of(8, 4, ignored=0.5)]
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("names", SINGLE, ids="+".join)
+def test_every_option_alone_is_its_formula(framework, kind, names):
+    check(framework, kind, names, ONE)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("names", SINGLE, ids="+".join)
+def test_every_option_alone_is_its_formula_over_micro_batches(framework, names):
+    check(framework, "functional", names, TWO)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batches", [ONE, TWO], ids=["one", "two"])
+@pytest.mark.parametrize("names", PAIRS, ids="+".join)
+def test_every_pair_of_options_is_its_formula(framework, kind, names, batches):
+    check(framework, kind, names, batches)
+
+
+@pytest.mark.parametrize("names", PAIRS, ids="+".join)
+def test_every_pair_of_options_is_its_formula_in_pytorch(names):
+    check("torch", "functional", names, ONE)
+
+
+# --- a prefix that both passes share ----------------------------------------------------------------------------------
+
+WITH_TOP = [("top",), *((name, "top") for name in OPTIONS if name not in ("no-head", "norms", "named"))]
+
+
+@pytest.mark.parametrize("batches", [ONE, TWO], ids=["one", "two"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("names", WITH_TOP, ids="+".join)
+def test_a_shared_prefix_changes_nothing(names, kind, batches):
+    if names == ("top", "top"):
+        pytest.skip("twice the same")
+    check("torch", kind, names, batches, features=staged(1))
+
+
+def calls_of(method: Any, batches: list[dict], **options: Any) -> list[str]:
+    """Which stages a step runs, in order, and which it pulls back."""
+    found: list[str] = []
+
+    def note(name: str, x: torch.Tensor) -> torch.Tensor:
+        found.append(name)
+        if x.requires_grad:
+            x.register_hook(lambda _: found.append(f"{name} back"))
+        return x
+
+    features = in_torch.Staged(
+        lambda p, b: note("prefix", prefix(p, b, 1)),
+        lambda p, x, b: head(note("suffix", _blocks(p, x, range(1, LAYERS)) * p["final_norm"]), p["head"], b),
+    )
+    net = Weights(weights())
+    step = in_torch.Step(net, adamw(net), method, features=features, blocks=BLOCKS, **options)
+    step.gradient(as_torch(ONE[0]))  # the first step also looks whether the prefix may be shared
+    found.clear()
+    step.gradient(as_torch(batches))
+    return found
+
+
+def test_the_exact_method_runs_a_shared_prefix_once_each_way():
+    both = ["suffix", "suffix back"]
+    assert calls_of(FunctionalSAM(0.1, scope="top:2"), ONE) == ["prefix", *both, *both, "prefix back"]
+    assert calls_of(SAM(0.1, scope="top:2"), ONE) == ["prefix", *both, *both, "prefix back"]
+    known = calls_of(FunctionalSAM(0.1, scope="top:2", ascent="momentum"), ONE)
+    assert known == ["prefix", "suffix", *both, "prefix back"]
+
+
+def test_part_of_the_batch_pulls_its_prefix_back_once_with_both_cotangents():
+    found = calls_of(FunctionalSAM(0.1, scope="top:2", fraction=0.5), TWO)
+    one = ["prefix", "suffix", "suffix back"]
+    assert found == [*one, *one, "prefix back", "suffix", "suffix back", "prefix back"]
+
+
+def test_all_weights_or_many_micro_batches_run_the_prefix_in_each_pass():
+    assert calls_of(FunctionalSAM(0.1), ONE).count("prefix") == 2
+    assert calls_of(FunctionalSAM(0.1, scope="top:2"), TWO).count("prefix") == 4
+
+
+def test_a_prefix_that_holds_what_moves_is_refused():
+    with pytest.raises(UserError, match=r"prefix of Staged depends on block_1_a, block_1_norm, which scope='top:2'"):
+        got("torch", FunctionalSAM(0.1, scope="top:2"), ONE, features=staged(2))
+    # A scope that is spread over the model is no mistake: the prefix is run twice.
+    check("torch", "functional", ("norms",), ONE, features=staged(2))
+
+
+def test_xla_runs_what_no_perturbation_reaches_once():
+    """FLOPs of the compiled step: the blocks below the scope go forwards and backwards once."""
+    wide = {k: np.ones([64 if n == D else n for n in x.shape]) * 0.01 for k, x in weights().items()}
+    wide |= {k: np.random.default_rng(1).normal(size=wide[k].shape) for k in ("embedding", "head")}
+    batch = {"x": np.ones((64, I)), "y": np.arange(64) % V}
+    state = optax.ScaleByAdamState(jnp.int32(1), *[jax.tree.map(np.zeros_like, wide)] * 2)
+
+    def flops(method: Any) -> float:
+        grad = in_jax.value_and_grad(model, method, b2=B2, blocks=BLOCKS)
+        compiled = jax.jit(lambda p, b, s: grad(p, b, s)[1]).lower(wide, batch, state).compile()
+        return compiled.cost_analysis()["flops"]
+
+    plain, whole = flops(Plain()), flops(FunctionalSAM(0.1))
+    top = flops(FunctionalSAM(0.1, scope="top:1"))
+    product = 2 * 64**3  # of a block, which has one forwards and two backwards
+    assert whole - plain == pytest.approx(plain, rel=0.1)
+    # Two blocks, and at θ the way from the third to its input.
+    assert whole - top == pytest.approx((2 * 3 + 1) * product, rel=0.1)
+
+
+# --- ascents ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precondition", [None, "adam"])
+def test_micro_gives_each_micro_batch_its_own_perturbation(framework, kind, precondition):
+    method = KINDS[kind](0.4, ascent="micro", precondition=precondition)
+    batches = [batch_of(6, 1), batch_of(6, 2), batch_of(6, 3, ignored=0.5)]
+    expected, length = gradient_of(hidden, weights(), batches, method)
+    info, grads = got(framework, method, batches)
+    assert distance(grads, expected) < 1e-10
+    assert float(info.perturbation_norm) == pytest.approx(length, rel=1e-9)
+
+
+def test_the_random_ascent_is_drawn_from_seed_and_step():
+    values = weights()
+    names = list(Weights(values).state_dict())
+    drawn = torch_random.normal([torch.from_numpy(values[k]) for k in names], 7, STEPS)
+    method = FunctionalSAM(0.4, ascent="random", seed=7)
+    expected, _ = gradient_of(hidden, values, ONE, method, drawn=dict(zip(names, map(np.asarray, drawn), strict=True)))
+    assert distance(got("torch", method, ONE)[1], expected) < 1e-10
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_random_ascents_repeat_and_differ_by_seed(framework):
+    of = lambda seed: got(framework, FunctionalSAM(0.4, ascent="random", seed=seed), ONE)[1]
+    assert distance(of(1), of(1)) == 0
+    assert distance(of(1), of(2)) > 1e-3
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_an_ascent_of_ones_own(framework):
+    """The gradient itself, put together from what may be looked at, is the full ascent."""
+    mine = Ascent("mine", lambda seen: seen.map(lambda g, m: (g + m) - m, seen.gradient, seen.momentum))
+    expected = got(framework, FunctionalSAM(0.4), ONE)[1]
+    assert distance(got(framework, FunctionalSAM(0.4, ascent=mine), ONE)[1], expected) < 1e-12
+    known = Ascent("known", lambda seen: seen.gradient, "none")
+    with pytest.raises(UserError, match="source must be 'full' or 'part'"):
+        got(framework, FunctionalSAM(0.4, ascent=known), ONE)
+
+
+def test_a_correction_on_random_parts_is_unbiased():
+    """The mean over every part of a batch is the exact gradient, the perturbation being that of the full batch."""
+    batch, method = batch_of(8, 1, ignored=0), FunctionalSAM(0.4, fraction=0.25)
+    exact = got("torch", FunctionalSAM(0.4), [batch])[1]
+    found = []
+    for chosen in itertools.combinations(range(8), 2):
+        others = [i for i in range(8) if i not in chosen]
+        # Every 4th row carries the correction.
+        order = [chosen[0], *others[:3], chosen[1], *others[3:]]
+        found.append(got("torch", method, [{k: x[order] for k, x in batch.items()}])[1])
+        assert part_of([{"i": np.array(order)}], 0.25)[0]["i"].tolist() == list(chosen)
+    mean = {k: np.mean([g[k] for g in found], axis=0) for k in exact}
+    assert distance(mean, exact) < 1e-12
+    assert distance(found[0], exact) > 1e-3
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"scope": "top:4"}, "scope: 'top:4' asks for more than the 3 blocks"),
+        ({"scope": lambda name: False}, "holds none of the 9 parameters"),
+    ],
+)
+def test_scopes_that_do_not_fit_the_model_are_refused(framework, options, says):
+    with pytest.raises(UserError, match=says):
+        got(framework, FunctionalSAM(0.1, **options), ONE)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"scope": "top"}, r"scope: 'top' is not known; use all, no-head, norms, top:K"),
+        ({"scope": "top:0"}, "scope: 'top:0' is not known"),
+        ({"ascent": "up"}, "ascent: 'up' is not known; use one of full, part, micro, previous"),
+        ({"ascent_fraction": 0.5}, "goes with ascent='part' and fraction=1"),
+        ({"ascent": "part", "fraction": 0.5, "ascent_fraction": 0.25}, "goes with ascent='part' and fraction=1"),
+        ({"ascent": "part", "ascent_fraction": 0}, r"ascent_fraction must be a number in \(0, 1\]"),
+        ({"ascent": "micro", "fraction": 0.5}, "'micro' corrects every micro-batch"),
+        ({"norm": "max"}, "norm: 'max' is not known"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options, says):
+    with pytest.raises(UserError, match=says):
+        FunctionalSAM(0.1, **options)
+
+
+def test_a_named_scope_needs_blocks():
+    net = Weights(weights())
+    with pytest.raises(UserError, match=r"scope: 'norms' needs blocks=Blocks"):
+        in_torch.Step(net, adamw(net), FunctionalSAM(0.1, scope="norms"), features=model)
+
+
+# --- schedules --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("schedule", "kinds"),
+    [
+        (Schedule(), "cccccc"),
+        (Schedule(every=3), "cppcpp"),
+        (Schedule(every=3, start=1, between="reuse"), "pcrrcr"),
+        (Schedule(probability=0.0), "pppppp"),
+    ],
+)
+def test_kinds_of_steps(schedule, kinds):
+    assert "".join(schedule.kind(i)[0] for i in range(6)) == kinds
+
+
+def test_random_steps_are_drawn_from_seed_and_step_alone():
+    drawn = [Schedule(probability=0.25, seed=3).kind(i) for i in range(4000)]
+    assert [Schedule(probability=0.25, seed=3).kind(i) for i in range(4000)] == drawn
+    assert 0.22 < drawn.count("corrected") / 4000 < 0.28
+    assert drawn != [Schedule(probability=0.25, seed=4).kind(i) for i in range(4000)]
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize(
+    "method", [FunctionalSAM(0.3), FunctionalSAM(0.3, fraction=0.5), SAM(0.3, precondition="adam")]
+)
+def test_steps_between_are_plain_or_use_the_last_correction_again(framework, method):
+    batches = [batch_of(8, seed) for seed in (1, 2, 3)]
+    of = lambda some, batch: trajectory(framework, some, [batch], Schedule())[0]
+    plain = [of(Plain(), b) for b in batches]
+    corrected = of(method, batches[0])
+    again = {k: corrected[k] - plain[0][k] for k in corrected}
+    seen = trajectory(framework, method, batches, Schedule(every=3, between="reuse"))
+    expected = [corrected, *({k: p[k] + again[k] for k in p} for p in plain[1:])]
+    for a, b in zip(seen, expected, strict=True):
+        assert distance(a, b) < 1e-10
+    for a, b in zip(trajectory(framework, method, batches, Schedule(every=3)), [corrected, *plain[1:]], strict=True):
+        assert distance(a, b) < 1e-12
+
+
+def trajectory(framework: str, method: Any, batches: list[dict], schedule: Schedule) -> list[dict]:
+    """ĝ of each step with weights and moments that stay as they are."""
+    values = weights()
+    if framework == "torch":
+        net = Weights(values)
+        step = in_torch.Step(net, adamw(net, moments(values)), method, features=model, schedule=schedule)
+        found = []
+        for i, batch in enumerate(batches):
+            step.steps = i
+            step.gradient(as_torch(batch))
+            found.append({k: p.grad.numpy().copy() for k, p in net.named_parameters()})
+        return found
+    grad = in_jax.value_and_grad(model, method, b2=B2, eps=EPS)
+    params = jax.tree.map(jnp.asarray, values)
+    state = optax.ScaleByAdamState(jnp.int32(STEPS), momenta(values), moments(values))
+    carry, found = in_jax.carry_of(method, params, schedule), []
+    for i, batch in enumerate(batches):
+        _, g, carry = grad(params, jax.tree.map(jnp.asarray, batch), state, carry, kind=schedule.kind(i))
+        found.append({k: np.asarray(x) for k, x in g.items()})
+    return found
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_the_previous_gradient_is_that_of_the_last_step(framework):
+    batches = [batch_of(8, 1), batch_of(8, 2)]
+    seen = trajectory(framework, FunctionalSAM(0.3, ascent="previous"), batches, Schedule())
+    plain = trajectory(framework, Plain(), batches[:1], Schedule())[0]
+    assert distance(seen[0], plain) < 1e-12  # nothing is remembered yet
+    last = Ascent("last", lambda s: s.map(lambda _, x: x, s.momentum, _like(framework, plain, s)), "none")
+    expected = trajectory(framework, FunctionalSAM(0.3, ascent=last), batches[1:], Schedule())[0]
+    assert distance(seen[1], expected) < 1e-10
+
+
+def _like(framework: str, grads: dict, seen: Any) -> Any:
+    if framework == "jax":
+        return {k: jnp.asarray(x) for k, x in grads.items()}
+    return [torch.from_numpy(grads[k]) for k in weights_order()]
+
+
+def weights_order() -> list[str]:
+    return [name for name, _ in Weights(weights()).named_parameters()]
+
+
+def test_what_is_not_finite_is_not_remembered():
+    values = weights()
+    grad = in_jax.value_and_grad(model, FunctionalSAM(0.3, ascent="previous"), b2=B2)
+    params = jax.tree.map(jnp.asarray, values)
+    carry = in_jax.Carry(previous=jax.tree.map(jnp.asarray, remembered(values)))
+    bad = {"x": np.full((4, I), np.inf), "y": np.arange(4)}
+    (_, info), _, after = grad(
+        params, bad, optax.ScaleByAdamState(jnp.int32(1), momenta(values), moments(values)), carry
+    )
+    assert not info.finite
+    assert distance(after.previous, carry.previous) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"every": 0}, "every must be a whole number >= 1, got 0"),
+        ({"start": -1}, "start must be a whole number >= 0, got -1"),
+        ({"probability": 1.5}, r"probability must be in \[0, 1\], got 1.5"),
+        ({"between": "again"}, "between: 'again' is not known"),
+    ],
+)
+def test_schedules_that_make_no_sense_are_refused(options, says):
+    with pytest.raises(UserError, match=says):
+        Schedule(**options)
+
+
+def test_reuse_needs_the_plain_gradient():
+    with pytest.raises(UserError, match="'reuse' needs the plain gradient"):
+        in_jax.carry_of(FunctionalSAM(0.1, ascent="momentum"), {}, Schedule(between="reuse"))
+    net = Weights(weights())
+    schedule = Schedule(every=2, between="reuse")
+    with pytest.raises(UserError, match="'reuse' needs the plain gradient"):
+        in_torch.Step(net, adamw(net), FunctionalSAM(0.1, ascent="micro"), features=model, schedule=schedule)
+
+
+@pytest.mark.parametrize("kind", ["again", "Corrected"])
+def test_a_kind_of_step_that_is_not_known_is_refused(kind):
+    with pytest.raises(UserError, match=r"kind: .* use one of corrected, reused, plain"):
+        in_jax.value_and_grad(model, Plain())(weights(), ONE[0], kind=kind)
+
+
+def test_a_resumed_step_remembers():
+    batches = [as_torch(batch_of(8, seed)) for seed in (1, 2, 3, 4)]
+
+    def fresh():
+        net = Weights(weights())
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.01, betas=(0.9, B2))
+        schedule = Schedule(every=3, between="reuse")
+        return net, in_torch.Step(net, optimizer, FunctionalSAM(0.3, fraction=0.5), features=model, schedule=schedule)
+
+    net, step = fresh()
+    for b in batches:
+        step(b)
+    first, one = fresh()
+    one(batches[0]), one(batches[1])
+    second, two = fresh()
+    second.load_state_dict(first.state_dict())
+    two.optimizer.load_state_dict(one.optimizer.state_dict())
+    two.load_state_dict(one.state_dict())
+    two(batches[2]), two(batches[3])
+    for a, b in zip(net.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rho", [0.5, 0.3])
+def test_rho_schedules(rho):
+    from fsam_core.schedules import cosine, tied
+
+    at = cosine(rho, 10, final=0.1)
+    assert at(0) == pytest.approx(rho)
+    assert at(5) == pytest.approx(rho * 0.55)
+    assert at(25) == pytest.approx(rho * 0.1)
+    assert float(jax.jit(at)(jnp.int32(5))) == pytest.approx(at(5))
+    follows = tied(rho, lambda step: 0.01 * (step + 1), 0.1)
+    assert follows(4) == pytest.approx(rho * 0.5)
+    with pytest.raises(UserError, match="steps must be at least 1"):
+        cosine(rho, 0)
+    with pytest.raises(UserError, match="peak must be > 0"):
+        tied(rho, lambda step: 0.1, 0)
