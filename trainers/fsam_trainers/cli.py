@@ -68,19 +68,18 @@ def _train(options: Train, console: Console) -> int:
 def _compare(options: Compare, console: Console) -> int:
     from fsam_trainers.compare import compare
 
-    methods = options.names()
+    variants = options.variants()
     if options.seeds < 1:
         raise UserError(f"--seeds must be at least 1, got {options.seeds}")
     if options.cost_steps < 10:
         raise UserError(f"--cost-steps must be at least 10 for a median worth printing, got {options.cost_steps}")
-    settings = options.settings(methods[0], 0)
+    settings = next(iter(variants.values()))
     pace = options.pace(settings.steps)
     out = _folder(options, f"compare-{options.framework}-{options.preset}")
     backends.choose(settings.framework, settings.backend)
     corpus = _corpus(options, settings, console)
     comparison = compare(
-        settings,
-        methods,
+        variants,
         corpus,
         out,
         pace,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,7 @@ COLUMNS = (
 
 
 def compare(
-    settings: Settings,
-    methods: Sequence[str],
+    variants: Mapping[str, Settings],
     corpus: Corpus,
     out: Path,
     pace: Pace,
@@ -47,10 +46,10 @@ def compare(
     cost_steps: int,
     command: str,
 ) -> dict[str, Any] | None:
-    """Train every method with every seed under `out`, then write comparison.json, plot.png and report.html there.
+    """Train every variant with every seed under `out`, then write comparison.json, plot.png and report.html there.
 
-    Runs that are already there are taken over, an interrupted one goes on. With budget "time" each method gets as many
-    steps as fit into the time of AdamW's `settings.steps`, by the cost ratio measured first.
+    Runs that are already there are taken over, an interrupted one goes on. With budget "time" each variant gets as many
+    steps as fit into the time of AdamW's, by the cost ratio measured first.
 
     Returns:
         What comparison.json holds; None when a signal stopped it.
@@ -58,28 +57,27 @@ def compare(
     Raises:
         UserError: as `loop.train`.
     """
-    costs = _costs(settings, methods, corpus, out, cost_steps, console)
-    runs: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
-    curves: dict[str, list[list[dict[str, Any]]]] = {method: [] for method in methods}
+    settings = next(iter(variants.values()))
+    costs = _costs(variants, corpus, out, cost_steps, console)
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
+    curves: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in variants}
     for seed in range(seeds):
-        for method in methods:
-            steps = settings.steps if budget == "steps" else max(1, round(settings.steps / costs[method].ratio))
-            share = steps / settings.steps
-            one = dataclasses.replace(
-                settings, method=method, seed=seed, steps=steps, warmup=round(settings.warmup * share)
-            )
+        for name, variant in variants.items():
+            steps = max(1, round(variant.steps / _ratio(budget, costs[name], variant)))
+            share = steps / variant.steps
+            one = dataclasses.replace(variant, seed=seed, steps=steps, warmup=round(variant.warmup * share))
             every = dataclasses.replace(
                 pace,
                 evaluate_every=round(pace.evaluate_every * share) or pace.evaluate_every,
                 checkpoint_every=round(pace.checkpoint_every * share) or pace.checkpoint_every,
             )
-            folder = out / f"{method}-seed{seed}"
-            console.say(f"{method}, seed {seed}: {steps} steps")
+            folder = out / f"{_file_name(name)}-seed{seed}"
+            console.say(f"{name}, seed {seed}: {steps} steps")
             figures = train(one, corpus, folder, every, console, base_ms=costs["adamw"].step_ms)
             if figures["status"] == "stopped":
                 return None
-            runs[method].append(figures)
-            curves[method].append(metrics.read(folder / "metrics.jsonl"))
+            runs[name].append(figures)
+            curves[name].append(metrics.read(folder / "metrics.jsonl"))
     comparison = _summary(settings, runs, curves, costs, corpus, budget, seeds, cost_steps, command)
     write_json(out / "comparison.json", comparison)
     write_plot(out / "plot.png", curves)
@@ -87,12 +85,23 @@ def compare(
     return comparison
 
 
+def _ratio(budget: str, measured: cost.Cost, settings: Settings) -> float:
+    """What the average step of a run takes of the budget, in steps of AdamW."""
+    return measured.ratio if budget == "time" else 1.0
+
+
+def _file_name(variant: str) -> str:
+    """A variant's name as that of a folder."""
+    return variant.replace(":", "_").replace("=", "").replace("/", "-")
+
+
 def _costs(
-    settings: Settings, methods: Sequence[str], corpus: Corpus, out: Path, repeats: int, console: Console
+    variants: Mapping[str, Settings], corpus: Corpus, out: Path, repeats: int, console: Console
 ) -> dict[str, cost.Cost]:
-    """The cost of every method, measured once for a folder: a time budget must not change when a run goes on."""
+    """The cost of every variant, measured once for a folder: a time budget must not change when a run goes on."""
     path = out / "costs.json"
-    asked = {"settings": {**settings.as_dict(), "method": None}, "methods": sorted({"adamw", *methods})}
+    settings = next(iter(variants.values()))
+    asked = {"variants": {name: one.as_dict() for name, one in variants.items()}}
     if path.exists():
         try:
             known = json.loads(path.read_text(encoding="utf-8"))
@@ -102,8 +111,8 @@ def _costs(
             raise UserError(f"--out: {path} is damaged; delete it, or give another --out") from error
         raise UserError(f"--out: {out} holds a comparison with other settings or methods; give another --out")
     tokens = Batches(corpus.train, settings.model.seq_len, settings.batch, settings.seed).at(0)
-    with console.counting("timing the methods turn about", (repeats + 2) * len(asked["methods"])) as tick:
-        costs = cost.measure(settings, methods, tokens, repeats, tick)
+    with console.counting("timing the methods turn about", (repeats + 2) * cost.timed_steps(variants)) as tick:
+        costs = cost.measure(variants, tokens, repeats, tick)
     write_json(path, {"asked": asked, "costs": costs})
     return costs
 

@@ -7,7 +7,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -33,21 +33,42 @@ def base_step_ms(settings: Settings, tokens_BxL1: np.ndarray, repeats: int) -> f
 
 
 def measure(
-    settings: Settings,
-    methods: Sequence[str],
+    variants: Mapping[str, Settings],
     tokens_BxL1: np.ndarray,
     repeats: int,
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Cost]:
-    """Cost of each method, and of "adamw", under otherwise equal settings.
+    """Cost of each variant's average step over its run, and of "adamw", beside AdamW with the first one's settings.
 
     All models exist at once and take turns, so a machine that slows down slows them all; each ratio is between two
-    neighbouring steps. `tick` is called after every step.
+    neighbouring steps. Of a schedule each kind of step is timed by itself, and weighs what it does in the run; a plain
+    step is AdamW's. `tick` is called after every step.
     """
-    variants = {"adamw": as_adamw(settings)}
-    variants |= {name: dataclasses.replace(settings, method=name) for name in methods if name != "adamw"}
-    times = interleaved(variants, tokens_BxL1, repeats, tick)
-    return {name: against(mine, times["adamw"]) for name, mine in times.items()}
+    timed: dict[Any, Settings] = {"adamw": as_adamw(next(iter(variants.values())))}
+    timed |= {(name, kind): step for name, one in variants.items() for kind, (_, step) in kinds_of(one).items()}
+    times = interleaved(timed, tokens_BxL1, repeats, tick)
+    base = np.array(times["adamw"])
+    found = {"adamw": against(times["adamw"], times["adamw"])}
+    for name, one in variants.items():
+        kinds = {kind: share for kind, (share, _) in kinds_of(one).items()}
+        mean = (1 - sum(kinds.values())) * base
+        mean = sum((share * np.array(times[name, kind]) for kind, share in kinds.items()), mean)
+        found[name] = against(mean.tolist(), times["adamw"])
+    return found
+
+
+def kinds_of(settings: Settings) -> dict[str, tuple[float, Settings]]:
+    """Each kind of step that is not plain -> (its share of the run, settings under which all steps are of it)."""
+    steps = [settings.kind(i) for i in range(settings.steps)]
+    always = dataclasses.replace(settings, every=1, start=0.0, probability=1.0, between="plain")
+    after_one = dataclasses.replace(settings, every=settings.steps, start=0.0, probability=1.0)
+    pure = {"corrected": always, "reused": after_one}
+    return {kind: (steps.count(kind) / len(steps), one) for kind, one in pure.items() if kind in steps}
+
+
+def timed_steps(variants: Mapping[str, Settings]) -> int:
+    """How many steps `measure` times together in one turn."""
+    return 1 + sum(len(kinds_of(one)) for one in variants.values())
 
 
 def against(milliseconds: Sequence[float], base: Sequence[float]) -> Cost:

@@ -1,4 +1,4 @@
-"""Training in JAX: Flax model, optax chain, one jitted and donated step, orbax checkpoints."""
+"""Training in JAX: Flax model, AdamW in one loop a leaf, jitted and donated steps, orbax checkpoints."""
 
 from __future__ import annotations
 
@@ -23,29 +23,34 @@ import optax  # noqa: E402
 import orbax.checkpoint as ocp  # noqa: E402
 
 import fsam_core.jax as fsam  # noqa: E402
+from fsam_core.jax_adamw import AdamW  # noqa: E402
+from fsam_core.regions import in_jax  # noqa: E402
 from fsam_trainers.engine import StepReport  # noqa: E402
 from fsam_trainers.models import flax_decoder  # noqa: E402
-from fsam_trainers.models.layout import flattened  # noqa: E402
+from fsam_trainers.models.layout import blocks, flattened  # noqa: E402
 from fsam_trainers.settings import Settings  # noqa: E402
 
 
 class State(NamedTuple):
+    """Everything a step reads and writes; `average` is None without --ema."""
+
     params: Any
     opt_state: Any
+    carry: fsam.Carry
+    average: Any
 
 
-def optimizer(settings: Settings) -> optax.GradientTransformation:
-    """Clip, then AdamW with decoupled weight decay on the matrices; a step that is not finite is skipped."""
-    adamw = optax.adamw(
+def optimizer(settings: Settings) -> AdamW:
+    """AdamW with decoupled weight decay on the matrices; a step that is not finite is skipped."""
+    return AdamW(
         learning_rate(settings),
         b1=settings.b1,
         b2=settings.b2,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
         mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+        clip_norm=settings.clip_norm or None,
     )
-    clip = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm else []
-    return fsam.skip_nonfinite(optax.chain(*clip, adamw))
 
 
 def learning_rate(settings: Settings) -> optax.Schedule:
@@ -79,37 +84,51 @@ class JaxEngine:
         self.device = jax.devices()[0].device_kind
         model = flax_decoder.Decoder(settings.model)
         trained, reported = settings.losses()
-        tx = optimizer(settings)
+        adamw = optimizer(settings)
         params = flax_decoder.parameters(settings.model, settings.seed)
-        self.state = State(params, tx.init(params))
+        method = settings.as_method(learning_rate(settings))
+        # A copy: a buffer cannot be donated twice.
+        average = jax.tree.map(jnp.copy, params) if settings.ema else None
+        self.state = State(params, adamw.init(params), fsam.carry_of(method, params, settings.schedule()), average)
         self._key = jax.random.key(settings.seed)
         gradient = fsam.value_and_grad(
             partial(flax_decoder.features, model, loss=trained),
-            settings.as_method(),
+            method,
             b2=settings.b2,
             eps=settings.eps,
             clip_norm=settings.clip_norm or None,
+            blocks=blocks(settings.model),
             memory=fsam.Memory(settings.cotangent),
             backend=settings.backend,
         )
 
-        @partial(jax.jit, donate_argnums=0)
-        def step(state: State, batch: Any) -> tuple[State, fsam.Info]:
-            (_, info), grads = gradient(state.params, batch, state.opt_state)
-            updates, opt_state = tx.update(grads, state.opt_state, state.params)
-            return State(optax.apply_updates(state.params, updates), opt_state), info
+        @partial(jax.jit, donate_argnums=0, static_argnames="kind")
+        def step(state: State, batch: Any, kind: Any) -> tuple[State, fsam.Info]:
+            (_, info), grads, carry = gradient(state.params, batch, state.opt_state, state.carry, kind=kind)
+            with in_jax("update"):
+                params, opt_state = adamw.step(state.params, grads, state.opt_state, info)
+            average = state.average
+            if average is not None:
+                # As PyTorch's AveragedModel, whose first step copies the weights.
+                rate = jnp.where(state.opt_state.count == 0, 1.0, jnp.where(info.finite, 1 - settings.ema, 0.0))
+                average = optax.incremental_update(params, average, rate)
+            return State(params, opt_state, carry, average), info
 
         self._jitted = step
-        self._step: Callable[..., Any] = step
+        self._compiled: dict[str, Callable[..., Any]] = {}
         self._loss = jax.jit(
             fsam.mean_loss(partial(flax_decoder.features, model, loss=reported), backend=settings.backend)
         )
 
     def prepare(self, tokens_BxL1: np.ndarray) -> None:
-        self._step = self._jitted.lower(self.state, self._parts(tokens_BxL1, 0)).compile()
+        for kind in sorted({self.settings.kind(i) for i in range(self.settings.steps)}):
+            self._compiled[kind] = self._jitted.lower(self.state, self._parts(tokens_BxL1, 0), kind=kind).compile()
 
     def step(self, tokens_BxL1: np.ndarray, index: int) -> Callable[[], StepReport]:
-        self.state, info = self._step(self.state, self._parts(tokens_BxL1, index))
+        kind = self.settings.kind(index)
+        if kind not in self._compiled:
+            self._compiled[kind] = partial(self._jitted, kind=kind)
+        self.state, info = self._compiled[kind](self.state, self._parts(tokens_BxL1, index))
 
         def report() -> StepReport:
             got = jax.device_get(info)
@@ -119,7 +138,8 @@ class JaxEngine:
         return report
 
     def evaluate(self, batches: Sequence[np.ndarray]) -> float:
-        losses = [self._loss(self.state.params, {"tokens": x}) for x in batches]
+        params = self.state.params if self.state.average is None else self.state.average
+        losses = [self._loss(params, {"tokens": x}) for x in batches]
         return float(np.mean([float(x) for x in losses]))
 
     def state_bytes(self) -> int:

@@ -165,6 +165,7 @@ def _line(settings: Settings, now: Progress, report: StepReport, milliseconds: f
         "seconds": now.seconds,
         "step_ms": milliseconds,
         "learning_rate": settings.learning_rate_at(now.step - 1 - now.skipped_steps + report.skipped),
+        "kind": settings.kind(now.step - 1),
         **report._asdict(),
     }
 
@@ -188,7 +189,7 @@ def _figures(settings: Settings, corpus: Corpus, model: Engine, now: Progress, o
         "seconds": now.seconds,
         "step_ms_median": milliseconds,
         "base_step_ms": base,
-        "cost_ratio": milliseconds / base if milliseconds and base else None,
+        "cost_ratio": _mean_of_medians(lines) / base if lines and base else None,
         "train_loss": statistics.fmean(last) if last else None,
         "val_loss": now.val_loss,
         "skipped_steps": now.skipped_steps,
@@ -196,6 +197,14 @@ def _figures(settings: Settings, corpus: Corpus, model: Engine, now: Progress, o
         "data": {"description": corpus.description, "fingerprint": corpus.fingerprint},
         "out": str(out),
     }
+
+
+def _mean_of_medians(lines: list[dict[str, Any]]) -> float:
+    """Milliseconds of a step of the run: the median of each kind of step, by how many there were."""
+    kinds: dict[str, list[float]] = {}
+    for line in lines:
+        kinds.setdefault(line["kind"], []).append(line["step_ms"])
+    return sum(statistics.median(of) * len(of) for of in kinds.values()) / len(lines)
 
 
 def _same_run(mine: dict[str, Any], other: dict[str, Any], out: Path) -> None:

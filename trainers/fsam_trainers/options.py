@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import sys
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import tyro
 
 from fsam_core import NAMES, UserError
 from fsam_trainers.presets import preset
-from fsam_trainers.settings import Pace, Settings, steps_for
+from fsam_trainers.settings import SAVINGS, Pace, Settings, steps_for
 
 DEFAULT_STEPS = 300
 
@@ -38,16 +39,32 @@ class Common:
     """instead of --steps: tokens for each non-embedding parameter (Chinchilla: about 20)"""
     rho: float | None = None
     """length of the perturbation, in the units of the weights"""
+    rho_schedule: str = Settings.rho_schedule
+    """constant, cosine (down to 0 at the end), or learning-rate (in proportion to it)"""
     norm: str = Settings.norm
-    """l2: rho d / |d|; dual: rho d / sqrt(g.d)"""
+    """l2: rho d / |d|; dual: rho d / sqrt(g.d); per-tensor: l2 of each tensor by itself"""
     second_moment: str = Settings.second_moment
     """current: this step's gradient is folded in; previous: the optimizer's as it stands"""
-    correction_fraction: str = "1"
+    savings: str = "exact"
+    """options by name: exact, balanced (--correction-fraction 1/4), cheap (1/8 and --cut hidden)"""
+    correction_fraction: str | None = None
     """share of the batch that the second pass is computed on: 1/8, 0.25"""
     ascent: str = Settings.ascent
-    """whose gradient the perturbation comes from: the full batch's, or that of the part"""
-    cut: str = Settings.cut
+    """where the perturbation comes from: full, part, micro (each its own), previous, momentum, -momentum, random"""
+    ascent_fraction: str | None = None
+    """with --ascent part, the share of the batch whose gradient it is (default: the correction's)"""
+    scope: str = Settings.scope
+    """which weights are perturbed: all, no-head, norms, or top:K, the K last blocks and what stands above"""
+    cut: str | None = None
     """where the functional method holds the cotangent: logits, or hidden (a second pass without the vocabulary)"""
+    every: int = Settings.every
+    """a correction each k-th step"""
+    start: float = Settings.start
+    """share of the run before which there is none"""
+    probability: float = Settings.probability
+    """of a correction at a step that could have one"""
+    between: str = Settings.between
+    """steps without one are plain, or reuse the last"""
     cotangent: str = Settings.cotangent
     """how the logit cotangent waits for the second pass: auto, keep (more memory), recompute"""
     batch: int | None = None
@@ -82,6 +99,8 @@ class Common:
     """factor of the squared log-normaliser in the loss (1e-4 is usual)"""
     soft_cap: float = Settings.soft_cap
     """cap c of the logits c tanh(u/c); 0 for none"""
+    ema: float = Settings.ema
+    """decay of an average of the weights, which is what evaluation then sees; 0 for none"""
     tied: bool = True
     """one matrix for input embedding and head"""
     backend: str = Settings.backend
@@ -116,10 +135,19 @@ class Common:
             steps = steps_for(self.tokens_per_param, model, batch)
         else:
             steps = DEFAULT_STEPS if self.steps is None else self.steps
+        if self.savings not in SAVINGS:
+            raise UserError(f"--savings: {self.savings!r} is not known; use one of {', '.join(SAVINGS)}")
         training = ("framework", "micro_batches", "final_learning_rate", "weight_decay", "b1", "b2", "eps", "clip_norm")
-        perturbation = ("norm", "second_moment", "ascent", "cut", "backend")
+        perturbation = ("rho_schedule", "norm", "second_moment", "ascent", "scope", "backend")
+        schedule = ("every", "start", "probability", "between", "ema")
         head = ("cotangent", "label_smoothing", "z_loss", "soft_cap")
-        same: dict[str, Any] = {name: getattr(self, name) for name in (*training, *perturbation, *head)}
+        same: dict[str, Any] = {name: getattr(self, name) for name in (*training, *perturbation, *schedule, *head)}
+        same |= SAVINGS[self.savings]
+        if self.cut is not None:
+            same["cut"] = self.cut
+        for name in ("correction_fraction", "ascent_fraction"):
+            if getattr(self, name) is not None:
+                same[name] = _fraction(f"--{name.replace('_', '-')}", getattr(self, name))
         return Settings(
             method=method,
             model=model,
@@ -129,7 +157,6 @@ class Common:
             learning_rate=size.learning_rate if self.learning_rate is None else self.learning_rate,
             warmup=min(1000, steps // 10) if self.warmup is None else self.warmup,
             rho=size.rho if self.rho is None else self.rho,
-            correction_fraction=_fraction(self.correction_fraction),
             **same,
         )
 
@@ -145,11 +172,11 @@ class Common:
         )
 
 
-def _fraction(text: str) -> float:
+def _fraction(option: str, text: str) -> float:
     try:
         return float(Fraction(text))
     except (ValueError, ZeroDivisionError):
-        raise UserError(f"--correction-fraction must be a number in (0, 1], 1/8 say; got {text!r}") from None
+        raise UserError(f"{option} must be a number in (0, 1], 1/8 say; got {text!r}") from None
 
 
 @dataclass(frozen=True)
@@ -169,7 +196,7 @@ class Compare(Common):
     """Train several methods on the same data and budget: one table, one plot, one HTML report."""
 
     methods: str = "adamw,precond-functional-sam"
-    """names as in `fsam train --method`, separated by commas"""
+    """names as in `fsam train --method`, between commas, with options of their own if any: sam:rho=0.1:start=0.5"""
     budget: Literal["steps", "time"] = "steps"
     """what is equal for all: optimizer steps, or the time that AdamW takes for --steps"""
     seeds: int = 1
@@ -177,17 +204,55 @@ class Compare(Common):
     cost_steps: int = 12
     """steps of each method timed turn about, for the cost ratio"""
 
-    def names(self) -> tuple[str, ...]:
-        """The methods, each once.
+    def variants(self) -> dict[str, Settings]:
+        """Each method as it was written, once, and its settings.
 
         Raises:
-            UserError: for an unknown name.
+            UserError: for an unknown method or option.
         """
-        found = tuple(dict.fromkeys(name.strip() for name in self.methods.split(",") if name.strip()))
-        unknown = [name for name in found if name not in NAMES]
+        found = dict.fromkeys(name.strip() for name in self.methods.split(",") if name.strip())
+        unknown = [name for name in found if name.partition(":")[0] not in NAMES]
         if unknown or not found:
             raise UserError(f"--methods: {', '.join(unknown) or 'none given'}; use some of {', '.join(NAMES)}")
-        return found
+        return {name: self._variant(name) for name in found}
+
+    def _variant(self, text: str) -> Settings:
+        method, *options = text.split(":")
+        # "scope=top:2" has a colon of its own.
+        joined: list[str] = []
+        for option in options:
+            if "=" in option or not joined:
+                joined.append(option)
+            else:
+                joined[-1] += f":{option}"
+        given = {}
+        for option in joined:
+            name, equals, value = option.partition("=")
+            name = name.replace("-", "_")
+            if not equals or name not in VARIED:
+                known = ", ".join(x.replace("_", "-") for x in VARIED)
+                raise UserError(f"--methods: {option!r} in {text!r} is no option=value; the options are {known}")
+            given[name] = _typed(text, name, value)
+        return dataclasses.replace(self, **given).settings(method, 0)
+
+
+# What the methods of one comparison may differ in, by option.
+VARIED = (
+    "learning_rate", "warmup", "final_learning_rate", "weight_decay", "b1", "b2", "eps", "clip_norm", "dropout", "ema",
+    "rho", "rho_schedule", "norm", "second_moment", "savings", "correction_fraction", "ascent", "ascent_fraction",
+    "scope", "cut", "every", "start", "probability", "between", "cotangent", "label_smoothing", "z_loss",
+)  # fmt: skip
+
+
+def _typed(text: str, name: str, value: str) -> Any:
+    kind = next(field.type for field in dataclasses.fields(Common) if field.name == name)
+    number = {"int": int, "float": float}.get(str(kind).partition(" ")[0])
+    if number is None:
+        return value
+    try:
+        return number(value)
+    except ValueError:
+        raise UserError(f"--methods: {name}={value} in {text!r} is no {number.__name__}") from None
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal, get_args
 
-from fsam_core import Method, UserError, named
-from fsam_core.methods import Ascent, Cut, Norm, Perturbed, SecondMoment, check_rho
+from fsam_core import Method, UserError, named, schedules
+from fsam_core.methods import Cut, Norm, Perturbed, SecondMoment, check_rho
+from fsam_core.schedules import Between, Schedule, cosine, tied
 from fsam_kernels.memory import Form
 from fsam_kernels.options import Loss
 from fsam_trainers.models.layout import ModelConfig
 
 Framework = Literal["jax", "torch"]
+RhoSchedule = Literal["constant", "cosine", "learning-rate"]
+# Option sets by name; what is given beside one is taken on top of it.
+SAVINGS: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "balanced": {"correction_fraction": 0.25},
+    "cheap": {"correction_fraction": 0.125, "cut": "hidden"},
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,13 @@ class Settings:
         seed: of the initial weights, the order of the data and dropout.
         learning_rate: the peak, reached after `warmup` steps, then a cosine down to `final_learning_rate` times it.
         clip_norm: global norm of the final gradient; 0 for no clipping.
-        rho, norm, second_moment, correction_fraction, ascent, cut: see `fsam_core.methods.Perturbed`.
+        rho, norm, second_moment, correction_fraction, ascent, ascent_fraction, scope, cut: see
+            `fsam_core.methods.Perturbed`.
+        rho_schedule: ρ "constant", along a "cosine" down to 0 at the end of the run, or in proportion to the
+            "learning-rate".
+        every, probability, between: see `fsam_core.schedules.Schedule`; the seed is the run's.
+        start: the share of the run before which there is no correction.
+        ema: decay of an exponential average of the weights, which is then what evaluation sees; 0 for none.
         cotangent: "auto", "keep" or "recompute", see `fsam_kernels.memory.Memory`.
         label_smoothing, z_loss, soft_cap: of the loss that is trained, see `fsam_kernels.options.Loss`; soft_cap 0 for
             none. Evaluation reports the plain cross entropy of the (capped) logits.
@@ -60,8 +75,16 @@ class Settings:
     norm: Norm = "l2"
     second_moment: SecondMoment = "current"
     correction_fraction: float = 1.0
-    ascent: Ascent = "full"
+    ascent: str = "full"
+    ascent_fraction: float | None = None
+    scope: str = "all"
     cut: Cut = "logits"
+    rho_schedule: RhoSchedule = "constant"
+    every: int = 1
+    start: float = 0.0
+    probability: float = 1.0
+    between: Between = "plain"
+    ema: float = 0.0
     cotangent: Form = "auto"
     label_smoothing: float = 0.0
     z_loss: float = 0.0
@@ -85,6 +108,10 @@ class Settings:
         _check(0 < self.eps < math.inf, "--eps", self.eps, "a finite number > 0")
         _check(0 <= self.clip_norm < math.inf, "--clip-norm", self.clip_norm, "a finite number >= 0 (0: no clipping)")
         check_rho(self.rho, "--rho")
+        choices = ", ".join(get_args(RhoSchedule))
+        _check(self.rho_schedule in get_args(RhoSchedule), "--rho-schedule", self.rho_schedule, choices)
+        _check(0 <= self.start <= 1, "--start", self.start, "a share of the run, in [0, 1]")
+        _check(0 <= self.ema < 1, "--ema", self.ema, "in [0, 1) (0: none)")
         _check(self.cotangent in get_args(Form), "--cotangent", self.cotangent, "auto, keep or recompute")
         _check(0 <= self.label_smoothing < 1, "--label-smoothing", self.label_smoothing, "in [0, 1)")
         _check(0 <= self.z_loss < math.inf, "--z-loss", self.z_loss, "a finite number >= 0")
@@ -92,15 +119,40 @@ class Settings:
         q = self.correction_fraction
         _check(0 < q <= 1, "--correction-fraction", q, "in (0, 1], 1/8 say")
         method = self.as_method()
+        self.schedule()
+        top = int(self.scope.partition(":")[2]) if self.scope.startswith("top:") else 0
+        _check(top <= self.model.layers, "--scope", self.scope, f"at most top:{self.model.layers}, the model's blocks")
+        schedules.check(self.schedule(), method)
         if isinstance(method, Perturbed):
-            fits = f"a share that cuts --batch {self.batch} into whole sequences, and into the same in each micro-batch"
-            per_part = self.batch // self.micro_batches
-            cut = (Fraction(q).limit_denominator(1 << 16) * self.micro_batches) % 1
-            _check(per_part % cut.denominator == 0, "--correction-fraction", q, fits)
+            self._check_share("--correction-fraction", method.fraction)
+            if method.direction.source == "part":
+                self._check_share("--ascent-fraction", method.share)
 
-    def as_method(self) -> Method:
-        options = {name: getattr(self, name) for name in ("norm", "second_moment", "ascent", "cut")}
-        return named(self.method, self.rho, argument="--method", fraction=self.correction_fraction, **options)
+    def _check_share(self, option: str, q: float) -> None:
+        """Whether that share of the batch is whole sequences, the same in each micro-batch."""
+        fits = f"a share that cuts --batch {self.batch} into whole sequences, and into the same in each micro-batch"
+        cut = (Fraction(q).limit_denominator(1 << 16) * self.micro_batches) % 1
+        _check((self.batch // self.micro_batches) % cut.denominator == 0, option, q, fits)
+
+    def as_method(self, learning_rate_at: Callable[[Any], Any] | None = None) -> Method:
+        """The method; `learning_rate_at` is the schedule as the framework has it, `learning_rate_at` without it."""
+        names = ("norm", "second_moment", "ascent", "ascent_fraction", "scope", "cut", "seed")
+        options = {name: getattr(self, name) for name in names}
+        rho: Any = self.rho
+        if self.rho_schedule == "cosine":
+            rho = cosine(self.rho, self.steps)
+        elif self.rho_schedule == "learning-rate":
+            rho = tied(self.rho, learning_rate_at or self.learning_rate_at, self.learning_rate)
+        return named(self.method, rho, argument="--method", fraction=self.correction_fraction, **options)
+
+    def schedule(self) -> Schedule:
+        """At which steps there is a correction."""
+        start = math.ceil(self.start * self.steps)
+        return Schedule(self.every, start, self.probability, self.seed, self.between)
+
+    def kind(self, step: int) -> str:
+        """What step `step` = 0, 1, … is: corrected, reused or plain."""
+        return "plain" if self.method == "adamw" else self.schedule().kind(step)
 
     def losses(self) -> tuple[Loss, Loss]:
         """(the loss that is trained, the one that is reported)."""

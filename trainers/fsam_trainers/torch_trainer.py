@@ -1,4 +1,4 @@
-"""Training in PyTorch: the same model and settings, torch.optim.AdamW, torch.distributed.checkpoint."""
+"""Training in PyTorch: the same model and settings, AdamW in one pass, torch.distributed.checkpoint."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 import fsam_core.torch as fsam  # noqa: E402
 from fsam_trainers.engine import StepReport  # noqa: E402
 from fsam_trainers.models import torch_decoder  # noqa: E402
+from fsam_trainers.models.layout import blocks  # noqa: E402
 from fsam_trainers.settings import Settings  # noqa: E402
 
 
-def optimizer(model: torch.nn.Module, settings: Settings) -> torch.optim.AdamW:
-    """AdamW with decoupled weight decay on the matrices; fused: one pass over the state instead of ten."""
+def optimizer(model: torch.nn.Module, settings: Settings) -> fsam.AdamW:
+    """AdamW with decoupled weight decay on the matrices, one pass over the state; its checkpoints are torch.optim's."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(
-        groups, lr=settings.learning_rate, betas=(settings.b1, settings.b2), eps=settings.eps, fused=True
-    )
+    made = backends.load("torch", settings.backend).AdamW
+    adamw = made(groups, lr=settings.learning_rate, betas=(settings.b1, settings.b2), eps=settings.eps)
     # Made now, because get_state_dict makes missing state by taking a step, which would count as one in a checkpoint.
     for p in model.parameters():
         zeros = {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in ("exp_avg", "exp_avg_sq")}
-        adamw.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device), **zeros}
+        adamw.state[p] = {"step": torch.tensor(0.0), **zeros}
     return adamw
 
 
@@ -70,15 +70,25 @@ class TorchEngine:
         self.optimizer = optimizer(self.model, settings)
         trained, reported = settings.losses()
         self._loss = fsam.mean_loss(partial(torch_decoder.features, loss=reported), backend=settings.backend)
+        features: Any = partial(torch_decoder.features, loss=trained)
+        if settings.scope.startswith("top:"):
+            below = settings.model.layers - int(settings.scope.removeprefix("top:"))
+            features = torch_decoder.staged(below, trained)
         self._step = fsam.Step(
             self.model,
             self.optimizer,
             settings.as_method(),
-            features=partial(torch_decoder.features, loss=trained),
+            features=features,
             clip_norm=settings.clip_norm or None,
+            schedule=settings.schedule(),
+            blocks=blocks(settings.model),
             memory=fsam.Memory(settings.cotangent),
             backend=settings.backend,
         )
+        self._average: torch.optim.swa_utils.AveragedModel | None = None
+        if settings.ema:
+            decay = torch.optim.swa_utils.get_ema_multi_avg_fn(settings.ema)
+            self._average = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=decay)
 
     def prepare(self, tokens_BxL1: np.ndarray) -> None:
         """Nothing is compiled."""
@@ -95,16 +105,20 @@ class TorchEngine:
         self._step(list(self._tokens(tokens_BxL1).chunk(self.settings.micro_batches)))
         info = self._step.info
         assert info is not None
+        if self._average is not None and not info.skipped:
+            self._average.update_parameters(self.model)
         report = StepReport(info.loss, info.base_norm, info.grad_norm, info.perturbation_norm, info.skipped)
         return lambda: report
 
     def evaluate(self, batches: Sequence[np.ndarray]) -> float:
-        self.model.eval()
-        return float(np.mean([float(self._loss(self.model, self._tokens(tokens))) for tokens in batches]))
+        model = self.model if self._average is None else self._average.module
+        model.eval()
+        return float(np.mean([float(self._loss(model, self._tokens(tokens))) for tokens in batches]))
 
     def state_bytes(self) -> int:
         moments = [x for state in self.optimizer.state.values() for x in state.values()]
-        return sum(x.nbytes for x in [*self.model.parameters(), *moments])
+        average = [] if self._average is None else self._average.parameters()
+        return sum(x.nbytes for x in [*self.model.parameters(), *moments, *average])
 
     def save(self, folder: Path) -> None:
         with _one_process():
@@ -116,13 +130,16 @@ class TorchEngine:
             dcp.load(state, checkpoint_id=folder)
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         self._step.load_state_dict(state["step"])
+        if self._average is not None:
+            self._average.load_state_dict(state["average"])
 
     def weights(self) -> dict[str, np.ndarray]:
         return torch_decoder.as_numpy(self.model)
 
     def _state(self) -> dict[str, Any]:
         model, optim = get_state_dict(self.model, self.optimizer)
-        return {"model": model, "optimizer": optim, "step": self._step.state_dict()}
+        average = {} if self._average is None else {"average": self._average.state_dict()}
+        return {"model": model, "optimizer": optim, "step": self._step.state_dict(), **average}
 
     def _tokens(self, tokens: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(tokens).to(self._device, torch.int64)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fsam_core.errors import UserError
+from fsam_core.scopes import Blocks
 
 EMBEDDING_STD = 0.02  # logits of a fresh model have a standard deviation of 0.02 sqrt(D): the loss starts at ln V
 
@@ -87,6 +88,12 @@ def initial(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
         return random.standard_normal(shape, np.float32) * np.float32(std)
 
     return {name: value(name, shape) for name, shape in shapes(config).items()}
+
+
+def blocks(config: ModelConfig) -> Blocks:
+    """What the parameters are, for a scope that is given by name."""
+    head, above = ("embedding", "final_norm") if config.tied else ("head", "final_norm|head")
+    return Blocks(config.layers, r"^block_(\d+)\.", rf"^({above})$", rf"^{head}$", r"norm$")
 
 
 def nested(flat: dict[str, np.ndarray]) -> dict:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fsam_core.torch import LinearHead
+from fsam_core.torch import LinearHead, Staged
 from fsam_kernels.options import CROSS_ENTROPY, Loss
 from fsam_trainers.models.layout import ModelConfig, initial, shapes
 
@@ -28,12 +30,25 @@ class Decoder(nn.Module):
         load(self, initial(config, seed))
 
     def forward(self, tokens_BxL: Tensor) -> tuple[Tensor, Tensor]:
+        x_NxD = self.lower(tokens_BxL, self.config.layers)
+        return self.upper(x_NxD, tokens_BxL.shape[1], self.config.layers)
+
+    def lower(self, tokens_BxL: Tensor, blocks: int) -> Tensor:
+        """The residual stream x_NxD above the first `blocks` blocks."""
         B, L = tokens_BxL.shape
         x_NxD = F.embedding(tokens_BxL.reshape(-1), self.embedding) + self.positions[:L].repeat(B, 1)
         x_NxD = F.dropout(x_NxD, self.config.dropout, self.training)
-        for i in range(self.config.layers):
-            x_NxD = self.get_submodule(f"block_{i}")(x_NxD, L)
+        return self._through(x_NxD, L, range(blocks))
+
+    def upper(self, x_NxD: Tensor, L: int, blocks: int) -> tuple[Tensor, Tensor]:
+        """The rest of the way, from what `lower` gave."""
+        x_NxD = self._through(x_NxD, L, range(blocks, self.config.layers))
         return layer_norm(x_NxD, self.final_norm), self.embedding if self.config.tied else self.head
+
+    def _through(self, x_NxD: Tensor, L: int, which: range) -> Tensor:
+        for i in which:
+            x_NxD = self.get_submodule(f"block_{i}")(x_NxD, L)
+        return x_NxD
 
 
 class Block(nn.Module):
@@ -69,6 +84,19 @@ def features(model: nn.Module, tokens_BxL1: Tensor, loss: Loss = CROSS_ENTROPY) 
     """What `fsam_core.torch` asks of a model; tokens are [B, L+1] int64."""
     h_NxD, w_VxD = model(tokens_BxL1[:, :-1])
     return LinearHead(h_NxD, w_VxD, tokens_BxL1[:, 1:].reshape(-1), loss=loss)
+
+
+def staged(blocks: int, loss: Loss = CROSS_ENTROPY) -> Staged:
+    """`features` in two stages, of which the lower holds the first `blocks` blocks."""
+
+    def prefix(model: Any, tokens_BxL1: Tensor) -> Tensor:
+        return model.lower(tokens_BxL1[:, :-1], blocks)
+
+    def suffix(model: Any, x_NxD: Tensor, tokens_BxL1: Tensor) -> LinearHead:
+        h_NxD, w_VxD = model.upper(x_NxD, tokens_BxL1.shape[1] - 1, blocks)
+        return LinearHead(h_NxD, w_VxD, tokens_BxL1[:, 1:].reshape(-1), loss=loss)
+
+    return Staged(prefix, suffix)
 
 
 def load(model: nn.Module, flat: dict[str, np.ndarray]) -> None:

@@ -1,0 +1,82 @@
+"""AdamW in JAX with the step's own findings: one loop a leaf for clipping, skipping, moments, decay and update.
+
+    optimizer = AdamW(3e-4, b2=0.95, weight_decay=0.1, clip_norm=1.0)
+    opt_state = optimizer.init(params)
+    (loss, info), grads = grad(params, batch, opt_state)
+    params, opt_state = optimizer.step(params, grads, opt_state, info)
+
+It does what optax.chain(clip_by_global_norm, adamw) under `skip_nonfinite` does, without the passes in which those find
+the norm again, look for what is not finite, and choose between two states. Its state is optax's own `ScaleByAdamState`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fsam_core.errors import UserError
+from fsam_core.jax_perturbation import adam_state, clip_factor
+from fsam_kernels.xla.adamw import adamw
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """The optimizer; its arithmetic is that of `fsam_kernels.xla.adamw`, whose formulas are in `fsam_kernels.spec`.
+
+    Attributes:
+        learning_rate: a number, or an optax schedule of the completed steps.
+        b1, b2, eps: of Adam.
+        weight_decay: decoupled.
+        mask: params -> tree of bools, or such a tree: which leaves decay; all of them without it.
+        clip_norm: global norm that the gradient is clipped to; None for no clipping.
+
+    Raises:
+        UserError: for a decay rate outside [0, 1) or clip_norm ≤ 0.
+    """
+
+    learning_rate: float | Callable[[Any], Any]
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 1e-4
+    mask: Any = None
+    clip_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} must be in [0, 1), got {getattr(self, name)!r}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise UserError(f"clip_norm must be > 0, or None for no clipping; got {self.clip_norm!r}")
+
+    def init(self, params: Any) -> optax.ScaleByAdamState:
+        """Zero moments in the dtype of the params."""
+        return optax.ScaleByAdamState(
+            jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params)
+        )
+
+    def step(self, params: Any, grads: Any, opt_state: Any, info: Any) -> tuple[Any, Any]:
+        """(params, opt_state) after a step with what `value_and_grad` returned; as they were where it was not finite.
+
+        `opt_state` may be any optax state that holds one Adam state, so a run that was begun with optax goes on; what
+        else it holds (the count of a schedule, say) stays as it is.
+        """
+        state = adam_state(opt_state)
+        rate = self.learning_rate(state.count) if callable(self.learning_rate) else self.learning_rate
+        decays = self.mask(params) if callable(self.mask) else self.mask
+        decay = self.weight_decay if decays is None else jax.tree.map(lambda on: self.weight_decay * on, decays)
+        new = adamw(
+            params, grads, state.mu, state.nu, step=state.count + 1, lr=rate, b1=self.b1, b2=self.b2, eps=self.eps,
+            weight_decay=decay, clip=clip_factor(info.grad_norm, self.clip_norm),
+        )  # fmt: skip
+        keep = lambda after, before: jax.tree.map(lambda x, y: jnp.where(info.finite, x, y), after, before)
+        count = jnp.where(info.finite, optax.safe_increment(state.count), state.count)
+        mine = optax.ScaleByAdamState(count, keep(new.exp_avg, state.mu), keep(new.exp_avg_sq, state.nu))
+        is_adam = lambda x: isinstance(x, optax.ScaleByAdamState)
+        whole = jax.tree.map(lambda x: mine if is_adam(x) else x, opt_state, is_leaf=is_adam)
+        return keep(new.theta, params), whole

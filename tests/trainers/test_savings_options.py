@@ -1,0 +1,107 @@
+"""The savings as options of a run: what the command makes of them, and that both frameworks then do the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fsam_core import UserError
+from fsam_trainers import cost, engine
+from fsam_trainers.models.layout import ModelConfig
+from fsam_trainers.options import Compare, Train
+from fsam_trainers.settings import Settings
+
+MODEL = ModelConfig(layers=3, width=32, heads=2, seq_len=16, vocab_size=64)
+BASE = Settings("jax", "precond-functional-sam", MODEL, steps=8, batch=8, warmup=2, rho=0.2)
+QUICK: dict[str, dict[str, Any]] = {
+    "half of the batch, upper blocks": {"correction_fraction": 0.5, "scope": "top:2"},
+    "every second, reused, average of the weights": {"every": 2, "between": "reuse", "ema": 0.9},
+    "late, with the learning rate": {"start": 0.5, "rho_schedule": "learning-rate"},
+}
+SLOW: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "half": {"correction_fraction": 0.5},
+    "upper blocks": {"scope": "top:2"},
+    "norms": {"scope": "norms"},
+    "no head": {"scope": "no-head"},
+    "hidden": {"cut": "hidden", "correction_fraction": 0.25},
+    "cosine": {"rho_schedule": "cosine"},
+    "momentum": {"ascent": "momentum"},
+    "previous": {"ascent": "previous"},
+    "micro": {"ascent": "micro", "micro_batches": 2},
+    "part": {"ascent": "part", "ascent_fraction": 0.25},
+    "per tensor": {"norm": "per-tensor"},
+    "some steps": {"probability": 0.5},
+    "sam": {"method": "sam", "every": 3},
+}
+
+
+def losses(framework: Any, changes: dict[str, Any]) -> np.ndarray:
+    """Training losses of a run, and its evaluation at the end."""
+    random = np.random.default_rng(0)
+    batches = [random.integers(0, 64, (8, 17), dtype=np.int32) for _ in range(BASE.steps)]
+    one = engine.make(dataclasses.replace(BASE, framework=framework, **changes))
+    one.prepare(batches[0])
+    seen = [one.step(tokens, i)().loss for i, tokens in enumerate(batches)]
+    return np.array([*seen, one.evaluate(batches[:2])])
+
+
+@pytest.mark.parametrize("changes", QUICK.values(), ids=QUICK.keys())
+def test_both_frameworks_train_the_same(changes):
+    np.testing.assert_allclose(losses("jax", changes), losses("torch", changes), atol=3e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", SLOW.values(), ids=SLOW.keys())
+def test_both_frameworks_train_the_same_with_every_option(changes):
+    np.testing.assert_allclose(losses("jax", changes), losses("torch", changes), atol=3e-6)
+
+
+def test_an_option_set_by_name_and_what_is_given_beside_it():
+    cheap = Train(savings="cheap").settings("functional-sam", 0)
+    assert (cheap.correction_fraction, cheap.cut) == (0.125, "hidden")
+    assert Train(savings="cheap", correction_fraction="1/2").settings("functional-sam", 0).correction_fraction == 0.5
+    with pytest.raises(UserError, match="--savings: 'free' is not known; use one of exact, balanced, cheap"):
+        Train(savings="free").settings("functional-sam", 0)
+
+
+def test_methods_of_a_comparison_have_options_of_their_own():
+    text = "adamw, sam:rho=0.1:start=0.75,precond-functional-sam:correction-fraction=1/4:scope=top:2"
+    plain, sam, mine = Compare(methods=text, rho=0.3, steps=100).variants().values()
+    assert (plain.method, plain.rho) == ("adamw", 0.3)
+    assert (sam.method, sam.rho, sam.start) == ("sam", 0.1, 0.75)
+    assert (mine.rho, mine.correction_fraction, mine.scope) == (0.3, 0.25, "top:2")
+    assert [sam.kind(i) for i in (0, 74, 75, 99)] == ["plain", "plain", "corrected", "corrected"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("sam:rho", "'rho' in 'sam:rho' is no option=value"),
+        ("sam:steps=3", "'steps=3' in 'sam:steps=3' is no option=value; the options are learning-rate"),
+        ("sam:rho=much", "rho=much in 'sam:rho=much' is no float"),
+        ("sam:every=0", "every must be a whole number >= 1, got 0"),
+        ("sam:scope=top:5", r"--scope must be at most top:4, the model's blocks, got 'top:5'"),
+        ("sam:correction-fraction=1/3", "--correction-fraction must be a share that cuts --batch 16"),
+        ("sam:ascent=part:ascent-fraction=1/3", "--ascent-fraction must be a share that cuts --batch 16"),
+        ("sam:start=2", r"--start must be a share of the run"),
+    ],
+)
+def test_options_of_a_comparison_that_are_wrong_are_said(text, says):
+    with pytest.raises(UserError, match=says):
+        Compare(methods=text).variants()
+
+
+def test_a_run_costs_what_its_kinds_of_steps_do():
+    late = dataclasses.replace(BASE, steps=100, start=0.9, every=2, between="reuse")
+    kinds = cost.kinds_of(late)
+    assert {kind: share for kind, (share, _) in kinds.items()} == pytest.approx({"corrected": 0.05, "reused": 0.05})
+    assert {one.kind(50) for _, one in kinds.values()} == {"corrected", "reused"}
+    assert cost.kinds_of(cost.as_adamw(late)) == {}
+    tokens = np.zeros((8, 17), np.int32)
+    found = cost.measure({"late": late}, tokens, repeats=3)
+    assert found["adamw"].ratio == 1
+    assert 0.5 < found["late"].ratio < 2
