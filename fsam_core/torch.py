@@ -233,7 +233,7 @@ class Step:
     def _update(self, clip: float) -> None:
         if isinstance(self.optimizer, AdamW):
             self.optimizer.step(clip=clip)
-            self._passes.stale = False  # it has written the copies of its masters
+            self._passes.fresh()  # it has written the copies of its masters
         else:
             self._scale(clip)
             self.optimizer.step()

@@ -78,6 +78,7 @@ class Passes:
         self.ops, self.model, self.optimizer, self.memory, self.copies = ops, model, optimizer, memory, copies
         self.features = features
         self.stale = False
+        self._head: tuple[Tensor | None, ...] | None = None
 
     # --- gradients ----------------------------------------------------------------------------------------------------
 
@@ -157,11 +158,24 @@ class Passes:
         loss, cotangent, out = heads.cotangent(self.ops, head, unit, self.memory, gradient=wanted, keep=holds)
         if cut == "hidden":
             cotangent = out
+        elif cut is not None:
+            cotangent = self._detached(cotangent)
         if backward:
             assert out is not None
             heads.backward(head, out)
             self.collect()
         return loss, weight, Kept(cotangent, unit, before)
+
+    def _detached(self, cotangent: Any) -> Any:
+        """The cotangent with a head that nobody writes over: what it is recomputed from is the head it was made at.
+
+        Beside masters the model's weights are written in place, so the head is copied, once for all micro-batches.
+        """
+        if not self.copies or getattr(cotangent, "w_VxD", None) is None:
+            return cotangent
+        if self._head is None:
+            self._head = tuple(None if x is None else x.clone() for x in (cotangent.w_VxD, cotangent.bias_V))
+        return dataclasses.replace(cotangent, w_VxD=self._head[0], bias_V=self._head[1])
 
     def _mean(self, seen: Sequence[tuple[Tensor, Tensor, Kept]], backward: bool) -> Passed:
         losses, weights, kept = zip(*seen, strict=True)
@@ -208,7 +222,7 @@ class Passes:
         original = [] if self.copies else [p.data for p in params]
         try:
             if self.copies:
-                self.stale = True
+                self.stale, self._head = True, None
             else:
                 for p, data in zip(params, moved, strict=True):
                     p.data = data
@@ -224,7 +238,11 @@ class Passes:
         if self.stale:
             for master, p in self.copies.items():
                 p.data.copy_(master.detach())
-            self.stale = False
+            self.fresh()
+
+    def fresh(self) -> None:
+        """Note that somebody has written the copies from the masters."""
+        self.stale, self._head = False, None
 
 
 def _named(region: str, direction: str) -> Any:
