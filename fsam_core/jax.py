@@ -116,6 +116,7 @@ def value_and_grad(
     eps: float = 1e-8,
     clip_norm: float | None = None,
     blocks: Blocks | None = None,
+    pass_axis: str | None = None,
     memory: Memory = AUTO,
     backend: str | None = None,
 ) -> Callable[..., Any]:
@@ -130,6 +131,8 @@ def value_and_grad(
         clip_norm: the global norm that the optax chain clips to, if it does. It scales the gradient inside the second
             moment of the ascent direction; the returned gradient is not clipped.
         blocks: what the parameters are, for a scope that is given by name.
+        pass_axis: an axis of two devices of the mesh in use, each of which takes one of the two passes of a `SAM` whose
+            ascent is known before the step, at fraction 1 and a strength other than 1 (as SAMPa does).
         memory: what may be spent on the head: working bytes, and whether its cotangent is kept or recomputed.
         backend: "xla", "pallas" or "auto" (default: FSAM_BACKEND, then auto).
 
@@ -152,6 +155,11 @@ def value_and_grad(
         raise UserError(f"b2 must be in [0, 1), as that of your optax.adamw; got {b2!r}")
     if clip_norm is not None and not clip_norm > 0:
         raise UserError(f"clip_norm must be > 0, or None for no clipping; got {clip_norm!r}")
+    if pass_axis is not None and not _apart(method):
+        raise UserError(
+            "pass_axis: two passes wait for each other but for SAM with a known ascent (previous, momentum, random), "
+            f"fraction 1 and a strength other than 1; got {method!r}"
+        )
     run = Run(backends.load("jax", backend), features, memory)
     adam = Adam(b2, eps, clip_norm)
 
@@ -178,7 +186,7 @@ def value_and_grad(
                 g_hat = jax.tree.map(lambda g, c: (g + c).astype(g.dtype), g_hat, correction)
         else:
             mask = mask_of(method, params, blocks)
-            step = Step(run, method, params, opt_state, before.previous, adam, mask)
+            step = Step(run, method, params, opt_state, before.previous, adam, mask, pass_axis)
             found = corrected(step, batches)
             loss, moved_loss, weight, length = found.loss, found.moved_loss, found.weight, found.length
             g_hat, base_norm = found.g_hat, found.base_norm
@@ -196,6 +204,13 @@ def value_and_grad(
         return (loss, info), g_hat, Carry(chosen(g_hat, carry.previous), chosen(correction, carry.correction))
 
     return grad
+
+
+def _apart(method: Method) -> bool:
+    """Whether its two passes need nothing of each other."""
+    if not isinstance(method, Perturbed) or method.path != "sam":
+        return False
+    return method.direction.known and method.fraction == 1 and not method.exact
 
 
 def mean_loss(

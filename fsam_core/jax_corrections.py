@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from fsam_core import jax_passes as passes
 from fsam_core import parts
@@ -23,6 +24,7 @@ class Step(NamedTuple):
     previous: Any
     adam: Adam
     mask: Any
+    pass_axis: str | None = None
 
 
 class Outcome(NamedTuple):
@@ -50,6 +52,8 @@ def _corrected(step: Step, batches: list[Any]) -> Outcome:
     in_S = groups if method.fraction == 1 else groups[:1]
     if exact and ascent.known:
         return _known(step, groups)
+    if step.pass_axis is not None:
+        return _apart(step, groups)
 
     def at_theta(i: int, items: Any) -> Passed | None:
         """The base pass of a group: of the exact method's rest, the cotangent alone is needed, if that."""
@@ -100,6 +104,32 @@ def _known(step: Step, groups: list[Any]) -> Outcome:
     seen = passes.base(run, at, items, backward=False, keep=True, cut=method.cut)
     g_hat = passes.pull_back(run, back, items, seen.cotangents)
     return Outcome(seen.loss, None if functional else seen.loss, seen.weight, None, length, g_hat, None)
+
+
+def _apart(step: Step, groups: list[Any]) -> Outcome:
+    """Two passes that do not wait for each other, each on its half of the devices along an axis of the mesh.
+
+    Both halves run one program, at θ or at θ+ε; what they give is added up across, (1 − w) g + w g'.
+    """
+    run, method, params, axis = step.run, step.method, step.params, step.pass_axis
+    assert axis is not None
+    (items,) = groups
+    moved, length = _moved(step, None)
+
+    def mine(params: Params, moved: Params, items: Any) -> Any:
+        second = jax.lax.axis_index(axis) == 1
+        here = jax.tree.map(lambda p, q: jnp.where(second, q, p), params, moved)
+        seen = passes.base(run, here, items)
+        of = lambda x, share: jax.lax.psum(jnp.where(second, share[1], share[0]) * x, axis)
+        g_hat = jax.tree.map(lambda g: of(wide(g), (1 - method.strength, method.strength)).astype(g.dtype), seen.g)
+        base_norm = of(norm_of(seen.g), (1.0, 0.0))
+        return of(seen.loss, (1.0, 0.0)), of(seen.loss, (0.0, 1.0)), of(seen.weight, (1.0, 0.0)), base_norm, g_hat
+
+    whole = jax.sharding.PartitionSpec()
+    # check_vma: inside, nothing says that the batch is the same on both halves.
+    halves = jax.shard_map(mine, in_specs=whole, out_specs=whole, axis_names={axis}, check_vma=False)
+    loss, moved_loss, weight, base_norm, g_hat = halves(params, moved, items)
+    return Outcome(loss, moved_loss, weight, base_norm, length, g_hat, None)
 
 
 def _micro(step: Step, batches: list[Any]) -> Outcome:

@@ -522,3 +522,33 @@ def test_rho_schedules(rho):
         cosine(rho, 0)
     with pytest.raises(UserError, match="peak must be > 0"):
         tied(rho, lambda step: 0.1, 0)
+
+
+# --- two passes on two devices ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batches", [ONE, [batch_of(8, 1), batch_of(8, 2)]], ids=["one", "two"])
+def test_passes_that_do_not_wait_run_on_two_devices(batches):
+    method = SAM(0.4, ascent="momentum", strength=0.3, precondition="adam")
+    values, batch = jax.tree.map(jnp.asarray, (weights(), batches))
+    state = optax.ScaleByAdamState(jnp.int32(STEPS), momenta(weights()), moments(weights()))
+    state = jax.tree.map(jnp.asarray, state)
+    alone = in_jax.value_and_grad(model, method, b2=B2, eps=EPS)
+    (loss, info), expected = jax.jit(alone)(values, batch, state)
+    mesh = jax.make_mesh((2,), ("passes",), devices=jax.devices()[:2])
+    apart = in_jax.value_and_grad(model, method, b2=B2, eps=EPS, pass_axis="passes")
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(apart).lower(values, batch, state).compile()
+        (found_loss, found), grads = compiled(values, batch, state)
+    assert distance(grads, expected) < 1e-12
+    for a, b in zip((found_loss, *found), (loss, *info), strict=True):
+        assert float(a) == pytest.approx(float(b), rel=1e-9)
+    if len(batches) == 1:  # of a loop over micro-batches XLA counts one turn
+        both = jax.jit(alone).lower(values, batch, state).compile().cost_analysis()["flops"]
+        assert compiled.cost_analysis()["flops"] < 0.75 * both
+
+
+@pytest.mark.parametrize("method", [SAM(0.1), SAM(0.1, ascent="momentum"), FunctionalSAM(0.1, ascent="momentum")])
+def test_passes_that_wait_for_each_other_cannot_be_taken_apart(method):
+    with pytest.raises(UserError, match="pass_axis: two passes wait for each other but for SAM"):
+        in_jax.value_and_grad(model, method, pass_axis="passes")
