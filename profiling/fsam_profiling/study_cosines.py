@@ -1,0 +1,133 @@
+"""How much of the exact correction each saving keeps: cosines along a run, on the batches the run trains on.
+
+    python -m fsam_profiling.study_cosines --out runs/study/cosines.json
+
+The run is the exact method's. At some of its steps every variant's gradient is taken on the same batch, at the same
+weights and moments; c = ĝ − g is its correction. Of the exact correction c* are given cos(c, c*) and ‖c‖ / ‖c*‖, and of
+the correction itself ‖c*‖ / ‖g‖.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+import fsam_core.jax as fsam
+from fsam_core import UserError
+from fsam_profiling.study import METHOD, SMALL, VARIANTS, Study, settings_of
+from fsam_trainers import jax_trainer
+from fsam_trainers.data import Batches, prepare
+from fsam_trainers.files import write_json
+from fsam_trainers.models import flax_decoder
+from fsam_trainers.models.layout import blocks
+from fsam_trainers.settings import Settings
+
+# Each variant's ascent and scope matter here, not at which steps it corrects.
+COMPARED = tuple(name for name, text in VARIANTS.items() if text.startswith((METHOD, "sam")) and "start" not in text)
+
+
+@dataclass(frozen=True)
+class Cosines:
+    """Compare every variant's correction with the exact one along a run."""
+
+    out: Path = Path("runs/study/cosines.json")
+    """file"""
+    steps: int = 300
+    """of the run"""
+    every: int = 30
+    """steps between comparisons"""
+    batch: int = 8
+    """sequences a step"""
+    rho: float = 0.2
+    """of all variants but SAM"""
+    sam_rho: float = 0.1
+    """of SAM"""
+    learning_rate: float = 2e-3
+    """peak"""
+    max_tokens: int = SMALL
+    """training tokens"""
+    preset: str = "tiny"
+    """model size"""
+
+
+def measure(options: Cosines) -> list[dict[str, Any]]:
+    """One row for each variant and step of comparison."""
+    study = Study(steps=options.steps, batch=options.batch, preset=options.preset)
+
+    def of(name: str) -> Settings:
+        rho = options.sam_rho if name == "SAM" else options.rho
+        return settings_of(study, VARIANTS[name], rho=rho, learning_rate=options.learning_rate)
+
+    settings = of("exact")
+    gradients = {name: jax.jit(_gradient(of(name)), static_argnames="kind") for name in COMPARED}
+    adamw = jax_trainer.optimizer(settings)
+    params = flax_decoder.parameters(settings.model, settings.seed)
+    state, previous = adamw.init(params), jax.tree.map(jnp.zeros_like, params)
+    update = jax.jit(adamw.step)
+    corpus = prepare(
+        study.data,
+        vocab_size=settings.model.vocab_size,
+        seq_len=settings.model.seq_len,
+        max_tokens=options.max_tokens,
+    )
+    batches = Batches(corpus.train, settings.model.seq_len, settings.batch, settings.seed)
+    rows = []
+    for step in range(options.steps):
+        batch = {"tokens": batches.at(step)}
+        carry = fsam.Carry(previous=previous)
+        (_, info), exact, _ = gradients["exact"](params, batch, state, fsam.Carry())
+        if step % options.every == 0 or step == options.steps - 1:
+            _, g, _ = gradients["exact"](params, batch, state, fsam.Carry(), kind="plain")
+            for name, gradient in gradients.items():
+                remembers = of(name).as_method().direction.remembers  # type: ignore[union-attr]
+                found = gradient(params, batch, state, carry if remembers else fsam.Carry())[1]
+                rows.append({"step": step, "variant": name, **_compared(found, exact, g)})
+        params, state = update(params, exact, state, info)
+        previous = exact
+    return rows
+
+
+def _gradient(settings: Settings) -> Any:
+    model = flax_decoder.Decoder(settings.model)
+    return fsam.value_and_grad(
+        partial(flax_decoder.features, model),
+        settings.as_method(),
+        b2=settings.b2,
+        eps=settings.eps,
+        clip_norm=settings.clip_norm or None,
+        blocks=blocks(settings.model),
+    )
+
+
+@jax.jit
+def _compared(found: Any, exact: Any, g: Any) -> dict[str, Any]:
+    flat = lambda tree: jnp.concatenate([x.ravel() for x in jax.tree.leaves(tree)])
+    correction, whole, plain = flat(found) - flat(g), flat(exact) - flat(g), flat(g)
+    norm = jnp.linalg.norm
+    return {
+        "cosine": correction @ whole / (norm(correction) * norm(whole)),
+        "length": norm(correction) / norm(whole),
+        "exact_to_gradient": norm(whole) / norm(plain),
+    }
+
+
+def main() -> None:
+    """The command."""
+    options = tyro.cli(Cosines, prog="python -m fsam_profiling.study_cosines")
+    try:
+        rows = [{k: float(v) if isinstance(v, jax.Array) else v for k, v in row.items()} for row in measure(options)]
+        write_json(options.out, {"options": {**vars(options), "out": str(options.out)}, "rows": rows})
+    except UserError as error:
+        print(f"fsam: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
