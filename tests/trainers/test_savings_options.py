@@ -105,3 +105,39 @@ def test_a_run_costs_what_its_kinds_of_steps_do():
     found = cost.measure({"late": late}, tokens, repeats=3)
     assert found["adamw"].ratio == 1
     assert 0.5 < found["late"].ratio < 2
+
+
+def test_bfloat16_over_masters_follows_float32_in_both_frameworks():
+    runs = {(f, d): losses(f, {"dtype": d, "rho": 0.05}) for f in ("jax", "torch") for d in ("float32", "bfloat16")}
+    for framework in ("jax", "torch"):
+        np.testing.assert_allclose(runs[framework, "bfloat16"], runs[framework, "float32"], atol=5e-3)
+    assert not np.array_equal(runs["jax", "bfloat16"], runs["jax", "float32"])
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": "bfloat16", "ema": 0.9},
+        {"ascent": "previous", "rho_schedule": "cosine"},
+        {"every": 3, "between": "reuse", "probability": 0.5},
+    ],
+    ids=["bfloat16, average", "previous", "reused"],
+)
+def test_a_restored_run_goes_on_to_the_same_bits(framework, changes, tmp_path):
+    random = np.random.default_rng(0)
+    batches = [random.integers(0, 64, (8, 17), dtype=np.int32) for _ in range(BASE.steps)]
+    settings = dataclasses.replace(BASE, framework=framework, **changes)
+    whole, first, second = (engine.make(settings) for _ in range(3))
+    for i, tokens in enumerate(batches):
+        whole.step(tokens, i)()
+    for i in range(5):
+        first.step(batches[i], i)()
+    first.save(tmp_path / "state")
+    second.restore(tmp_path / "state")
+    assert second.evaluate(batches[:1]) == first.evaluate(batches[:1])
+    for i in range(5, BASE.steps):
+        second.step(batches[i], i)()
+    for name, weight in whole.weights().items():
+        np.testing.assert_array_equal(second.weights()[name], weight, err_msg=name)
+    assert second.evaluate(batches[:1]) == whole.evaluate(batches[:1])

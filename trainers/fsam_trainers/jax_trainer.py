@@ -84,6 +84,7 @@ class JaxEngine:
         self.device = jax.devices()[0].device_kind
         model = flax_decoder.Decoder(settings.model)
         trained, reported = settings.losses()
+        dtype = jnp.dtype(settings.dtype)
         adamw = optimizer(settings)
         params = flax_decoder.parameters(settings.model, settings.seed)
         method = settings.as_method(learning_rate(settings))
@@ -92,7 +93,7 @@ class JaxEngine:
         self.state = State(params, adamw.init(params), fsam.carry_of(method, params, settings.schedule()), average)
         self._key = jax.random.key(settings.seed)
         gradient = fsam.value_and_grad(
-            partial(flax_decoder.features, model, loss=trained),
+            partial(flax_decoder.features, model, loss=trained, dtype=dtype),
             method,
             b2=settings.b2,
             eps=settings.eps,
@@ -117,7 +118,7 @@ class JaxEngine:
         self._jitted = step
         self._compiled: dict[str, Callable[..., Any]] = {}
         self._loss = jax.jit(
-            fsam.mean_loss(partial(flax_decoder.features, model, loss=reported), backend=settings.backend)
+            fsam.mean_loss(partial(flax_decoder.features, model, loss=reported, dtype=dtype), backend=settings.backend)
         )
 
     def prepare(self, tokens_BxL1: np.ndarray) -> None:

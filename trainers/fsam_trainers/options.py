@@ -103,6 +103,8 @@ class Common:
     """decay of an average of the weights, which is what evaluation then sees; 0 for none"""
     tied: bool = True
     """one matrix for input embedding and head"""
+    dtype: str = Settings.dtype
+    """what the model computes in: float32, or bfloat16 over float32 masters"""
     backend: str = Settings.backend
     """auto, xla (jax), torch (torch)"""
     evaluate_every: int | None = None
@@ -139,7 +141,7 @@ class Common:
             raise UserError(f"--savings: {self.savings!r} is not known; use one of {', '.join(SAVINGS)}")
         training = ("framework", "micro_batches", "final_learning_rate", "weight_decay", "b1", "b2", "eps", "clip_norm")
         perturbation = ("rho_schedule", "norm", "second_moment", "ascent", "scope", "backend")
-        schedule = ("every", "start", "probability", "between", "ema")
+        schedule = ("every", "start", "probability", "between", "ema", "dtype")
         head = ("cotangent", "label_smoothing", "z_loss", "soft_cap")
         same: dict[str, Any] = {name: getattr(self, name) for name in (*training, *perturbation, *schedule, *head)}
         same |= SAVINGS[self.savings]

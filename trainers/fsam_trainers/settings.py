@@ -17,6 +17,7 @@ from fsam_kernels.options import Loss
 from fsam_trainers.models.layout import ModelConfig
 
 Framework = Literal["jax", "torch"]
+Dtype = Literal["float32", "bfloat16"]
 RhoSchedule = Literal["constant", "cosine", "learning-rate"]
 # Option sets by name; what is given beside one is taken on top of it.
 SAVINGS: dict[str, dict[str, Any]] = {
@@ -47,6 +48,8 @@ class Settings:
         every, probability, between: see `fsam_core.schedules.Schedule`; the seed is the run's.
         start: the share of the run before which there is no correction.
         ema: decay of an exponential average of the weights, which is then what evaluation sees; 0 for none.
+        dtype: what the model computes in: "float32", or "bfloat16" over float32 masters, from which the perturbation is
+            taken too.
         cotangent: "auto", "keep" or "recompute", see `fsam_kernels.memory.Memory`.
         label_smoothing, z_loss, soft_cap: of the loss that is trained, see `fsam_kernels.options.Loss`; soft_cap 0 for
             none. Evaluation reports the plain cross entropy of the (capped) logits.
@@ -85,6 +88,7 @@ class Settings:
     probability: float = 1.0
     between: Between = "plain"
     ema: float = 0.0
+    dtype: Dtype = "float32"
     cotangent: Form = "auto"
     label_smoothing: float = 0.0
     z_loss: float = 0.0
@@ -112,6 +116,7 @@ class Settings:
         _check(self.rho_schedule in get_args(RhoSchedule), "--rho-schedule", self.rho_schedule, choices)
         _check(0 <= self.start <= 1, "--start", self.start, "a share of the run, in [0, 1]")
         _check(0 <= self.ema < 1, "--ema", self.ema, "in [0, 1) (0: none)")
+        _check(self.dtype in get_args(Dtype), "--dtype", self.dtype, " or ".join(get_args(Dtype)))
         _check(self.cotangent in get_args(Form), "--cotangent", self.cotangent, "auto, keep or recompute")
         _check(0 <= self.label_smoothing < 1, "--label-smoothing", self.label_smoothing, "in [0, 1)")
         _check(0 <= self.z_loss < math.inf, "--z-loss", self.z_loss, "a finite number >= 0")

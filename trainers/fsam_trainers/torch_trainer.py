@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -26,13 +27,17 @@ from fsam_trainers.models.layout import blocks  # noqa: E402
 from fsam_trainers.settings import Settings  # noqa: E402
 
 
-def optimizer(model: torch.nn.Module, settings: Settings) -> fsam.AdamW:
-    """AdamW with decoupled weight decay on the matrices, one pass over the state; its checkpoints are torch.optim's."""
+def optimizer(model: torch.nn.Module, settings: Settings, copies: Any = None) -> fsam.AdamW:
+    """AdamW with decoupled weight decay on the matrices, one pass over the state; its checkpoints are torch.optim's.
+
+    `copies` are the model's parameters -> those of another that computes with them, rounded.
+    """
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
     made = backends.load("torch", settings.backend).AdamW
-    adamw = made(groups, lr=settings.learning_rate, betas=(settings.b1, settings.b2), eps=settings.eps)
+    betas = (settings.b1, settings.b2)
+    adamw = made(groups, lr=settings.learning_rate, betas=betas, eps=settings.eps, copies=copies)
     # Made now, because get_state_dict makes missing state by taking a step, which would count as one in a checkpoint.
     for p in model.parameters():
         zeros = {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in ("exp_avg", "exp_avg_sq")}
@@ -67,7 +72,13 @@ class TorchEngine:
         self._device = self._device or torch.device("cpu")
         self.device = str(self._device)
         self.model = torch_decoder.Decoder(settings.model, settings.seed).to(self._device)
-        self.optimizer = optimizer(self.model, settings)
+        # What the passes run: the model itself, or a copy of it in bfloat16 over the model as its masters.
+        self._running: torch.nn.Module = self.model
+        copies: dict[torch.Tensor, torch.nn.Parameter] = {}
+        if settings.dtype != "float32":
+            self._running = copy.deepcopy(self.model).to(getattr(torch, settings.dtype))
+            copies = dict(zip(self.model.parameters(), self._running.parameters(), strict=True))
+        self.optimizer = optimizer(self.model, settings, copies)
         trained, reported = settings.losses()
         self._loss = fsam.mean_loss(partial(torch_decoder.features, loss=reported), backend=settings.backend)
         features: Any = partial(torch_decoder.features, loss=trained)
@@ -75,7 +86,7 @@ class TorchEngine:
             below = settings.model.layers - int(settings.scope.removeprefix("top:"))
             features = torch_decoder.staged(below, trained)
         self._step = fsam.Step(
-            self.model,
+            self._running,
             self.optimizer,
             settings.as_method(),
             features=features,
@@ -101,7 +112,7 @@ class TorchEngine:
         rate = self.settings.learning_rate_at(self._step.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.model.train()
+        self._running.train()
         self._step(list(self._tokens(tokens_BxL1).chunk(self.settings.micro_batches)))
         info = self._step.info
         assert info is not None
@@ -111,7 +122,7 @@ class TorchEngine:
         return lambda: report
 
     def evaluate(self, batches: Sequence[np.ndarray]) -> float:
-        model = self.model if self._average is None else self._average.module
+        model = self._running if self._average is None else self._average.module
         model.eval()
         return float(np.mean([float(self._loss(model, self._tokens(tokens))) for tokens in batches]))
 
@@ -129,6 +140,8 @@ class TorchEngine:
         with _one_process():
             dcp.load(state, checkpoint_id=folder)
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        for master, p in self.optimizer.copies.items():
+            p.data.copy_(master.detach())
         self._step.load_state_dict(state["step"])
         if self._average is not None:
             self._average.load_state_dict(state["average"])

@@ -66,18 +66,28 @@ def causal_attention(qkv_Nx3D: jax.Array, L: int, heads: int) -> jax.Array:
     q, k, v = qkv_Nx3D.reshape(B, L, 3, heads, d).transpose(2, 0, 3, 1, 4).reshape(3, B * heads, L, d)
     scores_GxLxL = jnp.matmul(q, k.transpose(0, 2, 1)) * d**-0.5
     mask_LxL = jnp.tril(jnp.ones((L, L), bool))
-    p_GxLxL = jax.nn.softmax(jnp.where(mask_LxL, scores_GxLxL, -jnp.inf), axis=-1)
+    wide_GxLxL = scores_GxLxL.astype(jnp.promote_types(scores_GxLxL.dtype, jnp.float32))
+    p_GxLxL = jax.nn.softmax(jnp.where(mask_LxL, wide_GxLxL, -jnp.inf), axis=-1).astype(qkv_Nx3D.dtype)
     return jnp.matmul(p_GxLxL, v).reshape(B, heads, L, d).transpose(0, 2, 1, 3).reshape(N, D)
 
 
 def layer_norm(x_NxD: jax.Array, scale_D: jax.Array) -> jax.Array:
-    """(x − mean) / sqrt(var + 1e-6) · scale."""
-    centred = x_NxD - x_NxD.mean(axis=-1, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + 1e-6) * scale_D
+    """(x − mean) / sqrt(var + 1e-6) · scale, in float32 or wider."""
+    wide_NxD = x_NxD.astype(jnp.promote_types(x_NxD.dtype, jnp.float32))
+    centred = wide_NxD - wide_NxD.mean(axis=-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + 1e-6) * scale_D).astype(
+        x_NxD.dtype
+    )
 
 
-def features(model: Decoder, params: dict, batch: dict, loss: Loss = CROSS_ENTROPY) -> LinearHead:
-    """What `fsam_core.jax` asks of a model: batch["tokens"] is [B, L+1]; with batch["key"] dropout is on."""
+def features(
+    model: Decoder, params: dict, batch: dict, loss: Loss = CROSS_ENTROPY, dtype: Any = jnp.float32
+) -> LinearHead:
+    """What `fsam_core.jax` asks of a model: batch["tokens"] is [B, L+1]; with batch["key"] dropout is on.
+
+    The params are cast to `dtype` here, so whatever is made of them (perturbed ones, gradients) stays float32 outside.
+    """
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
     tokens_BxL, labels_BxL = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
     rngs = {"dropout": batch["key"]} if "key" in batch else {}
     out: Any = model.apply({"params": params}, tokens_BxL, deterministic=not rngs, rngs=rngs)
