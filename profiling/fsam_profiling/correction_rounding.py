@@ -3,9 +3,9 @@
     python -m fsam_profiling.correction_rounding --json docs/data/correction-rounding.json
 
 A short float32 run of AdamW gives weights and moments; then c = ĝ − g of the preconditioned functional method is taken
-on further batches: with everything in float32, with the weights of both passes rounded and all else in float32, and with
-the whole computation in bfloat16; in each case the perturbation is added to float32 masters. The last row adds it to
-weights that are bfloat16 already, as an implementation without masters does.
+on further batches: with everything in float32, with the weights of both passes rounded and all else in float32, and
+with the whole computation in bfloat16; in each case the perturbation is added to float32 masters. The last row adds it
+to weights that are bfloat16 already, as an implementation without masters does.
 """
 
 from __future__ import annotations
