@@ -73,10 +73,10 @@ def perturbed(
     """
     with in_torch("norm"):
         v, scale, length, clip, adam = _scaled(ops, method, passes, params, ascent, norm, clip_norm, step)
-    out = [passes.copies[p].data for p in params] if passes.copies else None
+    out = [passes.copies[p].data for p in params] if passes.copies else passes.room_for(params)
     options: dict[str, Any] = {"clip": clip, "adam": adam, "out": out}
     rounding = getattr(passes.optimizer, "rounding", None)
-    if out is not None and rounding is not None:
+    if passes.copies and rounding is not None:
         options["rounding"] = rounding._replace(step=step)
     with in_torch("perturb"):
         return ops.perturb(params, ascent, v, scale, **options), length

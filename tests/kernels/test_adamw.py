@@ -106,6 +106,33 @@ def test_a_hundred_steps_are_those_of_optax_and_of_the_oracle(decay):
     )
 
 
+def test_what_optax_has_left_is_gone_on_with():
+    """Ten steps of optax.adamw, then ten of `adamw` from its count and moments: twenty of optax."""
+    theta = {"a": jnp.asarray(tensors(0)[0].numpy()), "b": jnp.float32(0.5)}
+    optimizer = optax.adamw(1e-2, 0.9, 0.95, 1e-8, weight_decay=0.1)
+    gradients = [
+        jax.tree.map(lambda x: jnp.asarray(np.random.default_rng(t).normal(size=x.shape), jnp.float32), theta)
+        for t in range(20)
+    ]
+
+    @jax.jit
+    def theirs(p, g, state):
+        update, state = optimizer.update(g, state, p)
+        return optax.apply_updates(p, update), state
+
+    step = jax.jit(lambda p, g, m, v, t: of_xla(p, g, m, v, step=t, lr=1e-2, b2=0.95, weight_decay=0.1))
+    other, state = theta, optimizer.init(theta)
+    for t, g in enumerate(gradients):
+        if t == 10:
+            mine, m, v, count = other, state[0].mu, state[0].nu, int(state[0].count)
+        other, state = theirs(other, g, state)
+    for g in gradients[10:]:
+        count += 1
+        mine, m, v, _ = step(mine, g, m, v, count)
+    assert far(jax.tree.leaves(mine), jax.tree.leaves(other)) <= AFTER_100 / 5
+    assert far(jax.tree.leaves(v), jax.tree.leaves(state[0].nu)) <= AFTER_100 / 5
+
+
 def test_xla_takes_a_tree_of_decays_a_factor_and_writes_a_copy():
     theta = {"a": jnp.ones(3), "b": jnp.ones(2)}
     g = jax.tree.map(lambda x: 0.5 * x, theta)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from operations import BACKENDS, DTYPES, OPS, adam_of, back, rounded, to
-from test_preconditioned_norm import SHAPES, settings_of, tensors
+from test_preconditioned_norm import MASK, MASKED, SHAPES, settings_of, tensors, tree
 
 import fsam_kernels.torch
+import fsam_kernels.xla
 from fsam_kernels import spec
 from fsam_kernels.torch import perturb as run_torch
 from fsam_kernels.torch.rounding import Rounding
@@ -89,13 +94,64 @@ def test_nan_stays_where_it_is(backend):
     assert np.isnan(got[1, 1])
 
 
+@pytest.mark.parametrize("current", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_arguments_are_left_as_they_are(backend):
+def test_arguments_are_left_as_they_are(backend, current):
     theta, (g, v), ops = weights(), tensors(), OPS[backend]
     lists = [[to(backend, x, "float32") for x in xs] for xs in (theta, g, v)]
-    ops.perturb(*lists, to(backend, np.float32(0.5)), clip=0.5, adam=adam_of(backend, settings_of(3, False), len(g)))
+    ops.perturb(*lists, to(backend, np.float32(0.5)), clip=0.5, adam=adam_of(backend, settings_of(3, current), len(g)))
     for values, arrays in zip((theta, g, v), lists, strict=True):
         assert all(np.array_equal(a, back(b)) for a, b in zip(values, arrays, strict=True))
+
+
+# --- trees, in JAX ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("steps", [None, (4, True), (4, False)])
+def test_a_scale_for_each_leaf_and_leaves_left_out_in_a_tree(steps, dtype):
+    theta, (g, v) = weights(), tensors()
+    adam = settings_of(*steps) if steps else None
+    scales = [0.1, 0.2, 0.3, 0.4, 0.5]
+    given = tree(theta)
+    got = fsam_kernels.xla.perturb(
+        given,
+        tree(g),
+        tree(v) if adam else None,
+        tree(scales),
+        clip=0.5,
+        adam=adam_of("xla", adam, 5),
+        mask=MASK,
+        dtype=dtype,
+    )
+    want = spec.perturb(theta, g, v if adam else None, scales, clip=0.5, mask=MASKED, **(adam or {}))
+    for x, o, moves, old in zip(*map(jax.tree.leaves, (got, want, MASK, given)), strict=True):
+        assert x.dtype == (dtype or "float32")
+        half_unit = 2**-8 if dtype else 10 * 2**-24
+        assert (np.abs(back(x) - o) <= half_unit * (np.abs(o) + 1)).all()
+        assert moves or dtype or x is old
+
+
+def test_what_depends_on_no_perturbed_leaf_is_done_once():
+    """Two passes of which the first product's weight stays: three products, and four where every weight moves."""
+    theta = (jnp.ones((64, 64)), jnp.ones((64, 64)))
+    forward = lambda theta, x: jnp.tanh(x @ theta[0]) @ theta[1]
+
+    def both(theta, g, x, mask):
+        return forward(theta, x), forward(fsam_kernels.xla.perturb(theta, g, None, 0.1, mask=mask), x)
+
+    products = lambda mask: jax.jit(both, static_argnums=3).lower(theta, theta, theta[0], mask).compile().as_text()
+    counts = [len(re.findall(r"= f32\[64,64\]\S* dot\(", products(mask))) for mask in (None, (False, True))]
+    assert counts == [4, 3]
+
+
+def test_the_same_under_jit():
+    theta, (g, v) = weights(), tensors()
+    adam = adam_of("xla", settings_of(2, True), 5)
+    run = lambda *x: fsam_kernels.xla.perturb(*x, adam=adam, mask=MASK)
+    given = (tree(theta), tree(g), tree(v), jnp.float32(0.5))
+    for x, y in zip(*map(jax.tree.leaves, (run(*given), jax.jit(run)(*given))), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2**-22, atol=2**-22)
 
 
 # --- many tensors, of any kind, in plain PyTorch ----------------------------------------------------------------------
@@ -147,6 +203,41 @@ def test_written_where_it_is_asked_for_in_the_dtype_of_that():
         assert x is y
         assert torch.equal(x, z)
         assert torch.equal(x, w.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("clip", [1e-20, 1e-6, 1e-3, 30.0])
+@pytest.mark.parametrize("b2", [0.0, 0.5, 0.999])
+def test_any_factor_of_clipping_and_any_decay_of_the_moment(clip, b2):
+    adam = {"b2": b2, "eps": 1e-8, "correction": 1 - b2**5}
+    theta, g, v, adams = problem([(1003,), (7,)], adam)
+    g = [x / clip for x in g]
+    assert_close(run_torch(theta, g, v, SCALE, adam=adams, clip=clip), want(theta, g, v, adams, clip=clip))
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-45, 1e-30, 1e18])
+@pytest.mark.parametrize("current", [True, False])
+def test_zero_denormal_and_huge_gradients(value, current):
+    shapes, adam = [(100,)], settings_of(3, current)
+    theta, _, _, adams = problem(shapes, adam)
+    g, v = [torch.full((100,), value)], [torch.zeros(100) if value < 1 else torch.full((100,), 1e36)]
+    assert_close(run_torch(theta, g, v, SCALE, adam=adams), want(theta, g, v, adams))
+
+
+def test_weights_may_be_perturbed_in_place():
+    theta, g, v, adam = problem()
+    oracle = want(theta, g, v, adam)
+    assert all(x is y for x, y in zip(run_torch(theta, g, v, SCALE, adam=adam, out=theta), theta, strict=True))
+    assert_close(theta, oracle)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("n", [3, 1000, 2**18 + 1])
+def test_a_bad_gradient_reaches_no_other_weight(n, bad):
+    theta, g, v, adam = problem([(n,), (5,)], settings_of(2, True))
+    g[0][n // 2] = bad
+    got = run_torch(theta, g, v, SCALE, adam=adam)
+    assert torch.isnan(got[0]).nonzero().tolist() == [[n // 2]]
+    assert torch.isfinite(got[1]).all()
 
 
 def test_weights_in_any_layout_keep_it():

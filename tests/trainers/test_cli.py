@@ -111,7 +111,7 @@ def test_the_cost_ratio_is_measured_against_a_base_step(text, tmp_path):
     assert figures["cost_ratio"] == pytest.approx(figures["step_ms_median"] / figures["base_step_ms"])
 
 
-@pytest.mark.parametrize("budget", ["steps", "time"])
+@pytest.mark.parametrize("budget", ["steps", "time", "flops"])
 def test_compare_writes_table_plot_and_a_page_that_needs_nothing_else(budget, text, tmp_path, capsys):
     out = tmp_path / "compare"
     more = ("--framework", "torch", "--steps", 12, "--seeds", 2, "--budget", budget, "--json", tmp_path / "c.json")

@@ -13,7 +13,9 @@ from rich.console import Console as Rich
 from rich.table import Table
 
 from fsam_core import UserError, backends
+from fsam_trainers import cost_table
 from fsam_trainers.console import Console
+from fsam_trainers.cost_table import Cost
 from fsam_trainers.files import writable, write_json
 from fsam_trainers.options import Backends, Common, Compare, Profile, Train, command_line, parse
 
@@ -36,12 +38,14 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-def run(options: Train | Compare | Backends) -> int:
+def run(options: Train | Compare | Cost | Backends) -> int:
     """One subcommand; returns the exit code."""
     if options.json is not None:
         writable("--json", options.json)
     if isinstance(options, Backends):
         return _backends(options)
+    if isinstance(options, Cost):
+        return cost_table.run(options)
     console = Console(options.quiet)
     return _train(options, console) if isinstance(options, Train) else _compare(options, console)
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from fsam_core import NAMES, UserError
+from fsam_trainers.cost_table import Cost
 from fsam_trainers.presets import preset
 from fsam_trainers.settings import SAVINGS, Pace, Settings, steps_for
 
@@ -199,8 +200,8 @@ class Compare(Common):
 
     methods: str = "adamw,precond-functional-sam"
     """names as in `fsam train --method`, between commas, with options of their own if any: sam:rho=0.1:start=0.5"""
-    budget: Literal["steps", "time"] = "steps"
-    """what is equal for all: optimizer steps, or the time that AdamW takes for --steps"""
+    budget: Literal["steps", "time", "flops"] = "steps"
+    """what is equal for all: optimizer steps, the time that AdamW takes for --steps, or its FLOPs by the cost model"""
     seeds: int = 1
     """runs of each method, with seeds 0, 1, …"""
     cost_steps: int = 12
@@ -271,14 +272,15 @@ class Profile:
 
 
 Command = (
-    Annotated[Train, tyro.conf.subcommand("train")]
+    Annotated[Cost, tyro.conf.subcommand("cost")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Backends, tyro.conf.subcommand("backends")]
     | Annotated[Profile, tyro.conf.subcommand("profile")]
 )
 
 
-def parse(arguments: list[str] | None = None) -> Train | Compare | Backends | Profile:
+def parse(arguments: list[str] | None = None) -> Train | Compare | Cost | Backends | Profile:
     """The command line as one of the above; prints help or a usage error and exits (0 or 2) by itself."""
     return tyro.cli(Command, prog="fsam", args=arguments)
 

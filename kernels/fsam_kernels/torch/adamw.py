@@ -70,17 +70,18 @@ def adamw(
         one = settings[entry.place]
         step = _step(one.step, weight.device, steps)
         own = (one._replace(step=0), weight.device, wide)
-        plain = rounded is None and not isinstance(clip, Tensor) and clip == 1
-        if plain and {x.dtype for x in (weight, grad, m, v)} == {wide}:
+        clipped = isinstance(clip, Tensor) or clip != 1
+        if rounded is None and not clipped and {x.dtype for x in (weight, grad, m, v)} == {wide}:
             whole.setdefault(own, []).append((weight, grad, m, v, step))
             continue
         at = 0
         for grad, rounded, weight, m, v in pieces(entry.arrays):
             given = dict(zip(("theta", "exp_avg", "exp_avg_sq"), (weight, m, v), strict=True))
             used = {name: x if x.dtype == wide else scratch(name, x, wide).copy_(x) for name, x in given.items()}
-            scaled = grad if plain and grad.dtype == wide else scratch("gradient", grad, wide).copy_(grad)
-            if not plain:
-                scaled.mul_(clip.to(scaled) if isinstance(clip, Tensor) else clip)
+            scaled = grad if grad.dtype == wide else scratch("gradient", grad, wide).copy_(grad)
+            if clipped:
+                factor = clip.to(scaled) if isinstance(clip, Tensor) else clip
+                scaled = torch.mul(scaled, factor, out=scratch("gradient", grad, wide))
             _fused([(used["theta"], scaled, used["exp_avg"], used["exp_avg_sq"], step)], one)
             for name, x in given.items():
                 if x is not used[name]:

@@ -49,19 +49,19 @@ def perturb(
         ValueError: as `preconditioned_norm`, or for a scale of another length.
     """
     scratch, clip = Scratch(), as_clip(clip)
+    adam = adam if v is not None else None
     if scale.ndim and len(scale) != len(theta):
         raise ValueError(f"scale: one for each of the {len(theta)} tensors or one for all, got {len(scale)}")
     moved = list(out) if out is not None else new_like(theta, dtype, mask)
     for entry in entries((g, v if adam is not None else None, theta, moved), adam, mask, written=1):
-        direction = Direction(entry.adam, clip, scratch)
         home, wide = entry.arrays[0].device, torch.promote_types(entry.arrays[0].dtype, torch.float32)
+        direction = Direction(entry.adam, clip, scratch, home)
         step = (scale[entry.place] if scale.ndim else scale).to(home, wide) * direction.k
         at = 0
         for x, moment, weight, result in pieces(entry.arrays):
-            parts = direction.parts(x, moment)
-            weight = weight if weight.dtype == wide else scratch("weight", weight, wide).copy_(weight)
             exact = result.dtype == wide
-            sum_ = _added(weight, *parts, step, result if exact else scratch("sum", weight, wide))
+            sum_ = result if exact else scratch("sum", weight, wide)
+            direction.added(weight, x, moment, step, sum_)
             if not exact:
                 rounds.write(result, sum_, rounding, entry.place, at)
             at += x.numel()
@@ -69,15 +69,6 @@ def perturb(
         if mask is not None and not mask[index] and moved[index] is not theta[index]:
             moved[index].copy_(theta[index])
     return moved
-
-
-def _added(weight: Tensor, g: Tensor, below: Tensor | None, step: Tensor, out: Tensor) -> Tensor:
-    """θ + step · g / below; where the step's number is at hand, in one operation."""
-    if step.device.type != "cpu":
-        return torch.addcmul(weight, g if below is None else torch.div(g, below, out=below), step, out=out)
-    if below is None:
-        return torch.add(weight, g, alpha=float(step), out=out)
-    return torch.addcdiv(weight, g, below, value=float(step), out=out)
 
 
 def new_like(theta: Sequence[Tensor], dtype: torch.dtype | None, mask: Sequence[bool] | None) -> list[Tensor]:

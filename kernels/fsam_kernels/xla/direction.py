@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import keystr, tree_leaves_with_path
 
 
 class Adam(NamedTuple):
@@ -25,3 +27,35 @@ def direction(g: jax.Array, v: jax.Array | None, adam: Adam | None, clip: jax.Ar
     v = v.astype(g.dtype)
     moment = adam.b2 * v + (1 - adam.b2) * jnp.square(g) if adam.current else v
     return g / (jnp.sqrt(moment / adam.correction) + adam.eps)
+
+
+def leaves(name: str, tree: Any, like: Any) -> list[Any]:
+    """The leaves of `tree`, which has the structure of the tree `like`.
+
+    Raises:
+        ValueError: for another structure, naming the argument and the first leaf that one of them lacks.
+    """
+    structure: Any = jax.tree.structure(tree)
+    if structure != jax.tree.structure(like):
+        mine, others = (dict.fromkeys(keystr(at) for at, _ in tree_leaves_with_path(x)) for x in (tree, like))
+        lacks = [f"lacks {at or 'a leaf'}" for at in others if at not in mine]
+        more = [f"has {at or 'one leaf'} besides" for at in mine if at not in others]
+        why = (lacks + more or ["is made of other containers"])[0]
+        raise ValueError(f"{name}: a tree like those beside it is needed, with {len(others)} leaves; this one {why}")
+    return jax.tree.leaves(tree)
+
+
+def moving(mask: Any, like: Any) -> list[bool]:
+    """Which leaves are perturbed: all without a mask.
+
+    Raises:
+        ValueError: for a mask of another structure, or one that is not made of True and False: it has to be known when
+            the program is traced.
+    """
+    if mask is None:
+        return [True] * len(jax.tree.leaves(like))
+    found = leaves("mask", mask, like)
+    for one in found:
+        if not isinstance(one, bool | np.bool_):
+            raise ValueError(f"mask: a tree of True and False is needed, got a {type(one).__name__} in it")
+    return found

@@ -7,25 +7,49 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fsam_kernels.xla.direction import Adam, direction
+from fsam_kernels.xla.direction import Adam, direction, leaves, moving
 
 
 def preconditioned_norm(
-    g: Any, v: Any | None = None, *, clip: jax.Array | float = 1.0, adam: Adam | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """(Σ d², Σ (c g) d), two scalars in the widest leaf dtype, at least float32.
+    g: Any,
+    v: Any | None = None,
+    *,
+    clip: jax.Array | float = 1.0,
+    adam: Adam | None = None,
+    mask: Any | None = None,
+    per_tensor: bool = False,
+) -> tuple[Any, Any]:
+    """(Σ d², Σ (c g) d): two scalars in the widest leaf dtype, at least float32, or two trees of such scalars.
 
     Args:
         g: tree of gradients.
         v: tree of AdamW second moments of the same structure, or None for d = c g.
         clip: the factor c that gradient clipping would apply to g.
         adam: needed with `v`.
+        mask: tree of True and False like `g`; a leaf whose mask is False counts 0.
+        per_tensor: one sum for each leaf, as trees like `g`.
+
+    Raises:
+        ValueError: for a tree that is not like `g`, or a mask of anything but True and False.
     """
-    leaves = jax.tree.leaves(g)
-    moments = [None] * len(leaves) if v is None else jax.tree.leaves(v)
-    sumsq = dot = jnp.zeros((), jnp.float32)
-    for leaf, moment in zip(leaves, moments, strict=True):
-        d = direction(leaf, moment, adam, clip)
-        sumsq += jnp.sum(jnp.square(d))
-        dot += jnp.sum(clip * leaf.astype(d.dtype) * d)
+    grads, tree = jax.tree.flatten(g)
+    moments = [None] * len(grads) if v is None else leaves("v", v, g)
+    each = [
+        _sums(leaf, moment, clip, adam) if moves else (jnp.zeros((), _wide(leaf)),) * 2
+        for leaf, moment, moves in zip(grads, moments, moving(mask, g), strict=True)
+    ]
+    columns = list(zip(*each, strict=True)) if each else [(), ()]
+    if per_tensor:
+        sumsq, dot = (jax.tree.unflatten(tree, column) for column in columns)
+    else:
+        sumsq, dot = (sum(column, jnp.zeros((), jnp.float32)) for column in columns)
     return sumsq, dot
+
+
+def _sums(g: jax.Array, v: jax.Array | None, clip: jax.Array | float, adam: Adam | None) -> tuple[jax.Array, jax.Array]:
+    d = direction(g, v, adam, clip)
+    return jnp.sum(jnp.square(d)), jnp.sum(clip * g.astype(d.dtype) * d)
+
+
+def _wide(x: jax.Array) -> Any:
+    return jnp.promote_types(x.dtype, jnp.float32)
