@@ -252,10 +252,13 @@ class Corrections:
         rest = self.passes.base(others, cut=cut)
         mine, other = shares(base, rest)
         for p in self.passes.params():
-            p.grad.mul_(other.to(p.grad))
+            if p in g_S:
+                p.grad.lerp_(g_S[p], mine.to(p.grad))  # one pass: the shares add up to 1, or every gradient is 0
+            else:
+                p.grad.mul_(other.to(p.grad))
         for p, g in g_S.items():
-            share = g * mine.to(g)
-            p.grad = share if p.grad is None else p.grad.add_(share)
+            if p.grad is None:
+                p.grad = g * mine.to(g)
         if cut is not None:
             return together(base, rest)
         return Passed(base.loss * mine + rest.loss * other, base.weight + rest.weight, [])
@@ -278,6 +281,8 @@ class Corrections:
             return False
         if method.path == "logit" or (method.exact and (others or self.reuses)):
             return False
+        if method.path == "sam" and method.exact and ascent.known:
+            return False  # it has but one pass
         if ascent.source == "micro" or (others and method.fraction == 1):
             return False
         if self._shares_prefix is None:

@@ -128,7 +128,10 @@ def test_compare_writes_table_plot_and_a_page_that_needs_nothing_else(budget, te
     assert len(ours["val_losses"]) == 2
     assert len(set(ours["val_losses"])) == 2
     assert adamw["cost"]["ratio"] == 1
-    assert ours["steps"] == (12 if budget == "steps" else max(1, round(12 / ours["cost"]["ratio"])))
+    if budget == "flops":
+        assert 6 <= ours["steps"] < 9  # about two AdamW steps each
+    else:
+        assert ours["steps"] == (12 if budget == "steps" else max(1, round(12 / ours["cost"]["ratio"])))
     page = (out / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "data:image/png;base64," in page

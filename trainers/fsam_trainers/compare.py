@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from fsam_core import Perturbed, UserError
+from fsam_core import UserError
 from fsam_core import cost as counting
-from fsam_kernels.memory import Memory
 from fsam_trainers import cost, metrics
 from fsam_trainers.console import Console
-from fsam_trainers.cost_table import counted
+from fsam_trainers.cost_table import counted, options_of
 from fsam_trainers.data import Batches, Corpus
 from fsam_trainers.files import write_json
 from fsam_trainers.loop import train
@@ -98,20 +97,7 @@ def _ratio(budget: str, measured: cost.Cost, settings: Settings) -> float:
 
 def _counted(settings: Settings) -> counting.Cost:
     """The run's steps by `fsam_core.cost`; whether the cotangent is kept as on a CPU."""
-    method = settings.as_method()
-    if not isinstance(method, Perturbed):
-        method_options: dict[str, Any] = {"path": "base"}
-    else:
-        names = ("path", "fraction", "ascent_fraction", "scope", "cut")
-        method_options = {name: getattr(method, name) for name in names} | {"ascent": method.direction.name}
-    schedule = {name: getattr(settings, name) for name in ("every", "between", "start", "probability")}
-    rows = int(settings.tokens_per_step * settings.correction_fraction)
-    itemsize = 2 if settings.dtype == "bfloat16" else 4
-    keeps = Memory(settings.cotangent).keeps(rows, settings.model.width, settings.model.vocab_size, itemsize, "cpu")
-    options = counting.Options(
-        **method_options, **schedule, micro_batches=settings.micro_batches, dtype=settings.dtype,
-        framework=settings.framework, cotangent="keep" if keeps else "recompute",
-    )  # fmt: skip
+    options = options_of(settings, "cpu")
     return counting.of(counted(settings.model, settings.framework), options, settings.tokens_per_step)
 
 

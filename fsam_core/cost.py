@@ -1,0 +1,195 @@
+"""What a step of a method costs beside an AdamW step: counted from sizes and options, before anything is run.
+
+    model = decoder(layers=6, width=1280, mlp=5120, heads=20, seq_len=512, vocabulary=32768)
+    found = of(model, Options(fraction=1/8, cut="hidden"), tokens=256 * 512)
+    found.flops_ratio, found.time_ratio(published("h100")), found.peak_bytes
+
+A foreign model is a `Model` made by hand: for each token the operations of its trunk's forward pass, the sizes of its
+head, its number of parameters, and how many values it keeps for its backward pass. What is counted and what is
+approximated: `docs/cost.md`.
+
+Importing this imports neither framework.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fsam_core.cost_products import Model, Options, decoder
+from fsam_core.cost_steps import Collectives, Step, Work, step
+from fsam_core.errors import UserError
+from fsam_core.machines import PUBLISHED, Machine, published
+from fsam_core.regions import REGIONS, Region
+from fsam_core.schedules import Kind
+
+__all__ = [
+    "PRESETS",
+    "PUBLISHED",
+    "Collectives",
+    "Cost",
+    "Machine",
+    "Model",
+    "Options",
+    "Step",
+    "Work",
+    "decoder",
+    "of",
+    "published",
+    "within",
+]
+
+# Option sets by name, as fields of `Options`.
+PRESETS: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "balanced": {"fraction": 1 / 4},
+    "cheap": {"fraction": 1 / 8, "cut": "hidden"},
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The steps of a run, on one device.
+
+    Attributes:
+        options: what was asked for.
+        adamw: an AdamW step, the unit.
+        steps: each kind of step, also one that the schedule leaves out.
+        shares: how large a part of the run each kind is.
+    """
+
+    options: Options
+    adamw: Step
+    steps: Mapping[Kind, Step]
+    shares: Mapping[Kind, float]
+
+    def mean(self, figure: Callable[[Step], Any]) -> Any:
+        """Of the average step of the run."""
+        first, *others = [figure(self.steps[kind]) * share for kind, share in self.shares.items()]
+        return sum(others, first)
+
+    @property
+    def flops(self) -> float:
+        return self.mean(lambda x: x.flops)
+
+    @property
+    def regions(self) -> dict[Region, Work]:
+        present = {name for kind in self.shares for name in self.steps[kind].regions}
+        return {name: self.mean(lambda x: x.regions.get(name, Work())) for name in REGIONS if name in present}
+
+    @property
+    def flops_ratio(self) -> float:
+        return self.flops / self.adamw.flops
+
+    def seconds(self, machine: Machine) -> float:
+        return self.mean(machine.seconds)
+
+    def time_ratio(self, machine: Machine) -> float:
+        return self.seconds(machine) / machine.seconds(self.adamw)
+
+    @property
+    def peak_bytes(self) -> float:
+        """The most that any step of the run holds."""
+        return max(self.steps[kind].peak_bytes for kind in self.shares)
+
+    @property
+    def collectives(self) -> Collectives:
+        rows = [[share * x for x in self.steps[kind].collectives] for kind, share in self.shares.items()]
+        return Collectives(*(sum(column) for column in zip(*rows, strict=True)))
+
+
+def of(model: Model, options: Options, tokens: float) -> Cost:
+    """What `options` cost on `model` with `tokens` tokens a step, over all devices and micro-batches.
+
+    Raises:
+        UserError: for tokens that are not > 0, or a scope of more blocks than there are.
+    """
+    if not tokens > 0:
+        raise UserError(f"tokens must be > 0, got {tokens!r}")
+    plain = dataclasses.replace(options, path="base", between="plain", ascent="full", ascent_fraction=None)
+    adamw = step(model, plain, tokens, "plain")
+    kinds: tuple[Kind, ...] = ("corrected", "plain", "reused") if options.between == "reuse" else ("corrected", "plain")
+    steps = {kind: step(model, options, tokens, kind) for kind in kinds}
+    return Cost(options, adamw, steps, options.shares)
+
+
+EXACT = Options()
+
+# What `within` looks through: all combinations of one entry a row. An entry is (the place of the entry that gives up
+# less, or None; fields of `Options`); "half" stands for the upper half of the blocks.
+_GRID: tuple[tuple[tuple[int | None, dict[str, Any]], ...], ...] = (
+    tuple((i - 1 if i else None, {"fraction": q}) for i, q in enumerate((1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16))),
+    ((None, {}), (0, {"cut": "hidden"})),
+    ((None, {}), (0, {"scope": "half"})),
+    ((None, {}), (0, {"ascent": "momentum"})),
+    (
+        (None, {}),
+        (0, {"every": 2}),
+        (1, {"every": 4}),
+        (0, {"start": 0.5}),
+        (3, {"start": 0.75}),
+        (4, {"start": 0.9}),
+    ),
+)
+
+
+def within(
+    budget: float,
+    model: Model,
+    machine: Machine,
+    options: Options = EXACT,
+    *,
+    tokens: float,
+    spare: bool = True,
+) -> list[tuple[dict[str, Any], Cost]]:
+    """The option sets that cost at most `budget` times AdamW's time, cheapest first, as (fields of `Options`, cost).
+
+    They are combinations of a fraction, the hidden cut, the top half of the blocks, momentum as the ascent (of the
+    exact correction: it spares the base backward pass, which a part of the batch needs) and a schedule.
+
+    Args:
+        budget: of the average step, ≥ 1.
+        options: what is the same for all: the path, micro-batches, dtype, devices, framework.
+        tokens: a step's.
+        spare: also sets that could do without one of their savings, or with less of it, and still be within.
+
+    Raises:
+        UserError: for a budget below 1, or for AdamW itself.
+    """
+    if not budget >= 1:
+        raise UserError(f"budget must be a number >= 1, as a multiple of AdamW's time (1.15, say); got {budget!r}")
+    if options.path == "base":
+        raise UserError("budget: AdamW has no correction to spend it on; name one of the other methods")
+    found: dict[tuple[int, ...], tuple[dict[str, Any], Cost]] = {}
+    for places in itertools.product(*(range(len(row)) for row in _GRID)):
+        rows = zip(_GRID, places, strict=True)
+        changes: dict[str, Any] = {name: x for row, place in rows for name, x in row[place][1].items()}
+        if not _goes(changes, model, options):
+            continue
+        if "scope" in changes:
+            changes["scope"] = f"top:{model.layers // 2}"
+        cost = of(model, dataclasses.replace(options, **changes), tokens)
+        if cost.time_ratio(machine) <= budget:
+            found[places] = changes, cost
+    ours = [one for places, one in found.items() if spare or not any(less in found for less in _giving_up_less(places))]
+    return sorted(ours, key=lambda x: x[1].time_ratio(machine))
+
+
+def _goes(changes: dict[str, Any], model: Model, options: Options) -> bool:
+    parts = changes["fraction"] * options.micro_batches
+    return not (
+        ("ascent" in changes and changes["fraction"] < 1)
+        or ("cut" in changes and options.path != "functional")
+        or ("scope" in changes and (model.layers < 2 or options.path == "logit"))
+        or (parts > 1 and parts % 1)
+    )
+
+
+def _giving_up_less(places: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    for i, place in enumerate(places):
+        less = _GRID[i][place][0]
+        if less is not None:
+            yield (*places[:i], less, *places[i + 1 :])

@@ -1,0 +1,295 @@
+"""The matrix products of a step: a model and the options of a step as numbers, and which products those ask for.
+
+Counted, not measured. Units: a trunk's products in multiples of its forward pass over the whole batch, a head's in
+multiples of one product h Wᵀ of the whole batch, 2·N·D·V operations. So AdamW is forward 1, backward 2, head 3.
+
+Importing this imports neither framework.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+from fsam_core import schedules
+from fsam_core.errors import UserError
+from fsam_core.methods import SAM, FunctionalSAM, LogitSAM, Path, Perturbed, Plain
+from fsam_core.schedules import Schedule
+
+Framework = Literal["jax", "torch"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+_CLASSES: dict[str, Any] = {"sam": SAM, "functional": FunctionalSAM, "logit": LogitSAM}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder as the cost model sees it. `decoder` makes one from sizes; any other is made by hand from counts.
+
+    Attributes:
+        layers: blocks, all alike.
+        width: D of the last hidden states.
+        vocabulary: V of the head.
+        parameters: all of them, embeddings and head included.
+        trunk_flops: operations of a token's products with weights in one forward pass, without the head: twice the
+            weights it meets.
+        attention_flops: those of scores and their product with values, over the whole L×L square.
+        saved_values: values a token leaves for the backward pass, over all blocks.
+        exponentials: exp, tanh and erf of a token's forward pass, over all blocks.
+        tied: whether the head's weight is the embedding.
+        attention_backward: attention's backward products over its forward ones: 2, and 2.5 where the scores are
+            computed again (FlashAttention, PyTorch's `scaled_dot_product_attention`).
+
+    Raises:
+        UserError: for a count that cannot be.
+    """
+
+    layers: int
+    width: int
+    vocabulary: int
+    parameters: int
+    trunk_flops: float
+    attention_flops: float = 0.0
+    saved_values: float = 0.0
+    exponentials: float = 0.0
+    tied: bool = True
+    attention_backward: float = 2.5
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "width", "vocabulary", "parameters", "trunk_flops"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"model: {name} must be > 0, got {getattr(self, name)!r}")
+
+    @property
+    def head_flops(self) -> float:
+        """Of one product of a token with the head."""
+        return 2.0 * self.width * self.vocabulary
+
+    @property
+    def head_parameters(self) -> int:
+        return self.width * self.vocabulary
+
+    def perturbed(self, scope: str) -> float:
+        """How many parameters a scope moves."""
+        if scope == "no-head":
+            return self.parameters - self.head_parameters
+        if scope == "norms":
+            return (2 * self.layers + 1) * self.width
+        if scope.startswith("top:"):
+            return blocks_of(scope) / self.layers * self.trunk_flops / 2 + (not self.tied) * self.head_parameters
+        return self.parameters
+
+
+def decoder(
+    layers: int,
+    width: int,
+    mlp: int,
+    heads: int,
+    seq_len: int,
+    vocabulary: int,
+    *,
+    tied: bool = True,
+    framework: Framework = "torch",
+) -> Model:
+    """A pre-LN decoder without biases, learned positions, as the trainers have it.
+
+    A block's products are those with [D, 3D], [D, D], [D, F] and [F, D]. What it keeps for the backward pass is counted
+    as Korthikanti et al. (arXiv 2205.05198) do, without dropout: inputs of the two norms and what they give, q, k, v,
+    attention's result, the residual stream, and the MLP's two wide tensors. The trainers' JAX decoder also keeps
+    the scores and their softmax, and what tanh's derivative needs; PyTorch computes those again.
+    """
+    weights = layers * (4 * width**2 + 2 * width * mlp)
+    scores = heads * seq_len
+    kept = 8 * width + 2 * mlp + (2 * scores + 2 * mlp if framework == "jax" else 0)
+    return Model(
+        layers=layers,
+        width=width,
+        vocabulary=vocabulary,
+        parameters=weights + (2 * layers + 1) * width + width * (seq_len + vocabulary * (1 if tied else 2)),
+        trunk_flops=2 * weights,
+        attention_flops=4 * layers * seq_len * width,
+        saved_values=layers * kept,
+        exponentials=layers * (mlp + scores),
+        tied=tied,
+        attention_backward=2 if framework == "jax" else 2.5,
+    )
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a step does, in the words of `fsam_core.methods.Perturbed` and `fsam_core.schedules.Schedule`.
+
+    Attributes:
+        path: "base" is AdamW, for which the rest up to `probability` says nothing.
+        fraction, strength, ascent, ascent_fraction, cut, scope, precondition: as in `Perturbed`.
+        cotangent: "keep" or "recompute", see `fsam_kernels.memory.Memory`.
+        every, between, probability: as in `Schedule`.
+        start: the share of the run before which there is no correction.
+        micro_batches: parts that a device's batch is computed in.
+        remat: activation checkpointing: every backward pass runs the blocks' forward pass once more.
+        dtype: of the products, and of what is kept for the backward pass; weights, moments and gradients are float32.
+        devices: over which the batch is spread, each with all weights.
+        framework: XLA makes one of two evaluations at the same weights and leaves out gradients nothing depends on;
+            PyTorch does what it is told.
+        chunk_bytes: working memory of the head's chunks of rows.
+
+    Raises:
+        UserError: for a value outside these, and for options that do not go together.
+    """
+
+    path: Path = "functional"
+    fraction: float = 1.0
+    strength: float = 1.0
+    ascent: str = "full"
+    ascent_fraction: float | None = None
+    cut: str = "logits"
+    cotangent: str = "recompute"
+    scope: str = "all"
+    precondition: str | None = "adam"
+    every: int = 1
+    between: str = "plain"
+    start: float = 0.0
+    probability: float = 1.0
+    micro_batches: int = 1
+    remat: bool = False
+    dtype: Dtype = "float32"
+    devices: int = 1
+    framework: Framework = "torch"
+    chunk_bytes: int = 2**29
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("path", get_args(Path)),
+            ("cotangent", ("keep", "recompute")),
+            ("dtype", get_args(Dtype)),
+            ("framework", get_args(Framework)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name}: {getattr(self, name)!r} is not known; use one of {', '.join(allowed)}")
+        for name in ("micro_batches", "devices", "chunk_bytes"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UserError(f"{name} must be a whole number >= 1, got {value!r}")
+        if isinstance(self.start, bool) or not isinstance(self.start, int | float) or not 0 <= self.start <= 1:
+            raise UserError(f"start must be a share of the run, in [0, 1], got {self.start!r}")
+        if not isinstance(self.scope, str):
+            raise UserError(f"scope: the cost of {self.scope!r} is not known; use all, no-head, norms or top:K")
+        schedule = Schedule(self.every, probability=self.probability, between=self.between)  # type: ignore[arg-type]
+        schedules.check(schedule, self.method)
+
+    @property
+    def method(self) -> Plain | Perturbed:
+        """The method these options are of, with a ρ that stands for any."""
+        if self.path == "base":
+            return Plain()
+        names = ("precondition", "fraction", "strength", "ascent", "ascent_fraction", "cut", "scope")
+        return _CLASSES[self.path](1.0, **{name: getattr(self, name) for name in names})
+
+    @property
+    def itemsize(self) -> int:
+        return 4 if self.dtype == "float32" else 2
+
+    @property
+    def shares(self) -> dict[schedules.Kind, float]:
+        """Each kind of step -> its share of the run, averaged over the draws."""
+        if self.path == "base":
+            return {"plain": 1.0}
+        after = 1.0 - self.start
+        corrected = after * self.probability / self.every
+        reused = after - corrected if self.between == "reuse" else 0.0
+        found: dict[schedules.Kind, float] = {"corrected": corrected, "reused": reused}
+        return {kind: x for kind, x in (*found.items(), ("plain", 1 - corrected - reused)) if x > 0}
+
+    @property
+    def micro_batches_of_S(self) -> float:
+        """Micro-batches that carry the correction; below 1 a slice of one."""
+        return self.fraction * self.micro_batches
+
+
+class Pass(NamedTuple):
+    """The products of one pass.
+
+    Attributes:
+        forward: the trunk's forward pass.
+        inputs, weights: its gradients with respect to the inputs of its products, and to their weights.
+        logits, hbar, wbar: h Wᵀ (made again where the cotangent is), z̄ W and z̄ᵀ h.
+    """
+
+    forward: float = 0.0
+    inputs: float = 0.0
+    weights: float = 0.0
+    logits: float = 0.0
+    hbar: float = 0.0
+    wbar: float = 0.0
+
+    @property
+    def head(self) -> float:
+        return self.logits + self.hbar + self.wbar
+
+
+PLAIN = Pass(1, 1, 1, 1, 1, 1)
+
+
+def passes(model: Model, o: Options, chunks: int = 2) -> tuple[Pass, Pass]:
+    """(the base pass, the second pass) of a corrected step; `chunks` of rows that S is in at the head.
+
+    A pass that is at θ+ε alone, as that of sam with an ascent known before the step, counts as the base pass.
+    """
+    method = o.method
+    if not isinstance(method, Perturbed):
+        return PLAIN, Pass()
+    q, exact, known = o.fraction, method.exact, method.direction.known
+    xla, micro = o.framework == "jax", method.direction.source == "micro"
+    is_top = o.scope.startswith("top:")
+    top = blocks_of(o.scope) / model.layers if is_top else 1.0
+    if top > 1:
+        raise UserError(f"scope: {o.scope!r} asks for more than the {model.layers} blocks there are")
+    # One micro-batch carries the correction, so that nothing of it has to wait for another.
+    one = micro or o.micro_batches == 1 or (q < 1 and o.micro_batches_of_S <= 1)
+    r = method.share if exact and method.direction.source == "part" else 1.0
+    reuses = o.between == "reuse"
+    # PyTorch's `Staged` runs the blocks below the perturbed ones once.
+    staged = not xla and is_top and one and o.path != "logit" and not micro and r == 1 and not (exact and reuses)
+    lean = xla and exact and not reuses  # gradients that ε does not need are left out
+    # XLA merges two evaluations at the same weights where the same is kept of both for a backward pass; elsewhere its
+    # simplifier has made them differ before it compares them (jaxlib 0.10, CPU, counted in what it compiled).
+    merges = xla and one and not micro
+    f = top if staged or (merges and not lean and o.path != "logit") else 1.0
+    merged = xla and one and chunks == 1  # not in a loop, so that products of both passes can be one
+    head_moves = o.scope == "all" or (is_top and not model.tied)
+    hidden = float(o.cut == "hidden")
+    again = 0.0 if hidden or o.cotangent == "keep" or merged else 1.0
+    pulled = 1.0 - hidden
+    if exact and known:
+        if o.path == "sam" and not staged:
+            return PLAIN, Pass()
+        if o.path == "sam":
+            return Pass(1, logits=1), Pass(f, 1, 1, 1, 1, 1)
+        if o.path == "functional":
+            return Pass(1, 0, 0, 1, hidden, hidden), Pass(f, 1, 1, again, pulled, pulled)
+        return Pass(1, logits=1), Pass(f, 1, 1, again, 1, 1)
+    if exact:
+        alone = o.path != "functional"  # what is not pulled back at θ is not evaluated there either
+        needed = {"no-head": 1.0, "norms": 0.0}.get(o.scope, top) if lean else top if staged else 1.0
+        wbar = max(hidden, r * (head_moves or not lean))
+        inputs = r * (top if lean or staged else 1.0)
+        base = Pass(r if alone else 1, inputs, r * needed, r if alone else 1, max(hidden, r), wbar)
+    else:
+        below = (1 - q) + q * top if staged else 1.0
+        base = Pass(1, below, below, 1, 1, 1)
+    if o.path == "functional":
+        hbar = 0.0 if merged and not head_moves else pulled
+        second = Pass(q * f, q, q, q * again, q * hbar, q * pulled)
+    elif o.path == "sam":
+        second = Pass(q * f, q, q, q, q, q)
+    else:
+        # What the base pass has of the forward passes at θ+ε and, once more, at θ.
+        below, seen = 0.0, q if merges else 0.0
+        if merges and lean:
+            below, seen = r * (1 - top), r * (o.scope in ("all", "no-head"))
+        second = Pass(q - below + q - seen, q, q, q * (1 + again), q, q)
+    return base, second
+
+
+def blocks_of(scope: str) -> int:
+    """K of "top:K"."""
+    return int(scope.removeprefix("top:"))

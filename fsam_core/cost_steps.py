@@ -1,0 +1,329 @@
+"""What one step asks of a machine: operations and bytes by region, memory, collectives. From `cost_products`, counted.
+
+Operations are those of matrix products. Bytes are of what runs between the products: the parameter work exactly as
+each pass over it reads and writes, the elementwise work on logits and activations approximately (the constants below).
+What a product itself reads and writes is taken to hide behind its operations.
+
+Importing this imports neither framework.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from fsam_core.cost_products import PLAIN, Model, Options, Pass, passes
+from fsam_core.methods import Perturbed
+from fsam_core.regions import Region
+from fsam_core.schedules import Kind
+from fsam_kernels.memory import chunk_rows, head_bytes
+from fsam_kernels.options import CROSS_ENTROPY
+
+# Bytes of parameter work, an fp32 parameter (design: 4 reads and 3 writes of AdamW, and so on).
+NORM, PRECONDITIONED, PLAIN_NORM, PERTURB, PERTURB_PLAIN, ADAMW = 4, 8, 4, 16, 12, 28
+GRADIENT, ACCUMULATE = 4, 12  # written once; read with what it is added to, and written
+# g_B from its two parts, and ĝ = g_B + w (g'_S − g_S): what XLA fuses, PyTorch does one operation after the other.
+MERGE, COMBINE = {"jax": 12, "torch": 28}, {"jax": 16, "torch": 24}
+# Passes over the logits of a chunk, in and out. PyTorch: maximum, difference, exponential, sum, scale; XLA fuses them.
+LOGIT_PASSES = {"torch": 8, "jax": 4}
+LOGIT_EXPONENTIALS = {"torch": 1, "jax": 2}
+# Times a saved value is read or written, forward and backward.
+ACTIVATION_PASSES = 2, 4
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one region of a step, on one device. Additive.
+
+    Attributes:
+        trunk, attention, head: operations of products, 2 a multiply-add.
+        kept: those of the head with a cotangent that was kept: all rows at once, where `head` goes chunk by chunk.
+        bytes: read and written between the products.
+        exponentials: exp, tanh and the like.
+        normals: normal numbers drawn, for a random ascent.
+    """
+
+    trunk: float = 0.0
+    attention: float = 0.0
+    head: float = 0.0
+    kept: float = 0.0
+    bytes: float = 0.0
+    exponentials: float = 0.0
+    normals: float = 0.0
+
+    @property
+    def flops(self) -> float:
+        return self.trunk + self.attention + self.head + self.kept
+
+    def __add__(self, other: Work) -> Work:
+        return Work(**{name: x + getattr(other, name) for name, x in vars(self).items()})
+
+    def __mul__(self, share: float) -> Work:
+        return Work(**{name: share * x for name, x in vars(self).items()})
+
+
+class Collectives(NamedTuple):
+    """All-reduces over the devices: how many of gradients, their bytes together, and how many of one scalar.
+
+    Bytes are those of what is reduced; a ring moves 2 (n − 1) / n times as much in and out of each of n devices. The
+    scalars are needed only where the gradients are sharded, since elsewhere each device has the norm's every term.
+    """
+
+    gradients: float = 0.0
+    bytes: float = 0.0
+    scalars: float = 0.0
+
+
+NONE = Collectives()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step on one device.
+
+    Attributes:
+        regions: work by the names of `fsam_core.regions`.
+        memory: bytes by what they hold, at the moment when they are most; weights and moments included.
+        taken_bytes: memory that is taken from the system anew in each step. It costs time where the first touch of a
+            page does, on a CPU; accelerators' allocators keep what they have.
+        collectives: over data-parallel devices.
+    """
+
+    regions: Mapping[Region, Work] = field(default_factory=dict)
+    memory: Mapping[str, float] = field(default_factory=dict)
+    taken_bytes: float = 0.0
+    collectives: Collectives = NONE
+
+    @property
+    def work(self) -> Work:
+        return sum(self.regions.values(), Work())
+
+    @property
+    def flops(self) -> float:
+        return self.work.flops
+
+    @property
+    def peak_bytes(self) -> float:
+        return sum(self.memory.values())
+
+
+def step(model: Model, o: Options, tokens: float, kind: Kind) -> Step:
+    """A step of that kind on `tokens` tokens over all devices and micro-batches."""
+    return _Counter(model, o, tokens / o.devices, kind).step()
+
+
+class _Counter:
+    """The figures of one step, each by its own formula."""
+
+    def __init__(self, model: Model, o: Options, tokens: float, kind: Kind) -> None:
+        self.model, self.o, self.N, self.kind = model, o, tokens, kind
+        method = o.method
+        self.perturbed = isinstance(method, Perturbed) and kind == "corrected"
+        self.exact = isinstance(method, Perturbed) and method.exact
+        self.remembers = isinstance(method, Perturbed) and method.direction.remembers
+        self.draws = self.perturbed and o.ascent == "random"
+        self.q = o.fraction if self.perturbed else 1.0
+        self.micro = self.N / o.micro_batches
+        # Micro-batches and rows of one of them, of the whole batch and of S.
+        self.in_S = max(1.0, self.q * o.micro_batches)
+        self.rows_S = min(self.micro, self.q * self.N)
+        self.base, self.second = PLAIN, Pass()
+        if self.perturbed:
+            self.base, self.second = passes(model, o, self.chunks(self.rows_S))
+        self.moved = model.perturbed(o.scope) if self.perturbed else 0.0
+
+    def step(self) -> Step:
+        regions = self.products()
+        for name, work in self.between().items():
+            regions[name] = regions.get(name, Work()) + work
+        memory = self.memory()
+        ours = {name: work for name, work in regions.items() if work != Work()}
+        return Step(ours, memory, self.taken(memory), self.collectives())
+
+    # --- products -----------------------------------------------------------------------------------------------------
+
+    def products(self) -> dict[Region, Work]:
+        return self._of_pass("base forward", "base backward", self.base) | self._of_pass(
+            "second forward", "second backward", self.second
+        )
+
+    def _of_pass(self, forward: Region, backward: Region, p: Pass) -> dict[Region, Work]:
+        """Its products, and what is elementwise in it."""
+        m, o, N = self.model, self.o, self.N
+        again = p.inputs * o.remat
+        values = N * m.saved_values * o.itemsize
+        below = Work(
+            trunk=N * m.trunk_flops * p.forward,
+            attention=N * m.attention_flops * p.forward,
+            bytes=values * ACTIVATION_PASSES[0] * p.forward,
+            exponentials=N * m.exponentials * p.forward,
+        )
+        back = Work(
+            trunk=N * m.trunk_flops * (p.inputs + p.weights + again),
+            attention=N * m.attention_flops * (m.attention_backward * p.inputs + again),
+            bytes=values * (ACTIVATION_PASSES[1] * p.inputs + ACTIVATION_PASSES[0] * again),
+            exponentials=N * m.exponentials * (p.inputs + again),
+        )
+        logits = N * m.vocabulary * p.logits
+        whole = (p.hbar + p.wbar) * self._is_whole(p)
+        head = Work(
+            head=N * m.head_flops * (p.head - whole),
+            kept=N * m.head_flops * whole,
+            bytes=logits * o.itemsize * LOGIT_PASSES[o.framework] + self._accumulated(p),
+            exponentials=logits * LOGIT_EXPONENTIALS[o.framework],
+        )
+        if p.inputs:
+            return {forward: below, backward: back + head}
+        return {forward: below + head}
+
+    def _accumulated(self, p: Pass) -> float:
+        """w̄ read and written for each chunk but the first."""
+        if not p.wbar or self._is_whole(p):
+            return 0.0
+        micro = self.o.micro_batches if p is self.base else self.in_S
+        rows = self.micro if p is self.base else self.rows_S
+        return 8.0 * self.model.head_parameters * micro * (self.chunks(rows) - 1)
+
+    def _is_whole(self, p: Pass) -> bool:
+        """Whether it pulls back a cotangent that was kept, in one product over all rows."""
+        return p is self.second and self.o.cotangent == "keep" and self.o.path != "sam"
+
+    def chunks(self, rows: float) -> int:
+        """Into how many the head takes the rows of one micro-batch."""
+        o, V = self.o, self.model.vocabulary
+        if o.framework == "torch":
+            return math.ceil(rows / chunk_rows(V, o.itemsize, 4, CROSS_ENTROPY, o.chunk_bytes))
+        least = math.ceil(rows / max(1, o.chunk_bytes // (V * (4 + o.itemsize))))
+        divides = (m for m in range(least, 2 * least + 1) if rows % m == 0)
+        return next(divides, least)
+
+    # --- what is between them -----------------------------------------------------------------------------------------
+
+    def between(self) -> dict[Region, Work]:
+        """Parameter work: gradients written and added up, norms, the perturbation, the update."""
+        P, s, o = self.model.parameters, self.moved, self.o
+        found: dict[Region, Work] = {"update": Work(bytes=(NORM + ADAMW) * P)}
+        if self.kind == "reused":
+            found["update"] += Work(bytes=ACCUMULATE * P)
+        found["base backward"] = Work(bytes=self._gradient(self.base, o.micro_batches))
+        if not self.perturbed:
+            return found
+        adam = o.precondition is not None
+        drawn = s if self.draws else 0.0
+        norms = NORM + (PRECONDITIONED if adam else PLAIN_NORM)
+        found["norm"] = Work(bytes=s * norms + 4 * drawn, normals=drawn)
+        found["perturb"] = Work(bytes=s * (PERTURB if adam else PERTURB_PLAIN))
+        after = self._gradient(self.second, self.in_S)
+        if not self.exact:
+            after += (COMBINE[o.framework] + (MERGE[o.framework] if self.q < 1 else 0)) * P
+        if o.between == "reuse":
+            after += ACCUMULATE * P
+        found["second backward"] = Work(bytes=after)
+        return found
+
+    def _gradient(self, p: Pass, micro: float) -> float:
+        """Bytes of writing a pass's gradient, one micro-batch's added to another's; tied weights have two of theirs."""
+        if not p.inputs:
+            return 0.0
+        m = self.model
+        return m.parameters * (GRADIENT + ACCUMULATE * (micro - 1)) + m.tied * ACCUMULATE * m.head_parameters * micro
+
+    # --- memory -------------------------------------------------------------------------------------------------------
+
+    def memory(self) -> dict[str, float]:
+        """At the worse of its moments: with the base pass's activations, or with the second's."""
+        m, o = self.model, self.o
+        P = m.parameters
+        always = {"weights": 4.0 * P, "moments": 8.0 * P}
+        if o.dtype != "float32" and o.framework == "torch":
+            always["compute copy"] = 2.0 * P
+        always["carried from step to step"] = 4.0 * P * (self.remembers + (o.between == "reuse"))
+        kept = self._kept()
+        # Compute copies of PyTorch's masters are perturbed in place; JAX casts θ or θ+ε within each pass.
+        moved = 4.0 * self.moved * ("compute copy" not in always)
+        cast = 2.0 * P * (o.dtype != "float32" and o.framework == "jax")
+        rest = self.perturbed and not self.exact and self.q < 1
+        rows = self.micro if o.micro_batches > 1 or not rest else self.N * (1 - self.q)
+        base = {
+            **self._at_work(rows, self.base, o.micro_batches > 1),
+            "cast weights": cast,
+            "kept cotangent": kept,
+            "gradient of S": 4.0 * P * rest,
+        }
+        moments = [always | base]
+        if self.second != Pass():
+            moments.append(
+                always
+                | self._at_work(self.rows_S, self.second, self.in_S > 1)
+                | {
+                    "kept cotangent": kept,
+                    "cast weights": cast,
+                    "perturbed weights": moved,
+                    "gradient of B": 4.0 * P * (not self.exact or o.between == "reuse"),
+                }
+            )
+        elif self.perturbed:
+            moments[0]["perturbed weights"] = moved
+        return {name: x for name, x in max(moments, key=lambda x: sum(x.values())).items() if x}
+
+    def _at_work(self, rows: float, p: Pass, adds_up: bool) -> dict[str, float]:
+        """Activations of `rows` rows and the head's working memory, which give way to gradients on the way back."""
+        m, o = self.model, self.o
+        inner = m.saved_values * (1 / m.layers if o.remat else 1) + (m.layers * m.width if o.remat else 0)
+        activations = rows * inner * o.itemsize if p.inputs else rows * m.saved_values / m.layers * o.itemsize
+        head = 0.0
+        if p.logits:
+            shape = (o.framework, int(rows), m.width, m.vocabulary, o.itemsize)
+            head = head_bytes(*shape, gradient=p.wbar > 0, chunk_bytes=o.chunk_bytes)
+        elif p.wbar:
+            head = rows * m.width * o.itemsize + 4.0 * m.head_parameters
+        gradient = 4.0 * m.parameters if p.inputs or p.weights else 0.0
+        grows = max(0.0, gradient - activations - head)  # what gradients take beyond what they took the place of
+        total = 4.0 * m.parameters * adds_up
+        return {"activations": activations, "head": head, "gradient": grows + total}
+
+    def _kept(self) -> float:
+        """What waits for the second pass, of all of S."""
+        m, o = self.model, self.o
+        if not self.perturbed or self.second == Pass() or o.path == "sam":
+            return 0.0
+        rows = self.rows_S if o.ascent == "micro" else self.q * self.N
+        if o.cut == "hidden":
+            return rows * m.width * o.itemsize + 4.0 * m.head_parameters
+        return rows * (m.vocabulary if o.cotangent == "keep" else m.width) * o.itemsize + 20.0 * rows
+
+    def taken(self, memory: Mapping[str, float]) -> float:
+        """XLA takes what a program needs for its temporaries each time it runs; PyTorch each large tensor by itself."""
+        state = ("weights", "moments", "compute copy", "carried from step to step")
+        if self.o.framework == "jax":
+            return sum(x for name, x in memory.items() if name not in state)
+        m, o, total = self.model, self.o, 4.0 * self.moved + self._kept()
+        for p, micro, rows in ((self.base, o.micro_batches, self.micro), (self.second, self.in_S, self.rows_S)):
+            chunk = min(rows, chunk_rows(m.vocabulary, o.itemsize, 4, CROSS_ENTROPY, o.chunk_bytes)) * m.vocabulary * 4
+            each = rows * m.saved_values * o.itemsize * (p.inputs > 0)
+            each += 4.0 * m.parameters * (p.inputs > 0)
+            each += 8.0 * m.head_parameters * (m.tied and p.inputs > 0)
+            each += chunk * self.chunks(rows) * (p.logits > 0)
+            total += micro * each
+        return total + 4.0 * m.parameters * (self.perturbed and not self.exact)
+
+    # --- collectives --------------------------------------------------------------------------------------------------
+
+    def collectives(self) -> Collectives:
+        """AdamW reduces its gradient and, where that is sharded, its norm.
+
+        An ascent that is made of the batch's gradient needs that reduced first; one that is known, or each device's
+        own, does not.
+        """
+        if self.o.devices == 1:
+            return NONE
+        P = 4.0 * self.model.parameters
+        method = self.o.method
+        if not self.perturbed:
+            return Collectives(1, P, 1)
+        assert isinstance(method, Perturbed)
+        of_batch = method.direction.source in ("full", "part")
+        first = 4.0 * self.moved if self.exact and self.o.between != "reuse" else P
+        return Collectives(1 + of_batch, P + of_batch * first, 3)

@@ -1,0 +1,86 @@
+"""Machines as the cost model sees them: operations and bytes a second, and how long a step takes on one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fsam_core.cost_steps import Step, Work
+from fsam_core.errors import UserError
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates of one device.
+
+    Attributes:
+        name: what tables call it.
+        flops_per_s: operations of matrix products.
+        bytes_per_s: memory's bandwidth, reading and writing together.
+        head_flops_per_s, kept_flops_per_s: of the head's products by chunks of rows, and of all rows at once; None for
+            `flops_per_s`.
+        taken_bytes_per_s: of touching memory for the first time; None where nothing is paid for that.
+        exponentials_per_s, normals_per_s: None where they hide behind the bytes.
+
+    Raises:
+        UserError: for a rate that is not > 0.
+    """
+
+    name: str
+    flops_per_s: float
+    bytes_per_s: float
+    head_flops_per_s: float | None = None
+    kept_flops_per_s: float | None = None
+    taken_bytes_per_s: float | None = None
+    exponentials_per_s: float | None = None
+    normals_per_s: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name != "name" and value is not None and not value > 0:
+                raise UserError(f"machine: {name} must be > 0, got {value!r}")
+
+    def seconds_of(self, work: Work) -> float:
+        """A sum, not the larger of the two: products and what is between them run one after the other."""
+        products = (work.trunk + work.attention) / self.flops_per_s
+        products += work.head / (self.head_flops_per_s or self.flops_per_s)
+        products += work.kept / (self.kept_flops_per_s or self.flops_per_s)
+        between = work.bytes / self.bytes_per_s + _at(work.exponentials, self.exponentials_per_s)
+        return products + between + _at(work.normals, self.normals_per_s)
+
+    def seconds(self, step: Step) -> float:
+        return self.seconds_of(step.work) + _at(step.taken_bytes, self.taken_bytes_per_s)
+
+
+def _at(amount: float, rate: float | None) -> float:
+    return amount / rate if rate else 0.0
+
+
+# Published peaks of one device: dense bfloat16 products, and memory bandwidth. NVIDIA: data sheets of the A100 80GB
+# SXM, H100 SXM, H200 SXM and DGX B200 (half of the figures with sparsity); AMD: data sheet of the MI300X; Google: the
+# pages of the TPU versions at cloud.google.com/tpu/docs, one chip.
+PUBLISHED: dict[str, Machine] = {
+    name: Machine(name, flops, bytes_)
+    for name, flops, bytes_ in (
+        ("a100", 312e12, 2039e9),
+        ("h100", 989e12, 3350e9),
+        ("h200", 989e12, 4800e9),
+        ("b200", 2250e12, 8000e9),
+        ("mi300x", 1307e12, 5300e9),
+        ("v4", 275e12, 1228e9),
+        ("v5e", 197e12, 819e9),
+        ("v5p", 459e12, 2765e9),
+        ("v6e", 918e12, 1640e9),
+        ("tpu7x", 2307e12, 7380e9),
+    )
+}
+
+
+def published(name: str) -> Machine:
+    """The machine of that name.
+
+    Raises:
+        UserError: for an unknown one.
+    """
+    if name not in PUBLISHED:
+        raise UserError(f"machine: {name!r} is not known; use one of {', '.join(PUBLISHED)}")
+    return PUBLISHED[name]

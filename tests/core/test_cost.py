@@ -1,0 +1,363 @@
+"""The cost model: its operations are those that PyTorch runs and XLA compiles, the rest is what arithmetic says."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from counting import BATCH, CHUNK_BYTES, CONFIG, compiled, counted_in, predicted
+
+from fsam_core import UserError, cost
+from fsam_core.cost import Machine, Options
+from fsam_trainers.cost_table import counted
+from fsam_trainers.models.layout import ModelConfig
+
+# --- operations, counted ------------------------------------------------------------------------------------------
+
+# Fields of `Options` for each case. One more option of the step is one more row here.
+CASES: dict[str, dict[str, Any]] = {
+    "adamw": {"path": "base"},
+    "adamw, micro-batches": {"path": "base", "micro_batches": 4},
+    "sam": {"path": "sam"},
+    "recompute": {},
+    "keep": {"cotangent": "keep"},
+    "cut hidden": {"cut": "hidden"},
+    "logit": {"path": "logit"},
+    "logit, keep": {"path": "logit", "cotangent": "keep"},
+    "half": {"fraction": 0.5},
+    "quarter, keep": {"fraction": 0.25, "cotangent": "keep"},
+    "eighth": {"fraction": 0.125},
+    "eighth, part's ascent": {"fraction": 0.125, "ascent": "part"},
+    "eighth, cut hidden": {"fraction": 0.125, "cut": "hidden"},
+    "sam, quarter": {"path": "sam", "fraction": 0.25},
+    "logit, quarter": {"path": "logit", "fraction": 0.25},
+    "strength": {"strength": 0.5},
+    "micro-batches": {"micro_batches": 4},
+    "micro-batches, keep": {"micro_batches": 2, "cotangent": "keep"},
+    "micro-batches, half": {"micro_batches": 4, "fraction": 0.5},
+    "micro-batches, quarter": {"micro_batches": 4, "fraction": 0.25},
+    "micro-batches, eighth": {"micro_batches": 4, "fraction": 0.125},
+    "ascent of a quarter": {"ascent": "part", "ascent_fraction": 0.25},
+    "ascent of a quarter, cut hidden": {"ascent": "part", "ascent_fraction": 0.25, "cut": "hidden"},
+    "sam, ascent of a quarter": {"path": "sam", "ascent": "part", "ascent_fraction": 0.25},
+    "logit, ascent of a quarter": {"path": "logit", "ascent": "part", "ascent_fraction": 0.25},
+    "ascent micro": {"ascent": "micro", "micro_batches": 4},
+    "sam, ascent micro": {"path": "sam", "ascent": "micro", "micro_batches": 4},
+    "logit, ascent micro": {"path": "logit", "ascent": "micro", "micro_batches": 2},
+    "momentum": {"ascent": "momentum"},
+    "previous, keep": {"ascent": "previous", "cotangent": "keep"},
+    "random, cut hidden": {"ascent": "random", "cut": "hidden"},
+    "sam, -momentum": {"path": "sam", "ascent": "-momentum"},
+    "logit, momentum": {"path": "logit", "ascent": "momentum"},
+    "momentum, quarter": {"ascent": "momentum", "fraction": 0.25},
+    "momentum, micro-batches": {"ascent": "momentum", "micro_batches": 2},
+    "no-head": {"scope": "no-head"},
+    "no-head, keep": {"scope": "no-head", "cotangent": "keep"},
+    "logit, no-head": {"path": "logit", "scope": "no-head"},
+    "norms": {"scope": "norms"},
+    "sam, norms": {"path": "sam", "scope": "norms"},
+    "logit, norms": {"path": "logit", "scope": "norms"},
+    "norms, quarter": {"scope": "norms", "fraction": 0.25},
+    "norms, micro-batches": {"scope": "norms", "micro_batches": 2},
+    "norms, reuse": {"scope": "norms", "every": 4, "between": "reuse"},
+    "top": {"scope": "top:1"},
+    "top, keep": {"scope": "top:1", "cotangent": "keep"},
+    "top, cut hidden": {"scope": "top:1", "cut": "hidden"},
+    "top, strength": {"scope": "top:1", "strength": 0.5},
+    "top, reuse": {"scope": "top:1", "every": 4, "between": "reuse"},
+    "top, quarter": {"scope": "top:1", "fraction": 0.25},
+    "top, micro-batches": {"scope": "top:1", "micro_batches": 2},
+    "top, half, micro-batches": {"scope": "top:1", "fraction": 0.5, "micro_batches": 4},
+    "top, quarter, micro-batches": {"scope": "top:1", "fraction": 0.25, "micro_batches": 4},
+    "top, eighth, micro-batches": {"scope": "top:1", "fraction": 0.125, "micro_batches": 4},
+    "top, momentum": {"scope": "top:1", "ascent": "momentum"},
+    "top, ascent of a quarter": {"scope": "top:1", "ascent": "part", "ascent_fraction": 0.25},
+    "top, ascent micro": {"scope": "top:1", "ascent": "micro", "micro_batches": 2},
+    "sam, top": {"path": "sam", "scope": "top:1"},
+    "sam, top, quarter": {"path": "sam", "scope": "top:1", "fraction": 0.25},
+    "sam, top, momentum": {"path": "sam", "scope": "top:1", "ascent": "momentum"},
+    "sam, top, ascent of a quarter": {"path": "sam", "scope": "top:1", "ascent": "part", "ascent_fraction": 0.25},
+    "logit, top": {"path": "logit", "scope": "top:1"},
+    "logit, top, quarter": {"path": "logit", "scope": "top:1", "fraction": 0.25},
+    "logit, top, momentum": {"path": "logit", "scope": "top:1", "ascent": "momentum"},
+    "logit, top, ascent of a quarter": {"path": "logit", "scope": "top:1", "ascent": "part", "ascent_fraction": 0.25},
+    "checkpointing": {"remat": True},
+    "adamw, checkpointing": {"path": "base", "remat": True},
+    "quarter, checkpointing": {"remat": True, "fraction": 0.25},
+    "one chunk": {"chunk_bytes": 2**29},
+    "one chunk, quarter": {"chunk_bytes": 2**29, "fraction": 0.25},
+    "one chunk, no-head": {"chunk_bytes": 2**29, "scope": "no-head"},
+    "one chunk, norms, keep": {"chunk_bytes": 2**29, "scope": "norms", "cotangent": "keep"},
+    "one chunk, momentum": {"chunk_bytes": 2**29, "ascent": "momentum"},
+}
+QUICK = {
+    "torch": {"adamw", "sam", "recompute", "keep", "cut hidden", "half", "quarter, keep", "eighth, cut hidden",
+              "eighth, part's ascent", "micro-batches", "micro-batches, quarter", "ascent of a quarter", "momentum",
+              "sam, -momentum", "top", "top, quarter", "ascent micro", "checkpointing"},
+    "jax": {"keep", "norms"},
+}  # fmt: skip
+
+
+def options(framework: Any, case: str) -> Options:
+    return Options(**{"framework": framework, "chunk_bytes": CHUNK_BYTES, **CASES[case]})
+
+
+def _cases() -> list[Any]:
+    marks = lambda framework, name: () if name in QUICK[framework] else pytest.mark.slow
+    return [pytest.param(f, name, marks=marks(f, name), id=f"{f}-{name}") for f in QUICK for name in CASES]
+
+
+@pytest.mark.parametrize(("framework", "case"), _cases())
+def test_operations_are_those_that_are_counted(framework, case):
+    o = options(framework, case)
+    assert predicted(framework, o) == pytest.approx(counted_in(framework, o), rel=0.02)
+
+
+@pytest.mark.parametrize("framework", ["torch", pytest.param("jax", marks=pytest.mark.slow)])
+def test_a_step_without_correction_is_counted_as_adamw(framework):
+    o = options(framework, "eighth")
+    plain = predicted(framework, options(framework, "adamw"), kind="plain")
+    assert counted_in(framework, o, kind="plain") == pytest.approx(plain, rel=0.02)
+
+
+@pytest.mark.parametrize("framework", ["torch", pytest.param("jax", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", ["top, cut hidden", "top", "no-head"])
+def test_operations_with_a_head_of_its_own(framework, case):
+    o, untied = options(framework, case), dataclasses.replace(CONFIG, layers=3, tied=False)
+    if "top" in case:
+        o = dataclasses.replace(o, scope="top:2")
+    assert predicted(framework, o, untied) == pytest.approx(counted_in(framework, o, untied), rel=0.02)
+
+
+def test_a_wrong_count_is_noticed():
+    """The negative control: one product with the head more or less is more than the tolerance."""
+    kept, again = options("torch", "keep"), options("torch", "recompute")
+    assert predicted("torch", kept) != pytest.approx(counted_in("torch", again), rel=0.02)
+
+
+# --- the design's table -----------------------------------------------------------------------------------------------
+
+SIZES = {"layers": 4, "width": 256, "mlp": 1024, "heads": 4, "seq_len": 128, "vocabulary": 16384}
+MODEL = dataclasses.replace(cost.decoder(**SIZES), attention_flops=0)
+TOKENS = 4096
+H = MODEL.head_flops / (MODEL.head_flops + MODEL.trunk_flops)  # the head's share of a forward pass
+
+
+@pytest.mark.parametrize(
+    ("changes", "ratio"),
+    [
+        ({"path": "base"}, 1),
+        ({"path": "sam"}, 2),
+        ({}, 2),
+        ({"cotangent": "keep"}, 2 - H / 3),
+        ({"cut": "hidden"}, 2 - H),
+        ({"fraction": 1 / 8, "cotangent": "keep"}, 1 + (1 - H / 3) / 8),
+        ({"fraction": 1 / 8, "cut": "hidden"}, 1 + (1 - H) / 8),
+        ({"ascent": "previous", "cotangent": "keep"}, (4 - H) / 3),
+        ({"path": "sam", "ascent": "momentum"}, 1),
+        ({"scope": "top:2", "cotangent": "keep"}, 1 + (1 - H) / 2 + H * 2 / 3),
+        ({"every": 4}, 1.25),
+        ({"start": 0.9}, 1.1),
+        ({"probability": 0.3}, 1.3),
+        ({"every": 2, "start": 0.5, "fraction": 1 / 4, "cut": "hidden"}, 1 + (1 - H) / 16),
+    ],
+)
+def test_operations_are_those_of_the_design(changes, ratio):
+    assert cost.of(MODEL, Options(**changes), TOKENS).flops_ratio == pytest.approx(ratio, rel=1e-12)
+
+
+def test_checkpointing_runs_each_forward_pass_of_the_blocks_once_more():
+    plain, again = (cost.of(MODEL, Options(remat=x), TOKENS) for x in (False, True))
+    forward = TOKENS * MODEL.trunk_flops
+    assert again.adamw.flops - plain.adamw.flops == pytest.approx(forward)
+    assert again.flops - plain.flops == pytest.approx(2 * forward)
+    assert again.peak_bytes < plain.peak_bytes
+
+
+# --- bytes, memory, collectives ---------------------------------------------------------------------------------------
+
+
+def test_parameter_work_is_what_each_pass_reads_and_writes():
+    P = MODEL.parameters
+    found = cost.of(MODEL, Options(), TOKENS).steps["corrected"].regions
+    assert found["update"].bytes == (4 + 28) * P
+    assert found["norm"].bytes == (4 + 8) * P
+    assert found["perturb"].bytes == 16 * P
+    plain = cost.of(MODEL, Options(precondition=None), TOKENS).steps["corrected"].regions
+    assert (plain["norm"].bytes, plain["perturb"].bytes) == (8 * P, 12 * P)
+    some = cost.of(MODEL, Options(scope="norms"), TOKENS).steps["corrected"].regions
+    assert some["perturb"].bytes == 16 * (2 * 4 + 1) * 256
+    drawn = cost.of(MODEL, Options(ascent="random"), TOKENS).steps["corrected"]
+    assert drawn.work.normals == P
+
+
+def test_a_part_holds_one_gradient_more_and_the_exact_method_none():
+    P4 = 4 * MODEL.parameters
+    exact, part = (cost.of(MODEL, Options(fraction=q), TOKENS).steps["corrected"].memory for q in (1, 0.5))
+    assert "gradient of B" not in exact
+    assert "gradient of S" not in exact
+    assert P4 in (part.get("gradient of B"), part.get("gradient of S"))
+    for one in ({"ascent": "previous"}, {"every": 2, "between": "reuse"}):
+        assert cost.of(MODEL, Options(**one), TOKENS).steps["corrected"].memory["carried from step to step"] == P4
+
+
+def test_a_kept_cotangent_is_the_logits_of_the_part():
+    memory = lambda **changes: cost.of(MODEL, Options(**changes), TOKENS).steps["corrected"].memory["kept cotangent"]
+    V, D = MODEL.vocabulary, MODEL.width
+    assert memory(cotangent="keep") == TOKENS * (4 * V + 20)
+    assert memory() == TOKENS * (4 * D + 20)
+    assert memory(cotangent="keep", fraction=1 / 8) == TOKENS / 8 * (4 * V + 20)
+    assert memory(cotangent="keep", dtype="bfloat16") == TOKENS * (2 * V + 20)
+    assert memory(cut="hidden") == TOKENS * 4 * D + 4 * V * D
+
+
+def test_micro_batches_divide_the_activations_and_add_a_gradient():
+    whole, parts = (cost.of(MODEL, Options(path="base", micro_batches=m), TOKENS).adamw.memory for m in (1, 4))
+    assert parts["activations"] == whole["activations"] / 4
+    assert parts["gradient"] >= 4 * MODEL.parameters
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["adamw", "sam", "recompute", "keep", "cut hidden", "eighth", "micro-batches, keep"])
+def test_memory_is_near_what_xla_sets_aside(case):
+    config = ModelConfig(layers=4, width=192, heads=3, seq_len=128, vocab_size=8192)
+    o = dataclasses.replace(options("jax", case), chunk_bytes=2**23)
+    method = o.method
+    temporaries = compiled(method, o, config, "corrected").memory_analysis().temp_size_in_bytes
+    # What is compiled here ends with the gradients, which are its results and not its temporaries.
+    found = cost.of(counted(config, "jax"), o, BATCH * config.seq_len).steps["corrected"].memory
+    ours = sum(x for name, x in found.items() if name not in ("weights", "moments"))
+    assert ours == pytest.approx(temporaries, rel=0.35)
+
+
+def test_collectives_of_data_parallel_steps():
+    P4 = 4 * MODEL.parameters
+    of = lambda **changes: cost.of(MODEL, Options(devices=8, **changes), TOKENS).collectives
+    assert of(path="base") == (1, P4, 1)
+    assert of() == (2, 2 * P4, 3)
+    assert of(fraction=1 / 8) == (2, 2 * P4, 3)
+    assert of(ascent="momentum") == (1, P4, 3)
+    assert of(ascent="micro", path="sam") == (1, P4, 3)
+    assert of(every=4) == pytest.approx((1.25, 1.25 * P4, 1.5))
+    assert of(scope="norms") == (2, P4 + 4 * (2 * 4 + 1) * 256, 3)
+    assert cost.of(MODEL, Options(), TOKENS).collectives == (0, 0, 0)
+
+
+def test_devices_share_the_tokens_and_nothing_else():
+    one, eight = (cost.of(MODEL, Options(devices=n), TOKENS * n) for n in (1, 8))
+    assert one.flops == eight.flops
+    assert one.peak_bytes == eight.peak_bytes
+
+
+# --- a run, a machine, a budget ---------------------------------------------------------------------------------------
+
+MACHINE = Machine("some", 1e14, 1e12)
+
+
+def test_a_run_is_the_average_of_its_steps():
+    found = cost.of(MODEL, Options(every=4, start=0.5, between="reuse"), TOKENS)
+    assert dict(found.shares) == pytest.approx({"corrected": 1 / 8, "reused": 3 / 8, "plain": 1 / 2})
+    steps = {kind: MACHINE.seconds(found.steps[kind]) for kind in found.shares}
+    assert steps["plain"] == MACHINE.seconds(found.adamw) < steps["reused"] < steps["corrected"]
+    mean = steps["corrected"] / 8 + steps["reused"] * 3 / 8 + steps["plain"] / 2
+    assert found.time_ratio(MACHINE) == pytest.approx(mean / MACHINE.seconds(found.adamw))
+    assert sum(x.flops for x in found.regions.values()) == pytest.approx(found.flops)
+    assert found.peak_bytes == found.steps["corrected"].peak_bytes
+
+
+def test_a_run_that_never_corrects_is_adamw():
+    for never in ({"start": 1.0}, {"probability": 0.0}):
+        found = cost.of(MODEL, Options(**never), TOKENS)
+        assert (found.flops_ratio, found.time_ratio(MACHINE)) == (1, 1)
+        assert found.peak_bytes == found.adamw.peak_bytes
+
+
+def test_time_is_the_sum_of_what_each_rate_takes():
+    step = cost.of(MODEL, Options(ascent="random", cotangent="keep"), TOKENS).steps["corrected"]
+    work = step.work
+    plain = work.flops / 1e14 + work.bytes / 1e12
+    assert MACHINE.seconds(step) == pytest.approx(plain)
+    rates = {"kept_flops_per_s": 1e13, "head_flops_per_s": 5e13, "taken_bytes_per_s": 1e10}
+    rates |= {"exponentials_per_s": 1e9, "normals_per_s": 1e8}
+    more = work.head / 1e14 + work.kept * 9e-14 + step.taken_bytes / 1e10
+    more += work.exponentials / 1e9 + work.normals / 1e8
+    assert dataclasses.replace(MACHINE, **rates).seconds(step) == pytest.approx(plain + more)
+
+
+@pytest.mark.parametrize("path", ["functional", "sam"])
+def test_within_a_budget(path):
+    o = Options(path=path)
+    every = cost.within(1.15, MODEL, MACHINE, o, tokens=TOKENS)
+    ratios = [one.time_ratio(MACHINE) for _, one in every]
+    assert ratios == sorted(ratios)
+    assert max(ratios) <= 1.15
+    needed = cost.within(1.15, MODEL, MACHINE, o, tokens=TOKENS, spare=False)
+    assert 0 < len(needed) < len(every)
+    for changes, _ in needed:
+        for name in [k for k, x in changes.items() if (k, x) != ("fraction", 1)]:
+            without = {k: x for k, x in changes.items() if k != name}
+            assert cost.of(MODEL, dataclasses.replace(o, **without), TOKENS).time_ratio(MACHINE) > 1.15
+    assert [changes for changes, _ in cost.within(1.0, MODEL, MACHINE, o, tokens=TOKENS)] == []
+    everything = cost.within(math.inf, MODEL, MACHINE, o, tokens=TOKENS, spare=False)
+    assert [changes for changes, _ in everything] == [{"fraction": 1.0}]
+
+
+def test_micro_batches_narrow_the_fractions_that_fit():
+    sets = cost.within(2.5, MODEL, MACHINE, Options(micro_batches=6), tokens=6144)
+    assert {changes["fraction"] for changes, _ in sets} == {1, 1 / 2, 1 / 8, 1 / 16}
+
+
+def test_presets_are_options():
+    ratios = [cost.of(MODEL, Options(**changes), TOKENS).flops_ratio for changes in cost.PRESETS.values()]
+    assert list(cost.PRESETS) == ["exact", "balanced", "cheap"]
+    assert ratios == sorted(ratios, reverse=True)
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"path": "up"}, "path: 'up' is not known"),
+        ({"dtype": "int8"}, "dtype: 'int8' is not known"),
+        ({"framework": "mxnet"}, "framework: 'mxnet' is not known"),
+        ({"cotangent": "auto"}, "cotangent: 'auto' is not known; use one of keep, recompute"),
+        ({"micro_batches": 0}, "micro_batches must be a whole number >= 1, got 0"),
+        ({"devices": 1.5}, "devices must be a whole number >= 1, got 1.5"),
+        ({"start": 1.1}, r"start must be a share of the run, in \[0, 1\], got 1.1"),
+        ({"scope": lambda name: True}, "use all, no-head, norms or top:K"),
+        ({"fraction": 0}, r"fraction must be a number in \(0, 1\], got 0"),
+        ({"path": "sam", "cut": "hidden"}, "needs the functional method"),
+        ({"every": 4, "between": "reuse", "ascent": "momentum"}, "needs the plain gradient"),
+    ],
+)
+def test_bad_options_are_named(changes, message):
+    with pytest.raises(UserError, match=message):
+        Options(**changes)
+
+
+def test_other_bad_input_is_named():
+    with pytest.raises(UserError, match="'top:5' asks for more than the 4 blocks"):
+        cost.of(MODEL, Options(scope="top:5"), TOKENS)
+    with pytest.raises(UserError, match="tokens must be > 0, got 0"):
+        cost.of(MODEL, Options(), 0)
+    with pytest.raises(UserError, match="model: vocabulary must be > 0, got 0"):
+        dataclasses.replace(MODEL, vocabulary=0)
+    with pytest.raises(UserError, match="machine: bytes_per_s must be > 0, got 0"):
+        Machine("none", 1.0, 0)
+    with pytest.raises(UserError, match="machine: 'h999' is not known; use one of a100, h100"):
+        cost.published("h999")
+    with pytest.raises(UserError, match=r"budget must be a number >= 1.* got 0.9"):
+        cost.within(0.9, MODEL, MACHINE, tokens=TOKENS)
+    with pytest.raises(UserError, match="AdamW has no correction"):
+        cost.within(1.1, MODEL, MACHINE, Options(path="base"), tokens=TOKENS)
+
+
+def test_importing_it_imports_neither_framework():
+    code = "import sys, fsam_core.cost; sys.exit(bool({'jax', 'torch'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

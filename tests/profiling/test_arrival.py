@@ -1,0 +1,56 @@
+"""The perturbation that arrives: all of it in float32 and from masters, not where bfloat16 is moved in place."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from fsam_kernels.shapes import WEIGHTS
+from fsam_profiling import arrival
+
+
+def count(shapes) -> int:
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def check(shapes, rhos) -> None:
+    found = {(row["rho"], row["way"]): row for row in arrival.measure(shapes, rhos)}
+    for rho in rhos:
+        float32, nearest, drawn, _ = (found[rho, way] for way in arrival.WAYS)
+        assert abs(float32["projection"] - 1) < 0.001
+        assert abs(nearest["projection"] - 1) < 0.02
+        # Drawn at random, the noise that is left along ε goes with the length of what is written.
+        assert abs(drawn["projection"] - 1) < max(0.02, 3 * drawn["length"] / math.sqrt(count(shapes)))
+    # The negative control: what is smaller than half a unit in the last place of a weight is gone.
+    assert found[min(rhos), "bfloat16 in place"]["projection"] < 0.5
+
+
+@pytest.mark.parametrize("model", ["24m", "118m"])
+def test_some_tensors_of_a_model_moved_by_their_share(model):
+    """Embedding rows, a layer norm, part of a projection; ρ is such that a weight moves as in the whole model."""
+    features = WEIGHTS[model][0][1]
+    shapes = [(400, features), (features,), (features, 400)]
+    share = math.sqrt(count(shapes) / count(WEIGHTS[model]))
+    check(shapes, [0.05 * share, 0.5 * share])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["24m", "118m"])
+def test_all_tensors_of_a_model(model):
+    check(WEIGHTS[model], [0.05, 0.1, 0.2, 0.5])
+
+
+def test_the_command_prints_a_table_and_writes_json(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(WEIGHTS, "small", [(30, 40), (40,)])
+    path = tmp_path / "arrival.json"
+    monkeypatch.setattr("sys.argv", ["arrival", "--model", "small", "--rho", "0.01", "--json", str(path)])
+    arrival.main()
+    rows = json.loads(path.read_text())["rows"]
+    out = capsys.readouterr().out
+    assert [row["way"] for row in rows] == list(arrival.WAYS)
+    assert f"{rows[0]['projection']:.4f}" in out
+    monkeypatch.setattr("sys.argv", ["arrival", "--model", "huge"])
+    with pytest.raises(SystemExit, match="arrival: error: --model: 'huge' is not known; use 24m"):
+        arrival.main()

@@ -1,0 +1,112 @@
+"""What `fsam profile parameters` times: ways that do the same, and figures that belong together."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from fsam_core.errors import UserError
+from fsam_kernels import spec
+from fsam_kernels.shapes import WEIGHTS
+from fsam_profiling import parameter_step as steps
+
+SHAPES = [(60, 40), (7,), (40, 120)]
+TRACE = 50 * 2**-24
+
+
+def values(tensors) -> list[np.ndarray]:
+    return [x.detach().double().numpy() for x in tensors]
+
+
+def test_all_ways_do_the_same():
+    ways = steps.variants(SHAPES, "cpu")
+    assert list(ways) == ["textbook", "foreach", "fsam torch"]
+    for _ in range(3):
+        for way in ways.values():
+            way()
+    for name in ("foreach", "fsam torch"):
+        for x, y in zip(values(ways[name].params), values(ways["textbook"].params), strict=True):
+            assert np.abs(x - y).max() <= TRACE * np.abs(y).max() + 1e-6 * steps.LR
+
+
+def test_triton_does_the_same():
+    """In its interpreter, on small tensors."""
+    make = lambda seed: [0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for shape in SHAPES]
+    ways = [steps.Ours(backend, SHAPES, make(1), make(2), "cpu") for backend in ("torch", "triton")]
+    for way in ways:
+        way()
+    for x, y in zip(*(values(way.params) + values(way.moved) for way in ways), strict=True):
+        assert np.abs(x - y).max() <= TRACE * np.abs(y).max()
+
+
+def test_ours_is_the_step_of_the_specification_and_leaves_the_gradients():
+    ours = steps.variants(SHAPES, "cpu")["fsam torch"]
+    states = [ours.optimizer.state[p] for p in ours.params]
+    theta, g, second = values(ours.params), values(ours.g), values(ours.second)
+    m, v = (values([x[name] for x in states]) for name in ("exp_avg", "exp_avg_sq"))
+    ours()
+    clip, again = (spec.clip_factor(x, steps.CLIP) for x in (g, second))
+    assert clip == again == 1  # clipping has a test of its own
+    adam = {"clip": clip, "b2": steps.B2, "eps": steps.EPS, "correction": 1 - steps.B2**2}
+    sumsq, dot = spec.preconditioned_norm(g, v, **adam)
+    moved = spec.perturb(theta, g, v, spec.scale(steps.RHO, sumsq, dot, "l2"), **adam)
+    for x, y in zip(values(ours.moved), moved, strict=True):
+        assert np.abs(x - y).max() <= TRACE * np.abs(y).max()
+    settings = {"lr": steps.LR, "b1": 0.9, "b2": steps.B2, "eps": steps.EPS, "weight_decay": 1e-4}
+    for i, row in enumerate(zip(theta, second, m, v, strict=True)):
+        want = spec.adamw(*row, step=2, clip=again, **settings)[0]
+        assert np.abs(values(ours.params)[i] - want).max() <= TRACE * np.abs(want).max()
+    for x, y in zip(values(ours.g) + values(ours.second), g + second, strict=True):
+        assert np.array_equal(x, y)
+
+
+def test_every_way_clips(monkeypatch):
+    monkeypatch.setattr(steps, "CLIP", 0.01)
+    ways = steps.variants(SHAPES, "cpu")
+    for way in ways.values():
+        way()
+    for name in ("foreach", "fsam torch"):
+        for p, q in zip(ways[name].params, ways["textbook"].params, strict=True):
+            x, y = (w.optimizer.state[r]["exp_avg_sq"] for w, r in ((ways[name], p), (ways["textbook"], q)))
+            np.testing.assert_allclose(x, y, rtol=1e-3)  # clip_grad_norm_ adds 1e-6 to the norm
+
+
+def test_the_figures_belong_together():
+    rows, operations = steps.measure(SHAPES, "cpu", 3)
+    assert [row["variant"] for row in rows] == ["textbook", "foreach", "fsam torch"]
+    assert rows[0]["to_textbook"] == rows[1]["to_foreach"] == 1
+    assert [row["operation"] for row in operations] == list(steps.OPERATIONS)
+    elements = sum(int(np.prod(shape)) for shape in SHAPES)
+    assert [row["least_bytes"] // elements for row in operations] == [8, 4, 8, 16, 4, 28]
+    for row in operations:
+        assert row["to_copy_p20"] <= row["to_copy"] <= row["to_copy_p80"]
+        assert row["gigabytes_per_second"] == pytest.approx(row["least_bytes"] / row["ms"] / 1e6)
+
+
+def test_the_command_writes_what_it_prints(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(WEIGHTS, "small", SHAPES)
+    path = tmp_path / "parameters.json"
+    threads = torch.get_num_threads()
+    assert steps.run(steps.Options(model="small", device="cpu", threads=1, repeats=2, json=path)) == 0
+    torch.set_num_threads(threads)
+    found = json.loads(path.read_text())
+    assert (found["kind"], found["about"]["parameters"]) == ("parameters", 60 * 40 + 7 + 40 * 120)
+    out = capsys.readouterr().out
+    for row in found["rows"]:
+        assert row.get("variant", row.get("operation")) in out
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"model": "huge"}, "--model: 'huge' is not known; use 24m"),
+        ({"repeats": 0}, "--repeats: at least 1 is needed, got 0"),
+        ({"threads": 0}, "--threads: at least 1 is needed, got 0"),
+    ],
+)
+def test_bad_input_is_one_sentence(options, why):
+    with pytest.raises(UserError, match=why):
+        steps.run(steps.Options(**options))

@@ -1,0 +1,129 @@
+"""`fsam cost`: what it counts of the trainers' models, what it prints, what it says to bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from fsam_core import UserError, cost
+from fsam_trainers import cost_table, here
+from fsam_trainers.cost_table import SAVINGS, Cost, counted, figures, run
+from fsam_trainers.presets import PRESETS
+from fsam_trainers.settings import SAVINGS as TRAINED
+from fsam_trainers.settings import Settings
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_counted_to_the_last_parameter(name, framework, tied):
+    config = PRESETS[name].model(tied=tied, dropout=0.0)
+    model = counted(config, framework)
+    assert model.parameters == config.parameters
+    matrices = config.non_embedding_parameters - (2 * config.layers + 1) * config.width
+    assert model.trunk_flops == 2 * matrices
+    assert model.perturbed("norms") == (2 * config.layers + 1) * config.width
+    assert model.perturbed("no-head") == config.parameters - config.width * config.vocab_size
+
+
+def test_one_method_has_its_regions_and_its_memory(tmp_path, capsys):
+    file = tmp_path / "cost.json"
+    assert run(Cost(preset="24m", correction_fraction="1/8", cut="hidden", devices=8, json=file)) == 0
+    printed = capsys.readouterr().out
+    found = json.loads(file.read_text())
+    (row,) = found["rows"]
+    assert 1.05 < row["flops_ratio"] < 1.12
+    assert row["options"]["fraction"] == 1 / 8
+    assert math.fsum(x["seconds"] for x in row["regions"].values()) == pytest.approx(row["seconds"])
+    assert row["collectives"]["gradients"] == 2
+    for text in ("24m, 43M parameters", "base forward", "perturb", "kept cotangent", f"{row['time_ratio']:.3f}"):
+        assert text in printed
+
+
+def test_all_has_a_row_for_every_saving_that_goes_with_the_method():
+    rows = figures(Cost(all=True))["rows"]
+    assert [row["name"] for row in rows] == [name for name, _ in SAVINGS]
+    ratios = {row["name"]: row["flops_ratio"] for row in rows}
+    assert (ratios["AdamW"], ratios["SAM"]) == (1, 2)
+    assert ratios["fraction 1/8, cut hidden"] < ratios["fraction 1/8"] < ratios["fraction 1/4"]
+    left_out = {"cut hidden", "fraction 1/8, cut hidden"}
+    of_sam = {row["name"] for row in figures(Cost(all=True, method="sam"))["rows"]}
+    assert of_sam == set(ratios) - left_out
+
+
+def test_a_budget_lists_what_fits_cheapest_first():
+    found = figures(Cost(preset="24m", budget=1.15))
+    ratios = [row["time_ratio"] for row in found["rows"]]
+    assert ratios == sorted(ratios)
+    assert all(1 < x <= 1.15 for x in ratios)
+    assert "fraction 1/8" in {row["name"] for row in found["rows"]}
+    more = figures(Cost(preset="24m", budget=1.15, spare=True))["rows"]
+    assert {row["name"] for row in found["rows"]} < {row["name"] for row in more}
+
+
+def test_savings_by_name_are_the_trainers():
+    assert {name: dict(one) for name, one in cost.PRESETS.items()} == {
+        name: {k.removeprefix("correction_"): x for k, x in one.items()} for name, one in TRAINED.items()
+    }
+    for name in cost.PRESETS:
+        assert figures(Cost(savings=name))["rows"][0]["flops_ratio"] == pytest.approx(
+            figures(Cost(**_as_options(name)))["rows"][0]["flops_ratio"]
+        )
+
+
+def _as_options(name: str) -> dict:
+    fraction = {"balanced": "1/4", "cheap": "1/8"}.get(name)
+    return {"correction_fraction": fraction, "cut": "hidden" if name == "cheap" else "logits"}
+
+
+def test_a_run_of_the_trainers_as_options():
+    model = PRESETS["tiny"].model(tied=True, dropout=0.0)
+    settings = Settings("torch", "sam", model, 100, 16, micro_batches=2, correction_fraction=0.5, every=4, start=0.25)
+    o = cost_table.options_of(settings, "cpu")
+    assert (o.path, o.fraction, o.every, o.start, o.micro_batches, o.framework) == ("sam", 0.5, 4, 0.25, 2, "torch")
+    assert o.cotangent == "keep"
+    large = dataclasses.replace(settings, model=PRESETS["24m"].model(tied=True, dropout=0.0), batch=256)
+    assert cost_table.options_of(large, "cpu").cotangent == "recompute"  # 8 GiB of logits
+    assert cost_table.options_of(dataclasses.replace(large, correction_fraction=1 / 256), "cpu").cotangent == "keep"
+    assert cost_table.options_of(dataclasses.replace(settings, method="adamw"), "cpu").path == "base"
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_the_machine_at_hand(framework, monkeypatch):
+    for name, small in (("LARGE", 2**20), ("NORMALS", 2**14), ("REPEATS", 2), ("ROWS", 64)):
+        monkeypatch.setattr(here, name, small)
+    found = figures(Cost(preset="tiny", machine="here", framework=framework, batch=2))
+    rates = [x for name, x in found["machine"].items() if name != "name" and x is not None]
+    assert len(rates) == 7
+    assert all(0 < x < math.inf for x in rates)
+    assert 1 < found["rows"][0]["time_ratio"] < 4
+    assert framework in found["machine"]["name"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "3b"}, "--preset: '3b' is not known"),
+        ({"method": "lion"}, "--method: 'lion' is not known"),
+        ({"machine": "abacus"}, "--machine: 'abacus' is not known; use one of here, a100, h100"),
+        ({"framework": "mxnet"}, "--framework must be jax or torch, got 'mxnet'"),
+        ({"savings": "free"}, "--savings: 'free' is not known"),
+        ({"correction_fraction": "some"}, r"--correction-fraction must be a number in \(0, 1\], 1/8 say; got 'some'"),
+        ({"correction_fraction": "9/8"}, r"--correction-fraction must be in \(0, 1\], 1/8 say, got 1.125"),
+        ({"ascent_fraction": "1/0"}, "--ascent-fraction must be a number"),
+        ({"cotangent": "lose"}, "--cotangent must be auto, keep or recompute, got 'lose'"),
+        ({"scope": "top:7"}, "--scope must be at most top:6"),
+        ({"batch": 0}, "--batch must be at least 1, got 0"),
+        ({"devices": 3}, "--devices must be a number that divides --batch 256, got 3"),
+        ({"micro_batches": 3}, "--micro-batches must be a number that divides --batch 256"),
+        ({"budget": 0.9}, "--budget must be at least 1, .* got 0.9"),
+        ({"budget": 1.2, "method": "adamw"}, "--budget must be .* for a method with a correction"),
+        ({"machine": "here", "dtype": "bfloat16"}, "--dtype: rates are measured here in float32, got 'bfloat16'"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(UserError, match=message):
+        figures(Cost(**options))
