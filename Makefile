@@ -8,7 +8,7 @@ RUN    ?= runs/train
 # libtpu is installed for its compiler; without this JAX looks for a TPU to go with it.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: install train test test-slow lint bench clean
+.PHONY: install train test test-slow lint bench bench-check baseline clean
 
 install: $(STAMP)
 
@@ -39,6 +39,15 @@ lint: install
 # Step cost of every method beside AdamW, both frameworks, on this machine. Run it on a quiet one.
 bench: install
 	$(BIN)/fsam profile step
+
+# What the compilers make of every kernel and step, against profiling/baseline.json: fails where a figure is 3 % worse.
+# Half an hour; nothing is timed, so it may run beside other work. `fsam profile check --quick` is what CI runs.
+bench-check: install
+	$(BIN)/fsam profile check
+
+# Take the present figures over, and print how they differ.
+baseline: install
+	$(BIN)/fsam profile check --update
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -12,8 +12,8 @@ Steps without a correction are another program, not a branch of the same one: gi
     for i in range(steps):
         state = step(state, batch, kind=schedule.kind(i))
 
-A scope that moves the upper part of a model alone needs nothing more: XLA drops what only the gradient at θ would need of
-the lower part, and computes the lower part's forward pass once where it sees that the two are the same.
+A scope that moves the upper part of a model alone needs nothing more: XLA drops what only the gradient at θ would need
+of the lower part, and computes the lower part's forward pass once where it sees that the two are the same.
 """
 
 from __future__ import annotations

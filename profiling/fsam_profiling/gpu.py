@@ -6,7 +6,7 @@ published limits of a multiprocessor. A floor is the least bytes over the card's
 implementation can beat, and not a timing. Where the card is present, the stages are also timed, with a cold and with a
 warm L2 cache.
 
-The file that `json` names holds one object for each stage, set of options and group of equal shapes:
+The rows of the file that `json` names (`results`), one for each stage, set of options and group of equal shapes:
 
     arch, card, triton   what it was compiled for, whose bandwidth, and Triton's version
     stage, options       name in `catalogue.STAGES`; "plain" or "all options"
@@ -24,7 +24,6 @@ The file that `json` names holds one object for each stage, set of options and g
 
 from __future__ import annotations
 
-import json as json_module
 import statistics as figures
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,7 +42,7 @@ from fsam_kernels.options import Loss
 from fsam_kernels.shapes import HEADS, WEIGHTS, Head
 from fsam_kernels.triton import catalogue
 from fsam_kernels.triton.catalogue import Launch, Stage
-from fsam_profiling import gpu_code, gpu_parameters, gpu_traffic
+from fsam_profiling import gpu_code, gpu_parameters, gpu_traffic, results
 from fsam_profiling.gpu_code import CARDS, Code
 
 
@@ -75,8 +74,7 @@ def run(options: Gpu) -> int:
     for arch in dict.fromkeys(row["arch"] for row in found):
         Console(width=140).print(show([row for row in found if row["arch"] == arch]))
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json_module.dumps(found, indent=1) + "\n")
+        results.write(options.json, f"gpu {options.what}", found, {"arch": options.arch, "shape": options.shape})
     return 0
 
 

@@ -1,26 +1,32 @@
 """Step time of every method in both frameworks, taken turn about in one process: `fsam profile step`, `make bench`.
 
-Each row's ratio is to AdamW in the same framework, and the last column sets the two frameworks against each other.
+Each row's ratio is to our AdamW step in the same framework, and the last column sets the two frameworks against each
+other. The peers of `step_variants` stand beside ours. A ratio is printed where it is told from 1: where the 20th and
+80th percentile are no further apart than it is from 1; elsewhere the two percentiles stand alone.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import gc
+import time
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from rich.console import Console as Rich
 from rich.table import Table
 
 from fsam_core import NAMES, UserError
+from fsam_profiling import matmul_rate, results, step_variants
 from fsam_profiling.peak import peak_bytes
+from fsam_profiling.step_settings import settings
+from fsam_profiling.step_variants import Variant
 from fsam_trainers import cost
 from fsam_trainers.console import Console
-from fsam_trainers.files import write_json
-from fsam_trainers.presets import preset
-from fsam_trainers.settings import Framework, Settings
+from fsam_trainers.settings import Framework
 
 # Savings, each for the method that is meant to be used: (what the table calls it, changes of the settings).
 METHOD = "precond-functional-sam"
@@ -28,15 +34,26 @@ SAVINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("recompute", {"cotangent": "recompute"}),
     ("keep", {"cotangent": "keep"}),
     ("cut hidden", {"cut": "hidden"}),
+    ("1/2", {"correction_fraction": 0.5}),
     ("1/4", {"correction_fraction": 0.25}),
     ("1/8", {"correction_fraction": 0.125}),
     ("1/8 + cut hidden", {"correction_fraction": 0.125, "cut": "hidden"}),
+    ("top:2", {"scope": "top:2"}),
+    ("ascent 1/4", {"ascent": "part", "ascent_fraction": 0.25}),
+    ("momentum", {"ascent": "momentum"}),
+    ("every 4", {"every": 4}),
+    ("every 4 reused", {"every": 4, "between": "reuse"}),
+    ("start 0.9", {"start": 0.9}),
 )
+COMMON = ("adamw", "sam", METHOD, "cut hidden", "1/4", "1/8", "1/8 + cut hidden")
+WARM_UP = 2
+PARAMETERS = ("norm", "perturb", "update")
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
 class Options:
-    """Time one optimizer step of each method on random tokens."""
+    """Time one optimizer step of each method on random tokens, beside what others have."""
 
     preset: str = "tiny"
     """model size, as in `fsam train`"""
@@ -46,90 +63,239 @@ class Options:
     """tokens a sequence"""
     vocab_size: int | None = None
     """size of the vocabulary"""
-    repeats: int = 15
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """what the model computes in; bfloat16 over float32 masters"""
+    repeats: int = 10
     """steps of each variant"""
-    only: str = ""
-    """some of the rows, by method or saving: 'sam,1/8,cut hidden'; AdamW is always there, all models exist at once"""
+    only: str = "common"
+    """rows by method or saving ('sam,1/8,cut hidden'), common, or all; with AdamW, and all models exist at once"""
     framework: Literal["both", "jax", "torch"] = "both"
     """jax, torch, or both beside each other"""
+    peers: bool = True
+    """also the textbook's steps, optax.contrib.sam, and pytorch_optimizer's SAM where it is installed"""
+    regions: bool = False
+    """also the share of forward, backward and parameter work, from a trace of three steps"""
     peak: bool = False
     """also the peak memory of a step beside weights and moments, each variant in a process of its own"""
     json: Path | None = None
     """also write the figures here"""
 
 
-def measure(options: Options) -> list[dict[str, Any]]:
-    """One row a framework and variant: step_ms, ratio to AdamW with its spread, ratio to PyTorch's same variant."""
-    size = preset(options.preset)
-    model = size.model(seq_len=options.seq_len, vocab_size=options.vocab_size, tied=True, dropout=0.0)
-    torch = Settings(framework="torch", method="adamw", model=model, steps=1000, batch=options.batch or size.batch)
-    torch = dataclasses.replace(torch, learning_rate=size.learning_rate, rho=size.rho)
-    frameworks: tuple[Framework, ...] = ("jax", "torch") if options.framework == "both" else (options.framework,)
-    variants = {
-        (framework, method, saving): dataclasses.replace(torch, framework=framework, method=method, **changes)
-        for method, saving, changes in _rows(options.only)
-        for framework in frameworks
-    }
-    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (torch.batch, model.seq_len + 1), dtype=np.int32)
-    with Console().counting("timing", (options.repeats + 2) * len(variants)) as tick:
-        times = cost.interleaved(variants, tokens, options.repeats, tick)
-    rows = []
-    for (framework, method, saving), milliseconds in times.items():
-        to_adamw = cost.against(milliseconds, times[framework, "adamw", ""])
-        to_torch = cost.against(milliseconds, times.get(("torch", method, saving), milliseconds))
-        grown = peak_bytes(variants[framework, method, saving], tokens) if options.peak else None
-        rows.append(
-            {
-                "framework": framework,
-                "method": method,
-                "saving": saving,
-                "params": model.parameters,
-                "tokens": torch.tokens_per_step,
-                **to_adamw._asdict(),
-                "peak_bytes": grown,
-                "to_torch": to_torch.ratio,
-                "to_torch_p20": to_torch.ratio_p20,
-                "to_torch_p80": to_torch.ratio_p80,
-            }
-        )
-    return rows
-
-
-def _rows(only: str) -> list[tuple[str, str, dict[str, Any]]]:
-    """(method, saving, changed settings) of each row that was asked for.
+def rows(only: str) -> list[tuple[str, str, dict[str, Any]]]:
+    """(method, saving, changed settings) of each row that was asked for; all of them for "" and "all".
 
     Raises:
         UserError: for a name that no row has.
     """
-    rows = [*((name, "", {}) for name in NAMES), *((METHOD, *saving) for saving in SAVINGS)]
-    known = [saving or method for method, saving, _ in rows]
+    every = [*((name, "", {}) for name in NAMES), *((METHOD, *saving) for saving in SAVINGS)]
+    known = [saving or method for method, saving, _ in every]
     wanted = {name.strip() for name in only.split(",") if name.strip()}
+    if "common" in wanted:
+        wanted = wanted - {"common"} | set(COMMON)
+    if "all" in wanted:
+        wanted = set()
     if unknown := sorted(wanted - set(known)):
-        raise UserError(f"--only: {', '.join(unknown)} is no row; use some of {', '.join(known)}")
-    return [row for row, name in zip(rows, known, strict=True) if not wanted or name in wanted or name == "adamw"]
+        raise UserError(f"--only: {', '.join(unknown)} is no row; use all, common, or some of {', '.join(known)}")
+    return [row for row, name in zip(every, known, strict=True) if not wanted or name in wanted or name == "adamw"]
+
+
+def variants(options: Options) -> dict[tuple[str, str, str], Variant]:
+    """(framework, method, saving or whose) -> variant, in the order of the table.
+
+    Raises:
+        UserError: for an unknown preset or row, and for settings that do not go together.
+    """
+    frameworks: tuple[Framework, ...] = ("jax", "torch") if options.framework == "both" else (options.framework,)
+    sizes: dict[str, Any] = {
+        "batch": options.batch,
+        "seq_len": options.seq_len,
+        "vocab_size": options.vocab_size,
+        "dtype": options.dtype,
+    }
+    found: dict[tuple[str, str, str], Variant] = {}
+    of = lambda framework, method, changes: settings(
+        options.preset, method, framework=framework, changes=changes, **sizes
+    )
+    for method, saving, changes in rows(options.only):
+        for framework in frameworks:
+            found[framework, method, saving] = Variant(of(framework, method, changes))
+    for framework in frameworks if options.peers else ():
+        for (method, whose), peer in step_variants.peers(of(framework, "adamw", {})).items():
+            found[framework, method, whose] = peer
+    return found
+
+
+def measure(options: Options) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """(one row a variant, the ceiling of each framework in operations a second); see `docs/profiling.md`.
+
+    Raises:
+        UserError: as `variants`, and for fewer than ten repeats.
+    """
+    if options.repeats < 10:
+        raise UserError(f"--repeats must be at least 10 for a median worth printing, got {options.repeats}")
+    asked = variants(options)
+    frameworks: list[str] = list(dict.fromkeys(framework for framework, _, _ in asked))
+    ceilings = {name: matmul_rate.flops_per_second(name, options.dtype) for name in frameworks}
+    # A schedule has steps of several kinds. Each is timed by itself; a plain one is AdamW's.
+    kinds = {name: _kinds(one) for name, one in asked.items()}
+    timed = {(*name, kind): step for name, of in kinds.items() for kind, (_, step) in of.items()}
+    runs = {name: step_variants.make(one) for name, one in timed.items()}
+    operations = {name: step_variants.flops(timed[name], run) for name, run in runs.items()}
+    with Console().counting("timing", (options.repeats + WARM_UP) * len(runs)) as tick:
+        times = interleaved(runs, options.repeats, tick)
+    del runs
+    gc.collect()
+    means = {name: _mean(name, of, times) for name, of in kinds.items()}
+    changes = {(method, saving): changed for method, saving, changed in rows(options.only)}
+    found = []
+    for name, milliseconds in means.items():
+        framework, method, saving = name
+        one = asked[name]
+        work = float(_mean(name, kinds[name], {key: [float(n)] for key, n in operations.items()})[0])
+        row: dict[str, Any] = {"framework": framework, "method": method, "saving": saving, "peer": bool(one.peer)}
+        row["options"] = None if one.peer else changes.get((method, saving), {})
+        row |= {"params": one.settings.model.parameters, "tokens": one.settings.tokens_per_step}
+        row |= figures(milliseconds, means[framework, "adamw", ""], work, ceilings[framework])
+        row["tokens_per_s"] = 1e3 * row["tokens"] / row["step_ms"]
+        other = against(milliseconds, means.get(("torch", method, saving), milliseconds))
+        row |= {f"to_torch{key.removeprefix('ratio')}": value for key, value in other.items()}
+        row["peak_bytes"] = peak_bytes(one) if options.peak else None
+        row["regions"] = _regions(one) if options.regions and not one.peer else None
+        found.append(row)
+    return found, ceilings
+
+
+def interleaved(
+    runs: Mapping[Name, Callable[[int], Any]], repeats: int, tick: Callable[[], None]
+) -> dict[Name, list[float]]:
+    """Milliseconds of `repeats` steps of each, taken turn about after two to warm up."""
+    times: dict[Name, list[float]] = {name: [] for name in runs}
+    for index in range(WARM_UP + repeats):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run(index)
+            if index >= WARM_UP:
+                times[name].append(1000 * (time.perf_counter() - began))
+            tick()
+    return times
+
+
+def figures(milliseconds: np.ndarray, base: np.ndarray, work: float, ceiling: float) -> dict[str, Any]:
+    """Median and percentiles of a step and of its ratio to the base steps taken in turn with it, and its use of FLOPs.
+
+    Args:
+        work: operations of a step's matrix products.
+        ceiling: operations a second of a bare product.
+    """
+    low, middle, high = (float(x) for x in np.percentile(milliseconds, (20, 50, 80)))
+    rate = 1e3 * work / middle
+    times = {"step_ms": middle, "step_ms_p20": low, "step_ms_p80": high, **against(milliseconds, base)}
+    return times | {"flops": work, "flops_per_s": rate, "utilisation": rate / ceiling}
+
+
+def against(milliseconds: np.ndarray, base: np.ndarray) -> dict[str, Any]:
+    """Median ratio of neighbouring steps, its percentiles, and whether it is told from 1 by more than they differ."""
+    low, middle, high = (float(x) for x in np.percentile(milliseconds / base, (20, 50, 80)))
+    return {"ratio": middle, "ratio_p20": low, "ratio_p80": high, "ratio_resolved": high - low <= abs(middle - 1)}
+
+
+def _kinds(one: Variant) -> dict[str, tuple[float, Variant]]:
+    """Kind of step -> (its share of the run, a variant all of whose steps are of it), without plain steps."""
+    if one.peer or one.settings.method == "adamw":
+        return {"": (1.0, one)}
+    kinds: Any = cost.kinds_of(one.settings).items()
+    return {kind: (share, Variant(of, kind=kind)) for kind, (share, of) in kinds}
+
+
+def _mean(name: tuple[str, str, str], kinds: dict[str, tuple[float, Variant]], of: Mapping[Any, Any]) -> np.ndarray:
+    """A figure of the average step of a run: each kind of step by its share, the plain ones as AdamW's."""
+    plain = np.array(of[name[0], "adamw", "", ""])
+    shares = {kind: share for kind, (share, _) in kinds.items()}
+    return sum(
+        (share * np.array(of[*name, kind]) for kind, share in shares.items()), (1 - sum(shares.values())) * plain
+    )
+
+
+def _regions(one: Variant) -> dict[str, float]:
+    from fsam_profiling import trace
+
+    with TemporaryDirectory() as folder:
+        return trace.traced(one.settings, 3, Path(folder) / "trace.json.gz")["regions"]
 
 
 def run(options: Options) -> int:
     """Measure, print the table, write the file; 0."""
-    rows = measure(options)
+    found, ceilings = measure(options)
     if options.json is not None:
-        write_json(options.json, rows)
-    first = rows[0]
-    title = (
-        f"{options.preset}: {first['params']:,} parameters, {first['tokens']:,} tokens a step, {options.repeats} steps"
+        about = {"preset": options.preset, "dtype": options.dtype, "repeats": options.repeats, "ceilings": ceilings}
+        results.write(options.json, "step", found, about)
+    console = Rich(width=140)
+    console.print(table(found, options))
+    if options.peak or options.regions:
+        console.print(inside(found))
+    rates = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in ceilings.items())
+    console.print(
+        f"ceiling: a {options.dtype} matrix product of its own, {rates}. FLOP use counts the products a step runs, "
+        "recomputed ones too. Where a ratio's 20th and 80th percentile are further apart than it is from 1, they stand "
+        "alone.",
+        markup=False,
     )
-    headings = ["method", "saving", "framework", "ms/step", "x AdamW (20–80 %)"]
-    headings += ["x PyTorch (20–80 %)"] * (options.framework == "both") + ["peak MiB"] * options.peak
-    table = Table(*headings, title=title)
-    for row in rows:
-        ratio = f"{row['ratio']:.2f} ({row['ratio_p20']:.2f}–{row['ratio_p80']:.2f})"
-        other = f"{row['to_torch']:.2f} ({row['to_torch_p20']:.2f}–{row['to_torch_p80']:.2f})"
-        cells = [row["method"], row["saving"], row["framework"], f"{row['step_ms']:,.0f}"]
-        cells.append(ratio if row["method"] != "adamw" else "1")
-        if options.framework == "both":
-            cells.append(other if row["framework"] != "torch" else "1")
-        if options.peak:
-            cells.append("?" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}")
-        table.add_row(*cells)
-    Rich(width=110).print(table)
     return 0
+
+
+def table(found: list[dict[str, Any]], options: Options) -> Table:
+    """One line a row."""
+    first = found[0]
+    result = Table(
+        title=f"{options.preset}: {first['params']:,} parameters, {first['tokens']:,} tokens a step, "
+        f"{options.repeats} steps"
+    )
+    for name in ("method", "saving or peer", "framework"):
+        result.add_column(name, no_wrap=True)
+    names = ["ms/step", "tokens/s", "x AdamW (20–80 %)", "FLOP use"]
+    names += ["x PyTorch (20–80 %)"] * (options.framework == "both")
+    for name in names:
+        result.add_column(name, justify="right")
+    for row in found:
+        cells = [
+            row["method"],
+            row["saving"],
+            row["framework"],
+            f"{row['step_ms']:,.0f}",
+            f"{row['tokens_per_s']:,.0f}",
+        ]
+        is_base = row["method"] == "adamw" and not row["saving"]
+        cells += ["1" if is_base else ratio_text(row, "ratio"), f"{row['utilisation']:.0%}"]
+        if options.framework == "both":
+            alone = row["framework"] == "torch" or (row["peer"] and row["saving"] != "textbook")
+            cells.append("" if alone else ratio_text(row, "to_torch"))
+        result.add_row(*cells)
+    return result
+
+
+def inside(found: list[dict[str, Any]]) -> Table:
+    """Memory of a step, and where its time goes; of what was asked for."""
+    result = Table(title="peak memory beside weights and moments; shares of a step's work")
+    for name in ("method", "saving or peer", "framework"):
+        result.add_column(name, no_wrap=True)
+    for name in ("peak MiB", "forward", "backward", "parameters"):
+        result.add_column(name, justify="right")
+    for row in found:
+        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}"
+        result.add_row(row["method"], row["saving"], row["framework"], peak, *shares(row["regions"]))
+    return result
+
+
+def ratio_text(row: dict[str, Any], name: str) -> str:
+    """A ratio with its percentiles, or these alone where it is not told from 1."""
+    spread = f"({row[f'{name}_p20']:.2f}–{row[f'{name}_p80']:.2f})"
+    return f"{row[name]:.2f} {spread}" if row[f"{name}_resolved"] else spread
+
+
+def shares(regions: dict[str, float] | None) -> list[str]:
+    """Forward, backward and parameter work over all that has a region."""
+    if regions is None:
+        return ["", "", ""]
+    of = lambda *words: sum(ms for name, ms in regions.items() if any(word in name for word in words))
+    groups = (of("forward"), of("backward"), of(*PARAMETERS))
+    return [f"{x / sum(groups):.0%}" for x in groups]

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fsam_core.errors import UserError
-from fsam_profiling import tpu_dumps, tpu_hlo
+from fsam_profiling import step_regions, tpu_dumps, tpu_hlo, tpu_loops
 
 # name -> (topology that libtpu knows, cores that share a program). The clock follows from the published peak and the
 # multiply-adds a matrix unit does in a cycle: see `Chip`.
@@ -68,12 +68,17 @@ class Chip:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A Pallas kernel in a compiled program; `cycles` are of one run, and it runs `times`."""
+    """A Pallas kernel in a compiled program; `cycles` are of one run, and it runs `times`.
+
+    `inserted` says that the compiler put it there by itself.
+    """
 
     name: str
     grid: tuple[int, ...]
     times: int
     rare: bool
+    region: str
+    inserted: bool
     schedule: tpu_dumps.Schedule
     bytes: int | None
     bytes_cycles: int | None
@@ -92,11 +97,14 @@ class Compiled:
             donated argument is counted in both and in aliased_bytes.
         flops, bytes_accessed: the compiler's cost analysis, in which the body of a loop counts once and a Pallas kernel
             not at all; None where it has none.
+        product_flops: of the matrix products in the traced function, loops and kernels counted (`flops.of_trace`).
         xla_cycles: estimate for the XLA instructions, loops counted as often as they turn.
         xla_bytes: bytes the XLA instructions move between HBM and the core, loops likewise.
         rare_cycles: of XLA instructions and kernels under `tpu_hlo.RARE`, as if they ran; in no other figure.
         unknown: XLA instructions that carry no estimate, and so count nothing, as "name (bytes)".
         kernels: the Pallas kernels; empty where they were not asked for.
+        regions: cycles by region of a step (`fsam_core.regions`), in the order they run; they sum to `cycles`.
+        loops: XLA's own fused loops with their schedules; empty where they were not asked for.
     """
 
     chip: Chip
@@ -106,17 +114,39 @@ class Compiled:
     aliased_bytes: int
     flops: float | None
     bytes_accessed: float | None
+    product_flops: int
     xla_cycles: int
     xla_bytes: int
     rare_cycles: int
     unknown: tuple[str, ...]
     kernels: tuple[Kernel, ...]
+    regions: dict[str, int]
     text: str
+    loops: tuple[tpu_loops.Loop, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        """Between HBM and the core, of XLA's instructions and of the kernels whose blocks are known."""
+        return self.xla_bytes + sum((x.bytes or 0) * x.times for x in self.kernels if not x.rare)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of HBM: arguments, results that take no argument's place, and temporaries."""
+        return self.argument_bytes + self.output_bytes - self.aliased_bytes + self.temporary_bytes
 
     @property
     def cycles(self) -> int:
         """XLA's estimate and the kernels' cycles together."""
         return self.xla_cycles + sum(x.cycles * x.times for x in self.kernels if not x.rare)
+
+    @property
+    def scheduled_cycles(self) -> int:
+        """The same with XLA's loops judged as kernels are (`tpu_loops`), and no less than all bytes over the bandwidth.
+
+        `loops` have to have been asked for.
+        """
+        rest = self.cycles - sum(x.estimate for x in self.loops)
+        return max(rest + sum(x.cycles for x in self.loops), round(self.bytes / self.chip.bytes_per_cycle))
 
     @property
     def seconds(self) -> float:
@@ -130,7 +160,8 @@ def compile_for(
     *,
     options: dict[str, Any] | None = None,
     donate: Sequence[int] = (),
-    kernels: bool = True,
+    kernels: bool | Literal["if any"] = True,
+    loops: bool = False,
 ) -> Compiled:
     """Compile a JAX function for one core of `chip`, in a process of its own.
 
@@ -141,8 +172,12 @@ def compile_for(
         args: (shape, dtype) of each argument, None for an argument that is None.
         options: keyword arguments of the function; what JSON can hold.
         donate: positions of donated arguments.
-        kernels: read the schedules of Pallas kernels too, which takes about twice as long. Without, a function that
-            calls a kernel is refused, because its cycles would be missing from the sum.
+        kernels: read the schedules of Pallas kernels too, which takes half as long again. Without, a function that
+            calls a kernel is refused, because its cycles would be missing from the sum. "if any" compiles again where
+            there are some, which pays where there are none. (Tried, and no gain worth having: kernels compiled in a
+            program of their own, 26 s instead of 33 for a small step; but what XLA puts into VMEM beforehand, or
+            fuses into a kernel, is then missing, and schedules differ by up to 30 %.)
+        loops: read the schedules of XLA's own loops too, of a straight program; with `kernels`.
 
     Raises:
         UserError: for an unknown chip, a libtpu that is missing or whose dumps cannot be read, and where the compiler
@@ -162,29 +197,37 @@ def compile_for(
         folder = Path(name)
         dumps = folder / "dumps"
         dumps.mkdir()
-        answer = _run(chip, request, folder, dumps if kernels else None)
-        device = Chip(chip, **answer["chip"])
+        answer = _run(chip, request, folder, dumps if kernels is True else None)
         program = tpu_hlo.read(answer["text"])
         if program.kernels and not kernels:
             raise UserError(f"tpu: {function} calls Pallas kernels; compile it with kernels=True to count them")
+        if program.kernels and kernels == "if any":
+            answer = _run(chip, request, folder, dumps)
+        device = Chip(chip, **answer["chip"])
         found = tuple(_kernel(device, x, program.kernels, answer["calls"], dumps) for x in program.kernels)
+        own = tpu_loops.read(answer["text"], dumps, device.bytes_per_cycle) if loops else ()
     return Compiled(
         chip=device,
         **{name: answer[name] for name in ("argument_bytes", "output_bytes", "temporary_bytes", "aliased_bytes")},
         flops=answer["flops"],
         bytes_accessed=answer["bytes"],
+        product_flops=answer["product_flops"],
         xla_cycles=program.cycles,
         xla_bytes=program.bytes,
         rare_cycles=program.rare_cycles + sum(x.cycles * x.times for x in found if x.rare),
         unknown=tuple(f"{x.name} ({x.bytes * x.times:,} B)" for x in program.unknown if not x.rare),
         kernels=found,
+        regions=_regions(program, found),
         text=answer["text"],
+        loops=own,
     )
 
 
 def to_json(compiled: Compiled) -> dict[str, Any]:
     """Every figure of a compiled function as JSON holds it; the text of the program is left out."""
-    figures = asdict(compiled) | {"cycles": compiled.cycles, "seconds": compiled.seconds}
+    figures = asdict(compiled) | {
+        name: getattr(compiled, name) for name in ("cycles", "seconds", "bytes", "peak_bytes")
+    }
     del figures["text"]
     figures["chip"] |= {"hertz": compiled.chip.hertz}
     for one, kernel in zip(figures["kernels"], compiled.kernels, strict=True):
@@ -230,6 +273,8 @@ def _kernel(
     """The schedule of one kernel, and the bytes its blocks move for the arrays that lie in HBM."""
     shapes = [*kernel.operands, *kernel.results]
     match = next((x for x in calls if x["shapes"] == shapes), None)
+    if kernel.inserted is not None:
+        match = kernel.inserted._asdict()
     if match is None:
         raise UserError(
             f"tpu: no pallas_call of the traced function has the shapes of kernel {kernel.name}: {', '.join(shapes)}"
@@ -237,27 +282,55 @@ def _kernel(
     # Of several calls of one kernel the compiler compiles, and dumps, the first.
     base = lambda x: x.name.partition(".")[0]
     same = [x.name for x in others if base(x) == base(kernel) and [*x.operands, *x.results] == shapes]
-    name = next((x for x in (kernel.name, *same) if tpu_dumps.has(dumps, x)), kernel.name)
+    name = next((x for x in same if tpu_dumps.has(dumps, x)), kernel.name)
     grid = tuple(match["grid"])
     schedule = tpu_dumps.read(dumps, name, grid, chip.mxus, chip.row_cycles)
     moved = [x for x, in_hbm in zip(match["moved"], kernel.in_hbm, strict=True) if in_hbm]
     total = None if None in moved else sum(moved)
     cycles = None if total is None else round(total / chip.bytes_per_cycle)
-    return Kernel(kernel.name, grid, kernel.times, kernel.rare, schedule, total, cycles)
+    inserted = kernel.inserted is not None
+    return Kernel(kernel.name, grid, kernel.times, kernel.rare, kernel.region, inserted, schedule, total, cycles)
+
+
+def _regions(program: tpu_hlo.Program, kernels: tuple[Kernel, ...]) -> dict[str, int]:
+    """Cycles by region."""
+    found: dict[str, float] = {}
+    for region, cycles, rare in [
+        *((x.region, x.total, x.rare) for x in program.counted),
+        *((x.region, x.cycles * x.times, x.rare) for x in kernels),
+    ]:
+        found[region] = found.get(region, 0) + (0 if rare else cycles)
+    return {name: int(cycles) for name, cycles in step_regions.in_order(found).items()}
 
 
 @dataclass(frozen=True)
 class Tpu:
-    """What the TPU compiler makes of the head, for a chip that need not be here: cycles, memory, kernels."""
+    """What the TPU compiler makes of heads and steps, for a chip that need not be here: cycles, memory, kernels."""
 
     chip: str = "v5e"
     """v4, v5e, v5p, v6e or tpu7x"""
+    what: Literal["head", "step", "parameters"] = "head"
+    """the head alone, whole training steps, or the parameter operations over all tensors of a model"""
     head: str = "reference"
     """shape: tiny, 2m, 24m, 43m, 118m, 1208m, reference, gpt2, llama3-8b"""
     backend: Literal["all", "xla", "pallas"] = "all"
     """whose loss and gradients: all of them, xla or pallas"""
     rows: int = 2048
-    """rows of a chunk"""
+    """rows of a chunk of the head"""
+    preset: str = "24m"
+    """of a step: the model"""
+    batch: int | None = None
+    """of a step: sequences, all on one core; 16 without it"""
+    seq_len: int | None = None
+    """of a step: tokens a sequence"""
+    vocab_size: int | None = None
+    """of a step: size of the vocabulary"""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """of a step: what the model computes in; weights, gradients and moments are float32"""
+    only: str = "adamw,precond-functional-sam"
+    """of a step: methods and savings as in `fsam profile step --only`, textbook, or all"""
+    model: str = "24m"
+    """of the parameter operations: whose tensors, 24m, 118m, 1208m or gpt2"""
     json: Path | None = None
     """also write the figures here"""
 
@@ -269,7 +342,12 @@ def run(options: Tpu) -> int:
         UserError: as `compile_for`, and for an unknown head.
     """
     from fsam_kernels.shapes import HEADS
+    from fsam_profiling import results, tpu_parameters, tpu_step
 
+    if options.what == "step":
+        return tpu_step.run(options)
+    if options.what == "parameters":
+        return tpu_parameters.run(options.chip, options.model, options.json)
     if options.head not in HEADS:
         raise UserError(f"--head: {options.head!r} is not known; use {', '.join(HEADS)}")
     shape = HEADS[options.head]
@@ -285,8 +363,8 @@ def run(options: Tpu) -> int:
         for name, (function, arguments) in programs.items()
     }
     if options.json is not None:
-        figures = {name: to_json(x) for name, x in compiled.items()}
-        options.json.write_text(json.dumps({"chip": options.chip, "head": same, "programs": figures}, indent=1))
+        figures = [{"program": name, **to_json(x)} for name, x in compiled.items()]
+        results.write(options.json, "tpu head", figures, {"chip": options.chip, "head": options.head, **same})
     flops = 6 * shape.N * shape.D * shape.V
     print_tables(compiled, f"head {options.head}, N={shape.N} D={shape.D} V={shape.V}, bfloat16", flops)
     return 0

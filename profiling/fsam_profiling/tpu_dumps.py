@@ -266,7 +266,7 @@ class _Scalars:
         if not name.startswith("scmp.ge") or match is None:
             return None, False
         limit = self._operand(match[2])
-        step = self.definitions.get(match[1], ("", "", ""))
+        step = self._source(match[1])
         add = re.fullmatch(r"(\d+), %(\w+)|%(\w+), (\d+)", step[1]) if step[0] == "sadd.s32" else None
         if limit is None or add is None:
             return None, False

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from fsam_core.errors import UserError
+from fsam_profiling import step_regions, tpu_inserted
 
 # What a branch taken once in a blue moon is traced under (`jax.named_scope`): its cycles are shown, but not summed.
 RARE = "rare"
@@ -42,11 +43,14 @@ class Instruction(NamedTuple):
 
 
 class Counted(NamedTuple):
-    """One scheduled instruction: cycles of one execution (None: the compiler gave none) and how often it runs."""
+    """One scheduled instruction: cycles of one execution (None: the compiler gave none) and how often it runs.
+
+    `region` is the part of a step it belongs to (`step_regions.region`), by its own name or its operands'.
+    """
 
     name: str
     opcode: str
-    scope: str
+    region: str
     cycles: int | None
     times: int
     bytes: int
@@ -59,7 +63,10 @@ class Counted(NamedTuple):
 
 @dataclass(frozen=True)
 class Kernel:
-    """A Pallas kernel where it is called: its operands' and results' shapes, which lie in HBM, how often it runs."""
+    """A Pallas kernel where it is called: its operands' and results' shapes, which lie in HBM, how often it runs.
+
+    `inserted` is what one asks for that the compiler put there by itself.
+    """
 
     name: str
     operands: tuple[str, ...]
@@ -67,6 +74,8 @@ class Kernel:
     in_hbm: tuple[bool, ...]
     times: int
     rare: bool
+    region: str
+    inserted: tpu_inserted.Inserted | None
 
 
 @dataclass
@@ -112,6 +121,16 @@ def read(text: str) -> Program:
     if not any(x.cycles is not None for x in program.counted) and not program.kernels:
         raise UserError("tpu: no instruction of the compiled module carries estimated_cycles; nothing can be summed")
     return program
+
+
+def instructions(text: str) -> dict[str, tuple[str, str]]:
+    """Name -> (opcode, region of a step) of every instruction of a compiled module, of any platform."""
+    computations, _ = _computations(text)
+    return {
+        name: (one.opcode, _region(computations, body, one))
+        for body in computations.values()
+        for name, one in body.items()
+    }
 
 
 def bytes_of(type_text: str) -> int:
@@ -179,19 +198,38 @@ def _count(computations: dict, name: str, times: int, rare: bool, program: Progr
             results = _SHAPE.findall(one.type)
             plain = lambda found: tuple(f"{dtype}[{dims}]" for dtype, dims, _ in found)
             in_hbm = tuple("S(" not in layout for *_, layout in (*operands, *results))
-            program.kernels.append(Kernel(one.name, plain(operands), plain(results), in_hbm, times, one_rare))
+            inserted = tpu_inserted.read(one.text, [*plain(operands), *plain(results)])
+            region = _region(computations, body, one)
+            found = Kernel(one.name, plain(operands), plain(results), in_hbm, times, one_rare, region, inserted)
+            program.kernels.append(found)
         elif one.opcode in ("copy-start", "slice-start"):
             program.copied += 0 if one_rare else _copied(body, one) * times
         elif not _is_free(one):
             estimate = _ESTIMATE.search(one.text)
             cycles = int(estimate[1]) if estimate else None
             moved = _moved(computations, body, one)
-            program.counted.append(Counted(one.name, one.opcode, scope, cycles, times, moved, one_rare))
+            region = _region(computations, body, one)
+            program.counted.append(Counted(one.name, one.opcode, region, cycles, times, moved, one_rare))
 
 
 def _scope(one: Instruction) -> str:
     match = _SCOPE.search(one.text)
     return match[1] if match else ""
+
+
+def _region(computations: dict, body: dict[str, Instruction], one: Instruction, depth: int = 8) -> str:
+    """By its own name, else that of what is fused in it, else its operands': a copy belongs to what it copies."""
+    if found := step_regions.region(_scope(one)):
+        return found
+    inside = computations[_called(one, "calls")].values() if one.opcode == "fusion" else ()
+    named = [region for x in inside if (region := step_regions.region(_scope(x)))]
+    if named:
+        return named[-1]
+    for name in one.operands if depth else ():
+        before = _region(computations, body, body[name], depth - 1) if name in body else step_regions.OTHER
+        if before != step_regions.OTHER:
+            return before
+    return step_regions.OTHER
 
 
 def _moved(computations: dict, body: dict[str, Instruction], one: Instruction) -> int:

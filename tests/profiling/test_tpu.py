@@ -209,10 +209,46 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
     path = tmp_path / "tpu.json"
     assert tpu.run(tpu.Tpu(chip="v5e", head="tiny", backend="xla", json=path)) == 0
     written = json.loads(path.read_text())
-    assert set(written["programs"]) == {"three matrix products", "log-softmax, autodiff", "fsam xla"}
-    bare = written["programs"]["three matrix products"]
+    assert (written["kind"], written["about"]["head"]) == ("tpu head", "tiny")
+    programs = {row["program"]: row for row in written["rows"]}
+    assert set(programs) == {"three matrix products", "log-softmax, autodiff", "fsam xla"}
+    bare = programs["three matrix products"]
     out = " ".join(capsys.readouterr().out.split())
     assert f"{bare['cycles'] / 1e6:.2f}" in out
     assert "Estimates, not timings" in out
     with pytest.raises(UserError, match=r"--head: 'huge' is not known; use tiny"):
         tpu.run(tpu.Tpu(head="huge"))
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_whole_step_is_compiled_and_its_regions_sum_to_its_cycles(tmp_path, capsys):
+    path = tmp_path / "step.json"
+    same = {"preset": "tiny", "batch": 2, "seq_len": 16, "vocab_size": 256, "backend": "xla"}
+    assert tpu.run(tpu.Tpu(what="step", json=path, **same)) == 0
+    adamw, functional = json.loads(path.read_text())["rows"]
+    assert adamw["ratio"] == 1 < functional["ratio"]
+    assert functional["product_flops"] > 1.8 * adamw["product_flops"]
+    for row in (adamw, functional):
+        assert sum(row["regions"].values()) == row["cycles"]
+        assert row["regions"].get("other", 0) < 0.2 * row["cycles"]
+        assert row["floor_cycles"] == max(row["floor_products_cycles"], row["floor_bytes_cycles"]) < row["cycles"]
+        assert row["peak_bytes"] >= row["argument_bytes"]
+    # XLA makes the perturbation part of what reads it, so it need not show.
+    assert {"norm", "second forward", "second backward", "update"} <= set(functional["regions"])
+    assert "Estimates, not timings" in " ".join(capsys.readouterr().out.split())
+
+
+@needs_compiler
+def test_a_program_is_compiled_again_only_where_there_are_kernels(monkeypatch):
+    ran, dumped = tpu._run, []
+
+    def counted(chip, request, folder, dumps):
+        dumped.append(dumps is not None)
+        return ran(chip, request, folder, dumps)
+
+    monkeypatch.setattr(tpu, "_run", counted)
+    assert compiled("v5e", "axpy", *[((256, 256), "float32")] * 2, kernels="if any").kernels == ()
+    assert dumped == [False]
+    (kernel,) = compiled("v5e", "copy_kernel", ((1024, 1024), "float32"), kernels="if any", rows=512).kernels
+    assert (kernel.bytes, dumped) == (2 * 4 * 1024**2, [False, False, True])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from fsam_profiling import step_programs
 from fsam_profiling.tpu_hlo import RARE
 
 
@@ -140,3 +141,29 @@ def spilling_kernel(x):
 
     shape = jax.ShapeDtypeStruct((8, 128), x.dtype)
     return pl.pallas_call(kernel, out_shape=shape, name="spiller")(x + 1)
+
+
+def chain_kernel(*, parts: int):
+    """(the kernel of `spilling_kernel` over so many parts, its argument)."""
+
+    def kernel(x, out):
+        held = [jnp.exp(x[8 * i : 8 * i + 8, :]) for i in range(parts)]
+        total = held[0]
+        for part in (*held, *held):
+            total = jnp.exp(total) + part
+        out[...] = total
+
+    shape = jax.ShapeDtypeStruct((8, 128), jnp.float32)
+    call = pl.pallas_call(kernel, out_shape=shape, name="chain")
+    return lambda x: call(x + 1), (jax.ShapeDtypeStruct((8 * parts, 128), jnp.float32),)
+
+
+def step_with_another_pass(**options):
+    """A step that also writes its weights once and reads them back, as a wrapper that clones and restores does."""
+    function, arguments = step_programs.step(**options)
+
+    def slower(state, batches):
+        params = jax.lax.optimization_barrier(jax.tree.map(lambda x: 1.5 * x, state[0]))
+        return function((jax.tree.map(lambda x: x / 1.5, params), *state[1:]), batches)
+
+    return slower, arguments

@@ -1,0 +1,76 @@
+"""Floating-point operations of a traced JAX function's matrix products, loops counted as often as they turn.
+
+The compiler's own count takes the body of a loop once and a Pallas kernel not at all. Here the products are counted in
+the traced program, after what no result depends on was taken out of it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr
+from jax.interpreters import partial_eval
+
+from fsam_core.errors import UserError
+from fsam_profiling.tpu_hlo import RARE
+
+
+def of_step(function: Any, arguments: tuple[Any, ...]) -> int:
+    """`of_trace` of function(*arguments), without what runs once in a blue moon."""
+    return of_trace(jax.jit(function).trace(*arguments).jaxpr, RARE)
+
+
+def of_trace(closed: Any, rare: str | None = None) -> int:
+    """2 · multiply-adds of every `dot_general` and convolution that a result depends on.
+
+    Args:
+        closed: a closed jaxpr, `jax.jit(f).trace(*args).jaxpr`.
+        rare: a `jax.named_scope` whose operations do not count.
+
+    Raises:
+        UserError: for a product in a loop whose turns are not known.
+    """
+    jaxpr = closed.jaxpr
+    alive, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
+    return _jaxpr(alive, rare)
+
+
+def _jaxpr(jaxpr: Any, rare: str | None) -> int:
+    return sum(_equation(eqn, rare) for eqn in jaxpr.eqns)
+
+
+def _equation(eqn: Any, rare: str | None) -> int:
+    if rare is not None and rare in str(eqn.source_info.name_stack).split("/"):
+        return 0
+    name, params = eqn.primitive.name, eqn.params
+    if name == "dot_general":
+        (contract, _), _ = params["dimension_numbers"]
+        left = eqn.invars[0].aval.shape
+        return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(left[i] for i in contract)
+    if name == "conv_general_dilated":
+        numbers, kernel = params["dimension_numbers"], eqn.invars[1].aval.shape
+        return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // kernel[numbers.rhs_spec[0]]
+    inner = [_jaxpr(x, rare) for x in _inside(params)]
+    if name == "cond":
+        return max(inner)
+    if name == "while" and any(inner):
+        raise UserError("flops: a matrix product in a loop whose turns are not known; give the loop a fixed length")
+    turns = {"scan": params.get("length"), "pallas_call": _steps(params)}.get(name, 1)
+    return turns * sum(inner)
+
+
+def _steps(params: dict[str, Any]) -> int:
+    mapping = params.get("grid_mapping")
+    return 1 if mapping is None else math.prod(int(x) for x in mapping.grid)
+
+
+def _inside(params: dict[str, Any]) -> list[Any]:
+    found = []
+    for value in params.values():
+        for one in value if isinstance(value, list | tuple) else (value,):
+            one = one.jaxpr if isinstance(one, ClosedJaxpr) else one
+            if hasattr(one, "eqns"):
+                found.append(one)
+    return found

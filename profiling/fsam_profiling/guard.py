@@ -1,0 +1,219 @@
+"""Regression guard: `fsam profile check`, `make bench-check`, `make baseline`.
+
+`profiling/baseline.json` holds what the compilers make of every kernel, head program and step (`guard_items`). The
+guard measures it again and fails where a figure worsens by more than `TOLERANCE`. All of them are counts or compilers'
+estimates, the same each time on any machine; no clock is read.
+"""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from fsam_core.errors import UserError
+from fsam_profiling import guard_items, results
+from fsam_profiling.guard_items import Figures, Item
+from fsam_trainers.files import write_text
+
+TOLERANCE = 0.03
+BASELINE = Path(__file__).resolve().parent.parent / "baseline.json"
+# Of all other figures less is better.
+MORE_IS_BETTER = frozenset(("load_bytes", "store_bytes"))
+
+Found = dict[str, Figures]
+
+
+@dataclass(frozen=True)
+class Check:
+    """Measure the hardware-free figures again and compare them with the baseline: exit code 1 where one is worse."""
+
+    quick: bool = False
+    """only what takes seconds, as CI does"""
+    update: bool = False
+    """write what was measured into the baseline, and print the differences"""
+    only: str = ""
+    """only items whose names begin so: 'gpu sm_90', 'tpu v5e step', 'flops'"""
+    baseline: Path = BASELINE
+    """the file of figures to hold against"""
+    json: Path | None = None
+    """also write the figures here"""
+
+
+class Change(NamedTuple):
+    """A figure that is not what it was; `by` is positive where it is worse, relative to the baseline."""
+
+    item: str
+    figure: str
+    before: float
+    after: float
+    by: float
+
+    @property
+    def worse(self) -> bool:
+        return self.by > TOLERANCE
+
+    @property
+    def better(self) -> bool:
+        return self.by < -TOLERANCE
+
+    def __str__(self) -> str:
+        share = f"{100 * self.by:+.1f} % worse" if abs(self.by) < float("inf") else "none before"
+        if self.by < 0:
+            share = f"{-100 * self.by:.1f} % better"
+        return f"{self.item}: {self.figure} {_plain(self.before)} -> {_plain(self.after)} ({share})"
+
+
+def run(options: Check) -> int:
+    """Measure, compare, print; 0 where nothing worsened, 1 otherwise.
+
+    Raises:
+        UserError: where the baseline cannot be read, is of other compilers, or no item is asked for.
+    """
+    chosen = [x for x in guard_items.items() if (x.quick or not options.quick) and x.name.startswith(options.only)]
+    if not chosen:
+        raise UserError(f"--only: no item's name begins with {options.only!r}; they begin with gpu, tpu or flops")
+    whole = not options.quick and not options.only
+    before: tuple[dict[str, str], Found] = (
+        read(options.baseline) if options.baseline.exists() or not options.update else ({}, {})
+    )
+    if not options.update:
+        same_compilers(chosen, before[0], options.baseline)
+    kept, versions = ({}, {}) if whole else (before[1], before[0])
+    versions = versions | _versions(chosen)
+    # Written as it grows: what was measured before an interruption is not lost.
+    save = (lambda found: write(options.baseline, versions, before[1] | found)) if options.update else None
+    found = measure(chosen, save)
+    if options.json is not None:
+        rows = [{"item": name, **figures} for name, figures in found.items()]
+        results.write(options.json, "check", rows, {"baseline": str(options.baseline), "quick": options.quick})
+    changes = compare(before[1], found)
+    new = [name for name in found if name not in before[1]]
+    gone = [name for name in before[1] if name not in found] if whole else []
+    console = Console() if sys.stdout.isatty() else Console(width=150)
+    if options.update:
+        write(options.baseline, versions, kept | found)
+        return _report_update(console, options, changes, new, gone)
+    return _report(console, len(found), changes, new, gone)
+
+
+def measure(items: Iterable[Item], save: Callable[[Found], None] | None = None) -> Found:
+    """The figures of every item, in order of their names; `save` is given what there is after each.
+
+    Raises:
+        UserError: from a compiler that is missing or cannot be read.
+    """
+    found: Found = {}
+    for item in items:
+        print(f"measuring {item.name}", file=sys.stderr)
+        found |= item.measure()
+        if save is not None:
+            save(found)
+    return dict(sorted(found.items()))
+
+
+def compare(before: Found, after: Found) -> list[Change]:
+    """Every figure that is in both and is not the same, the worst first."""
+    changes = [
+        Change(item, figure, before[item][figure], value, worsening(figure, before[item][figure], value))
+        for item, figures in after.items()
+        for figure, value in figures.items()
+        if item in before and figure in before[item] and before[item][figure] != value
+    ]
+    return sorted(changes, key=lambda change: -change.by)
+
+
+def worsening(figure: str, before: float, after: float) -> float:
+    """By which share of `before` a figure is worse; negative where it is better, infinite where there was none."""
+    worse = before - after if figure in MORE_IS_BETTER else after - before
+    if before == 0:
+        return float("inf") if worse > 0 else -float("inf")
+    return worse / before
+
+
+def read(path: Path) -> tuple[dict[str, str], Found]:
+    """(compiler -> version, figures).
+
+    Raises:
+        UserError: for a file that is not there or is no baseline.
+    """
+    try:
+        found = json_module.loads(path.read_text(encoding="utf-8"))
+        return dict(found["compilers"]), dict(found["figures"])
+    except OSError as error:
+        raise UserError(
+            f"--baseline: {path} cannot be read ({error.strerror}); make one with `make baseline`"
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        why = "is no baseline"
+    raise UserError(f"--baseline: {path} {why}; make one with `make baseline`")
+
+
+def write(path: Path, compilers: dict[str, str], figures: Found) -> None:
+    """One line an item, so that a difference between two baselines reads as one."""
+    lines = [f"  {json_module.dumps(name)}: {json_module.dumps(of)}" for name, of in sorted(figures.items())]
+    body = ",\n".join(lines)
+    head = json_module.dumps(dict(sorted(compilers.items())))
+    write_text(path, f'{{\n "compilers": {head},\n "figures": {{\n{body}\n }}\n}}\n')
+
+
+def same_compilers(items: Iterable[Item], versions: dict[str, str], path: Path) -> None:
+    """Whether the baseline is of the compilers that are installed.
+
+    Raises:
+        UserError: naming both versions of the first that differs.
+    """
+    for name, version in _versions(items).items():
+        if versions.get(name) != version:
+            raise UserError(
+                f"--baseline: {path.name} is of {name} {versions.get(name)}, and {version} is installed: "
+                f"pip install {name}=={versions.get(name)}, or make a new baseline with `make baseline`"
+            )
+
+
+def _versions(items: Iterable[Item]) -> dict[str, str]:
+    return {name: str(results.installed(name)) for item in items for name in item.compilers}
+
+
+def _report(console: Console, count: int, changes: list[Change], new: list[str], gone: list[str]) -> int:
+    worse = [f"worse: {change}" for change in changes if change.worse]
+    worse += [f"not in the baseline: {name}" for name in new]
+    worse += [f"in the baseline, but no longer measured: {name}" for name in gone]
+    for line in worse:
+        console.print(line, markup=False, soft_wrap=True)
+    for change in changes:
+        if change.better:
+            console.print(f"better: {change}", markup=False, soft_wrap=True)
+    if worse:
+        text = (
+            f"{len(worse)} figures are not what the baseline allows; where that is meant, make a new one: make baseline"
+        )
+        console.print(text, markup=False, soft_wrap=True)
+        return 1
+    console.print(f"{count} items: no figure is worse by more than {TOLERANCE:.0%}", markup=False)
+    return 0
+
+
+def _report_update(console: Console, options: Check, changes: list[Change], new: list[str], gone: list[str]) -> int:
+    table = Table("item", "figure", "before", "after", "change", title=str(options.baseline))
+    for change in changes:
+        share = f"{100 * change.by:+.1f} % worse" if change.by > 0 else f"{-100 * change.by:.1f} % better"
+        table.add_row(change.item, change.figure, _plain(change.before), _plain(change.after), share)
+    if changes:
+        console.print(table)
+    for label, names in (("new", new), ("gone", gone)):
+        for name in names:
+            console.print(f"{label}: {name}", markup=False)
+    if not (changes or new or gone):
+        console.print("the baseline is as it was", markup=False)
+    return 0
+
+
+def _plain(value: Any) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) and not value.is_integer() else f"{int(value):,}"

@@ -1,0 +1,144 @@
+"""The pictures of a profiling report, as SVG text: narrow, so that they can be read on a phone."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from fsam_core import backends
+from fsam_core.regions import REGIONS
+from fsam_profiling.report_tables import amount
+from fsam_profiling.step_cost import METHOD
+from fsam_profiling.step_regions import IDLE, OTHER
+
+backends.require("matplotlib")
+
+import matplotlib as mpl  # noqa: E402
+import matplotlib.figure  # noqa: E402
+import matplotlib.patches  # noqa: E402
+import matplotlib.ticker  # noqa: E402
+
+WIDTH = 4.8  # inches
+# Okabe and Ito's palette, told apart by colour-blind readers: a pass's forward light, its backward dark.
+COLOURS = dict(
+    zip(
+        (*REGIONS, OTHER, IDLE),
+        ("#56B4E9", "#0072B2", "#009E73", "#F0E442", "#E69F00", "#D55E00", "#CC79A7", "#999999", "#E4E4E4"),
+        strict=True,
+    )
+)
+LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKS = "osD^vP"
+
+
+def regions(names: Sequence[str], parts: Sequence[dict[str, float]], unit: str) -> str:
+    """A stacked bar for each name; `parts` are region -> amount in `unit`."""
+    figure, axis = _figure(0.42 * len(names) + 1.5)
+    held = [x for x in COLOURS if any(x in part for part in parts)]
+    for y, part in enumerate(parts):
+        left = 0.0
+        for region in held:
+            width = part.get(region, 0.0)
+            axis.barh(y, width, left=left, color=COLOURS[region], edgecolor="white", linewidth=0.4)
+            left += width
+        axis.text(left, y, f" {amount(left)}", va="center", fontsize=8)
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.set_xlabel(unit)
+    axis.set_xlim(0, 1.12 * max(sum(part.values()) for part in parts))
+    bars = [mpl.patches.Patch(color=COLOURS[x], label=x) for x in held]
+    figure.legend(handles=bars, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    return _svg(figure)
+
+
+def ratios(names: Sequence[str], values: Sequence[tuple[float, float, float]]) -> str:
+    """A point for each name at its ratio, with its 20th and 80th percentile as a line."""
+    figure, axis = _figure(0.27 * len(names) + 0.9)
+    for y, (low, middle, high) in enumerate(values):
+        axis.plot([low, high], [y, y], color=LINES[0], linewidth=2, alpha=0.5, solid_capstyle="butt")
+        axis.plot(middle, y, "o", color=LINES[0], markersize=5)
+    axis.axvline(1, color="#888888", linewidth=0.8)
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.set_xlabel("step over AdamW's")
+    axis.grid(axis="x", alpha=0.25)
+    return _svg(figure)
+
+
+def fractions(series: dict[str, list[tuple[float, float, float, float]]]) -> str:
+    """Ratio to AdamW against the fraction q of the batch that carries the correction.
+
+    Args:
+        series: label -> (q, ratio, 20th, 80th percentile) of each point; AdamW itself stands at (0, 1).
+    """
+    figure, axis = _figure(3.4)
+    for (label, points), colour, mark in zip(series.items(), LINES * 4, MARKS * 4, strict=False):
+        whole = sorted([(0.0, 1.0, 1.0, 1.0), *points])
+        axis.plot([x[0] for x in whole], [x[1] for x in whole], mark + "-", color=colour, label=label, markersize=4)
+        axis.vlines([x[0] for x in whole], [x[2] for x in whole], [x[3] for x in whole], color=colour, alpha=0.4)
+    axis.set_xlabel("fraction q of the batch with a correction")
+    axis.set_ylabel("step over AdamW's")
+    axis.set_xlim(-0.03, 1.03)
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False, fontsize=8)
+    return _svg(figure)
+
+
+def roofline(points: dict[str, tuple[float, float]], flops_per_second: float, bytes_per_second: float) -> str:
+    """Operations a second against operations a byte, both logarithmic, under the roof of bandwidth and peak.
+
+    Args:
+        points: label -> (operations a byte, operations a second).
+    """
+    figure, axis = _figure(3.6)
+    ridge = flops_per_second / bytes_per_second
+    reach = [x for x, _ in points.values()]
+    low, high = min([ridge, *reach]) / 4, max([ridge, *reach]) * 4
+    axis.plot([low, ridge, high], [low * bytes_per_second, flops_per_second, flops_per_second], color="#444444")
+    for (label, (x, y)), colour, mark in zip(points.items(), LINES * 9, MARKS * 9, strict=False):
+        axis.plot(x, y, mark, color=colour, label=label, markersize=6)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlim(low, high)
+    axis.set_ylim(min(y for _, y in points.values()) / 3, 3 * flops_per_second)
+    for along in (axis.xaxis, axis.yaxis):
+        along.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    axis.set_xlabel("operations of matrix products a byte moved")
+    axis.set_ylabel("operations a second")
+    axis.grid(alpha=0.25)
+    figure.legend(loc="outside lower center", ncols=1 if len(points) < 4 else 2, frameon=False, fontsize=7)
+    return _svg(figure)
+
+
+def by_fraction(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[float, float, float, float]]]:
+    """The series of `fractions` from rows of steps that have "method", "options" and "ratio"."""
+    found: dict[str, list[tuple[float, float, float, float]]] = {}
+    for row in rows:
+        options = row.get("options")
+        if row["method"] != METHOD or options is None or set(options) - {"correction_fraction", "cut"}:
+            continue
+        where = row.get("framework") or f"{row['chip']['name']} {row['backend']}"
+        label = where + (", hidden cut" if options.get("cut") == "hidden" else "")
+        middle = row["ratio"]
+        spread = (row.get("ratio_p20", middle), row.get("ratio_p80", middle))
+        found.setdefault(label, []).append((options.get("correction_fraction", 1.0), middle, *spread))
+    return found
+
+
+def _figure(height: float) -> tuple[Any, Any]:
+    figure = matplotlib.figure.Figure(figsize=(WIDTH, height), layout="constrained")
+    axis = figure.subplots()
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8)
+    return figure, axis
+
+
+def _svg(figure: Any) -> str:
+    """The picture as the text of an <svg> element, the same each time."""
+    held = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": "fsam", "svg.fonttype": "path"}):
+        figure.savefig(held, format="svg", metadata={"Date": None, "Creator": None})
+    text = held.getvalue()
+    return re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", text[text.index("<svg") :], count=1)

@@ -1,0 +1,83 @@
+"""The file that `--json` names, the same for every subcommand of `fsam profile`: what `fsam profile report` gathers.
+
+fsam_profile   1, the version of this layout
+kind           "step", "trace", "tpu head", "tpu step", "gpu head", "gpu parameters", "check", …: whose rows they are
+command        the command line that made it
+machine        processor, Python, and the versions of jax, torch, triton and libtpu that are installed
+about          what all rows have in common
+rows           one object each; `docs/profiling.md` lists their fields
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+from fsam_core import UserError
+from fsam_trainers.files import write_json
+from fsam_trainers.options import command_line
+
+LAYOUT = 1
+
+
+def write(path: Path, kind: str, rows: list[dict[str, Any]], about: dict[str, Any] | None = None) -> None:
+    """Write the file, whole or not at all.
+
+    Raises:
+        UserError: when the disk refuses.
+    """
+    write_json(path, content(kind, rows, about))
+
+
+def content(kind: str, rows: list[dict[str, Any]], about: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {
+        "fsam_profile": LAYOUT,
+        "kind": kind,
+        "command": command_line(),
+        "machine": machine(),
+        "about": about or {},
+        "rows": rows,
+    }
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What `write` wrote.
+
+    Raises:
+        UserError: for a file that is not there, or that is something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; give a file that --json wrote") from error
+    except ValueError as error:
+        raise UserError(f"{path}: is no JSON; give a file that --json of fsam profile wrote") from error
+    if not isinstance(found, dict) or found.get("fsam_profile") != LAYOUT:
+        raise UserError(f"{path}: is not of fsam profile's layout {LAYOUT}; make it again with --json")
+    return found
+
+
+def machine() -> dict[str, str]:
+    """The processor, and what is installed."""
+    found = {"processor": _processor(), "python": platform.python_version()}
+    return found | {name: version for name in ("jax", "torch", "triton", "libtpu") if (version := installed(name))}
+
+
+def installed(name: str) -> str | None:
+    """The version of a distribution, None where it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else platform.machine()

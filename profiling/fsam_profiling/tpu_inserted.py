@@ -1,0 +1,71 @@
+"""Kernels that the TPU compiler puts in a program by itself, such as the "online-softmax" it makes of attention.
+
+They are Pallas kernels that no `pallas_call` of the traced function asked for. Their grid and blocks are read from the
+kernel's own code, which the compiled module carries as text.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Inserted(NamedTuple):
+    """The grid, and the bytes that each operand's and result's blocks move over it; None where that is not known."""
+
+    grid: tuple[int, ...]
+    moved: tuple[int | None, ...]
+
+
+def read(text: str, shapes: list[str]) -> Inserted | None:
+    """What the kernel called in an instruction asks for; None where its code is not given as text.
+
+    Args:
+        text: the instruction's, from its opening bracket.
+        shapes: of its operands and results, as `f32[64,128,128]`.
+    """
+    body = re.search(r'"body":"([A-Za-z0-9+/=]+)"', text)
+    try:
+        code = base64.b64decode(body[1]).decode() if body else ""
+    except (binascii.Error, UnicodeDecodeError):
+        return None  # compact bytecode: a kernel that someone asked for
+    bounds = re.search(r"iteration_bounds = array<i64(?:: ([\d, ]+))?>", code)
+    windows = re.findall(r"transform_indices = @(\w+), window_bounds = array<i64: ([\d, ]+)>", code)
+    if bounds is None or len(windows) != len(shapes):
+        return None
+    grid = tuple(int(x) for x in (bounds[1] or "").split(",") if x.strip())
+    moved = [_moved(code, name, window, grid, shape) for (name, window), shape in zip(windows, shapes, strict=True)]
+    return Inserted(grid, tuple(moved))
+
+
+def _moved(code: str, name: str, window: str, grid: tuple[int, ...], shape: str) -> int | None:
+    """Bytes copied for one array: its block's part inside the array, each time the index changes over the grid."""
+    function = re.search(rf"func\.func @{name}\((.*?)\).*?\{{(.*?)\n  \}}", code, re.S)
+    array = re.fullmatch(r"([a-z]+)(\d+)\[([\d,]*)\]", shape)
+    if function is None or array is None:
+        return None
+    constants = {k: int(v) for k, v in re.findall(r"%(\w+) = arith\.constant (-?\d+) : i32", function[2])}
+    returned = re.search(r"return ([^:]*) :", function[2])
+    at = np.unravel_index(np.arange(int(np.prod(grid, dtype=np.int64))), grid) if grid else ()
+    columns = []
+    for one in (x.strip().lstrip("%") for x in returned[1].split(",")) if returned else ():
+        argument = re.fullmatch(r"arg(\d+)", one)
+        if argument and int(argument[1]) < len(grid):
+            columns.append(at[int(argument[1])])
+        elif one in constants:
+            columns.append(np.full(len(at[0]) if at else 1, constants[one]))
+        else:
+            return None  # an index that is computed
+    sizes, dims = [int(x) for x in window.split(",")], [int(x) for x in array[3].split(",") if x]
+    if not len(sizes) == len(dims) == len(columns):
+        return None
+    index = np.stack(columns, axis=1)
+    inside = np.ones(len(index), np.int64)
+    for i, (size, dim) in enumerate(zip(sizes, dims, strict=True)):
+        inside *= np.clip(dim - index[:, i] * size, 0, size)
+    changed = np.concatenate([[True], (index[1:] != index[:-1]).any(axis=1)])
+    return int(inside[changed].sum()) * int(array[2]) // 8

@@ -1,0 +1,96 @@
+"""The schedules of the loops that XLA itself makes of element-wise work and sums, read as those of Pallas kernels are.
+
+XLA's own estimate of such a loop and the figure of a Pallas kernel (`tpu.Kernel.cycles`) are not of one kind: the
+estimate grants a bare copy 1.2 to 1.3 times its bytes over the bandwidth, and a kernel is taken to hide its copies
+completely. Here a loop is judged as a kernel is, by the larger of its schedule and its bytes over the bandwidth, so
+that the two can be set against each other.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fsam_core.errors import UserError
+from fsam_profiling import tpu_dumps, tpu_hlo
+
+_BOUNDS = re.compile(r'"iteration_bounds":\[([^\]]*)\]')
+_TILE = re.compile(r'"output_window_bounds":\[([^\]]*)\]')
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One fused loop; cycles and bytes are of one run.
+
+    Attributes:
+        bounds: the grid XLA gave it.
+        issued: bundles of its schedule; None where that has a loop whose turns depend on data (copies of a window's
+            ragged end), and XLA's estimate stands for it.
+        estimate: XLA's own cycles.
+        bytes: between HBM and the core; what was copied to VMEM beforehand is not in it.
+        bytes_cycles: those over the bandwidth.
+    """
+
+    name: str
+    bounds: tuple[int, ...]
+    issued: int | None
+    estimate: int
+    bytes: int
+    bytes_cycles: int
+
+    @property
+    def cycles(self) -> int:
+        return max(self.estimate if self.issued is None else self.issued, self.bytes_cycles)
+
+
+def read(text: str, dumps: Path, bytes_per_cycle: float) -> tuple[Loop, ...]:
+    """The loops of a compiled program's entry computation, in the order they run.
+
+    Args:
+        text: `compiled.as_text()`.
+        dumps: where the compiler left its dumps.
+
+    Raises:
+        UserError: for a program with a `while` in it, and where a dump is missing or of another format.
+    """
+    computations, entry = tpu_hlo._computations(text)
+    body = computations[entry]
+    if any(x.opcode in ("while", "conditional", "call") for x in body.values()):
+        raise UserError("tpu: loops are read of straight programs, and this one has a while, conditional or call in it")
+    counted = {x.name: x for x in tpu_hlo.read(text).counted}
+    fusions = [x for x in body.values() if x.opcode == "fusion" and _BOUNDS.search(x.text)]
+    # Of fusions that are the same but for their names the compiler dumps one.
+    dumped = {_kind(computations, body, x): x.name for x in fusions if tpu_dumps.has(dumps, x.name)}
+    found = []
+    for one in fusions:
+        source = dumped.get(_kind(computations, body, one))
+        if source is None:
+            raise UserError(f"tpu: the compiler left no schedule of {one.name}, nor of one like it")
+        bounds = _numbers(_BOUNDS, one.text)
+        issued = _issued(tpu_dumps._file(dumps, source, "final_bundles"), bounds, source)
+        moved, estimate = counted[one.name].bytes, counted[one.name].cycles or 0
+        found.append(Loop(one.name, bounds, issued, estimate, moved, round(moved / bytes_per_cycle)))
+    return tuple(found)
+
+
+def _issued(text: str, bounds: tuple[int, ...], name: str) -> int | None:
+    bundles = tpu_dumps._bundles(text, name)
+    try:
+        issued, assumed = tpu_dumps._issued(bundles, bounds, name)
+    except UserError:
+        return None
+    return None if assumed else int(issued.sum())
+
+
+def _kind(computations: dict, body: dict, one: tpu_hlo.Instruction) -> Any:
+    inside = computations[tpu_hlo._called(one, "calls")].values()
+    operands = tuple(body[x].type for x in one.operands if x in body)
+    steps = tuple((x.opcode, x.type) for x in inside)
+    return one.type, operands, steps, _numbers(_BOUNDS, one.text), _numbers(_TILE, one.text)
+
+
+def _numbers(pattern: re.Pattern[str], text: str) -> tuple[int, ...]:
+    match = pattern.search(text)
+    return tuple(int(x) for x in re.findall(r"\d+", match[1])) if match else ()

@@ -1,0 +1,246 @@
+"""What the commands that time and count steps stand on: rows, ratios, counted operations, peers that do the work."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from fsam_core import NAMES
+from fsam_core.errors import UserError
+from fsam_profiling import flops, matmul_rate, step_cost, step_variants, torch_flops, tpu_inserted, tpu_step
+from fsam_profiling.step_settings import random_tokens, settings
+from fsam_profiling.step_variants import Variant
+
+SMALL = {"batch": 2, "seq_len": 8, "vocab_size": 64}
+
+
+def test_rows_are_found_by_name_and_adamw_is_always_there():
+    names = lambda only: [saving or method for method, saving, _ in step_cost.rows(only)]
+    everything = [*NAMES, *(name for name, _ in step_cost.SAVINGS)]
+    assert names("") == names("all") == everything
+    assert names("1/8") == ["adamw", "1/8"]
+    assert set(names("common,logit-sam")) == {*step_cost.COMMON, "logit-sam"}
+    with pytest.raises(UserError, match=r"--only: half is no row; use all, common, or some of adamw, sam"):
+        names("half")
+    with pytest.raises(UserError, match=r"--repeats must be at least 10 .* got 3"):
+        step_cost.measure(step_cost.Options(repeats=3))
+
+
+@pytest.mark.parametrize(
+    ("ratios", "resolved"),
+    [([1.9, 2.0, 2.1], True), ([0.9, 1.1, 1.3], False), ([0.5, 0.6, 0.7], True), ([1.0, 1.0, 1.0], True)],
+)
+def test_a_ratio_is_told_from_one_where_it_is_further_from_it_than_its_percentiles_are_apart(ratios, resolved):
+    base = np.array([100.0, 200.0, 50.0])
+    found = step_cost.against(np.array(ratios) * base, base)
+    assert found["ratio"] == pytest.approx(ratios[1])
+    assert found["ratio_resolved"] is resolved
+    text = step_cost.ratio_text(found, "ratio")
+    assert text.startswith(f"{ratios[1]:.2f} (") == resolved
+
+
+def test_the_figures_of_a_step_follow_from_its_times():
+    found = step_cost.figures(np.full(10, 200.0), np.full(10, 100.0), work=3e9, ceiling=60e9)
+    assert (found["step_ms"], found["ratio"], found["ratio_resolved"]) == (200, 2, True)
+    assert (found["flops_per_s"], found["utilisation"]) == pytest.approx((15e9, 0.25))
+
+
+def test_a_schedules_average_step_is_its_kinds_by_their_shares(monkeypatch):
+    kinds = {"corrected": (0.25, None)}
+    of = {("jax", "adamw", "", ""): [100.0, 200.0], ("jax", "m", "every", "corrected"): [300.0, 400.0]}
+    assert step_cost._mean(("jax", "m", "every"), kinds, of).tolist() == [150, 250]
+
+
+def test_products_are_counted_through_loops_branches_and_kernels_and_dead_ones_are_not():
+    x = jax.ShapeDtypeStruct((8, 16), jnp.float32)
+    w = jax.ShapeDtypeStruct((16, 16), jnp.float32)
+    one = 2 * 8 * 16 * 16
+
+    def looped(x, w):
+        dead = jnp.sin(x @ w)  # no result depends on it
+        y = jax.lax.scan(lambda y, _: (y @ w, None), x, length=5)[0]
+        return jax.lax.cond(y[0, 0] > 0, lambda y: (y @ w) @ w, lambda y: y @ w, y), dead[0, 0] * 0
+
+    assert flops.of_step(lambda x, w: looped(x, w)[0], (x, w)) == (5 + 2) * one
+    assert flops.of_step(lambda x, w: jax.grad(lambda w: jnp.sum(jnp.tanh(x @ w)))(w), (x, w)) == 2 * one
+
+    def rare(x, w):
+        with jax.named_scope("rare"):
+            return (x @ w) @ w
+
+    assert flops.of_step(lambda x, w: x @ w + rare(x, w), (x, w)) == one
+    image = jax.ShapeDtypeStruct((1, 3, 8, 8), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((4, 3, 3, 3), jnp.float32)
+    convolution = lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), "SAME")
+    assert flops.of_step(convolution, (image, kernel)) == 2 * (4 * 8 * 8) * (3 * 3 * 3)
+    unbounded = lambda x, w: jax.lax.while_loop(lambda y: y[0, 0] < 9, lambda y: y @ w, x)
+    with pytest.raises(UserError, match="loop whose turns are not known"):
+        flops.of_step(unbounded, (x, w))
+
+
+def test_pytorch_products_are_counted_where_its_own_table_has_gaps():
+    a, b, out = torch.ones(8, 16), torch.ones(16, 4), torch.zeros(8, 4)
+    assert torch_flops.count(lambda: out.addmm_(a, b)) == 2 * 8 * 16 * 4
+    q = torch.ones(2, 3, 16, 8, requires_grad=True)
+    attention = 4 * 2 * 3 * 16 * 16 * 8
+    attend = lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+    assert torch_flops.count(attend) == attention
+    assert torch_flops.count(lambda: attend().sum().backward()) == 3.5 * attention
+
+
+def test_both_frameworks_count_the_same_products_for_a_step():
+    chosen = settings("tiny", "adamw", **SMALL)
+    counted = {}
+    for framework in ("jax", "torch"):
+        one = Variant(dataclasses.replace(chosen, framework=framework))
+        run = step_variants.make(one) if framework == "torch" else lambda index: None
+        counted[framework] = step_variants.flops(one, run)
+    model = chosen.model
+    N = chosen.batch * model.seq_len
+    scores = 2 * N * model.seq_len * model.width * model.layers  # one of attention's products
+    trunk = 2 * N * 12 * model.width**2 * model.layers + 2 * scores
+    assert counted["jax"] == 3 * (trunk + 2 * N * model.width * model.vocab_size)
+    assert counted["torch"] == counted["jax"] + scores  # its backward pass makes the scores again
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_a_step_that_reuses_its_correction_counts_as_adamws(framework):
+    changes = {"every": 4, "between": "reuse", "correction_fraction": 0.5}
+    one = Variant(settings("tiny", step_cost.METHOD, framework=framework, changes=changes, **SMALL))
+    plain = Variant(settings("tiny", "adamw", framework=framework, **SMALL))
+    counted = {
+        kind: (share, step_variants.flops(variant, step_variants.make(variant) if framework == "torch" else len))
+        for kind, (share, variant) in {**step_cost._kinds(one), "plain": (0.0, plain)}.items()
+    }
+    assert counted["corrected"][0] == 0.25
+    assert counted["reused"] == (0.75, counted["plain"][1])
+    assert counted["corrected"][1] > 1.3 * counted["plain"][1]
+
+
+def weights_after_a_step(variant: Variant) -> dict[str, np.ndarray]:
+    """Of our engine."""
+    from fsam_trainers import engine
+
+    trained = engine.make(variant.settings)
+    tokens = random_tokens(variant.settings)
+    trained.prepare(tokens)
+    trained.step(tokens, 0)()
+    return trained.weights()
+
+
+@pytest.mark.parametrize("method", ["adamw", "sam", "functional-sam"])
+def test_the_textbook_in_pytorch_takes_the_step_that_ours_does(method, monkeypatch):
+    from fsam_trainers.models import torch_decoder
+
+    chosen = settings("tiny", method, framework="torch", **SMALL)
+    ours = weights_after_a_step(Variant(chosen))
+    models = []
+    made = torch_decoder.Decoder
+    monkeypatch.setattr(torch_decoder, "Decoder", lambda *args: models.append(made(*args)) or models[-1])
+    plain = dataclasses.replace(chosen, method="adamw")
+    step_variants.make(Variant(plain, f"textbook {method}"))(0)
+    theirs = torch_decoder.as_numpy(models[0])
+    assert_close(ours, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peer", ["textbook adamw", "textbook sam", "textbook functional-sam", "optax.contrib sam"])
+def test_the_peers_in_jax_take_the_step_that_ours_does(peer):
+    from fsam_profiling import step_programs
+    from fsam_trainers.models import flax_decoder
+    from fsam_trainers.models.layout import flattened
+
+    whose, method = peer.split()
+    chosen = settings("tiny", method, **SMALL)
+    ours = weights_after_a_step(Variant(chosen))
+    function, _ = step_programs.peer(chosen, whose, method)
+    params = flax_decoder.parameters(chosen.model, chosen.seed)
+    opt_state = step_programs.optimizer_of(chosen, whose, method).init(params)
+    (params, _), _ = jax.jit(function)((params, opt_state), [{"tokens": random_tokens(chosen)}])
+    assert_close(ours, flattened(jax.tree.map(np.asarray, params)))
+
+
+def assert_close(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
+    """Adam's first step moves each weight that has a gradient by about the learning rate, whatever its size."""
+    assert set(ours) == set(theirs)
+    for name in ours:
+        difference = np.abs(ours[name] - theirs[name])
+        assert np.mean(difference > 2e-5) < 1e-3, name  # a gradient near 0 may round to the other sign
+
+
+def test_peers_are_those_that_are_installed(monkeypatch):
+    chosen = settings("tiny", "adamw", framework="torch", **SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(step_variants.importlib.util, "find_spec", lambda name: None)
+        assert set(step_variants.peers(chosen)) == {(x, "textbook") for x in ("adamw", "sam", "functional-sam")}
+    jax_peers = step_variants.peers(dataclasses.replace(chosen, framework="jax"))
+    assert ("sam", "optax.contrib") in jax_peers
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_the_ceiling_is_a_rate_of_products(framework, monkeypatch):
+    monkeypatch.setattr(matmul_rate, "SIZES", {"cpu": (64, 128)})
+    assert 1e6 < matmul_rate.flops_per_second(framework) < 1e15
+
+
+KERNEL = """
+module {
+  func.func @main(%arg0: i32, %arg1: i32) attributes {iteration_bounds = array<i64: 4, 2>, scratch_operands = 0 : i64,
+window_params = [{transform_indices = @left, window_bounds = array<i64: 8, 16>}, {transform_indices = @right, window_bounds = array<i64: 16, 32>}, {transform_indices = @computed, window_bounds = array<i64: 8, 32>}]} {
+    return
+  }
+  func.func @left(%arg0: i32, %arg1: i32) -> (i32, i32) {
+    %c0_i32 = arith.constant 0 : i32
+    return %arg0, %c0_i32 : i32, i32
+  }
+  func.func @right(%arg0: i32, %arg1: i32) -> (i32, i32) {
+    %c0_i32 = arith.constant 0 : i32
+    return %c0_i32, %arg1 : i32, i32
+  }
+  func.func @computed(%arg0: i32, %arg1: i32) -> (i32, i32) {
+    %0 = arith.addi %arg0, %arg1 : i32
+    return %0, %arg1 : i32, i32
+  }
+}
+"""  # noqa: E501
+
+
+def test_a_kernel_that_the_tpu_compiler_put_there_says_what_its_blocks_move():
+    body = lambda code: f'custom-call(...), backend_config={{"body":"{base64.b64encode(code).decode()}"}}'
+    shapes = ["f32[30,16]", "bf16[16,64]", "f32[30,64]"]
+    found = tpu_inserted.read(body(KERNEL.encode()), shapes)
+    assert found is not None
+    assert found.grid == (4, 2)
+    # The left block changes four times, ragged at the end; the right one eight times; the last index is computed.
+    assert found.moved == (30 * 16 * 4, 8 * 16 * 32 * 2, None)
+    assert tpu_inserted.read(body(KERNEL.encode()), shapes[:2]) is None
+    assert tpu_inserted.read(body(b"\x00\xff\xfe"), shapes) is None
+    assert tpu_inserted.read("custom-call(...)", shapes) is None
+
+
+def test_a_steps_floor_is_its_products_or_its_arguments_whichever_takes_longer():
+    chip: Any = SimpleNamespace(flops_per_cycle=100.0, bytes_per_cycle=10.0)
+    one: Any = SimpleNamespace(product_flops=5000, argument_bytes=300, output_bytes=100, chip=chip)
+    assert tpu_step.floors(one) == (50, 40)
+
+
+def test_variants_of_a_step_are_ours_in_each_backend_and_then_the_textbooks():
+    found = tpu_step.variants("1/8,textbook", ("xla", "pallas"), preset="tiny", batch=4)
+    assert [(x.method, x.saving, x.backend) for x in found] == [
+        ("adamw", "", "xla"),
+        (step_cost.METHOD, "1/8", "xla"),
+        ("adamw", "", "pallas"),
+        (step_cost.METHOD, "1/8", "pallas"),
+        *((kind, "textbook", "xla") for kind in tpu_step.TEXTBOOK),
+    ]
+    assert found[1].options["changes"] == {"correction_fraction": 0.125}
+    with pytest.raises(UserError, match="--only: half is no row"):
+        tpu_step.variants("half", ("xla",))
