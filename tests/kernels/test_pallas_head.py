@@ -41,7 +41,9 @@ def test_cross_entropy_and_its_gradients(reduction):
         np.testing.assert_allclose(back(x), o, rtol=1e-4, atol=2e-6 * np.abs(o).max())
 
 
-@pytest.mark.parametrize("backend", ["xla", "pallas"])
+# The interpreter of Pallas holds a device in a barrier for all others: on two cores under load four of them have
+# come to a standstill, which XLA ends after a while with the whole process.
+@pytest.mark.parametrize("backend", ["xla", pytest.param("pallas", marks=pytest.mark.slow)])
 def test_on_a_mesh_it_is_the_same(backend):
     p = problem(n=64, scale=2)
     plain = head("xla", "float32", p)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,6 +31,8 @@ from fsam_trainers.engine import StepReport  # noqa: E402
 from fsam_trainers.models import flax_decoder  # noqa: E402
 from fsam_trainers.models.layout import blocks, flattened  # noqa: E402
 from fsam_trainers.settings import Settings  # noqa: E402
+
+AFTER_A_FAILURE = 0.5  # seconds in which the writes still under way end
 
 
 class State(NamedTuple):
@@ -63,14 +67,25 @@ def learning_rate(settings: Settings) -> optax.Schedule:
 
 @contextlib.contextmanager
 def _no_echo() -> Iterator[None]:
-    """Orbax raises what went wrong while it wrote; its threads need not also print it, pages long, as they do."""
-    logger, unraisable = logging.getLogger("absl"), sys.unraisablehook
-    sys.unraisablehook = lambda _: None
+    """Orbax raises what went wrong while it wrote; its threads need not also print it, pages long, as they do.
+
+    They print through the hooks for exceptions nobody catches, some of them after the save has already failed.
+    """
+    logger = logging.getLogger("absl")
+    hooks = sys.unraisablehook, sys.excepthook
+    sys.unraisablehook, sys.excepthook = (lambda _: None), (lambda *_: None)
     logger.disabled = True
     try:
         yield
+    except BaseException:
+        # The other writes' errors live as long as this one does, and then say that nobody asked for them.
+        logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        time.sleep(AFTER_A_FAILURE)
+        raise
     finally:
-        sys.unraisablehook, logger.disabled = unraisable, False
+        sys.unraisablehook, sys.excepthook = hooks
+        logger.disabled = False
 
 
 class JaxEngine:
