@@ -194,7 +194,7 @@ def value_and_grad(
                 correction = jax.tree.map(lambda x, g: (x - g).astype(g.dtype), g_hat, found.g_B)
         norm = norm_of(g_hat)
         evaluated = [x for x in (loss, moved_loss, base_norm, norm, length) if x is not None]
-        finite = jnp.isfinite(jnp.stack([x.astype(jnp.float32) for x in evaluated])).all()
+        finite = jnp.stack([jnp.isfinite(x) for x in evaluated]).all()
         g_hat = jax.tree.map(lambda x: jnp.where(finite, x, jnp.nan), g_hat)
         or_nan = lambda x: nan if x is None else x
         info = Info(loss, or_nan(moved_loss), weight, or_nan(base_norm), norm, length, finite)

@@ -71,8 +71,17 @@ def perturbed(
 
     `norm` is ‖a‖₂ where it is known. Compute copies of masters are written in place, everything else beside θ.
     """
+    rho = check_rho(method.rho_at(step), f"rho({step})")
     with in_torch("norm"):
-        v, scale, length, clip, adam = _scaled(ops, method, passes, params, ascent, norm, clip_norm, step)
+        clip: Tensor | float = 1.0
+        if clip_norm is not None:
+            clip = (clip_norm / (norm_of(ascent) if norm is None else norm)).clamp(max=1.0)
+        v, adam = moments(ops, method, passes.optimizer, params) if method.precondition == "adam" else (None, None)
+        each = method.norm == "per-tensor"
+        sumsq, dot = ops.preconditioned_norm(ascent, v, clip=clip, adam=adam, per_tensor=each)
+        square = dot if method.norm == "dual" else sumsq
+        scale = torch.where(square == 0, 0, rho / torch.where(square == 0, 1, square).sqrt())
+        length = (scale.square() * sumsq).sum().sqrt()
     out = [passes.copies[p].data for p in params] if passes.copies else passes.room_for(params)
     options: dict[str, Any] = {"clip": clip, "adam": adam, "out": out}
     rounding = getattr(passes.optimizer, "rounding", None)
@@ -80,29 +89,6 @@ def perturbed(
         options["rounding"] = rounding._replace(step=step)
     with in_torch("perturb"):
         return ops.perturb(params, ascent, v, scale, **options), length
-
-
-def _scaled(
-    ops: ModuleType,
-    method: Perturbed,
-    passes: Passes,
-    params: list[Any],
-    ascent: list[Tensor],
-    norm: Tensor | None,
-    clip_norm: float | None,
-    step: int,
-) -> tuple[Any, ...]:
-    """(v, what turns d into ε, ‖ε‖₂, the clipping factor of the direction, AdamW's settings)."""
-    rho = check_rho(method.rho_at(step), f"rho({step})")
-    clip: Tensor | float = 1.0
-    if clip_norm is not None:
-        clip = (clip_norm / (norm_of(ascent) if norm is None else norm)).clamp(max=1.0)
-    v, adam = moments(ops, method, passes.optimizer, params) if method.precondition == "adam" else (None, None)
-    each = method.norm == "per-tensor"
-    sumsq, dot = ops.preconditioned_norm(ascent, v, clip=clip, adam=adam, per_tensor=each)
-    square = dot if method.norm == "dual" else sumsq
-    scale = torch.where(square == 0, 0, rho / torch.where(square == 0, 1, square).sqrt())
-    return v, scale, (scale.square() * sumsq).sum().sqrt(), clip, adam
 
 
 def moments(

@@ -16,6 +16,7 @@ process, so that a machine that slows down slows them all; ratios are between ne
 
 from __future__ import annotations
 
+import abc
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -65,7 +66,7 @@ class Options:
     """also write the figures here"""
 
 
-class Variant:
+class Variant(abc.ABC):
     """One way to do it, with weights, gradients and moments of its own; `g` and `second` are read by all."""
 
     def __init__(self, shapes: Sequence[Sequence[int]], g: list[Tensor], second: list[Tensor], device: str) -> None:
@@ -88,8 +89,9 @@ class Variant:
         states = [self.optimizer.state[p] for p in self.params]
         return [x["exp_avg_sq"] for x in states], 1 - B2 ** (float(states[0]["step"]) + 1)
 
+    @abc.abstractmethod
     def __call__(self) -> None:
-        raise NotImplementedError
+        """All of it, once."""
 
 
 class Ours(Variant):

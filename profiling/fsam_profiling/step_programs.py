@@ -12,14 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-import fsam_core.jax as fsam
-from fsam_core.regions import in_jax as region
 from fsam_core.schedules import Kind
 from fsam_profiling import textbook_jax
 from fsam_profiling.step_settings import settings
 from fsam_trainers import jax_trainer
 from fsam_trainers.models import flax_decoder
-from fsam_trainers.models.layout import ModelConfig, blocks, nested, shapes
+from fsam_trainers.models.layout import ModelConfig, nested, shapes
 from fsam_trainers.settings import Settings
 
 Program = tuple[Callable[..., Any], tuple[Any, ...]]
@@ -32,29 +30,9 @@ def step(*, preset: str, method: str, **of_settings: Any) -> Program:
 
 def of(chosen: Settings, kind: Kind = "corrected") -> Program:
     """(state, micro-batches) -> (state, info): one optimizer step of a kind, as the JAX trainer compiles it."""
-    adamw, model = jax_trainer.optimizer(chosen), flax_decoder.Decoder(chosen.model)
-    method = chosen.as_method(jax_trainer.learning_rate(chosen))
-    gradient = fsam.value_and_grad(
-        partial(flax_decoder.features, model, loss=chosen.losses()[0], dtype=jnp.dtype(chosen.dtype)),
-        method,
-        b2=chosen.b2,
-        eps=chosen.eps,
-        clip_norm=chosen.clip_norm or None,
-        blocks=blocks(chosen.model),
-        memory=fsam.Memory(chosen.cotangent),
-        backend=chosen.backend,
-    )
-
-    def function(state: Any, batches: list[Any]) -> Any:
-        params, opt_state, carry = state
-        (_, info), grads, carry = gradient(params, batches, opt_state, carry, kind=kind)
-        with region("update"):
-            params, opt_state = adamw.step(params, grads, opt_state, info)
-        return (params, opt_state, carry), info
-
-    params = weights_of(chosen.model)
-    made = lambda params: (adamw.init(params), fsam.carry_of(method, params, chosen.schedule()))
-    return function, ((params, *jax.eval_shape(made, params)), batches_of(chosen))
+    step = jax_trainer.step_of(chosen)
+    state = jax.eval_shape(partial(jax_trainer.state_of, chosen), weights_of(chosen.model))
+    return partial(step, kind=kind), (state, batches_of(chosen))
 
 
 def textbook(*, preset: str, kind: str, **of_settings: Any) -> Program:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from fsam_trainers import jax_trainer
 from fsam_trainers.data import Batches, prepare
 from fsam_trainers.files import write_json
 from fsam_trainers.models import flax_decoder
-from fsam_trainers.models.layout import blocks
 from fsam_trainers.settings import Settings
 
 # Each variant's ascent and scope matter here, not at which steps it corrects.
@@ -66,7 +64,7 @@ def measure(options: Cosines) -> list[dict[str, Any]]:
         return settings_of(study, VARIANTS[name], rho=rho, learning_rate=options.learning_rate)
 
     settings = of("exact")
-    gradients = {name: jax.jit(_gradient(of(name)), static_argnames="kind") for name in COMPARED}
+    gradients = {name: jax.jit(jax_trainer.gradient_of(of(name)), static_argnames="kind") for name in COMPARED}
     adamw = jax_trainer.optimizer(settings)
     params = flax_decoder.parameters(settings.model, settings.seed)
     state, previous = adamw.init(params), jax.tree.map(jnp.zeros_like, params)
@@ -92,18 +90,6 @@ def measure(options: Cosines) -> list[dict[str, Any]]:
         params, state = update(params, exact, state, info)
         previous = exact
     return rows
-
-
-def _gradient(settings: Settings) -> Any:
-    model = flax_decoder.Decoder(settings.model)
-    return fsam.value_and_grad(
-        partial(flax_decoder.features, model),
-        settings.as_method(),
-        b2=settings.b2,
-        eps=settings.eps,
-        clip_norm=settings.clip_norm or None,
-        blocks=blocks(settings.model),
-    )
 
 
 @jax.jit

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
-from torch.utils import flop_counter
 from torch.utils.checkpoint import checkpoint
 
 from fsam_core import Method, Plain, Schedule, cost
 from fsam_core import jax as in_jax
 from fsam_core import torch as in_torch
 from fsam_kernels.memory import Memory
+from fsam_profiling import torch_flops
 from fsam_trainers.cost_table import counted
 from fsam_trainers.models import flax_decoder, torch_decoder
 from fsam_trainers.models.layout import ModelConfig, blocks
@@ -27,16 +27,6 @@ CONFIG = ModelConfig(layers=2, width=64, heads=4, seq_len=32, vocab_size=768)
 BATCH = 8
 # 16 rows in JAX and 32 in PyTorch, so that the head of an eighth of the batch, 32 rows, is in a loop too.
 CHUNK_BYTES = 16 * CONFIG.vocab_size * 8
-
-_ATEN = torch.ops.aten
-# What PyTorch's own table lacks, as functions of shapes: the CPU's attention, and products that are added in place.
-_MORE: dict[Any, Any] = {
-    _ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: flop_counter.sdpa_flop_count(q, k, v),
-    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: (
-        flop_counter.sdpa_backward_flop_count(g, q, k, v)
-    ),
-    _ATEN.addmm_: lambda _, a, b, *__, **___: flop_counter.mm_flop(a, b),
-}
 
 
 def counted_in(framework: str, o: cost.Options, config: ModelConfig = CONFIG, *, kind: str = "corrected") -> float:
@@ -72,9 +62,7 @@ def _in_torch(method: Method, o: cost.Options, config: ModelConfig, kind: str) -
     )
     batch = [torch.from_numpy(x).long() for x in np.split(tokens(config), o.micro_batches)]
     step.gradient(batch)  # a staged step looks at its prefix once, before the first
-    with flop_counter.FlopCounterMode(display=False, custom_mapping=_MORE) as counter:
-        step.gradient(batch)
-    return counter.get_total_flops()
+    return torch_flops.count(lambda: step.gradient(batch))
 
 
 def _rematerialized(features: Any, model: Any, batch: Any) -> Any:

@@ -163,7 +163,7 @@ def step_with_another_pass(**options):
     function, arguments = step_programs.step(**options)
 
     def slower(state, batches):
-        params = jax.lax.optimization_barrier(jax.tree.map(lambda x: 1.5 * x, state[0]))
-        return function((jax.tree.map(lambda x: x / 1.5, params), *state[1:]), batches)
+        params = jax.lax.optimization_barrier(jax.tree.map(lambda x: 1.5 * x, state.params))
+        return function(state._replace(params=jax.tree.map(lambda x: x / 1.5, params)), batches)
 
     return slower, arguments

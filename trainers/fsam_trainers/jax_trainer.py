@@ -88,6 +88,53 @@ def _no_echo() -> Iterator[None]:
         logger.disabled = False
 
 
+def gradient_of(settings: Settings) -> Callable[..., Any]:
+    """The method's gradient function, as `fsam_core.jax.value_and_grad` returns it."""
+    return fsam.value_and_grad(
+        _features(settings, trained=True),
+        settings.as_method(learning_rate(settings)),
+        b2=settings.b2,
+        eps=settings.eps,
+        clip_norm=settings.clip_norm or None,
+        blocks=blocks(settings.model),
+        memory=fsam.Memory(settings.cotangent),
+        backend=settings.backend,
+    )
+
+
+def state_of(settings: Settings, params: Any) -> State:
+    """The state before the first step with these params."""
+    # A copy: a buffer cannot be donated twice.
+    average = jax.tree.map(jnp.copy, params) if settings.ema else None
+    carry = fsam.carry_of(settings.as_method(), params, settings.schedule())
+    return State(params, optimizer(settings).init(params), carry, average)
+
+
+def step_of(settings: Settings) -> Callable[..., tuple[State, fsam.Info]]:
+    """(state, micro-batches, kind) -> (state, info): one step, pure; `kind` as in `fsam_core.schedules`, static."""
+    gradient, adamw = gradient_of(settings), optimizer(settings)
+
+    def step(state: State, batch: Any, kind: Any) -> tuple[State, fsam.Info]:
+        (_, info), grads, carry = gradient(state.params, batch, state.opt_state, state.carry, kind=kind)
+        with in_jax("update"):
+            params, opt_state = adamw.step(state.params, grads, state.opt_state, info)
+        average = state.average
+        if average is not None:
+            # As PyTorch's AveragedModel, whose first step copies the weights.
+            rate = jnp.where(state.opt_state.count == 0, 1.0, jnp.where(info.finite, 1 - settings.ema, 0.0))
+            average = optax.incremental_update(params, average, rate)
+        return State(params, opt_state, carry, average), info
+
+    return step
+
+
+def _features(settings: Settings, *, trained: bool) -> Callable[..., fsam.LinearHead]:
+    """The model's, with the loss that is trained or the one that is reported."""
+    loss = settings.losses()[0 if trained else 1]
+    model = flax_decoder.Decoder(settings.model)
+    return partial(flax_decoder.features, model, loss=loss, dtype=jnp.dtype(settings.dtype))
+
+
 class JaxEngine:
     """See `engine.Engine`."""
 
@@ -97,44 +144,11 @@ class JaxEngine:
         self.settings = settings
         self.backend = backends.choose("jax", settings.backend).name
         self.device = jax.devices()[0].device_kind
-        model = flax_decoder.Decoder(settings.model)
-        trained, reported = settings.losses()
-        dtype = jnp.dtype(settings.dtype)
-        adamw = optimizer(settings)
-        params = flax_decoder.parameters(settings.model, settings.seed)
-        method = settings.as_method(learning_rate(settings))
-        # A copy: a buffer cannot be donated twice.
-        average = jax.tree.map(jnp.copy, params) if settings.ema else None
-        self.state = State(params, adamw.init(params), fsam.carry_of(method, params, settings.schedule()), average)
+        self.state = state_of(settings, flax_decoder.parameters(settings.model, settings.seed))
         self._key = jax.random.key(settings.seed)
-        gradient = fsam.value_and_grad(
-            partial(flax_decoder.features, model, loss=trained, dtype=dtype),
-            method,
-            b2=settings.b2,
-            eps=settings.eps,
-            clip_norm=settings.clip_norm or None,
-            blocks=blocks(settings.model),
-            memory=fsam.Memory(settings.cotangent),
-            backend=settings.backend,
-        )
-
-        @partial(jax.jit, donate_argnums=0, static_argnames="kind")
-        def step(state: State, batch: Any, kind: Any) -> tuple[State, fsam.Info]:
-            (_, info), grads, carry = gradient(state.params, batch, state.opt_state, state.carry, kind=kind)
-            with in_jax("update"):
-                params, opt_state = adamw.step(state.params, grads, state.opt_state, info)
-            average = state.average
-            if average is not None:
-                # As PyTorch's AveragedModel, whose first step copies the weights.
-                rate = jnp.where(state.opt_state.count == 0, 1.0, jnp.where(info.finite, 1 - settings.ema, 0.0))
-                average = optax.incremental_update(params, average, rate)
-            return State(params, opt_state, carry, average), info
-
-        self._jitted = step
+        self._jitted = jax.jit(step_of(settings), donate_argnums=0, static_argnames="kind")
         self._compiled: dict[str, Callable[..., Any]] = {}
-        self._loss = jax.jit(
-            fsam.mean_loss(partial(flax_decoder.features, model, loss=reported, dtype=dtype), backend=settings.backend)
-        )
+        self._loss = jax.jit(fsam.mean_loss(_features(settings, trained=False), backend=settings.backend))
 
     def prepare(self, tokens_BxL1: np.ndarray) -> None:
         for kind in sorted({self.settings.kind(i) for i in range(self.settings.steps)}):

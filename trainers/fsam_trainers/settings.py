@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal, get_args
 
-from fsam_core import Method, UserError, named, schedules
+from fsam_core import Method, UserError, cost, named, schedules
 from fsam_core.methods import Cut, Norm, Perturbed, SecondMoment, check_rho
 from fsam_core.schedules import Between, Schedule, cosine, tied
 from fsam_kernels.memory import Form
@@ -21,9 +21,8 @@ Dtype = Literal["float32", "bfloat16"]
 RhoSchedule = Literal["constant", "cosine", "learning-rate"]
 # Option sets by name; what is given beside one is taken on top of it.
 SAVINGS: dict[str, dict[str, Any]] = {
-    "exact": {},
-    "balanced": {"correction_fraction": 0.25},
-    "cheap": {"correction_fraction": 0.125, "cut": "hidden"},
+    name: {"correction_fraction" if option == "fraction" else option: value for option, value in options.items()}
+    for name, options in cost.PRESETS.items()
 }
 
 
