@@ -13,6 +13,7 @@ A run that is done is not done again: stopped at any moment, the same command go
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import subprocess
@@ -38,11 +39,13 @@ METHOD = "precond-functional-sam"
 SMALL = 40_000
 # Regime -> options beside the rest; None for as many tokens as one pass takes.
 REGIMES: dict[str, int | None] = {"many passes": SMALL, "one pass": None}
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 DECAYS = (1e-2, 0.1, 0.3, 1.0)
 DROPOUTS = (0.05, 0.1, 0.2, 0.3)
 RHOS = (0.05, 0.1, 0.2, 0.4)
 SAM_RHOS = (0.02, 0.05, 0.1, 0.2)
+# A sweep whose best value is its first or last goes on beyond it, up to as many values.
+MOST_VALUES = 7
 
 # Name -> (whose tuned ρ it takes, options), as in `fsam compare --methods`.
 VARIANTS: dict[str, str] = {
@@ -72,8 +75,8 @@ class Study:
 
     out: Path = Path("runs/study")
     """folder of the runs"""
-    steps: int = 300
-    """optimizer steps of a run"""
+    steps: int = 250
+    """optimizer steps of a run; the whole plan then takes about two hours on two cores"""
     batch: int = 8
     """sequences a step"""
     seeds: int = 3
@@ -145,11 +148,17 @@ def _tune(study: Study, regime: str, rich: Rich) -> dict[str, Any]:
     """The best learning rate, and with it ρ's, weight decay and dropout, each by the validation loss at the end."""
 
     def best(label: str, values: tuple[float, ...], of: Any) -> float:
-        runs = {value: _run(study, regime, f"tune {label} {value:g}", of(value)) for value in values}
-        figures = _all(study, list(runs.values()), rich)
-        losses = {value: figures[run.name]["val_loss"] for value, run in runs.items()}
-        swept[label] = {f"{value:g}": loss for value, loss in losses.items()}
-        return min(losses, key=lambda value: losses[value])
+        while True:
+            runs = {value: _run(study, regime, f"tune {label} {value:g}", of(value)) for value in values}
+            figures = _all(study, list(runs.values()), rich)
+            losses = {value: figures[run.name]["val_loss"] for value, run in runs.items()}
+            swept[label] = {f"{value:g}": loss for value, loss in losses.items()}
+            chosen = min(losses, key=lambda value: losses[value])
+            # A best value at the end of what was tried is not known to be one.
+            wider = {values[0]: values[0] ** 2 / values[1], values[-1]: values[-1] ** 2 / values[-2]}.get(chosen)
+            if wider is None or len(values) >= MOST_VALUES or (label == "dropout" and wider >= 1):
+                return chosen
+            values = tuple(sorted((*values, wider)))
 
     swept: dict[str, dict[str, float]] = {}
     rate = best("rate", RATES, lambda x: settings_of(study, "adamw", learning_rate=x))
@@ -192,8 +201,9 @@ def _row(
     study: Study, regime: str, tuned: dict[str, Any], name: str, label: str, **options: Any
 ) -> tuple[str, list[Run]]:
     variant = VARIANTS[name]
-    rho = tuned["sam_rho"] if variant.startswith("sam") else tuned["rho"]
-    one = settings_of(study, variant, rho=rho, learning_rate=tuned["learning_rate"], **options)
+    if not variant.startswith("adamw"):
+        options["rho"] = tuned["sam_rho" if variant.startswith("sam") else "rho"]
+    one = settings_of(study, variant, learning_rate=tuned["learning_rate"], **options)
     return label, [
         _run(study, regime, f"{label} seed {seed}", dataclasses.replace(one, seed=seed)) for seed in range(study.seeds)
     ]
@@ -211,7 +221,8 @@ def _run(study: Study, regime: str, name: str, settings: Settings) -> Run:
 
 def _all(study: Study, runs: list[Run], rich: Rich) -> dict[str, dict[str, Any]]:
     """Figures of each run by name; those that are not there yet are trained, `jobs` at once."""
-    waiting = [run for run in runs if not _figures(study, run).exists()]
+    by_file = {_figures(study, run): run for run in runs}
+    waiting = [run for file, run in by_file.items() if not file.exists()]
     with ThreadPoolExecutor(study.jobs) as pool:
         for done, (run, failed) in enumerate(pool.map(lambda run: _train(study, run), waiting), 1):
             if failed:
@@ -224,7 +235,13 @@ def _train(study: Study, run: Run) -> tuple[Run, str]:
     """One run in a process of its own, on one core; what it said where it failed."""
     folder = _figures(study, run).parent
     folder.mkdir(parents=True, exist_ok=True)
-    options = {"settings": run.settings.as_dict(), "data": study.data, "max_tokens": run.max_tokens, "out": str(folder)}
+    options = {
+        "name": run.name,
+        "settings": run.settings.as_dict(),
+        "data": study.data,
+        "max_tokens": run.max_tokens,
+        "out": str(folder),
+    }
     write_json(folder / "run.json", options)
     one_thread = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     environment = os.environ | {"XLA_FLAGS": one_thread, "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
@@ -234,8 +251,9 @@ def _train(study: Study, run: Run) -> tuple[Run, str]:
 
 
 def _figures(study: Study, run: Run) -> Path:
-    name = run.name.replace(" | ", "_").replace(",", "").replace(" ", "-").replace("/", "-")
-    return study.out / name / "figures.json"
+    """Under a name made from what is trained: a run that two rows share (tuned values, first seed) is trained once."""
+    trained = json.dumps([study.data, run.max_tokens, run.settings.as_dict()], sort_keys=True)
+    return study.out / hashlib.sha256(trained.encode()).hexdigest()[:16] / "figures.json"
 
 
 def _read(study: Study, run: Run) -> dict[str, Any]:
@@ -252,7 +270,7 @@ def _costs(study: Study) -> dict[str, float]:
             study.data, vocab_size=settings.model.vocab_size, seq_len=settings.model.seq_len, max_tokens=SMALL
         )
         tokens = Batches(corpus.train, settings.model.seq_len, settings.batch, 0).at(0)
-        found = cost.measure(variants, tokens, repeats=15)
+        found = cost.measure(variants, tokens, repeats=40)
         write_json(path, {name: one._asdict() for name, one in found.items()})
     return {name: one["ratio"] for name, one in json.loads(path.read_text(encoding="utf-8")).items()}
 
