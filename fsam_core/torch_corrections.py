@@ -17,7 +17,7 @@ from fsam_core.errors import UserError
 from fsam_core.methods import Method, Perturbed
 from fsam_core.regions import in_torch
 from fsam_core.scopes import Blocks
-from fsam_core.torch_passes import Passed, Passes, Staged, flatten, shares, together
+from fsam_core.torch_passes import Kept, Passed, Passes, Staged, flatten, rescaled, shares, together
 from fsam_core.torch_perturbation import Seen, norm_of, perturbed
 
 
@@ -103,9 +103,10 @@ class Corrections:
         # Where the second pass is the first to see the rest, what that draws counts.
         draws = contextlib.nullcontext() if len(kept) < len(S) else random.kept(self.model)
         with passes.statistics_kept(), draws:
-            if path == "functional":  # J(θ+ε)ᵀ z̄(θ)
+            if path == "functional":  # J(θ+ε)ᵀ z̄(θ), and linear in z̄: it adds up on what is there
+                scaled = self._scaled(kept, method)
                 with passes.at(scope, moved):
-                    passes.pull_back(S, kept)
+                    passes.pull_back(S, scaled, onto=left)
             elif path == "sam":  # J(θ+ε)ᵀ z̄(θ+ε)
                 with passes.at(scope, moved):
                     moved_pass = passes.base(S, replay=kept, region="second")
@@ -113,8 +114,9 @@ class Corrections:
                 with passes.at(scope, moved):
                     moved_pass = passes.base(S, backward=False, cut="logits", replay=kept, region="second")
                 passes.refresh()
-                passes.pull_back(S, moved_pass.kept)
-        self._combine(left, method.strength)
+                passes.pull_back(S, self._scaled(moved_pass.kept, method), onto=left)
+        if path == "sam":
+            self._combine(left, method.strength)
         for p, g_B in of_B.items():
             self.correction[p] = p.grad - g_B
         moved_loss = moved_pass.loss if moved_pass else None
@@ -212,7 +214,7 @@ class Corrections:
             g_S = {p: p.grad for p in params}
         left = {} if exact else self._less(g_S, method.strength)
         del g_S, ascends
-        passes.clear()
+        passes.put(left if functional else {})
         moved_loss = None
         with passes.statistics_kept(), random.kept(self.model), passes.at(scope, moved):
             random.restore(begins)
@@ -220,15 +222,17 @@ class Corrections:
                 at_moved, inputs = head(needs=True)
             with in_torch("second backward"):
                 if functional:
-                    heads.backward(at_moved, heads.pulled_back(self.ops, at_moved, seen[2].cotangent, passes.memory))
+                    (kept,) = self._scaled([seen[2]], method)
+                    heads.backward(at_moved, heads.pulled_back(self.ops, at_moved, kept.cotangent, passes.memory))
                     passes.collect()
                 else:
                     moved_loss = passes.head(at_moved, None, 1, cut=None, backward=True, before=begins)[0]
-        self._combine(left, method.strength)
+        if not functional:
+            self._combine(left, method.strength)
         c = gradients(inputs)
         for moved_c, at_base in zip(c, c_S, strict=False):
-            factor = mine.to(at_base) - method.strength
-            moved_c.mul_(method.strength).add_(at_base * factor)
+            scaled_c = moved_c if functional else moved_c.mul_(method.strength)
+            scaled_c.add_(at_base * (mine.to(at_base) - method.strength))
         if leaves:
             with in_torch("second backward"):
                 torch.autograd.backward(leaves, c)
@@ -268,6 +272,12 @@ class Corrections:
         of: dict[Any, Tensor] = {p: p.grad for p in self.passes.params()}
         of = {p: g.clone() if g_S.get(p) is g else g for p, g in of.items()}
         return {p: g.sub_(g_S[p], alpha=strength) if p in g_S else g for p, g in of.items()}
+
+    def _scaled(self, kept: Sequence[Kept], method: Perturbed) -> list[Kept]:
+        """w z̄ in place of z̄."""
+        if method.exact or method.strength == 1:
+            return list(kept)
+        return [rescaled(one, torch.full_like(one.unit, method.strength)) for one in kept]
 
     def _combine(self, left: dict[Any, Tensor], strength: float) -> None:
         """ĝ = (g_B − w g_S) + w g'_S."""

@@ -91,6 +91,12 @@ class Passes:
         self.model.zero_grad(set_to_none=True)
         self.optimizer.zero_grad(set_to_none=True)
 
+    def put(self, gradients: dict[Any, Tensor]) -> None:
+        """These as the optimizer's tensors' gradients, and no others."""
+        self.clear()
+        for p, gradient in gradients.items():
+            p.grad = gradient
+
     def collect(self) -> None:
         """Add the compute weights' gradients to the masters', in the masters' dtype, where there are masters."""
         for master, p in self.copies.items():
@@ -189,9 +195,18 @@ class Passes:
                 p.grad.mul_(factor.to(p.grad))
         return Passed(torch.stack(losses).sum() * factor, total, [rescaled(k, factor) for k in kept])
 
-    def pull_back(self, batches: Sequence[Any], kept: Sequence[Kept], region: str = "second") -> None:
-        """Jᵀ z̄ into `.grad`: the Jacobian at the present weights, cotangents from anywhere. No logits, no loss."""
-        self.clear()
+    def pull_back(
+        self,
+        batches: Sequence[Any],
+        kept: Sequence[Kept],
+        onto: dict[Any, Tensor] | None = None,
+        region: str = "second",
+    ) -> None:
+        """Jᵀ z̄ into `.grad`: the Jacobian at the present weights, cotangents from anywhere. No logits, no loss.
+
+        It is added to `onto`, whose tensors become the gradients: no pass and no memory of its own for that sum.
+        """
+        self.put(onto or {})
         for batch, base in zip(batches, kept, strict=True):
             random.restore(base.random)
             with in_torch(_named(region, "forward")):
@@ -264,7 +279,7 @@ def _named(region: str, direction: str) -> Any:
 
 
 def rescaled(kept: Kept, factor: Tensor) -> Kept:
-    """The same cotangent as a share of a larger batch."""
+    """The same cotangent as a share of a larger batch, or as one of another strength."""
     z = kept.cotangent
     if isinstance(z, tuple):
         z = tuple(x.mul_(factor.to(x)) for x in z)

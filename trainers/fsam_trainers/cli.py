@@ -13,7 +13,7 @@ from rich.console import Console as Rich
 from rich.table import Table
 
 from fsam_core import UserError, backends
-from fsam_trainers import cost_table
+from fsam_trainers import cost_table, host_memory
 from fsam_trainers.console import Console
 from fsam_trainers.cost_table import Cost
 from fsam_trainers.files import writable, write_json
@@ -23,7 +23,9 @@ from fsam_trainers.options import Backends, Common, Compare, Profile, Train, com
 def main(arguments: list[str] | None = None) -> None:
     """Run one subcommand and exit: 0 done, 2 bad input, 128 + n stopped by signal n (state saved)."""
     try:
-        arguments = sys.argv[1:] if arguments is None else arguments
+        if arguments is None:  # a process of its own
+            arguments = sys.argv[1:]
+            host_memory.keep_freed()
         if arguments[:1] == ["profile"]:
             # By name: nothing imports the profiling package, and its commands are its own.
             sys.exit(importlib.import_module("fsam_profiling.cli").main(arguments[1:] or ["--help"]))

@@ -1,0 +1,24 @@
+"""Memory that a step frees is kept for the next one, as the caching allocators of accelerators do.
+
+The C library gives blocks from 32 MiB on back to the system at once, whatever its threshold adapts to, and new pages are
+cleared by the kernel when they are first touched. A step of the 24m preset on two cores frees and touches about
+600 MB so: kept instead, AdamW took 0.83 of its time, and its ratio for a correction on an eighth of the batch fell from
+1.32 to 1.20 (PyTorch, 8 x 128 tokens, one run each).
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+# From malloc.h of the GNU C library.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+NEVER = -1
+
+
+def keep_freed() -> bool:
+    """For the rest of this process; returns whether the C library can, which only GNU's does.
+
+    The process then stays as large as it was at its peak.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, NEVER))
