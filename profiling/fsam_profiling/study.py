@@ -7,7 +7,7 @@ learning rate is tuned, then with that rate weight decay and dropout (the rivals
 the exact method's ρ and SAM's; every variant takes these over. Then all variants with three seeds, in the second regime
 also on top of the best rival; and at last some with as many steps as AdamW's time pays for, by measured cost ratios.
 
-A run that is done is not done again: stopped at any moment, the same command goes on.
+A run that is done is a line in a file and is not done again: stopped at any moment, the same command goes on.
 """
 
 from __future__ import annotations
@@ -19,24 +19,23 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tyro
 from rich.console import Console as Rich
 
 from fsam_core import UserError
-from fsam_trainers import cost
+from fsam_trainers import cost, metrics
 from fsam_trainers.data import Batches, prepare
-from fsam_trainers.files import write_json
+from fsam_trainers.files import disk_errors, write_json
 from fsam_trainers.options import Compare
 from fsam_trainers.settings import Settings
 
 METHOD = "precond-functional-sam"
-SMALL = 40_000
+SMALL = 8_000
 # Regime -> options beside the rest; None for as many tokens as one pass takes.
 REGIMES: dict[str, int | None] = {"many passes": SMALL, "one pass": None}
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
@@ -65,8 +64,10 @@ VARIANTS: dict[str, str] = {
     "previous gradient": f"{METHOD}:ascent=previous",
     "momentum": f"{METHOD}:ascent=momentum",
 }
-EQUAL_TIME = ("SAM", "exact", "q = 1/4, ascent full", "q = 1/8, ascent full", "q = 1/8, hidden cut")
+EQUAL_TIME = tuple(name for name, text in VARIANTS.items() if not text.startswith("adamw"))
 RIVALS = ("AdamW, weight decay", "AdamW, dropout")
+# Which kind of row it is, after a variant's name.
+SAME_TIME, BEST_RIVAL = "AdamW's time", "on top of the best rival"
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,10 @@ class Study:
     """Train every variant in both regimes; run again, it goes on."""
 
     out: Path = Path("runs/study")
-    """folder of the runs"""
-    steps: int = 250
+    """folder of the runs and of results.json"""
+    done: Path = Path("docs/results/study-runs.jsonl")
+    """file that receives a line for each run that is done"""
+    steps: int = 160
     """optimizer steps of a run; the whole plan then takes about two hours on two cores"""
     batch: int = 8
     """sequences a step"""
@@ -114,15 +117,21 @@ def main() -> None:
 def execute(study: Study, rich: Rich) -> dict[str, Any]:
     """All of it; returns, and writes, what `results.json` holds."""
     study.out.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = {"study": {**dataclasses.asdict(study), "out": str(study.out)}, "regimes": {}}
+    costs = _costs(study)
+    options = {**dataclasses.asdict(study), "out": str(study.out), "done": str(study.done)}
+    found: dict[str, Any] = {"study": options, "complete": False, "costs": costs, "regimes": {}}
+
+    def add(regime: str, plan: Iterator[tuple[str, list[Run]]]) -> None:
+        found["regimes"][regime]["rows"] |= _rows(study, plan, rich)
+        write_json(study.out / "results.json", found)
+
     for regime in REGIMES:
-        tuned = _tune(study, regime, rich)
-        found["regimes"][regime] = {"tuned": tuned, "rows": _rows(study, _plan(study, regime, tuned), rich)}
-        write_json(study.out / "results.json", found)
-    found["costs"] = costs = _costs(study)
+        found["regimes"][regime] = {"tuned": _tune(study, regime, rich), "rows": {}}
+        add(regime, _plan(study, regime, found["regimes"][regime]["tuned"]))
     for regime, of in found["regimes"].items():
-        of["rows"] |= _rows(study, _at_equal_time(study, regime, of["tuned"], costs), rich)
-        write_json(study.out / "results.json", found)
+        add(regime, _at_equal_time(study, regime, of["tuned"], costs))
+    add("many passes", _on_the_best_rival(study, found["regimes"]["many passes"]["tuned"]))
+    write_json(study.out / "results.json", found | {"complete": True})
     return found
 
 
@@ -171,7 +180,7 @@ def _tune(study: Study, regime: str, rich: Rich) -> dict[str, Any]:
     rival = {"weight_decay": decay} if with_decay else {"dropout": dropout}
     chosen = {"learning_rate": rate, "weight_decay": decay, "dropout": dropout, "rho": rho, "sam_rho": sam_rho}
     rich.print(f"{regime}: tuned {chosen}, best rival {rival}")
-    return {**chosen, "rival": rival, "swept": swept}
+    return {**chosen, "rival": rival, "rival_row": RIVALS[0 if with_decay else 1], "swept": swept}
 
 
 def _plan(study: Study, regime: str, tuned: dict[str, Any]) -> Iterator[tuple[str, list[Run]]]:
@@ -180,10 +189,13 @@ def _plan(study: Study, regime: str, tuned: dict[str, Any]) -> Iterator[tuple[st
         yield _row(study, regime, tuned, name, name)
     yield _row(study, regime, tuned, "AdamW", RIVALS[0], weight_decay=tuned["weight_decay"])
     yield _row(study, regime, tuned, "AdamW", RIVALS[1], dropout=tuned["dropout"])
-    if regime == "many passes":
-        for name in VARIANTS:
-            if name != "AdamW":
-                yield _row(study, regime, tuned, name, f"{name} | on top of the best rival", **tuned["rival"])
+
+
+def _on_the_best_rival(study: Study, tuned: dict[str, Any]) -> Iterator[tuple[str, list[Run]]]:
+    """Rows with the rival's weight decay or dropout too, where there are many passes."""
+    for name in VARIANTS:
+        if name != "AdamW":
+            yield _row(study, "many passes", tuned, name, f"{name} | {BEST_RIVAL}", **tuned["rival"])
 
 
 def _at_equal_time(
@@ -191,7 +203,7 @@ def _at_equal_time(
 ) -> Iterator[tuple[str, list[Run]]]:
     """Rows with as many steps as AdamW's time pays for."""
     for name in EQUAL_TIME:
-        label, runs = _row(study, regime, tuned, name, f"{name} | AdamW's time")
+        label, runs = _row(study, regime, tuned, name, f"{name} | {SAME_TIME}")
         steps = max(1, round(study.steps / costs[name]))
         cut = [dataclasses.replace(run.settings, steps=steps, warmup=min(1000, steps // 10)) for run in runs]
         yield label, [dataclasses.replace(run, settings=one) for run, one in zip(runs, cut, strict=True)]
@@ -221,19 +233,34 @@ def _run(study: Study, regime: str, name: str, settings: Settings) -> Run:
 
 def _all(study: Study, runs: list[Run], rich: Rich) -> dict[str, dict[str, Any]]:
     """Figures of each run by name; those that are not there yet are trained, `jobs` at once."""
-    by_file = {_figures(study, run): run for run in runs}
-    waiting = [run for file, run in by_file.items() if not file.exists()]
-    with ThreadPoolExecutor(study.jobs) as pool:
-        for done, (run, failed) in enumerate(pool.map(lambda run: _train(study, run), waiting), 1):
-            if failed:
-                raise UserError(f"study: run {run.name!r} failed: {failed}")
-            rich.print(f"{done}/{len(waiting)} {run.name}: {_read(study, run)['val_loss']:.4f}", highlight=False)
-    return {run.name: _read(study, run) for run in runs}
+    trained = done_runs(study.done)
+    waiting = list({key(study, run): run for run in runs if key(study, run) not in trained}.values())
+    study.done.parent.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(study.jobs) as pool, study.done.open("a", encoding="utf-8") as file:
+        futures = [pool.submit(_train, study, run) for run in waiting]
+        for count, future in enumerate(as_completed(futures), 1):
+            run = waiting[futures.index(future)]
+            trained[key(study, run)] = figures = future.result()
+            line = {"run": key(study, run), "name": run.name, "max_tokens": run.max_tokens, **figures}
+            with disk_errors(study.done):
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+            rich.print(f"{count}/{len(waiting)} {run.name}: {figures['val_loss']:.4f}", highlight=False)
+    return {run.name: trained[key(study, run)] for run in runs}
 
 
-def _train(study: Study, run: Run) -> tuple[Run, str]:
-    """One run in a process of its own, on one core; what it said where it failed."""
-    folder = _figures(study, run).parent
+def done_runs(file: Path) -> dict[str, dict[str, Any]]:
+    """Figures of each run of the file by its key."""
+    return {line["run"]: line for line in (metrics.read(file) if file.exists() else [])}
+
+
+def _train(study: Study, run: Run) -> dict[str, Any]:
+    """Figures of one run in a process of its own, on one core.
+
+    Raises:
+        UserError: with the last line that the process said, where it failed.
+    """
+    folder = study.out / key(study, run)
     folder.mkdir(parents=True, exist_ok=True)
     options = {
         "name": run.name,
@@ -247,17 +274,24 @@ def _train(study: Study, run: Run) -> tuple[Run, str]:
     environment = os.environ | {"XLA_FLAGS": one_thread, "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "fsam_profiling.study_run", str(folder / "run.json")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    return run, "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["nothing said"])[-1]
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
+        raise UserError(f"study: run {run.name!r} failed: {said}")
+    return json.loads((folder / "figures.json").read_text(encoding="utf-8"))
 
 
-def _figures(study: Study, run: Run) -> Path:
-    """Under a name made from what is trained: a run that two rows share (tuned values, first seed) is trained once."""
-    trained = json.dumps([study.data, run.max_tokens, run.settings.as_dict()], sort_keys=True)
-    return study.out / hashlib.sha256(trained.encode()).hexdigest()[:16] / "figures.json"
+def key(study: Study, run: Run) -> str:
+    """Made from what is trained, so that a run that two rows share (tuned values, first seed) is trained once.
+
+    Of the settings those count that are not the default: a run stays done when there is a new one.
+    """
+    trained = json.dumps([study.data, run.max_tokens, _chosen(run.settings), _chosen(run.settings.model)])
+    return hashlib.sha256(trained.encode()).hexdigest()[:16]
 
 
-def _read(study: Study, run: Run) -> dict[str, Any]:
-    return json.loads(_figures(study, run).read_text(encoding="utf-8"))
+def _chosen(settings: Any) -> dict[str, Any]:
+    values = {field.name: (getattr(settings, field.name), field.default) for field in dataclasses.fields(settings)}
+    return {name: value for name, (value, default) in sorted(values.items()) if value != default and name != "model"}
 
 
 def _costs(study: Study) -> dict[str, float]:
@@ -273,11 +307,6 @@ def _costs(study: Study) -> dict[str, float]:
         found = cost.measure(variants, tokens, repeats=40)
         write_json(path, {name: one._asdict() for name, one in found.items()})
     return {name: one["ratio"] for name, one in json.loads(path.read_text(encoding="utf-8")).items()}
-
-
-def mean_and_spread(values: list[float]) -> tuple[float, float]:
-    """Mean and standard deviation, 0 for one value."""
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """How much of the exact correction each saving keeps: cosines along a run, on the batches the run trains on.
 
-    python -m fsam_profiling.study_cosines --out runs/study/cosines.json
+    python -m fsam_profiling.study_cosines --study runs/study
 
-The run is the exact method's. At some of its steps every variant's gradient is taken on the same batch, at the same
-weights and moments; c = ĝ − g is its correction. Of the exact correction c* are given cos(c, c*) and ‖c‖ / ‖c*‖, and of
-the correction itself ‖c*‖ / ‖g‖.
+The run is the exact method's, over the small part of the data, with what the study has tuned for that. At some of its
+steps every variant's gradient is taken on the same batch, at the same weights and moments; c = ĝ − g is its correction.
+Of the exact correction c* are given cos(c, c*) and ‖c‖ / ‖c*‖, and of the correction itself ‖c*‖ / ‖g‖.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ import tyro
 
 import fsam_core.jax as fsam
 from fsam_core import UserError
-from fsam_profiling.study import METHOD, SMALL, VARIANTS, Study, settings_of
+from fsam_profiling.study import METHOD, REGIMES, VARIANTS, Study, settings_of
 from fsam_trainers import jax_trainer
 from fsam_trainers.data import Batches, prepare
 from fsam_trainers.files import write_json
@@ -30,38 +31,32 @@ from fsam_trainers.settings import Settings
 # Each variant's ascent and scope matter here, not at which steps it corrects.
 COMPARED = tuple(name for name, text in VARIANTS.items() if text.startswith((METHOD, "sam")) and "start" not in text)
 
+REGIME = "many passes"
+
 
 @dataclass(frozen=True)
 class Cosines:
     """Compare every variant's correction with the exact one along a run."""
 
-    out: Path = Path("runs/study/cosines.json")
-    """file"""
-    steps: int = 300
-    """of the run"""
-    every: int = 30
+    study: Path = Path("runs/study")
+    """folder of the study, which receives cosines.json"""
+    every: int = 20
     """steps between comparisons"""
-    batch: int = 8
-    """sequences a step"""
-    rho: float = 0.2
-    """of all variants but SAM"""
-    sam_rho: float = 0.1
-    """of SAM"""
-    learning_rate: float = 2e-3
-    """peak"""
-    max_tokens: int = SMALL
-    """training tokens"""
-    preset: str = "tiny"
-    """model size"""
 
 
 def measure(options: Cosines) -> list[dict[str, Any]]:
     """One row for each variant and step of comparison."""
-    study = Study(steps=options.steps, batch=options.batch, preset=options.preset)
+    try:
+        done = json.loads((options.study / "results.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"--study: {options.study} holds no results.json; python -m fsam_profiling.study makes it"
+        ) from None
+    study, tuned = Study(**done["study"]), done["regimes"][REGIME]["tuned"]
 
     def of(name: str) -> Settings:
-        rho = options.sam_rho if name == "SAM" else options.rho
-        return settings_of(study, VARIANTS[name], rho=rho, learning_rate=options.learning_rate)
+        rho = tuned["sam_rho" if name == "SAM" else "rho"]
+        return settings_of(study, VARIANTS[name], rho=rho, learning_rate=tuned["learning_rate"])
 
     settings = of("exact")
     gradients = {name: jax.jit(jax_trainer.gradient_of(of(name)), static_argnames="kind") for name in COMPARED}
@@ -73,15 +68,15 @@ def measure(options: Cosines) -> list[dict[str, Any]]:
         study.data,
         vocab_size=settings.model.vocab_size,
         seq_len=settings.model.seq_len,
-        max_tokens=options.max_tokens,
+        max_tokens=REGIMES[REGIME],
     )
     batches = Batches(corpus.train, settings.model.seq_len, settings.batch, settings.seed)
     rows = []
-    for step in range(options.steps):
+    for step in range(study.steps):
         batch = {"tokens": batches.at(step)}
         carry = fsam.Carry(previous=previous)
         (_, info), exact, _ = gradients["exact"](params, batch, state, fsam.Carry())
-        if step % options.every == 0 or step == options.steps - 1:
+        if step % options.every == 0 or step == study.steps - 1:
             _, g, _ = gradients["exact"](params, batch, state, fsam.Carry(), kind="plain")
             for name, gradient in gradients.items():
                 remembers = of(name).as_method().direction.remembers  # type: ignore[union-attr]
@@ -109,7 +104,7 @@ def main() -> None:
     options = tyro.cli(Cosines, prog="python -m fsam_profiling.study_cosines")
     try:
         rows = [{k: float(v) if isinstance(v, jax.Array) else v for k, v in row.items()} for row in measure(options)]
-        write_json(options.out, {"options": {**vars(options), "out": str(options.out)}, "rows": rows})
+        write_json(options.study / "cosines.json", {"every": options.every, "regime": REGIME, "rows": rows})
     except UserError as error:
         print(f"fsam: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -17,7 +17,7 @@ from fsam_trainers.loop import train
 from fsam_trainers.models.layout import ModelConfig
 from fsam_trainers.settings import Pace, Settings
 
-EVALUATIONS = 15
+EVALUATIONS = 10
 
 
 def main(path: Path) -> None:
@@ -35,7 +35,7 @@ def main(path: Path) -> None:
         sys.exit(1)
     held_out = [x for x in metrics.read(out / "metrics.jsonl") if x.get("val_loss") is not None]
     best = min(held_out, key=lambda x: x["val_loss"])
-    kept = ("val_loss", "train_loss", "steps", "seconds", "skipped_steps", "settings", "data")
+    kept = ("val_loss", "train_loss", "steps", "skipped_steps", "data")
     curve = [[x["step"], x["val_loss"]] for x in held_out]
     write_json(
         out / "figures.json",
