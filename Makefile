@@ -8,7 +8,7 @@ RUN    ?= runs/train
 # libtpu is installed for its compiler; without this JAX looks for a TPU to go with it.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: install train test test-slow lint bench bench-check baseline clean
+.PHONY: install train test test-slow lint bench bench-check baseline study scale clean
 
 install: $(STAMP)
 
@@ -48,6 +48,17 @@ bench-check: install
 # Take the present figures over, and print how they differ.
 baseline: install
 	$(BIN)/fsam profile check --update
+
+# What each saving gives up: some 230 short runs, tuned, three seeds. Two hours on two cores; stopped, it goes on.
+study: install
+	$(BIN)/python -m fsam_profiling.study --out runs/study --jobs 2
+	$(BIN)/python -m fsam_profiling.study_cosines --study runs/study
+	$(BIN)/python -m fsam_profiling.study_report --study runs/study --out docs/results
+
+# What each chip of a TPU slice holds in a sharded step, by its compiler; there need be no TPU. Hours on two cores.
+scale: install
+	$(BIN)/fsam profile tpu --what scale --preset 118m --chip v5e --json docs/data/scale-tpu-118m.json
+	$(BIN)/fsam profile tpu --what scale --preset 1208m --chip v5p --json docs/data/scale-tpu-1208m.json
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -247,8 +247,8 @@ def passes(model: Model, o: Options, chunks: int = 2) -> tuple[Pass, Pass]:
     one = micro or o.micro_batches == 1 or (q < 1 and o.micro_batches_of_S <= 1)
     r = method.share if exact and method.direction.source == "part" else 1.0
     reuses = o.between == "reuse"
-    # PyTorch's `Staged` runs the blocks below the perturbed ones once.
-    staged = not xla and is_top and one and o.path != "logit" and not micro and r == 1 and not (exact and reuses)
+    # `Staged` runs the blocks below the perturbed ones once.
+    staged = is_top and one and o.path != "logit" and (xla or not micro) and r == 1 and not reuses
     lean = xla and exact and not reuses  # gradients that ε does not need are left out
     # XLA merges two evaluations at the same weights where the same is kept of both for a backward pass; elsewhere its
     # simplifier has made them differ before it compares them (jaxlib 0.10, CPU, counted in what it compiled).
@@ -260,10 +260,8 @@ def passes(model: Model, o: Options, chunks: int = 2) -> tuple[Pass, Pass]:
     again = 0.0 if hidden or o.cotangent == "keep" or merged else 1.0
     pulled = 1.0 - hidden
     if exact and known:
-        if o.path == "sam" and not staged:
-            return PLAIN, Pass()
         if o.path == "sam":
-            return Pass(1, logits=1), Pass(f, 1, 1, 1, 1, 1)
+            return PLAIN, Pass()
         if o.path == "functional":
             return Pass(1, 0, 0, 1, hidden, hidden), Pass(f, 1, 1, again, pulled, pulled)
         return Pass(1, logits=1), Pass(f, 1, 1, again, 1, 1)

@@ -12,16 +12,16 @@ Steps without a correction are another program, not a branch of the same one: gi
     for i in range(steps):
         state = step(state, batch, kind=schedule.kind(i))
 
-A scope that moves the upper part of a model alone needs nothing more: XLA drops what only the gradient at θ would need
-of the lower part, and computes the lower part's forward pass once where it sees that the two are the same.
+A scope that moves the upper part of a model alone drops what only the gradient at θ would need of the lower part; give
+`features` as `Staged`, and the lower part is also run once for both passes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
-from fsam_core import backends, schedules
+from fsam_core import backends, regions, schedules
 from fsam_core.ascents import Ascent
 from fsam_core.errors import UserError
 from fsam_core.methods import SAM, FunctionalSAM, LogitSAM, Method, Perturbed, Plain
@@ -36,11 +36,13 @@ import jax.numpy as jnp  # noqa: E402
 import optax  # noqa: E402
 
 from fsam_core import jax_heads as heads  # noqa: E402
+from fsam_core import jax_local as local  # noqa: E402
 from fsam_core import jax_passes as passes  # noqa: E402
-from fsam_core.jax_corrections import Step, corrected  # noqa: E402
+from fsam_core.jax_corrections import corrected  # noqa: E402
 from fsam_core.jax_heads import LinearHead, Logits  # noqa: E402
-from fsam_core.jax_passes import Features, Params, Run  # noqa: E402
+from fsam_core.jax_passes import Features, Params, Run, Staged  # noqa: E402
 from fsam_core.jax_perturbation import Adam, adam_state, mask_of, norm_of  # noqa: E402
+from fsam_core.jax_step import Step  # noqa: E402
 from fsam_kernels.memory import AUTO, Memory  # noqa: E402
 from fsam_kernels.options import Loss  # noqa: E402
 
@@ -58,6 +60,7 @@ __all__ = [
     "Memory",
     "Plain",
     "Schedule",
+    "Staged",
     "UserError",
     "adam_state",
     "carry_of",
@@ -65,6 +68,8 @@ __all__ = [
     "skip_nonfinite",
     "value_and_grad",
 ]
+
+Sync = Literal["global", "local"]
 
 
 class Info(NamedTuple):
@@ -117,6 +122,8 @@ def value_and_grad(
     clip_norm: float | None = None,
     blocks: Blocks | None = None,
     pass_axis: str | None = None,
+    sync: Sync = "global",
+    axis: str = "data",
     memory: Memory = AUTO,
     backend: str | None = None,
 ) -> Callable[..., Any]:
@@ -124,7 +131,8 @@ def value_and_grad(
 
     Args:
         features: (params, batch) -> `LinearHead` or `Logits`. Evaluated at θ on the whole batch and at θ+ε on the part
-            that carries the correction, in calls of their own.
+            that carries the correction, in calls of their own; a `Staged` one shares between the passes what the
+            method's scope leaves alone.
         method: one of `Plain`, `SAM`, `FunctionalSAM`, `LogitSAM`.
         b2, eps: those of the optax Adam that receives the gradient; `b2` is needed with precondition="adam", because an
             optax state does not hold it.
@@ -133,6 +141,11 @@ def value_and_grad(
         blocks: what the parameters are, for a scope that is given by name.
         pass_axis: an axis of two devices of the mesh in use, each of which takes one of the two passes of a `SAM` whose
             ascent is known before the step, at fraction 1 and a strength other than 1 (as SAMPa does).
+        sync: whose gradient the ascent follows: "global", the batch's, on however many devices it is; or "local", each
+            data shard its own (m-sharpness), so that nothing is reduced before the second pass and their gradients'
+            mean, by targets, is. Then `Info` has means of the shards' losses and norms.
+        axis: for sync="local", the axis of the mesh in use (`jax.set_mesh`) that the batch is cut along, and along
+            which the params are whole on every device.
         memory: what may be spent on the head: working bytes, and whether its cotangent is kept or recomputed.
         backend: "xla", "pallas" or "auto" (default: FSAM_BACKEND, then auto).
 
@@ -145,7 +158,8 @@ def value_and_grad(
         `Schedule.kind` says, a Python string: each is a program of its own.
 
     Raises:
-        UserError: for an unknown backend, a preconditioned method without b2, b2 outside [0, 1) or clip_norm ≤ 0.
+        UserError: for an unknown backend, a preconditioned method without b2, b2 outside [0, 1), clip_norm ≤ 0 or an
+            unknown sync.
     """
     if not isinstance(method, Plain | Perturbed):
         raise UserError(f"method must be Plain(), SAM(...), FunctionalSAM(...) or LogitSAM(...), got {method!r}")
@@ -160,6 +174,10 @@ def value_and_grad(
             "pass_axis: two passes wait for each other but for SAM with a known ascent (previous, momentum, random), "
             f"fraction 1 and a strength other than 1; got {method!r}"
         )
+    if sync not in get_args(Sync):
+        raise UserError(f"sync must be global or local, got {sync!r}")
+    if sync == "local" and pass_axis is not None:
+        raise UserError("sync='local' and pass_axis cannot be combined; give one of the two")
     run = Run(backends.load("jax", backend), features, memory)
     adam = Adam(b2, eps, clip_norm)
 
@@ -181,21 +199,28 @@ def value_and_grad(
         if isinstance(method, Plain) or kind != "corrected":
             seen = passes.base(run, params, passes.stacked(batches))
             loss, weight, g_hat = seen.loss, seen.weight, seen.g
-            base_norm, moved_loss, length = norm_of(g_hat), None, jnp.zeros_like(loss)
+            moved_loss, length = None, jnp.zeros_like(loss)
+            with regions.in_jax("norm"):
+                base_norm = norm_of(g_hat)
             if kind == "reused":
-                g_hat = jax.tree.map(lambda g, c: (g + c).astype(g.dtype), g_hat, correction)
+                with regions.in_jax("update"):
+                    g_hat = jax.tree.map(lambda g, c: (g + c).astype(g.dtype), g_hat, correction)
         else:
             mask = mask_of(method, params, blocks)
-            step = Step(run, method, params, opt_state, before.previous, adam, mask, pass_axis)
-            found = corrected(step, batches)
+            reuses = correction is not None
+            step = Step(run, method, params, opt_state, before.previous, adam, mask, reuses, pass_axis)
+            found = corrected(step, batches) if sync == "global" else local.corrected(step, batches, axis)
             loss, moved_loss, weight, length = found.loss, found.moved_loss, found.weight, found.length
             g_hat, base_norm = found.g_hat, found.base_norm
-            if correction is not None:
-                correction = jax.tree.map(lambda x, g: (x - g).astype(g.dtype), g_hat, found.g_B)
-        norm = norm_of(g_hat)
-        evaluated = [x for x in (loss, moved_loss, base_norm, norm, length) if x is not None]
-        finite = jnp.stack([jnp.isfinite(x) for x in evaluated]).all()
-        g_hat = jax.tree.map(lambda x: jnp.where(finite, x, jnp.nan), g_hat)
+            if reuses:
+                with regions.in_jax("update"):
+                    correction = jax.tree.map(lambda x, g: (x - g).astype(g.dtype), g_hat, found.g_B)
+        with regions.in_jax("norm"):
+            norm = norm_of(g_hat)
+            evaluated = [x for x in (loss, moved_loss, base_norm, norm, length) if x is not None]
+            finite = jnp.stack([jnp.isfinite(x) for x in evaluated]).all()
+        with regions.in_jax("update"):
+            g_hat = jax.tree.map(lambda x: jnp.where(finite, x, jnp.nan), g_hat)
         or_nan = lambda x: nan if x is None else x
         info = Info(loss, or_nan(moved_loss), weight, or_nan(base_norm), norm, length, finite)
         if carry is None:

@@ -2,41 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from fsam_core import jax_passes as passes
-from fsam_core import parts
-from fsam_core.jax_passes import Params, Passed, Run, merged, wide
-from fsam_core.jax_perturbation import Adam, Seen, norm_of, perturbed
-from fsam_core.methods import Perturbed
-
-
-class Step(NamedTuple):
-    """What a method is given."""
-
-    run: Run
-    method: Perturbed
-    params: Params
-    opt_state: Any
-    previous: Any
-    adam: Adam
-    mask: Any
-    pass_axis: str | None = None
-
-
-class Outcome(NamedTuple):
-    """What the passes saw; None for what was not evaluated."""
-
-    loss: jax.Array
-    moved_loss: jax.Array | None
-    weight: jax.Array
-    base_norm: jax.Array | None
-    length: jax.Array
-    g_hat: Params
-    g_B: Params | None
+from fsam_core import jax_staged as staged
+from fsam_core import parts, regions
+from fsam_core.jax_passes import Params, Passed, merged, wide
+from fsam_core.jax_perturbation import norm_of
+from fsam_core.jax_step import Outcome, Step, combined, moved_weights
 
 
 def corrected(step: Step, batches: list[Any]) -> Outcome:
@@ -48,7 +24,10 @@ def _corrected(step: Step, batches: list[Any]) -> Outcome:
     run, method, params = step.run, step.method, step.params
     ascent, functional, exact = method.direction, method.path == "functional", method.exact
     share = method.share if ascent.source == "part" else method.fraction
-    groups = [passes.stacked(x) for x in parts.split(batches, share, passes.flatten) if x]
+    S, others = parts.split(batches, share, passes.flatten)
+    if staged.is_shared(step, S, others):
+        return staged.corrected(step, S[0], others)
+    groups = [passes.stacked(x) for x in (S, others) if x]
     in_S = groups if method.fraction == 1 else groups[:1]
     if exact and ascent.known:
         return _known(step, groups)
@@ -69,7 +48,7 @@ def _corrected(step: Step, batches: list[Any]) -> Outcome:
     with_g = [x for x in evaluated if x.g is not None]
     g_B = merged([(x.weight, x.g) for x in with_g])[1]
     g_S = g_B if len(in_S) == len(with_g) else with_g[0].g
-    moved, length = _moved(step, {"part": with_g[0].g, "none": None}.get(ascent.source, g_B))
+    moved, length = moved_weights(step, {"part": with_g[0].g, "none": None}.get(ascent.source, g_B))
     moved_losses: list[tuple[jax.Array, Any]] = []
     gradients: list[tuple[jax.Array, Any]] = []
     for items, base in zip(in_S, seen, strict=False):
@@ -85,8 +64,9 @@ def _corrected(step: Step, batches: list[Any]) -> Outcome:
             gradients.append((there.weight, passes.pull_back(run, params, items, there.cotangents)))
             moved_losses.append((there.weight, there.loss))
     weight_S, g_moved = merged(gradients)
-    g_hat = g_moved if exact else _sum(g_B, g_moved, g_S, method.strength)
-    base_norm = norm_of(g_B, step.mask if exact else None)
+    g_hat = g_moved if exact else combined(g_B, g_moved, g_S, method.strength)
+    with regions.in_jax("norm"):
+        base_norm = norm_of(g_B, step.mask if exact else None)
     moved_loss = merged(moved_losses)[1] if moved_losses else None
     return Outcome(loss, moved_loss, weight if None not in seen else weight_S, base_norm, length, g_hat, g_B)
 
@@ -95,7 +75,7 @@ def _known(step: Step, groups: list[Any]) -> Outcome:
     """The exact method along an ascent known before the step: nothing is pulled back at θ for its sake."""
     run, method, params = step.run, step.method, step.params
     (items,) = groups
-    moved, length = _moved(step, None)
+    moved, length = moved_weights(step, None)
     if method.path == "sam":
         there = passes.base(run, moved, items)
         return Outcome(there.loss, there.loss, there.weight, None, length, there.g, None)
@@ -114,7 +94,7 @@ def _apart(step: Step, groups: list[Any]) -> Outcome:
     run, method, params, axis = step.run, step.method, step.params, step.pass_axis
     assert axis is not None
     (items,) = groups
-    moved, length = _moved(step, None)
+    moved, length = moved_weights(step, None)
 
     def mine(params: Params, moved: Params, items: Any) -> Any:
         second = jax.lax.axis_index(axis) == 1
@@ -141,17 +121,6 @@ def _micro(step: Step, batches: list[Any]) -> Outcome:
         return (found.loss, found.weight, {name: getattr(found, name) for name in names}), ()
 
     (loss, weight, means), _ = passes.mean(one, passes.stacked(batches))
-    for name in ("g_hat", "g_B"):
+    for name in ("g_hat", "g_B") if means["g_B"] is not None else ("g_hat",):
         means[name] = jax.tree.map(lambda x, p: x.astype(p.dtype), means[name], step.params)
     return Outcome(loss=loss, weight=weight, **means)
-
-
-def _moved(step: Step, gradient: Any) -> tuple[Params, jax.Array]:
-    seen = Seen(step.params, step.opt_state, gradient, step.previous, step.method.seed)
-    return perturbed(step.run, step.method, step.params, seen, step.opt_state, step.adam, step.mask)
-
-
-def _sum(g_B: Params, g_moved: Params, g_S: Params, strength: float) -> Params:
-    """ĝ = g_B + w (g'_S − g_S)."""
-    leaf = lambda b, moved, s: (wide(b) + strength * (wide(moved) - wide(s))).astype(b.dtype)
-    return jax.tree.map(leaf, g_B, g_moved, g_S)

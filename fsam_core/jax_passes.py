@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -18,6 +19,25 @@ from fsam_kernels.memory import Memory
 
 Params = Any
 Features = Callable[[Params, Any], "LinearHead | Logits"]
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A model in two stages, so that what no perturbation moves is run once for both passes.
+
+    With a scope that holds nothing of the lower stage (`scope="top:K"` with a prefix that ends where those blocks
+    begin) its activations are shared, and it is run backwards once.
+
+    Attributes:
+        prefix: (params, batch) -> the lower stage's output: an array or a tree of arrays, all floating.
+        suffix: (params, that output, batch) -> `LinearHead` or `Logits`.
+    """
+
+    prefix: Callable[[Params, Any], Any]
+    suffix: Callable[[Params, Any, Any], LinearHead | Logits]
+
+    def __call__(self, params: Params, batch: Any) -> LinearHead | Logits:
+        return self.suffix(params, self.prefix(params, batch), batch)
 
 
 class Run(NamedTuple):
@@ -112,10 +132,11 @@ def pull_back(run: Run, params: Params, items: Any, cotangents: Cotangents | Non
     if cotangents.is_hidden:
         # The head's own gradient, once for all micro-batches. Of the model this evaluates, the compiler keeps nothing
         # but the way from the parameters to the head's weight.
-        _, back = jax.vjp(lambda p: _head_weights(run, p, items), params)
-        like = _head_weights(run, params, items)
-        (of_head,) = back(tuple(x.astype(w.dtype) for x, w in zip(cotangents.common, like, strict=True)))
-        g = jax.tree.map(lambda x, y: x + y.astype(x.dtype), g, of_head)
+        with regions.in_jax(_named(region, "backward")):
+            _, back = jax.vjp(lambda p: _head_weights(run, p, items), params)
+            like = _head_weights(run, params, items)
+            (of_head,) = back(tuple(x.astype(w.dtype) for x, w in zip(cotangents.common, like, strict=True)))
+            g = jax.tree.map(lambda x, y: x + y.astype(x.dtype), g, of_head)
     return jax.tree.map(lambda x, p: x.astype(p.dtype), g, params)
 
 

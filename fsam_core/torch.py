@@ -6,6 +6,9 @@
 `features(model, batch)` returns a `LinearHead` or `Logits`. The optimizer stays the user's own: its state and its
 checkpoints know nothing of fsam. Outside a call the model holds θ, never θ+ε, also when a pass raised.
 
+The model may be in DistributedDataParallel or under FSDP2's `fully_shard`: every rank calls the step with its part of
+the batch, and all take the step that one process would take with the whole, each target token weighing the same.
+
 `AdamW` is torch.optim.AdamW in one pass over the state, clipping included. With `copies=masters(model, torch.bfloat16)`
 it updates float32 masters of a model whose own weights are bfloat16; the perturbation is then taken from the masters,
 and written once, over the model's weights.
@@ -15,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from fsam_core import backends, schedules
 from fsam_core.ascents import Ascent
@@ -31,10 +34,11 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from fsam_core import torch_heads as heads  # noqa: E402
+from fsam_core import torch_ranks  # noqa: E402
 from fsam_core.torch_corrections import Corrections, Outcome  # noqa: E402
 from fsam_core.torch_heads import LinearHead, Logits  # noqa: E402
 from fsam_core.torch_passes import Features, Passes, Staged  # noqa: E402
-from fsam_core.torch_perturbation import norm_of  # noqa: E402
+from fsam_core.torch_ranks import Sync, local  # noqa: E402
 from fsam_kernels.memory import AUTO, Memory  # noqa: E402
 from fsam_kernels.options import Loss  # noqa: E402
 from fsam_kernels.torch.adamw import AdamW  # noqa: E402
@@ -69,7 +73,7 @@ class Info(NamedTuple):
     perturbed_loss: float
     """Mean loss at θ+ε, on S, where the method evaluates it (sam, logit)."""
     weight: float
-    """Sum of the token weights over all micro-batches."""
+    """Sum of the token weights over all micro-batches and ranks."""
     base_norm: float
     """‖g‖₂ of the plain gradient; with a scope, of the exact method, that of the tensors in it."""
     grad_norm: float
@@ -102,24 +106,30 @@ class Step:
         blocks: Blocks | None = None,
         memory: Memory = AUTO,
         backend: str | None = None,
+        sync: Sync = "global",
     ) -> None:
         """
         Args:
-            model: any module; its parameters must be the optimizer's, or the `copies` of a `fsam_core.torch.AdamW`.
+            model: any module, in DistributedDataParallel or under `fully_shard` or neither; its parameters must be the
+                optimizer's, or the `copies` of a `fsam_core.torch.AdamW`.
             optimizer: with precondition="adam" one that keeps `exp_avg_sq`: Adam, AdamW, NAdam, RAdam.
             method: `Plain`, `SAM`, `FunctionalSAM` or `LogitSAM`.
             features: (model, batch) -> `LinearHead` or `Logits`; a `Staged` one shares between the passes what the
                 method's scope leaves alone. Called once a pass. Random draws from PyTorch's own generators are the same
-                in both passes; draws from a private `torch.Generator` are not replayed.
+                in both passes; draws from a private `torch.Generator` are not replayed. With several ranks it is called
+                inside the wrapper's forward pass, with the module that was wrapped, and a `Staged` one shares nothing.
             clip_norm: global norm that the final gradient is clipped to, once; None for no clipping.
             schedule: at which steps there is a correction.
             blocks: what the parameters are, for a scope that is given by name.
             memory: what may be spent on the head: working bytes, and whether its cotangent is kept or recomputed.
             backend: "torch", "triton" or "auto" (default: FSAM_BACKEND, then auto).
+            sync: what the ranks' perturbation is. "global": that of the whole batch, as in one process. "local": each
+                rank ascends its own share of the gradient (m-sharpness), and gradients are reduced once, after the last
+                pass; in DistributedDataParallel alone. A rank's share is its tokens' sum over the ranks' mean count.
 
         Raises:
-            UserError: for an optimizer without Adam's settings, clip_norm ≤ 0, an unknown backend, or a scope or
-                schedule that does not go with the rest.
+            UserError: for an optimizer without Adam's settings, clip_norm ≤ 0, an unknown backend, a scope or schedule
+                that does not go with the rest, or a wrapper of the model that is not known.
         """
         if not isinstance(method, Plain | Perturbed):
             raise UserError(f"method must be Plain(), SAM(...), FunctionalSAM(...) or LogitSAM(...), got {method!r}")
@@ -131,6 +141,11 @@ class Step:
         if clip_norm is not None and not clip_norm > 0:
             raise UserError(f"clip_norm must be > 0, or None for no clipping; got {clip_norm!r}")
         schedules.check(schedule, method)
+        ranks = torch_ranks.of(model)
+        if sync not in get_args(Sync):
+            raise UserError(f"sync: {sync!r} is not known; use 'global' or 'local'")
+        if sync == "local" and ranks.no_local:
+            raise UserError(f"sync: 'local' needs each rank's own gradient, {ranks.no_local}; use sync='global'")
         self.model, self.optimizer, self.method, self.schedule = model, optimizer, method, schedule
         self.clip_norm = clip_norm
         self.steps = self.skipped_steps = 0
@@ -140,9 +155,15 @@ class Step:
             backends.check_device(chosen.name, device)
         self.ops = backends.load("torch", chosen.name)
         copies: Any = dict(getattr(optimizer, "copies", {}))
-        self._passes = Passes(self.ops, model, optimizer, features, memory, copies)
+        if copies and ranks.sharded:
+            raise UserError(
+                "optimizer: FSDP2's shards are the masters themselves; leave `copies` out and give fully_shard "
+                "MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)"
+            )
+        self._ranks, self._passes = ranks, Passes(self.ops, ranks, optimizer, features, memory, copies)
         reuses = schedule.between == "reuse"
-        self._corrections = Corrections(self._passes, method, clip_norm, blocks, reuses=reuses)
+        sync = sync if ranks.count > 1 else "global"
+        self._corrections = Corrections(self._passes, method, clip_norm, blocks, reuses=reuses, sync=sync)
 
     def __call__(self, batch: Any) -> Tensor:
         """Take one step; returns the mean loss at θ, detached.
@@ -199,36 +220,48 @@ class Step:
         batches = batch if isinstance(batch, list) else [batch]
         if not batches:
             raise UserError("batch: got an empty list of micro-batches; give at least one")
-        method, passes = self.method, self._passes
+        method, passes, ranks = self.method, self._passes, self._ranks
         kind = self.schedule.kind(self.steps) if isinstance(method, Perturbed) else "plain"
         try:
             if kind == "corrected":
                 seen = self._corrections.gradient(batches, self.steps)
-                norm = norm_of([p.grad for p in passes.params()])
+                norm = self._corrections.norm_here(passes.params())
             else:
                 base = passes.base(batches)
-                norm = base_norm = norm_of([p.grad for p in self._corrections.checked()])
+                norm = base_norm = self._corrections.norm_here(self._corrections.checked())
                 seen = Outcome(base.loss, None, base.weight, base_norm, None)
                 if kind == "reused":
                     for p in passes.params():
                         if p in self._corrections.correction:
                             p.grad.add_(self._corrections.correction[p])
-                    norm = norm_of([p.grad for p in passes.params()])
+                    norm = self._corrections.norm_here(passes.params())
+            loss, moved_loss, base_norm, norm, length = self._agreed(seen, norm, kind)
         except BaseException:
             passes.clear()
+            ranks.reset()
             raise
-        given = [seen.loss, seen.moved_loss, seen.weight, seen.base_norm, norm, seen.length]
+        given = [loss, moved_loss, seen.weight * ranks.count, base_norm, norm, length]
         # The one place where the host waits for the device.
         tensors = [x.detach().to(norm.device, torch.float64) for x in given if x is not None]
         values = iter(torch.stack(tensors).tolist())
         numbers = [math.nan if x is None else next(values) for x in given]
         evaluated = [x for x, tensor in zip(numbers, given, strict=True) if tensor is not None]
-        numbers[-1] = 0.0 if seen.length is None else numbers[-1]
+        numbers[-1] = 0.0 if length is None else numbers[-1]
         self.info = info = Info._make([*numbers, not all(map(math.isfinite, evaluated))])
         if isinstance(method, Perturbed) and method.direction.remembers and not info.skipped:
-            self._corrections.previous = {p: p.grad for p in passes.params()}
+            self._corrections.previous = passes.held({p: p.grad for p in passes.params()})
         clips = self.clip_norm is not None and not info.skipped and info.grad_norm > self.clip_norm
-        return seen.loss, (self.clip_norm or 1.0) / info.grad_norm if clips else 1.0
+        return loss, (self.clip_norm or 1.0) / info.grad_norm if clips else 1.0
+
+    def _agreed(self, seen: Outcome, norm: Any, kind: str) -> list[Any]:
+        """(loss, perturbed loss, base norm, norm, ‖ε‖) over all ranks, so that they skip a step all or none."""
+        losses = (seen.loss, seen.moved_loss)
+        if kind == "corrected" and self._corrections.sync == "local":
+            loss, moved, base, length, norm = self._ranks.agreed((*losses, seen.base_norm, seen.length), (norm,))
+        else:
+            loss, moved, base, norm = self._ranks.agreed(losses, (seen.base_norm, norm))
+            length = seen.length
+        return [loss, moved, base, norm, length]
 
     def _update(self, clip: float) -> None:
         if isinstance(self.optimizer, AdamW):
@@ -248,7 +281,7 @@ class Step:
 
     def _scale(self, factor: float) -> None:
         if factor != 1:
-            grads = [p.grad for p in self._passes.params()]
+            grads = [local(p.grad) for p in self._passes.params()]
             if self._corrections.previous:  # it is of before clipping
                 self._corrections.previous = {p: g.clone() for p, g in self._corrections.previous.items()}
             torch._foreach_mul_(grads, factor)
@@ -274,13 +307,19 @@ def masters(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> dict[Tenso
 def mean_loss(
     features: Features, *, memory: Memory = AUTO, backend: str | None = None
 ) -> Callable[[nn.Module, Any], Tensor]:
-    """(model, batch) -> mean loss with the same head, for evaluation: no gradient, no N×V tensor."""
+    """(model, batch) -> mean loss with the same head, for evaluation: no gradient, no N×V tensor.
+
+    Of a model in DistributedDataParallel or under `fully_shard` the mean over the batches of all ranks, which must all
+    call it.
+    """
     ops = backends.load("torch", backend)
 
     @torch.no_grad()
     def loss(model: nn.Module, batch: Any) -> Tensor:
-        head = heads.flat(features(model, batch))
-        weight = heads.weight(head)
-        return heads.cotangent(ops, head, torch.where(weight > 0, weight, 1), memory, gradient=False, keep=False)[0]
+        ranks = torch_ranks.of(model)
+        head = heads.flat(ranks.head(features, batch))
+        weight = ranks.mean(heads.weight(head))
+        unit = torch.where(weight > 0, weight, 1)
+        return ranks.mean(heads.cotangent(ops, head, unit, memory, gradient=False, keep=False)[0])
 
     return loss

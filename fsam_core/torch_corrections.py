@@ -18,11 +18,16 @@ from fsam_core.methods import Method, Perturbed
 from fsam_core.regions import in_torch
 from fsam_core.scopes import Blocks
 from fsam_core.torch_passes import Kept, Passed, Passes, Staged, flatten, rescaled, shares, together
-from fsam_core.torch_perturbation import Seen, norm_of, perturbed
+from fsam_core.torch_perturbation import Seen, perturbed
+from fsam_core.torch_ranks import Sync, like, local, plain_name
 
 
 class Outcome(NamedTuple):
-    """What the passes saw; None for what was not evaluated."""
+    """What the passes saw; None for what was not evaluated.
+
+    Of several ranks the losses are such that their mean is that over all ranks, the weight is the ranks' mean, and the
+    base norm is `Ranks.norm_here`.
+    """
 
     loss: Tensor
     moved_loss: Tensor | None
@@ -41,13 +46,20 @@ class Corrections:
     """
 
     def __init__(
-        self, passes: Passes, method: Method, clip_norm: float | None, blocks: Blocks | None, *, reuses: bool
+        self,
+        passes: Passes,
+        method: Method,
+        clip_norm: float | None,
+        blocks: Blocks | None,
+        *,
+        reuses: bool,
+        sync: Sync = "global",
     ) -> None:
-        self.passes, self.method, self.clip_norm, self.reuses = passes, method, clip_norm, reuses
+        self.passes, self.method, self.clip_norm, self.reuses, self.sync = passes, method, clip_norm, reuses, sync
         self.ops, self.model, self.optimizer = passes.ops, passes.model, passes.optimizer
         self.previous: dict[Any, Tensor] = {}
         self.correction: dict[Any, Tensor] = {}
-        self._names = {id(p): name for name, p in self.model.named_parameters()}
+        self._names = {id(p): plain_name(name) for name, p in self.model.named_parameters()}
         self._names |= {id(master): self._names.get(id(p), "") for master, p in passes.copies.items()}
         self._outside = self._left_alone(blocks)
         self._shares_prefix: bool | None = None
@@ -56,8 +68,22 @@ class Corrections:
         """ĝ of these micro-batches into `.grad`, after `step` completed steps."""
         assert isinstance(self.method, Perturbed)
         self._step = step
-        micro = self.method.direction.source == "micro"
-        return self._micro(batches, self.method) if micro else self._corrected(batches, self.method)
+        of = self._micro if self.method.direction.source == "micro" else self._corrected
+        self.passes.apart = self.sync == "local"
+        try:
+            seen = of(batches, self.method)
+        finally:
+            self.passes.apart = False
+        if self.sync == "local":
+            own = list(self.correction.values()) if self.reuses else []
+            self.passes.ranks.mean_([*self.passes.gradients().values(), *own])
+        return seen
+
+    def norm_here(self, params: Sequence[Any]) -> Tensor:
+        """`Ranks.norm_here` of their gradients."""
+        of = self.passes.gradients()
+        with in_torch("norm"):
+            return self.passes.ranks.norm_here(params, [of[p] for p in params])
 
     def all(self) -> list[Any]:
         """The optimizer's tensors."""
@@ -82,20 +108,21 @@ class Corrections:
         if ascent.known and method.exact:
             return self._known(first, method, cut)
         seen = base = passes.base(first, cut=cut)
-        g_S = {p: p.grad for p in passes.params()}
+        g_S = passes.gradients()
         if others and not method.exact:
+            g_S = passes.held(g_S)
             seen = self._add(others, base, g_S, cut if whole else None)
         elif others and path == "functional":  # of these the cotangent alone is needed
             seen = together(base, passes.base(others, backward=False, cut=cut))
         S, kept = ([*first, *others], seen.kept) if whole else (first, base.kept)
         params = self.checked()
         scope = self._scope(params)
-        base_norm = norm_of([p.grad for p in (scope if method.exact else params)])
+        base_norm = self.norm_here(scope if method.exact else params)
         ascends = {p: p.grad for p in params} if ascent.source == "full" else g_S
         norm = base_norm if ascent.name == "full" and len(scope) == len(params) else None
         moved, length = self._moved(scope, method, ascends, norm)
         if whole:
-            g_S = {p: p.grad for p in params}
+            g_S = passes.gradients()
         of_B = {p: p.grad.clone() for p in params} if self.reuses else {}
         left = {} if method.exact else self._less(g_S, method.strength)
         del g_S, ascends
@@ -120,7 +147,7 @@ class Corrections:
         for p, g_B in of_B.items():
             self.correction[p] = p.grad - g_B
         moved_loss = moved_pass.loss if moved_pass else None
-        weight = moved_pass.weight if moved_pass and whole else seen.weight
+        weight = moved_pass.weight if moved_pass and whole and others else seen.weight
         return Outcome(seen.loss, moved_loss, weight, base_norm, length)
 
     def _known(self, batches: Sequence[Any], method: Perturbed, cut: str | None) -> Outcome:
@@ -152,21 +179,23 @@ class Corrections:
         for batch in batches:
             one = self._corrected([batch], method)
             passes.refresh()
-            for p in passes.params():
-                total[p] = p.grad.mul_(one.weight.to(p.grad)).add_(total.get(p, 0))
-            of.append(one)
+            for p, gradient in passes.held(passes.gradients()).items():
+                total[p] = gradient.mul_(one.weight.to(gradient)).add_(total.get(p, 0))
+            assert one.base_norm is not None
+            of.append(one._replace(base_norm=passes.ranks.norm(one.base_norm)))
         weights = torch.stack([one.weight for one in of])
         weight = weights.sum()
         share = weights / torch.where(weight > 0, weight, 1)
-        passes.clear()
-        for p, gradient in total.items():
-            p.grad = gradient.div_(torch.where(weight > 0, weight, 1).to(gradient))
+        passes.put(total)
+        for gradient in total.values():
+            gradient.div_(torch.where(weight > 0, weight, 1).to(gradient))
 
         def mean(name: str) -> Any:
             values = [getattr(one, name) for one in of]
             return None if values[0] is None else (torch.stack(values) * share).sum()
 
-        return Outcome(mean("loss"), mean("moved_loss"), weight, mean("base_norm"), mean("length"))
+        base_norm = passes.ranks.share_of(mean("base_norm"))
+        return Outcome(mean("loss"), mean("moved_loss"), weight, base_norm, mean("length"))
 
     def _staged(self, batch: Any, others: Sequence[Any], method: Perturbed) -> Outcome:
         """As `_corrected` for one micro-batch, with its prefix run once: forwards for both passes, and backwards."""
@@ -205,7 +234,7 @@ class Corrections:
         params = passes.params() if backward else [p for p in self.all() if p.requires_grad]
         scope = self._scope(params)
         # Of what the prefix alone reaches there is no gradient yet, and by the scope none is asked for.
-        base_norm = norm_of([p.grad for p in scope]) if backward else None
+        base_norm = self.norm_here(scope) if backward else None
         source = method.direction.source
         ascends = {p: p.grad for p in params} if source == "full" else g_S
         norm = base_norm if method.direction.name == "full" else None
@@ -255,21 +284,21 @@ class Corrections:
         """The whole batch's pass from that of S, with g_B in `.grad`; with `cut`, cotangents are kept of all of it."""
         rest = self.passes.base(others, cut=cut)
         mine, other = shares(base, rest)
-        for p in self.passes.params():
+        for p, g in self.passes.gradients().items():
             if p in g_S:
-                p.grad.lerp_(g_S[p], mine.to(p.grad))  # one pass: the shares add up to 1, or every gradient is 0
+                g.lerp_(g_S[p], mine.to(g))  # one pass: the shares add up to 1, or every gradient is 0
             else:
-                p.grad.mul_(other.to(p.grad))
+                g.mul_(other.to(g))
         for p, g in g_S.items():
             if p.grad is None:
-                p.grad = g * mine.to(g)
+                p.grad = like(p, g * mine.to(g))
         if cut is not None:
             return together(base, rest)
         return Passed(base.loss * mine + rest.loss * other, base.weight + rest.weight, [])
 
     def _less(self, g_S: dict[Any, Tensor], strength: float) -> dict[Any, Tensor]:
         """g_B − w g_S for every parameter, from the g_B in `.grad`."""
-        of: dict[Any, Tensor] = {p: p.grad for p in self.passes.params()}
+        of = self.passes.held(self.passes.gradients())
         of = {p: g.clone() if g_S.get(p) is g else g for p, g in of.items()}
         return {p: g.sub_(g_S[p], alpha=strength) if p in g_S else g for p, g in of.items()}
 
@@ -282,14 +311,17 @@ class Corrections:
     def _combine(self, left: dict[Any, Tensor], strength: float) -> None:
         """ĝ = (g_B − w g_S) + w g'_S."""
         for p, gradient in left.items():
-            p.grad = gradient if p.grad is None else gradient.add_(p.grad, alpha=strength)
+            p.grad = like(p, gradient if p.grad is None else gradient.add_(local(p.grad), alpha=strength))
 
     def _is_staged(self, method: Perturbed, first: Sequence[Any], others: Sequence[Any]) -> bool:
         """Whether the prefix is run once: it is one micro-batch's, and no tensor that moves is below."""
         features, ascent = self.passes.features, method.direction
         if not isinstance(features, Staged) or method.scope == "all" or len(first) > 1:
             return False
-        if method.path == "logit" or (method.exact and (others or self.reuses)):
+        if self.passes.ranks.count > 1 or self.passes.ranks.sharded:
+            return False  # a wrapper's hooks run at one forward pass from end to end
+        # A correction that is kept is kept of the lower stage too, whose g_B is then needed by itself.
+        if method.path == "logit" or self.reuses or (method.exact and others):
             return False
         if method.path == "sam" and method.exact and ascent.known:
             return False  # it has but one pass

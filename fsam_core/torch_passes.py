@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from fsam_core import torch_random as random
 from fsam_core.errors import UserError
 from fsam_core.regions import in_torch
 from fsam_core.torch_heads import LinearHead, Logits
+from fsam_core.torch_ranks import Ranks, like, local
 from fsam_kernels.memory import Memory
 
 Features = Callable[[nn.Module, Any], "LinearHead | Logits"]
@@ -51,7 +52,10 @@ class Kept(NamedTuple):
 
 
 class Passed(NamedTuple):
-    """A pass over some micro-batches: their mean loss, their weight, and what was kept of each."""
+    """A pass over some micro-batches: their mean loss, their weight, and what was kept of each.
+
+    Of several ranks the losses are such that their mean is that over all ranks, and the weight is the ranks' mean.
+    """
 
     loss: Tensor
     weight: Tensor
@@ -62,6 +66,8 @@ class Passes:
     """A model's passes under one backend, memory budget and pairing of the optimizer's tensors with the model's.
 
     Attributes:
+        ranks: the processes that take the step together.
+        apart: whether the ranks' gradients are left to differ, to be reduced after the last pass.
         copies: tensor of the optimizer -> the model's parameter that is cast from it; empty where they are the same.
         stale: whether the copies may hold θ+ε.
     """
@@ -69,15 +75,15 @@ class Passes:
     def __init__(
         self,
         ops: ModuleType,
-        model: nn.Module,
+        ranks: Ranks,
         optimizer: torch.optim.Optimizer,
         features: Features,
         memory: Memory,
         copies: dict[Tensor, nn.Parameter],
     ) -> None:
-        self.ops, self.model, self.optimizer, self.memory, self.copies = ops, model, optimizer, memory, copies
-        self.features = features
-        self.stale = False
+        self.ops, self.ranks, self.optimizer, self.memory, self.copies = ops, ranks, optimizer, memory, copies
+        self.model, self.features = ranks.inner, features
+        self.stale = self.apart = False
         self._head: tuple[Tensor | None, ...] | None = None
         self._room: dict[Any, Tensor] = {}
 
@@ -87,6 +93,16 @@ class Passes:
         """The optimizer's tensors that have a gradient at the moment."""
         return [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
 
+    def gradients(self) -> dict[Any, Tensor]:
+        """Their gradients; of what is sharded, this rank's part. Written in place they are written where they are."""
+        return {p: local(p.grad) for p in self.params()}
+
+    def held(self, gradients: dict[Any, Tensor]) -> dict[Any, Tensor]:
+        """The same, such that another pass leaves them as they are."""
+        if not self.ranks.reuses_gradients:
+            return gradients
+        return {p: x.clone() for p, x in gradients.items()}
+
     def clear(self) -> None:
         self.model.zero_grad(set_to_none=True)
         self.optimizer.zero_grad(set_to_none=True)
@@ -95,7 +111,7 @@ class Passes:
         """These as the optimizer's tensors' gradients, and no others."""
         self.clear()
         for p, gradient in gradients.items():
-            p.grad = gradient
+            p.grad = like(p, gradient)
 
     def collect(self) -> None:
         """Add the compute weights' gradients to the masters', in the masters' dtype, where there are masters."""
@@ -125,15 +141,17 @@ class Passes:
         if backward:
             self.clear()
         seen: list[tuple[Tensor, Tensor, Kept]] = []
-        unit: Tensor | None = None
+        # Of several ranks it has been agreed upon in the pass that is replayed.
+        unit = replay[0].unit if replay and self.ranks.count > 1 else None
         for i, batch in enumerate(batches):
             if replay is not None and i < len(replay):
                 random.restore(replay[i].random)
             before = random.state(self.model)
-            with torch.set_grad_enabled(backward), in_torch(_named(region, "forward")):
-                head = heads.flat(self.features(self.model, batch))
-            with in_torch(_named(region, "backward" if backward else "forward")):
-                one = self.head(head, unit, len(batches), cut=cut, backward=backward, before=before)
+            with self._reduced(i + 1 == len(batches), backward):
+                with torch.set_grad_enabled(backward), in_torch(_named(region, "forward")):
+                    head = heads.flat(self.ranks.head(self.features, batch))
+                with in_torch(_named(region, "backward" if backward else "forward")):
+                    one = self.head(head, unit, len(batches), cut=cut, backward=backward, before=before)
             unit = one[2].unit
             if cut == "hidden" and seen:
                 first = seen[0][2].cotangent
@@ -156,8 +174,11 @@ class Passes:
         """(loss, weight, z̄) of one micro-batch; with `backward`, pulled back into `.grad`."""
         weight = heads.weight(head)
         # Everything is summed in units of the first micro-batch's weight, so that half floats do not overflow; with one
-        # micro-batch that is the mean already.
-        unit = torch.where(weight > 0, weight, 1) if unit is None else unit
+        # micro-batch that is the mean already. Of several ranks it is their mean weight, as they average gradients.
+        if unit is None:
+            all_ranks = self.ranks.mean(weight)
+            unit = torch.where(all_ranks > 0, all_ranks, 1)
+            weight = all_ranks if micro_batches == 1 else weight
         if cut == "hidden" and isinstance(head, Logits):
             raise UserError("cut: 'hidden' needs features to return a LinearHead, got Logits")
         holds = cut == "logits" and heads.keeps(head, micro_batches, self.memory)
@@ -176,9 +197,10 @@ class Passes:
     def _detached(self, cotangent: Any) -> Any:
         """The cotangent with a head that nobody writes over: what it is recomputed from is the head it was made at.
 
-        Beside masters the model's weights are written in place, so the head is copied, once for all micro-batches.
+        Beside masters the model's weights are written in place, and of shards the whole is gathered for a pass, so the
+        head is copied there, once for all micro-batches.
         """
-        if not self.copies or getattr(cotangent, "w_VxD", None) is None:
+        if not (self.copies or self.ranks.sharded) or getattr(cotangent, "w_VxD", None) is None:
             return cotangent
         if self._head is None:
             self._head = tuple(None if x is None else x.clone() for x in (cotangent.w_VxD, cotangent.bias_V))
@@ -188,11 +210,11 @@ class Passes:
         losses, weights, kept = zip(*seen, strict=True)
         if len(seen) == 1:
             return Passed(losses[0], weights[0], [kept[0]])
-        total = torch.stack(weights).sum()
+        total = self.ranks.mean(torch.stack(weights).sum())
         factor = kept[0].unit / torch.where(total > 0, total, 1)
         if backward:
-            for p in self.params():
-                p.grad.mul_(factor.to(p.grad))
+            for gradient in self.gradients().values():
+                gradient.mul_(factor.to(gradient))
         return Passed(torch.stack(losses).sum() * factor, total, [rescaled(k, factor) for k in kept])
 
     def pull_back(
@@ -204,16 +226,23 @@ class Passes:
     ) -> None:
         """Jᵀ z̄ into `.grad`: the Jacobian at the present weights, cotangents from anywhere. No logits, no loss.
 
-        It is added to `onto`, whose tensors become the gradients: no pass and no memory of its own for that sum.
+        It is added to `onto`, whose tensors become the gradients: no pass and no memory of its own for that sum. They
+        are the same on all ranks, and so is then their mean; or each rank's own, where those are still apart.
         """
         self.put(onto or {})
-        for batch, base in zip(batches, kept, strict=True):
+        for i, (batch, base) in enumerate(zip(batches, kept, strict=True)):
             random.restore(base.random)
-            with in_torch(_named(region, "forward")):
-                head = heads.flat(self.features(self.model, batch))
-            with in_torch(_named(region, "backward")):
-                heads.backward(head, heads.pulled_back(self.ops, head, base.cotangent, self.memory))
-                self.collect()
+            with self._reduced(i + 1 == len(batches)):
+                with in_torch("second forward"):
+                    head = heads.flat(self.ranks.head(self.features, batch))
+                with in_torch("second backward"):
+                    heads.backward(head, heads.pulled_back(self.ops, head, base.cotangent, self.memory))
+                    self.collect()
+
+    def _reduced(self, last: bool, backward: bool = True) -> AbstractContextManager[None]:
+        """A micro-batch of several ranks; the gradients of all are reduced with those of the last."""
+        # What is moved to masters after each micro-batch has to be reduced by then.
+        return self.ranks.accumulating(backward and (self.apart or not (last or self.copies)))
 
     # --- what one step does once --------------------------------------------------------------------------------------
 
@@ -234,7 +263,7 @@ class Passes:
         New pages cost more than what is written to them: into fresh arrays a perturbation took 2.4 times as long. The
         peak is the second pass's either way. Other devices have allocators that keep their memory.
         """
-        if any(p.device.type != "cpu" for p in params):
+        if self.ranks.sharded or any(p.device.type != "cpu" for p in params):
             return None
         for p in params:
             if p not in self._room:
@@ -242,12 +271,16 @@ class Passes:
         return [self._room[p] for p in params]
 
     @contextmanager
-    def at(self, params: Sequence[Any], moved: Sequence[Tensor]) -> Iterator[None]:
+    def at(self, params: Sequence[Any], moved: list[Tensor]) -> Iterator[None]:
         """The model at other weights.
 
         The parameters only point elsewhere meanwhile, so θ comes back to the bit. Compute copies of masters have been
         written over instead, and are to be had again from the masters: by the optimizer's update, or by `refresh`.
         """
+        if self.ranks.sharded:
+            with self._shards_at(params, moved):
+                yield
+            return
         original = [] if self.copies else [p.data for p in params]
         try:
             if self.copies:
@@ -262,8 +295,31 @@ class Passes:
                 p.data = data
             torch.clear_autocast_cache()
 
+    @contextmanager
+    def _shards_at(self, params: Sequence[Any], moved: list[Tensor]) -> Iterator[None]:
+        """FSDP2 gathers weights from where its shards lie: those are written over, and written back from a copy."""
+        shards, written = [local(p) for p in params], 0
+        self.ranks.reshard()
+        self._head = None
+        try:
+            for i, shard in enumerate(shards):
+                there, moved[i] = moved[i], shard.clone()
+                written = i + 1
+                shard.copy_(there)
+            del there
+            torch.clear_autocast_cache()
+            yield
+        finally:
+            for shard, theta in zip(shards[:written], moved, strict=False):
+                shard.copy_(theta)
+            self.ranks.reshard()
+            self._head = None
+            torch.clear_autocast_cache()
+
     def refresh(self) -> None:
         """The compute copies as their masters say, where a perturbation has written over them."""
+        if self.ranks.sharded:
+            self._head = None
         if self.stale:
             for master, p in self.copies.items():
                 p.data.copy_(master.detach())

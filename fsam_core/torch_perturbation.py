@@ -14,6 +14,7 @@ from fsam_core.errors import UserError
 from fsam_core.methods import Perturbed, check_rho
 from fsam_core.regions import in_torch
 from fsam_core.torch_passes import Passes
+from fsam_core.torch_ranks import like, local
 
 
 class Seen:
@@ -35,7 +36,7 @@ class Seen:
     def gradient(self) -> list[Tensor]:
         if self._gradients is None:
             raise UserError("ascent: it looks at the gradient, so its source must be 'full' or 'part', not 'none'")
-        return [_or_zero(self._gradients.get(p), p) for p in self._params]
+        return [like(p, _or_zero(self._gradients.get(p), p)) for p in self._params]
 
     @property
     def momentum(self) -> list[Tensor]:
@@ -69,16 +70,21 @@ def perturbed(
 ) -> tuple[list[Tensor], Tensor]:
     """(θ + ε for each of params, ‖ε‖₂); ε = 0 where the ascent is 0. Nothing here waits for a device.
 
-    `norm` is ‖a‖₂ where it is known. Compute copies of masters are written in place, everything else beside θ.
+    `norm` is `Ranks.norm_here` of a where it is known. Compute copies of masters are written in place, everything else
+    beside θ. Of what is sharded this rank's part is given and returned; the norms are those of the whole.
     """
     rho = check_rho(method.rho_at(step), f"rho({step})")
+    ranks = passes.ranks
     with in_torch("norm"):
+        ascent = [local(a) for a in ascent]
         clip: Tensor | float = 1.0
         if clip_norm is not None:
-            clip = (clip_norm / (norm_of(ascent) if norm is None else norm)).clamp(max=1.0)
+            here = ranks.norm_here(params, ascent) if norm is None else norm
+            clip = (clip_norm / ranks.norm(here)).clamp(max=1.0)
         v, adam = moments(ops, method, passes.optimizer, params) if method.precondition == "adam" else (None, None)
         each = method.norm == "per-tensor"
-        sumsq, dot = ops.preconditioned_norm(ascent, v, clip=clip, adam=adam, per_tensor=each)
+        sums = ops.preconditioned_norm(ascent, v, clip=clip, adam=adam, per_tensor=each or ranks.sharded)
+        sumsq, dot = ranks.sums(params, sums, each)
         square = dot if method.norm == "dual" else sumsq
         scale = torch.where(square == 0, 0, rho / torch.where(square == 0, 1, square).sqrt())
         length = (scale.square() * sumsq).sum().sqrt()
@@ -88,7 +94,7 @@ def perturbed(
     if passes.copies and rounding is not None:
         options["rounding"] = rounding._replace(step=step)
     with in_torch("perturb"):
-        return ops.perturb(params, ascent, v, scale, **options), length
+        return ops.perturb([local(p) for p in params], ascent, v, scale, **options), length
 
 
 def moments(
@@ -103,20 +109,11 @@ def moments(
         if state and "exp_avg_sq" not in state:
             kind = type(optimizer).__name__
             raise UserError(f"optimizer: precondition='adam' needs one that keeps exp_avg_sq (AdamW), got {kind}")
-        found.append(state["exp_avg_sq"] if state else torch.zeros_like(p))
+        found.append(local(state["exp_avg_sq"]) if state else torch.zeros_like(local(p)))
         b2 = float(settings[p]["betas"][1])
         correction = _bias_correction(b2, state.get("step", 0), current)
         adam.append(ops.Adam(b2, float(settings[p]["eps"]), correction, current))
     return found, adam
-
-
-def norm_of(tensors: Sequence[Any]) -> Tensor:
-    """‖·‖₂ over all tensors, each summed in float32 or wider."""
-    if not tensors:
-        return torch.zeros(())
-    wide = [torch.promote_types(x.dtype, torch.float32) for x in tensors]
-    norms = [torch.linalg.vector_norm(x, dtype=kind) for x, kind in zip(tensors, wide, strict=True)]
-    return torch.linalg.vector_norm(torch.stack([x.to(norms[0].device) for x in norms]))
 
 
 def _bias_correction(b2: float, step: Tensor | float, current: bool) -> Tensor | float:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fsam_core.torch_ranks import part
+
 State = dict[Any, Tensor]
 
 
@@ -37,7 +39,7 @@ def kept(model: nn.Module) -> Iterator[None]:
 
 
 def normal(like: Sequence[Tensor], seed: int, step: int) -> list[Tensor]:
-    """Standard normal tensors, drawn from (seed, step) alone."""
+    """Standard normal tensors, drawn from (seed, step) alone; of a DTensor's, this rank's part of the same."""
     generators: dict[torch.device, torch.Generator] = {}
     drawn = []
     for x in like:
@@ -45,5 +47,6 @@ def normal(like: Sequence[Tensor], seed: int, step: int) -> list[Tensor]:
             words = torch.tensor([seed, step]).mul_(torch.tensor([0x9E3779B1, 0x85EBCA77])).sum()
             generators[x.device] = torch.Generator(x.device).manual_seed(int(words) % 2**63)
         kind = torch.promote_types(x.dtype, torch.float32)
-        drawn.append(torch.randn(x.shape, generator=generators[x.device], dtype=kind, device=x.device))
+        whole = torch.randn(x.shape, generator=generators[x.device], dtype=kind, device=x.device)
+        drawn.append(part(x, whole))
     return drawn

@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -194,15 +195,15 @@ def compile_for(
         "donate": list(donate),
     }
     with tempfile.TemporaryDirectory(prefix="fsam-tpu-") as name:
-        folder = Path(name)
-        dumps = folder / "dumps"
+        dumps = Path(name, "dumps")
         dumps.mkdir()
-        answer = _run(chip, request, folder, dumps if kernels is True else None)
+        compile_it = partial(ask, chip, "fsam_profiling.tpu_child", request, function)
+        answer = compile_it(dumps if kernels is True else None)
         program = tpu_hlo.read(answer["text"])
         if program.kernels and not kernels:
             raise UserError(f"tpu: {function} calls Pallas kernels; compile it with kernels=True to count them")
         if program.kernels and kernels == "if any":
-            answer = _run(chip, request, folder, dumps)
+            answer = compile_it(dumps)
         device = Chip(chip, **answer["chip"])
         found = tuple(_kernel(device, x, program.kernels, answer["calls"], dumps) for x in program.kernels)
         own = tpu_loops.read(answer["text"], dumps, device.bytes_per_cycle) if loops else ()
@@ -242,9 +243,12 @@ def _libtpu() -> str | None:
         return None
 
 
-def _run(chip: str, request: dict[str, Any], folder: Path, dumps: Path | None) -> dict[str, Any]:
-    question, reply = folder / "request.json", folder / "answer.json"
-    question.write_text(json.dumps(request))
+def ask(chip: str, child: str, request: dict[str, Any], what: str, dumps: Path | None = None) -> dict[str, Any]:
+    """The answer of `python -m CHILD REQUEST.json ANSWER.json`, where libtpu is loaded, with dumps where asked for.
+
+    Raises:
+        UserError: where the compiler refuses `what` it was asked to compile; its last lines are quoted.
+    """
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
@@ -257,14 +261,15 @@ def _run(chip: str, request: dict[str, Any], folder: Path, dumps: Path | None) -
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
     environment.pop("JAX_ENABLE_X64", None)
-    command = [sys.executable, "-m", "fsam_profiling.tpu_child", str(question), str(reply)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode or not reply.exists():
-        said = " ".join(line.strip() for line in done.stderr.strip().splitlines()[-3:])[-800:]
-        raise UserError(
-            f"tpu: the compiler for {chip} refused {request['function']}: {said or f'exit {done.returncode}'}"
-        )
-    return json.loads(reply.read_text())
+    with tempfile.TemporaryDirectory(prefix="fsam-tpu-") as folder:
+        question, reply = Path(folder, "request.json"), Path(folder, "answer.json")
+        question.write_text(json.dumps(request))
+        command = [sys.executable, "-m", child, str(question), str(reply)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode or not reply.exists():
+            said = " ".join(line.strip() for line in done.stderr.strip().splitlines()[-3:])[-800:]
+            raise UserError(f"tpu: the compiler for {chip} refused {what}: {said or f'exit {done.returncode}'}")
+        return json.loads(reply.read_text())
 
 
 def _kernel(
@@ -309,8 +314,8 @@ class Tpu:
 
     chip: str = "v5e"
     """v4, v5e, v5p, v6e or tpu7x"""
-    what: Literal["head", "step", "parameters"] = "head"
-    """the head alone, whole training steps, or the parameter operations over all tensors of a model"""
+    what: Literal["head", "step", "parameters", "scale"] = "head"
+    """the head alone, whole training steps, the parameter operations of a model, or steps sharded over four chips"""
     head: str = "reference"
     """shape: tiny, 2m, 24m, 43m, 118m, 1208m, reference, gpt2, llama3-8b"""
     backend: Literal["all", "xla", "pallas"] = "all"
@@ -320,7 +325,9 @@ class Tpu:
     preset: str = "24m"
     """of a step: the model"""
     batch: int | None = None
-    """of a step: sequences, all on one core; 16 without it"""
+    """of a step: sequences, all on one core, 16 without it; sharded over all chips, the preset's without it"""
+    micro_batches: int = 8
+    """of a sharded step: parts that a batch is computed in"""
     seq_len: int | None = None
     """of a step: tokens a sequence"""
     vocab_size: int | None = None
@@ -342,10 +349,12 @@ def run(options: Tpu) -> int:
         UserError: as `compile_for`, and for an unknown head.
     """
     from fsam_kernels.shapes import HEADS
-    from fsam_profiling import results, tpu_parameters, tpu_step
+    from fsam_profiling import results, tpu_parameters, tpu_scale, tpu_step
 
     if options.what == "step":
         return tpu_step.run(options)
+    if options.what == "scale":
+        return tpu_scale.run(options)
     if options.what == "parameters":
         return tpu_parameters.run(options.chip, options.model, options.json)
     if options.head not in HEADS:

@@ -133,6 +133,25 @@ def instructions(text: str) -> dict[str, tuple[str, str]]:
     }
 
 
+def each(text: str) -> Iterator[tuple[Instruction, int]]:
+    """Every instruction of a compiled module, of any platform, those inside fusions too, and how often it runs.
+
+    Raises:
+        UserError: as `read`.
+    """
+    computations, entry = _computations(text)
+
+    def inside(name: str, times: int) -> Iterator[tuple[Instruction, int]]:
+        body = computations[name]
+        for one in body.values():
+            yield one, times
+            trips = _trips(computations, body, one) if one.opcode == "while" else 1
+            for called in re.findall(r"\b(?:body|to_apply|calls)=\{?%?([\w.\-]+)", one.text):
+                yield from inside(called, times * trips)
+
+    return inside(entry, 1)
+
+
 def bytes_of(type_text: str) -> int:
     """Bytes of every array named in a result type."""
     return sum(_size(dtype, dims) for dtype, dims, _ in _SHAPE.findall(type_text))

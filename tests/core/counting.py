@@ -77,7 +77,9 @@ def _in_jax(method: Method, o: cost.Options, config: ModelConfig, kind: str) -> 
 
 def compiled(method: Method, o: cost.Options, config: ModelConfig, kind: str) -> Any:
     """The gradient function of such a step, compiled."""
-    features = partial(flax_decoder.features, flax_decoder.Decoder(config))
+    features: Any = partial(flax_decoder.features, flax_decoder.Decoder(config))
+    if o.scope.startswith("top:"):
+        features = flax_decoder.staged(flax_decoder.Decoder(config), config.layers - int(o.scope.removeprefix("top:")))
     grad = in_jax.value_and_grad(
         partial(_rematerialized_in_jax, features) if o.remat else features,
         method,

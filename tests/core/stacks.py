@@ -55,8 +55,9 @@ def hidden(p: dict, batch: dict) -> tuple[Any, Any]:
     return out.hidden, out.weight
 
 
-def staged(blocks: int) -> in_torch.Staged:
-    return in_torch.Staged(lambda p, b: prefix(p, b, blocks), lambda p, x, b: suffix(p, x, b, blocks))
+def staged(framework: str, blocks: int) -> Any:
+    kind = in_torch.Staged if framework == "torch" else in_jax.Staged
+    return kind(lambda p, b: prefix(p, b, blocks), lambda p, x, b: suffix(p, x, b, blocks))
 
 
 def got(framework: str, method: Any, batch: Any, *, clip_norm=None, features: Any = model) -> tuple[Any, dict]:
@@ -74,7 +75,7 @@ def got(framework: str, method: Any, batch: Any, *, clip_norm=None, features: An
         step.gradient(as_torch(batch))
         back = max(1.0, step.info.grad_norm / clip_norm) if clip_norm else 1.0
         return step.info, {k: p.grad.numpy() * back for k, p in net.named_parameters()}
-    grad = in_jax.value_and_grad(model, method, b2=B2, eps=EPS, clip_norm=clip_norm, blocks=BLOCKS)
+    grad = in_jax.value_and_grad(features, method, b2=B2, eps=EPS, clip_norm=clip_norm, blocks=BLOCKS)
     params, batch = jax.tree.map(jnp.asarray, (values, batch))
     state = optax.ScaleByAdamState(jnp.int32(STEPS), mu, nu)
     carry = in_jax.Carry(previous=jax.tree.map(jnp.asarray, last)) if method.direction.remembers else None

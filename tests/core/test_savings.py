@@ -124,7 +124,25 @@ WITH_TOP = [("top",), *((name, "top") for name in OPTIONS if name != "top")]
 @pytest.mark.parametrize("batches", [ONE, TWO], ids=["one", "two"])
 @pytest.mark.parametrize(("kind", "names"), cases(WITH_TOP))
 def test_a_shared_prefix_changes_nothing(names, kind, batches):
-    check("torch", kind, names, batches, features=staged(1))
+    check("torch", kind, names, batches, features=staged("torch", 1))
+
+
+@pytest.mark.parametrize("names", [("top",), ("half", "top"), ("hidden", "top"), ("adam", "top")], ids="+".join)
+def test_a_shared_prefix_changes_nothing_in_jax(names):
+    check("jax", "functional", names, ONE, features=staged("jax", 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batches", [ONE, TWO], ids=["one", "two"])
+@pytest.mark.parametrize(("kind", "names"), cases(WITH_TOP, ["functional", "sam"]))
+def test_a_shared_prefix_changes_nothing_in_jax_with_any_option(names, kind, batches):
+    check("jax", kind, names, batches, features=staged("jax", 1))
+
+
+def test_a_shared_prefix_changes_nothing_where_each_micro_batch_has_its_own_perturbation():
+    method = FunctionalSAM(0.4, scope="top:2", ascent="micro")
+    (_, whole), (_, apart) = (got("jax", method, TWO, features=x) for x in (model, staged("jax", 1)))
+    assert distance(whole, apart) < 1e-12
 
 
 def calls_of(method: Any, batches: list[dict], **options: Any) -> list[str]:
@@ -168,11 +186,36 @@ def test_all_weights_or_many_micro_batches_run_the_prefix_in_each_pass():
     assert calls_of(FunctionalSAM(0.1, scope="top:2"), TWO).count("prefix") == 4
 
 
-def test_a_prefix_that_holds_what_moves_is_refused():
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_prefix_that_holds_what_moves_is_refused(framework):
     with pytest.raises(UserError, match=r"prefix of Staged depends on block_1_a, block_1_norm, which scope='top:2'"):
-        got("torch", FunctionalSAM(0.1, scope="top:2"), ONE, features=staged(2))
+        got(framework, FunctionalSAM(0.1, scope="top:2"), ONE, features=staged(framework, 2))
     # A scope that is spread over the model is no mistake: the prefix is run twice.
-    check("torch", "functional", ("norms",), ONE, features=staged(2))
+    check(framework, "functional", ("norms",), ONE, features=staged(framework, 2))
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_reused_correction_is_the_one_of_the_whole_model(framework):
+    """Below the scope too there is a correction: the cotangent that comes down from the moved blocks is another."""
+    method = FunctionalSAM(0.4, scope="top:2", fraction=0.5)
+    found = [reused(framework, method, features) for features in (model, staged(framework, 1))]
+    assert distance(*found) < 1e-12
+    assert all(np.abs(x).max() > 0 for x in found[1].values())
+
+
+def reused(framework: str, method: Any, features: Any) -> dict[str, np.ndarray]:
+    """The correction that a step leaves for the next."""
+    values, batch = weights(), ONE[0]
+    if framework == "torch":
+        net = Weights(values)
+        schedule = in_torch.Schedule(every=2, between="reuse")
+        step = in_torch.Step(net, adamw(net), method, features=features, schedule=schedule, blocks=BLOCKS)
+        step.gradient(as_torch(batch))
+        return {name: step._corrections.correction[p].numpy() for name, p in net.named_parameters()}
+    grad = in_jax.value_and_grad(features, method, blocks=BLOCKS)
+    params = jax.tree.map(jnp.asarray, values)
+    carry = in_jax.carry_of(method, params, in_jax.Schedule(every=2, between="reuse"))
+    return jax.tree.map(np.asarray, grad(params, jax.tree.map(jnp.asarray, batch), None, carry)[2].correction)
 
 
 def test_xla_runs_what_no_perturbation_reaches_once():

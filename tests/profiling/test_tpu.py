@@ -241,13 +241,13 @@ def test_a_whole_step_is_compiled_and_its_regions_sum_to_its_cycles(tmp_path, ca
 
 @needs_compiler
 def test_a_program_is_compiled_again_only_where_there_are_kernels(monkeypatch):
-    ran, dumped = tpu._run, []
+    ran, dumped = tpu.ask, []
 
-    def counted(chip, request, folder, dumps):
+    def counted(chip, child, request, what, dumps):
         dumped.append(dumps is not None)
-        return ran(chip, request, folder, dumps)
+        return ran(chip, child, request, what, dumps)
 
-    monkeypatch.setattr(tpu, "_run", counted)
+    monkeypatch.setattr(tpu, "ask", counted)
     assert compiled("v5e", "axpy", *[((256, 256), "float32")] * 2, kernels="if any").kernels == ()
     assert dumped == [False]
     (kernel,) = compiled("v5e", "copy_kernel", ((1024, 1024), "float32"), kernels="if any", rows=512).kernels

@@ -7,6 +7,7 @@ OUT/checkpoints/step_00000100/state/      the framework's own format (orbax, tor
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fsam_core import UserError
-from fsam_trainers.files import checksum, new_folder, sweep, write_json
+from fsam_trainers import ranks
+from fsam_trainers.files import checksum, disk_errors, new_folder, sweep, write_json
 
 
 class Checkpoint(NamedTuple):
@@ -32,32 +34,47 @@ class Checkpoint(NamedTuple):
 def save(root: Path, step: int, run: dict[str, Any], write_state: Callable[[Path], None], size: int, keep: int) -> Path:
     """Write the checkpoint of `step`, about `size` bytes, then drop all but the newest `keep`.
 
+    Of several ranks all write their part of the state, into a folder that they share; the main one makes it valid.
+
     Raises:
         UserError: when the disk refuses; older checkpoints stay, nothing half-written does.
     """
     target = root / f"step_{step:08d}"
-    if target.exists():  # the same step of the same run: it is already there, or damaged
-        shutil.rmtree(target)
-    with new_folder(target) as folder:
-        # Asked first, because the frameworks' writers say "disk full" late, at length and in words of their own.
-        if (free := shutil.disk_usage(folder).free) < size:
-            raise UserError(
-                f"cannot write {target}: it takes {size / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free; "
-                "nothing was left half-written"
-            )
+    with disk_errors(target), contextlib.ExitStack() as stack:
+
+        def begun() -> Path:
+            if target.exists():  # the same step of the same run: it is already there, or damaged
+                shutil.rmtree(target)
+            folder = stack.enter_context(new_folder(target))
+            # Asked first, because the frameworks' writers say "disk full" late, at length and in words of their own.
+            if (free := shutil.disk_usage(folder).free) < size:
+                raise UserError(
+                    f"cannot write {target}: it takes {size / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free; "
+                    "nothing was left half-written"
+                )
+            return folder
+
+        def sealed() -> None:
+            with disk_errors(target):
+                write_json(folder / "run.json", run)
+                write_json(folder / "files.json", {name: list(entry) for name, entry in _entries(folder).items()})
+                stack.close()
+            for old in _folders(root)[:-keep]:
+                shutil.rmtree(old)
+
+        folder = ranks.current().from_main(begun)
         try:
             write_state(folder / "state")
         except (OSError, UserError):
             raise
         except Exception as error:
+            if ranks.is_lost(error):
+                raise
             full = any(text in str(error) for text in ("No space left", "File too large", "Disk quota exceeded"))
             full = full or shutil.disk_usage(folder).free < 2**20  # torch: "enforce fail … unexpected pos"
             reason = "no space left for it" if full else _first_line(error)
             raise UserError(f"cannot write {target}: {reason}; nothing was left half-written") from error
-        write_json(folder / "run.json", run)
-        write_json(folder / "files.json", {name: list(entry) for name, entry in _entries(folder).items()})
-    for old in _folders(root)[:-keep]:
-        shutil.rmtree(old)
+        ranks.current().from_main(sealed)
     return target
 
 

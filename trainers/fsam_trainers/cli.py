@@ -13,7 +13,7 @@ from rich.console import Console as Rich
 from rich.table import Table
 
 from fsam_core import UserError, backends
-from fsam_trainers import cost_table, host_memory
+from fsam_trainers import cost_table, host_memory, ranks
 from fsam_trainers.console import Console
 from fsam_trainers.cost_table import Cost
 from fsam_trainers.files import writable, write_json
@@ -32,6 +32,8 @@ def main(arguments: list[str] | None = None) -> None:
         options = parse(arguments)
         assert not isinstance(options, Profile)
         sys.exit(run(options))
+    except ranks.SaidByMain:
+        sys.exit(2)
     except UserError as error:
         print(f"fsam: error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -48,8 +50,11 @@ def run(options: Train | Compare | Cost | Backends) -> int:
         return _backends(options)
     if isinstance(options, Cost):
         return cost_table.run(options)
-    console = Console(options.quiet)
-    return _train(options, console) if isinstance(options, Train) else _compare(options, console)
+    with ranks.together(options.framework) as here:
+        console = Console(options.quiet or not here.is_main)
+        if isinstance(options, Compare) and here.count > 1:
+            raise UserError("fsam compare takes one process; give torchrun one `fsam train` after the other")
+        return _train(options, console) if isinstance(options, Train) else _compare(options, console)
 
 
 def _train(options: Train, console: Console) -> int:
@@ -62,9 +67,13 @@ def _train(options: Train, console: Console) -> int:
     corpus = _corpus(options, settings, console)
     figures = train(settings, corpus, out, pace, console)
     figures["command"] = command_line()
-    if options.json is not None:
-        write_json(options.json, figures)
-    _print_figures(figures)
+
+    def say() -> None:
+        if options.json is not None:
+            write_json(options.json, figures)
+        _print_figures(figures)
+
+    ranks.current().from_main(say)  # torchrun ends the others when the first one has left
     if figures["status"] == "stopped":
         console.say(f"stopped at step {figures['steps']} of {settings.steps}; the same command goes on from there")
         return 128 + figures["signal"]
@@ -134,14 +143,19 @@ def _backends(options: Backends) -> int:
 
 
 def _corpus(options: Common, settings: Any, console: Console) -> Any:
-    from fsam_trainers.data import prepare
+    from fsam_trainers.data import load
 
-    corpus = prepare(
-        options.data,
-        vocab_size=settings.model.vocab_size,
-        seq_len=settings.model.seq_len,
-        tokenizer=options.tokenizer,
-        max_tokens=options.max_tokens,
+    corpus = ranks.current().first_on_host(
+        lambda: load(
+            options.data,
+            stream=options.stream,
+            vocab_size=settings.model.vocab_size,
+            seq_len=settings.model.seq_len,
+            tokenizer=options.tokenizer,
+            max_tokens=options.max_tokens,
+            buffer=options.shuffle_buffer,
+            workers=options.data_workers,
+        )
     )
     console.say(corpus.description)
     return corpus

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import statistics
@@ -13,10 +14,10 @@ import numpy as np
 
 from fsam_core import UserError
 from fsam_core import cost as counting
-from fsam_trainers import cost, metrics
+from fsam_trainers import cost, metrics, ranks
 from fsam_trainers.console import Console
 from fsam_trainers.cost_table import counted, options_of
-from fsam_trainers.data import Batches, Corpus
+from fsam_trainers.data import Corpus, StreamedCorpus
 from fsam_trainers.files import write_json
 from fsam_trainers.loop import train
 from fsam_trainers.report import write_plot, write_report
@@ -38,7 +39,7 @@ COLUMNS = (
 
 def compare(
     variants: Mapping[str, Settings],
-    corpus: Corpus,
+    corpus: Corpus | StreamedCorpus,
     out: Path,
     pace: Pace,
     console: Console,
@@ -107,7 +108,7 @@ def _file_name(variant: str) -> str:
 
 
 def _costs(
-    variants: Mapping[str, Settings], corpus: Corpus, out: Path, repeats: int, console: Console
+    variants: Mapping[str, Settings], corpus: Corpus | StreamedCorpus, out: Path, repeats: int, console: Console
 ) -> dict[str, cost.Cost]:
     """The cost of every variant, measured once for a folder: a time budget must not change when a run goes on."""
     path = out / "costs.json"
@@ -121,7 +122,8 @@ def _costs(
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"--out: {path} is damaged; delete it, or give another --out") from error
         raise UserError(f"--out: {out} holds a comparison with other settings or methods; give another --out")
-    tokens = Batches(corpus.train, settings.model.seq_len, settings.batch, settings.seed).at(0)
+    with contextlib.closing(ranks.batches(settings, corpus)) as batches:
+        tokens = batches.at(0)
     with console.counting("timing the methods turn about", (repeats + 2) * cost.timed_steps(variants)) as tick:
         costs = cost.measure(variants, tokens, repeats, tick)
     write_json(path, {"asked": asked, "costs": costs})
@@ -133,7 +135,7 @@ def _summary(
     runs: dict[str, list[dict[str, Any]]],
     curves: dict[str, list[list[dict[str, Any]]]],
     costs: dict[str, cost.Cost],
-    corpus: Corpus,
+    corpus: Corpus | StreamedCorpus,
     budget: str,
     seeds: int,
     cost_steps: int,

@@ -33,7 +33,10 @@ class Engine(Protocol):
         """Compile the step for batches of this shape, so that the first step is timed like the others."""
 
     def step(self, tokens_BxL1: np.ndarray, index: int) -> Callable[[], StepReport]:
-        """Start optimizer step `index`; the returned function waits for it. Random draws depend on (seed, index)."""
+        """Start optimizer step `index` on this rank's rows (`ranks.batches`); the returned function waits for it.
+
+        Random draws depend on (seed, index).
+        """
 
     def evaluate(self, batches: Sequence[np.ndarray]) -> float:
         """Mean loss a token over the batches, at θ, without dropout."""

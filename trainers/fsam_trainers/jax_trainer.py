@@ -1,4 +1,4 @@
-"""Training in JAX: Flax model, AdamW in one loop a leaf, jitted and donated steps, orbax checkpoints."""
+"""Training in JAX: Flax model, AdamW in one loop a leaf, jitted and donated steps on a mesh, orbax checkpoints."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ import orbax.checkpoint as ocp  # noqa: E402
 import fsam_core.jax as fsam  # noqa: E402
 from fsam_core.jax_adamw import AdamW  # noqa: E402
 from fsam_core.regions import in_jax  # noqa: E402
+from fsam_trainers import jax_mesh  # noqa: E402
 from fsam_trainers.engine import StepReport  # noqa: E402
 from fsam_trainers.models import flax_decoder  # noqa: E402
-from fsam_trainers.models.layout import blocks, flattened  # noqa: E402
+from fsam_trainers.models.layout import blocks, flattened, initial, nested  # noqa: E402
 from fsam_trainers.settings import Settings  # noqa: E402
 
 AFTER_A_FAILURE = 0.5  # seconds in which the writes still under way end
@@ -97,8 +98,8 @@ def gradient_of(settings: Settings) -> Callable[..., Any]:
         eps=settings.eps,
         clip_norm=settings.clip_norm or None,
         blocks=blocks(settings.model),
-        memory=fsam.Memory(settings.cotangent),
-        backend=settings.backend,
+        memory=_memory(settings),
+        backend=jax_mesh.backend(settings),
     )
 
 
@@ -128,10 +129,17 @@ def step_of(settings: Settings) -> Callable[..., tuple[State, fsam.Info]]:
     return step
 
 
-def _features(settings: Settings, *, trained: bool) -> Callable[..., fsam.LinearHead]:
+def _memory(settings: Settings) -> fsam.Memory:
+    return fsam.Memory(settings.cotangent, row_axes=jax_mesh.row_axes(settings))
+
+
+def _features(settings: Settings, *, trained: bool) -> Callable[..., fsam.LinearHead | fsam.Logits]:
     """The model's, with the loss that is trained or the one that is reported."""
     loss = settings.losses()[0 if trained else 1]
     model = flax_decoder.Decoder(settings.model)
+    if trained and settings.scope.startswith("top:"):
+        below = settings.model.layers - int(settings.scope.removeprefix("top:"))
+        return flax_decoder.staged(model, below, loss, jnp.dtype(settings.dtype))
     return partial(flax_decoder.features, model, loss=loss, dtype=jnp.dtype(settings.dtype))
 
 
@@ -142,23 +150,36 @@ class JaxEngine:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.backend = backends.choose("jax", settings.backend).name
+        self.backend = jax_mesh.backend(settings)
         self.device = jax.devices()[0].device_kind
-        self.state = state_of(settings, flax_decoder.parameters(settings.model, settings.seed))
+        self.mesh = jax_mesh.make(settings)
+        params = jax_mesh.placed(self.mesh, nested(initial(settings.model, settings.seed)))
         self._key = jax.random.key(settings.seed)
-        self._jitted = jax.jit(step_of(settings), donate_argnums=0, static_argnames="kind")
+        init = partial(state_of, settings)
+        with jax.set_mesh(self.mesh):
+            self._places = jax_mesh.places(self.mesh, jax.eval_shape(init, params))
+            self.state = jax.jit(init, out_shardings=self._places)(params)
+        self._jitted = jax.jit(
+            step_of(settings),
+            donate_argnums=0,
+            static_argnames="kind",
+            out_shardings=(self._places, jax_mesh.everywhere(self.mesh)),
+        )
         self._compiled: dict[str, Callable[..., Any]] = {}
-        self._loss = jax.jit(fsam.mean_loss(_features(settings, trained=False), backend=settings.backend))
+        loss = fsam.mean_loss(_features(settings, trained=False), memory=_memory(settings), backend=self.backend)
+        self._loss = jax.jit(loss)
 
     def prepare(self, tokens_BxL1: np.ndarray) -> None:
-        for kind in sorted({self.settings.kind(i) for i in range(self.settings.steps)}):
-            self._compiled[kind] = self._jitted.lower(self.state, self._parts(tokens_BxL1, 0), kind=kind).compile()
+        with jax.set_mesh(self.mesh):
+            for kind in sorted({self.settings.kind(i) for i in range(self.settings.steps)}):
+                self._compiled[kind] = self._jitted.lower(self.state, self._parts(tokens_BxL1, 0), kind=kind).compile()
 
     def step(self, tokens_BxL1: np.ndarray, index: int) -> Callable[[], StepReport]:
         kind = self.settings.kind(index)
         if kind not in self._compiled:
             self._compiled[kind] = partial(self._jitted, kind=kind)
-        self.state, info = self._compiled[kind](self.state, self._parts(tokens_BxL1, index))
+        with jax.set_mesh(self.mesh):
+            self.state, info = self._compiled[kind](self.state, self._parts(tokens_BxL1, index))
 
         def report() -> StepReport:
             got = jax.device_get(info)
@@ -169,8 +190,9 @@ class JaxEngine:
 
     def evaluate(self, batches: Sequence[np.ndarray]) -> float:
         params = self.state.params if self.state.average is None else self.state.average
-        losses = [self._loss(params, {"tokens": x}) for x in batches]
-        return float(np.mean([float(x) for x in losses]))
+        with jax.set_mesh(self.mesh):
+            losses = [self._loss(params, {"tokens": jax_mesh.rows(self.mesh, x)}) for x in batches]
+            return float(np.mean([float(x) for x in losses]))
 
     def state_bytes(self) -> int:
         return sum(x.nbytes for x in jax.tree.leaves(self.state))
@@ -180,16 +202,18 @@ class JaxEngine:
             checkpointer.save(folder.absolute(), self.state._asdict())
 
     def restore(self, folder: Path) -> None:
+        # With the shardings of this mesh, whichever the checkpoint was written on.
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, self.state._asdict())
         with ocp.StandardCheckpointer() as checkpointer:
             # Without the copy a restored buffer may be memory that XLA does not own and cannot take as a donation.
             self.state = State(**jax.tree.map(jnp.copy, checkpointer.restore(folder.absolute(), like)))
 
     def weights(self) -> dict[str, np.ndarray]:
-        return flattened(jax.tree.map(np.asarray, self.state.params))
+        return flattened(jax.tree.map(jax_mesh.whole, self.state.params))
 
     def _parts(self, tokens_BxL1: np.ndarray, index: int) -> list[dict[str, Any]]:
-        parts: list[dict[str, Any]] = [{"tokens": x} for x in np.split(tokens_BxL1, self.settings.micro_batches)]
+        split = np.split(tokens_BxL1, self.settings.micro_batches)
+        parts: list[dict[str, Any]] = [{"tokens": jax_mesh.own_rows(self.mesh, x)} for x in split]
         if self.settings.model.dropout:
             key = jax.random.fold_in(self._key, index)
             for i, part in enumerate(parts):

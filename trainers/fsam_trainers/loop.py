@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from fsam_core import UserError
-from fsam_trainers import checkpoints, engine, metrics
+from fsam_trainers import checkpoints, engine, metrics, ranks
 from fsam_trainers.console import Console
 from fsam_trainers.cost import base_step_ms
-from fsam_trainers.data import Batches, Corpus, validation_batches
+from fsam_trainers.data import Batches, Corpus, StreamedBatches, StreamedCorpus, merged, validation_batches
 from fsam_trainers.engine import Engine, StepReport
 from fsam_trainers.files import disk_errors
 from fsam_trainers.settings import Pace, Settings, difference
 
+LAUNCHER_SECONDS = 5.0  # in which a launcher passes on what its ranks have got themselves
 SKIPPED_IN_A_ROW = 50  # then the run has diverged, and going on only burns time
 
 
@@ -46,7 +47,7 @@ class Stop:
 
 def train(
     settings: Settings,
-    corpus: Corpus,
+    corpus: Corpus | StreamedCorpus,
     out: Path,
     pace: Pace,
     console: Console,
@@ -66,17 +67,23 @@ def train(
     Raises:
         UserError: for a folder that holds another run or damaged checkpoints, a full disk, or a run that diverged.
     """
-    with _locked(out), _signals() as stop:
+    with _locked(out), _signals() as stop, contextlib.closing(ranks.batches(settings, corpus)) as batches:
         root = out / "checkpoints"
-        batches = Batches(corpus.train, settings.model.seq_len, settings.batch, settings.seed)
         held_out = validation_batches(
             corpus.validation, settings.model.seq_len, settings.batch, pace.evaluation_batches
         )
-        found = checkpoints.newest(root, console.warn)
         run = {"settings": settings.as_dict(), "data": corpus.fingerprint}
         now = Progress(base_step_ms=base_ms)
+
+        def newest() -> checkpoints.Checkpoint | None:
+            found = checkpoints.newest(root, console.warn)
+            if found:
+                _same_run(run, found.run, out)
+            return found
+
+        found = ranks.current().from_main(newest)
         if found:
-            _same_run(run, found.run, out)
+            batches.restore(found.run.get("stream"))
             now = Progress(**found.run["progress"])
         elif pace.probe_steps and base_ms is None and settings.method != "adamw":
             console.say("timing AdamW steps for comparison")
@@ -85,10 +92,12 @@ def train(
         if found:
             model.restore(found.state)
             console.say(f"resuming {out} at step {now.step} of {settings.steps}")
-        lines = metrics.JsonLines(out / "metrics.jsonl", now.step)
+        main = ranks.current().is_main
+        lines = metrics.JsonLines(out / "metrics.jsonl", now.step) if main else _Nowhere()
 
         def checkpoint() -> None:
-            checkpoints.save(root, now.step, {**run, "progress": vars(now)}, model.save, model.state_bytes(), pace.keep)
+            where = {"progress": vars(now), "stream": merged(ranks.current().gathered(batches.state(now.step)))}
+            checkpoints.save(root, now.step, {**run, **where}, model.save, model.state_bytes(), pace.keep)
 
         def evaluate() -> None:
             now.val_loss = model.evaluate(held_out)
@@ -117,11 +126,11 @@ def train(
                     checkpoint()
             if stop.signal and 0 < now.step < settings.steps and not _due(now.step, pace.checkpoint_every, 0):
                 checkpoint()
-        return _figures(settings, corpus, model, now, out, stop)
+        return ranks.current().from_main(lambda: _figures(settings, corpus, model, now, out, stop))
 
 
 def _steps(
-    model: Engine, batches: Batches, settings: Settings, now: Progress, stop: Stop, pace: Pace
+    model: Engine, batches: Batches | StreamedBatches, settings: Settings, now: Progress, stop: Stop, pace: Pace
 ) -> Iterator[tuple[StepReport, float]]:
     """Take the steps that are left; yields each one's report and milliseconds, with `now` brought up to it.
 
@@ -140,7 +149,9 @@ def _steps(
         return seen, 1000 * seconds
 
     for index in range(now.step, settings.steps):
-        if stop.signal:
+        # All stop after the same step. A signal that comes while this waits is heard before the next one.
+        if agreed := ranks.current().most(stop.signal):
+            stop.signal = agreed
             break
         started = model.step(batches.at(index), index)
         if waiting:
@@ -170,7 +181,9 @@ def _line(settings: Settings, now: Progress, report: StepReport, milliseconds: f
     }
 
 
-def _figures(settings: Settings, corpus: Corpus, model: Engine, now: Progress, out: Path, stop: Stop) -> dict[str, Any]:
+def _figures(
+    settings: Settings, corpus: Corpus | StreamedCorpus, model: Engine, now: Progress, out: Path, stop: Stop
+) -> dict[str, Any]:
     lines = [x for x in metrics.read(out / "metrics.jsonl") if "loss" in x]
     milliseconds = statistics.median(x["step_ms"] for x in lines) if lines else None
     base = milliseconds if settings.method == "adamw" else now.base_step_ms
@@ -214,9 +227,30 @@ def _same_run(mine: dict[str, Any], other: dict[str, Any], out: Path) -> None:
         raise UserError(f"--out: {out} holds a run on other data or another tokenizer; give the same, or another --out")
 
 
+class _Nowhere:
+    """Where all but the main rank write metrics."""
+
+    def write(self, value: dict[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """One process a folder: two would write over each other's checkpoints."""
+    """One run a folder: two would write over each other's checkpoints."""
+    with contextlib.ExitStack() as stack:
+
+        def lock() -> None:
+            stack.enter_context(_lock(out))
+
+        ranks.current().from_main(lock)
+        yield
+
+
+@contextlib.contextmanager
+def _lock(out: Path) -> Iterator[None]:
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         file = (out / ".lock").open("w")
@@ -234,10 +268,19 @@ def _locked(out: Path) -> Iterator[None]:
 def _signals() -> Iterator[Stop]:
     stop = Stop()
 
+    began = 0.0
+
     def handle(number: int, _frame: Any) -> None:
-        stop.signal = number
-        for one, previous in stop.previous.items():  # a second signal means now
-            signal.signal(one, previous)
+        nonlocal began
+        # Ctrl-C reaches a launcher and its ranks, and the launcher passes it on: that is one signal.
+        again = stop.signal and time.monotonic() - began > LAUNCHER_SECONDS
+        if not stop.signal:
+            stop.signal, began = number, time.monotonic()
+        if again or ranks.current().count == 1:
+            for one, previous in stop.previous.items():  # a second signal means now
+                signal.signal(one, previous)
+        if again:
+            signal.raise_signal(number)
 
     stop.previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

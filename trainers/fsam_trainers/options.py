@@ -15,7 +15,7 @@ import tyro
 from fsam_core import NAMES, UserError
 from fsam_trainers.cost_table import Cost
 from fsam_trainers.presets import preset
-from fsam_trainers.settings import SAVINGS, Pace, Settings, steps_for
+from fsam_trainers.settings import PLACEMENT, SAVINGS, Pace, Settings, steps_for
 
 DEFAULT_STEPS = 300
 
@@ -29,7 +29,13 @@ class Common:
     preset: str = "tiny"
     """model size: tiny, or the paper's 2m, 24m, 43m, 118m, 1208m (non-embedding parameters)"""
     data: str = "python"
-    """python (the standard library's sources), a text file or folder, .jsonl[.gz], .parquet, .bin, hf:NAME[:CONFIG]"""
+    """python (its own sources), text, .jsonl[.gz|.zst], .parquet, a folder or glob of these, .bin, hf:NAME[:CONFIG]"""
+    stream: Literal["auto", "yes", "no"] = "auto"
+    """make tokens while training, without reading all first (auto: hf: and over 1 GB, if there is no --max-tokens)"""
+    shuffle_buffer: int = 2048
+    """with a stream, sequences that are shuffled together"""
+    data_workers: int | None = None
+    """with a stream, tokenizing processes a rank (default: one fewer than cores, 1 to 4); 0: none but the run's own"""
     tokenizer: Path | None = None
     """a tokenizer.json; without one a byte-level BPE is trained on the data"""
     max_tokens: int | None = None
@@ -108,6 +114,12 @@ class Common:
     """what the model computes in: float32, or bfloat16 over float32 masters"""
     backend: str = Settings.backend
     """auto, xla (jax), torch (torch)"""
+    data_parallel: int = Settings.data_parallel
+    """devices with whole replicas of the model, each with its own sequences"""
+    fsdp: int = Settings.fsdp
+    """devices that share weights and moments out, each with its own sequences"""
+    tensor_parallel: int = Settings.tensor_parallel
+    """devices that share out heads, MLP and vocabulary for the same sequences"""
     evaluate_every: int | None = None
     """steps between evaluations (default: a tenth of the run)"""
     evaluation_batches: int = Pace.evaluation_batches
@@ -144,7 +156,8 @@ class Common:
         perturbation = ("rho_schedule", "norm", "second_moment", "ascent", "scope", "backend")
         schedule = ("every", "start", "probability", "between", "ema", "dtype")
         head = ("cotangent", "label_smoothing", "z_loss", "soft_cap")
-        same: dict[str, Any] = {name: getattr(self, name) for name in (*training, *perturbation, *schedule, *head)}
+        named = (*training, *perturbation, *schedule, *head, *PLACEMENT)
+        same: dict[str, Any] = {name: getattr(self, name) for name in named}
         same |= SAVINGS[self.savings]
         if self.cut is not None:
             same["cut"] = self.cut
@@ -268,7 +281,7 @@ class Backends:
 
 @dataclass(frozen=True)
 class Profile:
-    """Where time and bytes go: step (here), tpu and gpu (through their compilers); see `fsam profile --help`."""
+    """Where time and bytes go: step, trace, parameters (here), tpu, gpu (their compilers), check, report."""
 
 
 Command = (

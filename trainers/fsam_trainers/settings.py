@@ -19,6 +19,8 @@ from fsam_trainers.models.layout import ModelConfig
 Framework = Literal["jax", "torch"]
 Dtype = Literal["float32", "bfloat16"]
 RhoSchedule = Literal["constant", "cosine", "learning-rate"]
+# On which devices a run computes, and not what: a checkpoint may be gone on from with others.
+PLACEMENT = ("data_parallel", "fsdp", "tensor_parallel")
 # Option sets by name; what is given beside one is taken on top of it.
 SAVINGS: dict[str, dict[str, Any]] = {
     name: {"correction_fraction" if option == "fraction" else option: value for option, value in options.items()}
@@ -53,6 +55,8 @@ class Settings:
         label_smoothing, z_loss, soft_cap: of the loss that is trained, see `fsam_kernels.options.Loss`; soft_cap 0 for
             none. Evaluation reports the plain cross entropy of the (capped) logits.
         backend: "auto", or a backend of the framework.
+        data_parallel, fsdp, tensor_parallel: devices along each axis of the mesh, see `fsam_trainers.jax_mesh`. They
+            change the result no more than rounding does, and a run may go on with others.
 
     Raises:
         UserError: naming the command-line option that is wrong.
@@ -93,6 +97,9 @@ class Settings:
     z_loss: float = 0.0
     soft_cap: float = 0.0
     backend: str = "auto"
+    data_parallel: int = 1
+    fsdp: int = 1
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         _check(self.framework in get_args(Framework), "--framework", self.framework, "jax or torch")
@@ -120,6 +127,8 @@ class Settings:
         _check(0 <= self.label_smoothing < 1, "--label-smoothing", self.label_smoothing, "in [0, 1)")
         _check(0 <= self.z_loss < math.inf, "--z-loss", self.z_loss, "a finite number >= 0")
         _check(0 <= self.soft_cap < math.inf, "--soft-cap", self.soft_cap, "a finite number >= 0 (0: no cap)")
+        for axis in PLACEMENT:
+            _check(getattr(self, axis) >= 1, f"--{axis.replace('_', '-')}", getattr(self, axis), "at least 1")
         q = self.correction_fraction
         _check(0 < q <= 1, "--correction-fraction", q, "in (0, 1], 1/8 say")
         method = self.as_method()
@@ -219,7 +228,7 @@ def steps_for(tokens_per_param: float, model: ModelConfig, batch: int) -> int:
 def difference(mine: dict[str, Any], other: dict[str, Any]) -> str:
     """The first few settings in which two `as_dict`s differ, as text; "" where they agree."""
     mine, other = ({**x, **{f"model.{k}": v for k, v in x["model"].items()}} for x in (mine, other))
-    names = [k for k in mine if k != "model" and mine[k] != other.get(k)]
+    names = [k for k in mine if k not in ("model", *PLACEMENT) and mine[k] != other.get(k)]
     return ", ".join(f"{k} {other.get(k)!r} (now {mine[k]!r})" for k in names[:4])
 
 

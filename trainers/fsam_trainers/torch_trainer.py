@@ -1,4 +1,7 @@
-"""Training in PyTorch: the same model and settings, AdamW in one pass, torch.distributed.checkpoint."""
+"""Training in PyTorch: the same model and settings, AdamW in one pass, torch.distributed.checkpoint.
+
+Of several ranks each takes its part of every micro-batch, in DistributedDataParallel or, with --fsdp, under FSDP2.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,8 @@ import torch.distributed.checkpoint as dcp  # noqa: E402
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict  # noqa: E402
 
 import fsam_core.torch as fsam  # noqa: E402
+from fsam_core import UserError  # noqa: E402
+from fsam_trainers import ranks  # noqa: E402
 from fsam_trainers.engine import StepReport  # noqa: E402
 from fsam_trainers.models import torch_decoder  # noqa: E402
 from fsam_trainers.models.layout import blocks  # noqa: E402
@@ -46,8 +51,8 @@ def optimizer(model: torch.nn.Module, settings: Settings, copies: Any = None) ->
 
 
 @contextlib.contextmanager
-def _one_process() -> Iterator[None]:
-    """Checkpointing without a process group: no warning that there is none, and plain exceptions.
+def _plain_errors() -> Iterator[None]:
+    """Checkpointing with or without a process group: no warning that there is none, and plain exceptions.
 
     A `CheckpointException` holds one exception a rank, and is not an `Exception`.
     """
@@ -60,6 +65,40 @@ def _one_process() -> Iterator[None]:
             raise cause from None
 
 
+def _check_placement(settings: Settings, count: int) -> None:
+    """
+    Raises:
+        UserError: for a mesh or a batch that does not go with that many ranks.
+    """
+    if settings.tensor_parallel > 1:
+        raise UserError(f"--tensor-parallel {settings.tensor_parallel}: the PyTorch trainer knows --fsdp alone")
+    asked = f"--data-parallel {settings.data_parallel} and --fsdp {settings.fsdp}"
+    if count % settings.fsdp or settings.data_parallel not in (1, count // settings.fsdp):
+        raise UserError(f"{asked}: their product must be the {count} processes that run; torchrun starts more")
+    if settings.batch % (settings.micro_batches * count):
+        got = f"--batch {settings.batch}"
+        raise UserError(f"{got} must be divisible by --micro-batches {settings.micro_batches} times {count} processes")
+
+
+def _shard(model: torch.nn.Module, settings: Settings, device: str, count: int) -> None:
+    """FSDP2 of each block, and of what is left with the root; between groups of `--fsdp` ranks replicas."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy()
+    if settings.dtype != "float32":
+        policy = MixedPrecisionPolicy(param_dtype=getattr(torch, settings.dtype), reduce_dtype=torch.float32)
+    shape, names = (count // settings.fsdp, settings.fsdp), ("data", "fsdp")
+    mesh = init_device_mesh(device, shape if shape[0] > 1 else shape[1:], mesh_dim_names=names[-1 - (shape[0] > 1) :])
+    for block in model.children():
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def _whole(p: Any) -> torch.Tensor:
+    return p.full_tensor() if hasattr(p, "full_tensor") else p
+
+
 class TorchEngine:
     """See `engine.Engine`."""
 
@@ -68,16 +107,29 @@ class TorchEngine:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.backend = backends.choose("torch", settings.backend).name
+        self._ranks = ranks.current()
+        _check_placement(settings, self._ranks.count)
         self._device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         self._device = self._device or torch.device("cpu")
         self.device = str(self._device)
+        if self._ranks.count > 1 and self._device.type != "cpu":
+            self._device = torch.device(self._device.type, self._ranks.local_rank)
         self.model = torch_decoder.Decoder(settings.model, settings.seed).to(self._device)
+        self._average: torch.optim.swa_utils.AveragedModel | None = None
+        if settings.ema:
+            decay = torch.optim.swa_utils.get_ema_multi_avg_fn(settings.ema)
+            self._average = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=decay)
         # What the passes run: the model itself, or a copy of it in bfloat16 over the model as its masters.
         self._running: torch.nn.Module = self.model
         copies: dict[torch.Tensor, torch.nn.Parameter] = {}
-        if settings.dtype != "float32":
+        if settings.fsdp > 1:
+            for model in (self.model, *([] if self._average is None else [self._average.module])):
+                _shard(model, settings, self._device.type, self._ranks.count)
+        elif settings.dtype != "float32":
             self._running = copy.deepcopy(self.model).to(getattr(torch, settings.dtype))
             copies = dict(zip(self.model.parameters(), self._running.parameters(), strict=True))
+        if self._ranks.count > 1 and settings.fsdp == 1:
+            self._running = torch.nn.parallel.DistributedDataParallel(self._running)
         self.optimizer = optimizer(self.model, settings, copies)
         trained, reported = settings.losses()
         self._loss = fsam.mean_loss(partial(torch_decoder.features, loss=reported), backend=settings.backend)
@@ -96,24 +148,21 @@ class TorchEngine:
             memory=fsam.Memory(settings.cotangent),
             backend=settings.backend,
         )
-        self._average: torch.optim.swa_utils.AveragedModel | None = None
-        if settings.ema:
-            decay = torch.optim.swa_utils.get_ema_multi_avg_fn(settings.ema)
-            self._average = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=decay)
 
     def prepare(self, tokens_BxL1: np.ndarray) -> None:
         """Nothing is compiled."""
 
     def step(self, tokens_BxL1: np.ndarray, index: int) -> Callable[[], StepReport]:
         if self.settings.model.dropout:
-            seed = np.random.SeedSequence([self.settings.seed, index]).generate_state(1, np.uint64)[0]
+            own = [self._ranks.rank] if self._ranks.count > 1 else []
+            seed = np.random.SeedSequence([self.settings.seed, index, *own]).generate_state(1, np.uint64)[0]
             torch.manual_seed(int(seed))
         # As in the JAX trainer's chain, a skipped step leaves the schedule where it was.
         rate = self.settings.learning_rate_at(self._step.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self._running.train()
-        self._step(list(self._tokens(tokens_BxL1).chunk(self.settings.micro_batches)))
+        self._step([self._tokens(one) for one in np.split(tokens_BxL1, self.settings.micro_batches)])
         info = self._step.info
         assert info is not None
         if self._average is not None and not info.skipped:
@@ -124,7 +173,13 @@ class TorchEngine:
     def evaluate(self, batches: Sequence[np.ndarray]) -> float:
         model = self._running if self._average is None else self._average.module
         model.eval()
-        return float(np.mean([float(self._loss(model, self._tokens(tokens))) for tokens in batches]))
+        return float(np.mean([float(self._loss(model, self._tokens(self._share(x, model)))) for x in batches]))
+
+    def _share(self, tokens_BxL1: np.ndarray, model: torch.nn.Module) -> np.ndarray:
+        """This rank's rows, where the loss is the mean over the ranks' and there are enough; else all of them."""
+        count = self._ranks.count
+        alone = count == 1 or (self.settings.fsdp == 1 and model is not self._running)
+        return tokens_BxL1 if alone or len(tokens_BxL1) % count else np.split(tokens_BxL1, count)[self._ranks.rank]
 
     def state_bytes(self) -> int:
         moments = [x for state in self.optimizer.state.values() for x in state.values()]
@@ -132,12 +187,12 @@ class TorchEngine:
         return sum(x.nbytes for x in [*self.model.parameters(), *moments, *average])
 
     def save(self, folder: Path) -> None:
-        with _one_process():
+        with _plain_errors():
             dcp.save(self._state(), checkpoint_id=folder)
 
     def restore(self, folder: Path) -> None:
         state = self._state()
-        with _one_process():
+        with _plain_errors():
             dcp.load(state, checkpoint_id=folder)
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         for master, p in self.optimizer.copies.items():
@@ -147,7 +202,7 @@ class TorchEngine:
             self._average.load_state_dict(state["average"])
 
     def weights(self) -> dict[str, np.ndarray]:
-        return torch_decoder.as_numpy(self.model)
+        return {name: _whole(p).detach().cpu().numpy() for name, p in self.model.named_parameters()}
 
     def _state(self) -> dict[str, Any]:
         model, optim = get_state_dict(self.model, self.optimizer)

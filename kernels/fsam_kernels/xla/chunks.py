@@ -75,6 +75,23 @@ def each(one: Callable[[Any, Any], tuple[Any, Any]], sums: Any, chunks: Any) -> 
     return sums, jax.tree.map(lambda x: x[None], out)
 
 
+def summing(N: int, m: int, row_axes: tuple[str, ...]) -> tuple[str, ...]:
+    """The axes over whose devices each has its own sum over m chunks: where each has as many rows of every chunk.
+
+    Otherwise, and where there is but one chunk, the compiler adds up over the devices by itself, once a chunk.
+    """
+    return row_axes if m > 1 and -(-N // m) % shards(row_axes) == 0 else ()
+
+
+def by_device(x: jax.Array, row_axes: tuple[str, ...]) -> jax.Array:
+    """An array whose first axis is the devices of `row_axes`, each part on its own device."""
+    if not row_axes:
+        return x
+    free = jax.sharding.PartitionSpec.UNCONSTRAINED
+    spec = jax.sharding.PartitionSpec(row_axes, *(free for _ in x.shape[1:]))
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
 def on_each_device(forward: Callable[..., Any], row_axes: tuple[str, ...]) -> Callable[..., Any]:
     """A backend's `rows.forward` on each device's own rows; a compiled kernel cannot be partitioned otherwise."""
     if not row_axes:

@@ -105,7 +105,7 @@ def linear_cross_entropy(
     forward = chunks.on_each_device(stages.forward, row_axes) if stages is not plain else stages.forward
     dtype = wide(h_NxD)
     weights_N = jnp.where(labels_N >= 0, weights_N, 0).astype(dtype)
-    sums = Sums(h_NxD, w_VxD, bias_V, weights_N, wide_wbar)
+    sums = Sums(h_NxD, w_VxD, bias_V, weights_N, wide_wbar, chunks.summing(N, m, row_axes))
 
     def one(total: Any, chunk: Any) -> Any:
         h_CxD, labels_C, weights_C = chunk
@@ -133,20 +133,28 @@ class Sums:
     """h̄ = weights (P W), and w̄ = Pᵀ (weights h), b̄ = Pᵀ weights, summed chunk by chunk in float32 or float64.
 
     Row weights are applied on the narrow side, D values a row and not V, and relative to the largest: 1/N times a
-    probability is below what half floats hold.
+    probability is below what half floats hold. Rows that are sharded over `row_axes` are summed by each device of them
+    for itself, in arrays with a first axis of devices, and over the devices once, after the last chunk.
     """
 
     def __init__(
-        self, h_NxD: jax.Array, w_VxD: jax.Array, bias_V: jax.Array | None, weights_N: jax.Array, wide_wbar: bool
+        self,
+        h_NxD: jax.Array,
+        w_VxD: jax.Array,
+        bias_V: jax.Array | None,
+        weights_N: jax.Array,
+        wide_wbar: bool,
+        row_axes: tuple[str, ...] = (),
     ) -> None:
-        self.wide_wbar = wide_wbar
+        self.wide_wbar, self.row_axes, self.devices = wide_wbar, row_axes, chunks.shards(row_axes)
         self.h_dtype, self.w_VxD, self.bias_V, self.dtype = h_NxD.dtype, w_VxD, bias_V, wide(h_NxD)
         largest = jnp.max(jnp.abs(weights_N), initial=0)
         self.unit = jnp.where(largest > 0, largest, 1)
 
     def zero(self) -> tuple[jax.Array, jax.Array | None]:
-        b = self.bias_V
-        return jnp.zeros(self.w_VxD.shape, self.dtype), None if b is None else jnp.zeros(b.shape, self.dtype)
+        first = (self.devices,) if self.row_axes else ()
+        zeros = lambda like: self._own(jnp.zeros((*first, *like.shape), self.dtype))
+        return zeros(self.w_VxD), None if self.bias_V is None else zeros(self.bias_V)
 
     def add(
         self, total: Any, q_CxV: jax.Array, factor_C: jax.Array | None, h_CxD: jax.Array, weights_C: jax.Array
@@ -161,13 +169,23 @@ class Sums:
         relative_C = weights_C / self.unit
         # Behind a barrier: XLA would fuse it into the product and make it again for every block, 5 % of that (v5e).
         weighted_CxD = jax.lax.optimization_barrier((h_CxD * relative_C[:, None]).astype(q_CxV.dtype))
-        wbar_VxD = wbar_VxD + dot(q_CxV, weighted_CxD, 0)
+        over_rows = self._over_own_rows if self.row_axes else lambda a, b: dot(a, b, 0)
+        wbar_VxD = wbar_VxD + over_rows(q_CxV, weighted_CxD)
         if bbar_V is not None:
-            bbar_V = bbar_V + dot(q_CxV, relative_C.astype(q_CxV.dtype), 0)
+            bbar_V = bbar_V + over_rows(q_CxV, relative_C.astype(q_CxV.dtype))
         return (wbar_VxD, bbar_V), (hbar_CxD * weights_C[:, None]).astype(self.h_dtype)
 
+    def _over_own_rows(self, a_C: jax.Array, b_C: jax.Array) -> jax.Array:
+        """Σ_c a_c b_c over each device's rows c: [devices, …]."""
+        apart = lambda x_C: x_C.reshape(self.devices, -1, *x_C.shape[1:])
+        sizes = (((1,), (1,)), ((0,), (0,)))
+        return self._own(jax.lax.dot_general(apart(a_C), apart(b_C), sizes, preferred_element_type=self.dtype))
+
+    def _own(self, x: jax.Array) -> jax.Array:
+        return chunks.by_device(x, self.row_axes)
+
     def result(self, total: Any, hbar_NxD: jax.Array) -> HeadGradients:
-        wbar_VxD, bbar_V = total
+        wbar_VxD, bbar_V = jax.tree.map(lambda x: x.sum(0), total) if self.row_axes else total
         scaled = lambda x, like: (x * self.unit).astype(x.dtype if self.wide_wbar else like.dtype)
         bbar_V = None if bbar_V is None else scaled(bbar_V, self.bias_V)
         return HeadGradients(hbar_NxD, scaled(wbar_VxD, self.w_VxD), bbar_V)

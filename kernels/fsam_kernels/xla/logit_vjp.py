@@ -40,7 +40,7 @@ def logit_vjp(
     else:
         m = len(jax.tree.leaves(base.kept)[0])
     strided = base.kept is None or stages is plain or bool(row_axes)  # as it was kept
-    sums = Sums(h_NxD, w_VxD, bias_V, base.weights_N, wide_wbar)
+    sums = Sums(h_NxD, w_VxD, bias_V, base.weights_N, wide_wbar, chunks.summing(N, m, row_axes))
 
     def one(total: Any, chunk: Any) -> Any:
         h_CxD, weights_C, labels_C, rows, base_CxD, kept = chunk
@@ -56,8 +56,9 @@ def logit_vjp(
     rows = Rows(*(split(x) for x in base.rows))
     base_mxCxD = None if base.h_NxD is None else split(base.h_NxD)
     pieces = (split(h_NxD), split(base.weights_N), split(base.labels_N, -1), rows, base_mxCxD, base.kept)
-    if base.kept is not None and base.loss.soft_cap is None:
-        # P is there and nothing N×V is made, so one product each instead of m that add w̄ up.
+    if base.kept is not None and base.loss.soft_cap is None and not row_axes:
+        # P is there and nothing N×V is made, so one product each instead of m that add w̄ up. Sharded rows would have
+        # to change devices for it: of each chunk every device has a part.
         pieces = jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), pieces)
     total, hbar = chunks.each(one, sums.zero(), pieces)
     hbar_mxCxD = hbar.reshape(m, -1, hbar.shape[-1])

@@ -46,6 +46,16 @@ def test_a_step_is_a_pure_function_of_seed_and_step():
     assert any((Batches(TOKENS, 8, 4, seed=6).at(step) != one.at(step)).any() for step in range(3))
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("micro", [1, 2])
+def test_ranks_have_their_parts_of_each_micro_batch(ranks, micro):
+    whole = Batches(TOKENS, 8, 12, seed=3)
+    of = [Batches(TOKENS, 8, 12, 3, rank=rank, ranks=ranks, micro_batches=micro) for rank in range(ranks)]
+    for step in range(7):
+        parts = [rank.at(step).reshape(micro, -1, 9) for rank in of]
+        np.testing.assert_array_equal(np.concatenate(parts, axis=1).reshape(12, 9), whole.at(step))
+
+
 def test_a_large_seed_is_not_another_seeds_later_epoch():
     batch = Batches(TOKENS, 8, 11, seed=7)
     assert starts(Batches(TOKENS, 8, 11, seed=7 + (1 << 32)).at(0)) != starts(batch.at(1))
@@ -77,6 +87,7 @@ def test_validation_with_fewer_windows_than_a_batch_is_one_smaller_batch():
         (lambda: Batches(TOKENS, 0, 4, 0), ["--seq-len", "0"]),
         (lambda: Batches(TOKENS, 8, -2, 0), ["--batch", "-2"]),
         (lambda: Batches(TOKENS, 8, 4, -1), ["--seed", "-1"]),
+        (lambda: Batches(TOKENS, 8, 4, 0, rank=0, ranks=3), ["--batch 4", "--micro-batches 1 times 3"]),
         (lambda: Batches(TOKENS, 8, 4, 0).at(-3), ["step", "-3"]),
         (lambda: validation_batches(TOKENS, 8, 0, 1), ["--batch", "0"]),
         (lambda: validation_batches(TOKENS, 0, 4, 1), ["--seq-len", "0"]),

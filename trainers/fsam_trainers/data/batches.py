@@ -5,6 +5,7 @@ before, so every token but the first is a label exactly once an epoch.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -21,32 +22,62 @@ class Batches:
     A batch larger than an epoch runs on into the following ones.
 
     tokens: [T] of any integer dtype, ids below 2³¹. sequences: number of windows in an epoch, (T − 1) // seq_len.
-    Raises UserError where a size is below 1, the seed below 0, or T below seq_len + 1.
+    rank, ranks, micro_batches: of each micro-batch of a batch only the rank-th of `ranks` equal parts is made.
+    Raises UserError where a size is below 1, the seed below 0, T below seq_len + 1, or the batch is not cut evenly.
     """
 
-    def __init__(self, tokens: np.ndarray, seq_len: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        *,
+        rank: int = 0,
+        ranks: int = 1,
+        micro_batches: int = 1,
+    ) -> None:
         check_at_least("--seq-len", seq_len, 1)
         check_at_least("--batch", batch_size, 1)
         check_at_least("--seed", seed, 0)
         check_length("training", tokens.size, seq_len)
+        check_rows(batch_size, micro_batches, ranks)
+        self._rows = np.arange(batch_size).reshape(micro_batches, ranks, -1)[:, rank].ravel()
         self.tokens = tokens
         self.seq_len = seq_len
         self.batch_size = batch_size
         self.seed = seed
         self.sequences = (tokens.size - 1) // seq_len
         # Two, because a batch may lie across the end of an epoch.
-        self._permutation = lru_cache(maxsize=2)(lambda epoch: _permutation(seed, epoch, self.sequences))
+        self._permutation = lru_cache(maxsize=2)(lambda epoch: permutation(seed, (epoch,), self.sequences))
 
     def at(self, step: int) -> np.ndarray:
-        """The batch of one step: int32 [batch_size, seq_len + 1]. Raises UserError for a negative step."""
+        """The batch of one step: int32 [batch_size / ranks, seq_len + 1]. Raises UserError for a negative step."""
         check_at_least("step", step, 0)
-        first = step * self.batch_size
-        epochs, offsets = np.divmod(np.arange(first, first + self.batch_size), self.sequences)
-        chosen = np.empty(self.batch_size, np.int64)
+        epochs, offsets = np.divmod(step * self.batch_size + self._rows, self.sequences)
+        chosen = np.empty(self._rows.size, np.int64)
         for epoch in np.unique(epochs):
             here = epochs == epoch
             chosen[here] = self._permutation(int(epoch))[offsets[here]]
-        return _windows(self.tokens, chosen, self.seq_len)
+        return windows_of(self.tokens, chosen, self.seq_len)
+
+    def state(self, step: int) -> None:
+        """What a checkpoint must hold to go on with `step`: nothing."""
+
+    def restore(self, state: Any) -> None:
+        """Go on where `state` was taken. Raises UserError where that was a stream."""
+        if state is not None:
+            raise UserError("--stream: the checkpoint was made with a stream; give the same, or another --out")
+
+    def close(self) -> None:
+        """There is nothing to end; a stream has something."""
+
+
+def check_rows(batch_size: int, micro_batches: int, ranks: int) -> None:
+    """Raise UserError where a batch cannot be cut into micro-batches and those into the same for each rank."""
+    if batch_size % (micro_batches * ranks):
+        got = f"--batch {batch_size}"
+        raise UserError(f"{got} must be divisible by --micro-batches {micro_batches} times {ranks} processes")
 
 
 def validation_batches(tokens: np.ndarray, seq_len: int, batch_size: int, count: int) -> list[np.ndarray]:
@@ -64,17 +95,19 @@ def validation_batches(tokens: np.ndarray, seq_len: int, batch_size: int, count:
     windows = (tokens.size - 1) // seq_len
     size = min(batch_size, windows)
     return [
-        _windows(tokens, np.arange(start, start + size), seq_len)
+        windows_of(tokens, np.arange(start, start + size), seq_len)
         for start in range(0, min(count, windows // size) * size, size)
     ]
 
 
-def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    # The epoch goes in as a spawn key: as one more word of entropy, (seed, epoch) would equal (seed + epoch·2³², 0).
-    bits = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(epoch,)))
+def permutation(seed: int, draw: tuple[int, ...], count: int) -> np.ndarray:
+    """Of 0 … count − 1, int64 [count], from the seed; each `draw` gives another."""
+    # They go in as a spawn key: as one more word of entropy, (seed, epoch) would equal (seed + epoch·2³², 0).
+    bits = np.random.Philox(np.random.SeedSequence(seed, spawn_key=draw))
     return np.random.Generator(bits).permutation(count)
 
 
-def _windows(tokens: np.ndarray, chosen: np.ndarray, seq_len: int) -> np.ndarray:
+def windows_of(tokens: np.ndarray, chosen: np.ndarray, seq_len: int) -> np.ndarray:
+    """Windows of the numbers `chosen`: int32 [chosen, seq_len + 1]; window i starts at token i · seq_len."""
     places = chosen[:, None] * seq_len + np.arange(seq_len + 1)
     return np.asarray(tokens[places], dtype=np.int32)

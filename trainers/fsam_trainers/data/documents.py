@@ -30,6 +30,14 @@ class Piece(NamedTuple):
     ends: bool
 
 
+class Row(NamedTuple):
+    """A row of a file, numbered from 0. `ends`: the end token belongs after it."""
+
+    number: int
+    text: str
+    ends: bool = True
+
+
 class Stream(NamedTuple):
     """Pieces in order, and the splits they may belong to: when those are full, nothing more is read."""
 
@@ -73,13 +81,16 @@ def row_split(index: int) -> Split:
 def row_pieces(texts: Iterable[str], split: Callable[[int], Split]) -> Iterator[Piece]:
     """One document per text; `split` maps its index to its split. Code points that no UTF-8 has become U+FFFD."""
     for index, text in enumerate(texts):
-        if not text.isascii():
-            # JSON can spell half a surrogate pair; one such row should not stop a run over millions.
-            text = _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
+        text = encodable(text)
         if len(text) <= PIECE:
             yield Piece(split(index), text, ends=True)
         else:
             yield from file_pieces(io.StringIO(text, newline=""), len(text), split(index))
+
+
+def encodable(text: str) -> str:
+    """The text with what no UTF-8 has become U+FFFD: JSON can spell half a surrogate pair, which should stop no run."""
+    return text if text.isascii() else _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def file_pieces(file: TextIO, count: int, split: Split) -> Iterator[Piece]:

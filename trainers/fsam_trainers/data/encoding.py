@@ -76,6 +76,14 @@ def encode_streams(
             report(sinks["train"].tokens)
 
 
+def encode_rows(tokenizer: Any, end: int, texts: list[str], ends: list[bool]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of rows end to end, uint32 [T], `end` after each that `ends`; and where rows start, int64 [rows + 1]."""
+    encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    rows = [[*encoding.ids, end] if last else encoding.ids for encoding, last in zip(encoded, ends, strict=True)]
+    starts = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+    return np.fromiter(chain.from_iterable(rows), np.uint32, int(starts[-1])), starts
+
+
 def _batches(pieces: Iterator[Piece], fed: list[Sink]) -> Iterator[list[Piece]]:
     """Pieces to encode together, until there are no more or all of `fed` are full."""
     while any(sink.room != 0 for sink in fed):

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,11 @@ from .hub import hub_source
 from .progress import status
 from .records import is_records, records_source
 from .shards import open_shards
-from .text import file_source, folder_source, python_source
+from .specs import existing, is_glob, matches, path_of
+from .text import file_source, files_source, folder_source, python_source
 from .vocabulary import TRAINING_CHARACTERS, load_tokenizer, size, train_tokenizer
 
 _FORMAT = 1  # raise it when the same documents and settings are to give other tokens
-_WHAT_WORKS = (
-    "python, a text file or folder, a .jsonl, .jsonl.gz or .parquet file (or a folder of them) with a text column, "
-    "a .bin file of tokens, or hf:NAME[:CONFIG]"
-)
 HELD_OUT_TOKENS = 1 << 16  # tokens that are held out, if there are as many, however few are trained on
 _CHARACTERS_PER_TOKEN = 4  # about
 
@@ -61,10 +58,10 @@ def prepare(
     if max_tokens is not None and max_tokens < seq_len + 1:
         raise UserError(f"--max-tokens: got {max_tokens}, one sequence needs seq_len + 1 = {seq_len + 1}")
     max_validation = None if max_tokens is None else max(max_tokens // 20, HELD_OUT_TOKENS, seq_len + 1)
-    if _is_shard(spec):
+    if is_shard(spec):
         if tokenizer is not None:
             raise UserError(f"--tokenizer: got {tokenizer}, but --data {spec} holds tokens already: leave it out")
-        corpus = open_shards(_path(spec), vocab_size=vocab_size, max_train=max_tokens, max_validation=max_validation)
+        corpus = open_shards(path_of(spec), vocab_size=vocab_size, max_train=max_tokens, max_validation=max_validation)
     else:
         corpus = _prepare_text(spec, vocab_size, tokenizer, max_tokens, max_validation, cache)
     check_length("training", corpus.train.size, seq_len)
@@ -78,28 +75,20 @@ def open_source(spec: str, max_tokens: int | None) -> Source:
         return python_source()
     if spec.startswith("hf:"):
         return hub_source(spec, max_tokens)
-    path = _path(spec)
-    if not spec.strip() or not os.path.exists(path):  # Path.exists raises where a name is too long
-        raise UserError(
-            f"--data: {spec!r} is neither a file nor a folder here, nor anything else that works: {_WHAT_WORKS}"
-        )
+    if is_glob(spec):
+        files = matches(spec)
+        return records_source(files.title, files.paths) if files.rows else files_source(files.title, files.paths)
+    path = existing(spec)
     if path.is_file():
         return records_source(path.name, [path]) if is_records(path) else file_source(path)
-    if not path.is_dir():
-        raise UserError(f"--data: {path} is neither a regular file nor a folder; what works: {_WHAT_WORKS}")
-    if (path / "train.bin").is_file():
-        raise UserError(f"--data: {path} is a folder of token shards: give the file, {path / 'train.bin'}")
     with reading(path):
         records = sorted(child for child in path.iterdir() if is_records(child) and child.is_file())
     return records_source(path.resolve().name, records) if records else folder_source(path)
 
 
-def _is_shard(spec: str) -> bool:
-    return spec.endswith(".bin") and not spec.startswith("hf:") and os.path.isfile(_path(spec))
-
-
-def _path(spec: str) -> Path:
-    return Path(os.path.expanduser(spec))  # Path.expanduser raises for a user it does not know
+def is_shard(spec: str) -> bool:
+    """Whether the SPEC is a file of tokens."""
+    return spec.endswith(".bin") and not spec.startswith("hf:") and os.path.isfile(path_of(spec))
 
 
 def _prepare_text(
@@ -110,12 +99,7 @@ def _prepare_text(
     max_validation: int | None,
     cache: Path | None,
 ) -> Corpus:
-    if tokenizer_path is None and vocab_size < 257:
-        raise UserError(
-            f"--vocab-size: got {vocab_size}, byte-level BPE needs at least 257: 256 bytes and the end of a text"
-        )
-    given = None if tokenizer_path is None else _read_tokenizer(tokenizer_path)
-    tokenizer = None if given is None else load_tokenizer(given, tokenizer_path, vocab_size)
+    given, tokenizer = given_tokenizer(tokenizer_path, vocab_size)
     source = open_source(spec, max_tokens)
     settings = {
         "format": _FORMAT,
@@ -124,8 +108,7 @@ def _prepare_text(
         "tokenizer": None if given is None else hashlib.blake2b(given).hexdigest(),
         "max_tokens": [max_tokens, max_validation],
     }
-    name = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=20).hexdigest()
-    folder = store.cache_root(cache) / name
+    folder = store.cache_root(cache) / entry_name(settings)
     if not folder.exists():
         limits: dict[Split, int | None] = {"train": max_tokens, "validation": max_validation}
         with status("reading the text") as say:
@@ -133,11 +116,34 @@ def _prepare_text(
     return store.open_entry(folder)
 
 
-def _read_tokenizer(path: Path) -> bytes:
+def given_tokenizer(path: Path | None, vocab_size: int) -> tuple[bytes, Any] | tuple[None, None]:
+    """The content of a tokenizer.json and the tokenizer in it; Nones where none is given, so that one is learned.
+
+    Raises UserError where it cannot be used, or `vocab_size` is too small to learn one.
+    """
+    if path is None:
+        if vocab_size < 257:
+            raise UserError(
+                f"--vocab-size: got {vocab_size}, byte-level BPE needs at least 257: 256 bytes and the end of a text"
+            )
+        return None, None
     try:
-        return path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise UserError(f"--tokenizer: {path} cannot be read: {error.strerror or error}") from error
+    return content, load_tokenizer(content, path, vocab_size)
+
+
+def learn_tokenizer(texts: Iterable[str], vocab_size: int, say: Callable[[str], None]) -> tuple[bytes, Any]:
+    """A tokenizer learned from `texts`, and its content as a tokenizer.json."""
+    say(f"learning a vocabulary of {vocab_size:,}")
+    tokenizer = train_tokenizer(texts, vocab_size)
+    return tokenizer.to_str(pretty=True).encode(), tokenizer
+
+
+def entry_name(settings: dict[str, Any]) -> str:
+    """The name of the cache entry that is made with these settings, plain values."""
+    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=20).hexdigest()
 
 
 def _fill(
@@ -157,9 +163,7 @@ def _fill(
         if limits["train"] is not None:  # about the text that the training split will hold
             wanted = min(wanted, limits["train"] * _CHARACTERS_PER_TOKEN)
         texts, streams[0] = take_head(streams[0], wanted)
-        say(f"learning a vocabulary of {vocab_size:,}")
-        tokenizer = train_tokenizer(texts, vocab_size)
-        given = tokenizer.to_str(pretty=True).encode()
+        given, tokenizer = learn_tokenizer(texts, vocab_size, say)
         del texts
     dtype = token_dtype(vocab_size)
     with store.durable(folder / "train.bin") as train, store.durable(folder / "validation.bin") as validation:

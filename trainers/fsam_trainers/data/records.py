@@ -1,4 +1,4 @@
-"""Data sets in rows with a `text` column: JSON lines (C4's format), plain or gzipped, and Parquet."""
+"""Data sets in rows with a `text` column: JSON lines (C4's format), plain, gzipped or zstd-compressed, and Parquet."""
 
 import gzip
 import io
@@ -9,9 +9,9 @@ from pathlib import Path
 
 from fsam_core.errors import UserError
 
-from .documents import Source, Stream, content_digest, extra, file_digest, one_line, reading, row_pieces, row_split
+from .documents import Row, Source, Stream, content_digest, extra, file_digest, one_line, reading, row_pieces, row_split
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet")
 
 
 def is_records(path: Path) -> bool:
@@ -31,10 +31,9 @@ def records_source(title: str, paths: list[Path]) -> Source:
 
     def rows(paths: list[Path]) -> Iterator[str]:
         for path in paths:
-            yield from parquet_rows(path) if path.name.lower().endswith(".parquet") else jsonl_rows(path)
+            yield from (row.text for row in record_rows(path))
 
-    own = [path for path in paths if "validation" in path.name.lower()]
-    others = [path for path in paths if path not in own]
+    own, others = own_validation(paths)
 
     def streams() -> list[Stream]:
         if not own or not others:
@@ -47,22 +46,50 @@ def records_source(title: str, paths: list[Path]) -> Source:
     return Source(title, "rows", digest, streams)
 
 
-def jsonl_rows(path: Path) -> Iterator[str]:
-    """The `text` of every line of a JSON-lines file; blank lines are no rows."""
-    number = 0
+def own_validation(paths: list[Path]) -> tuple[list[Path], list[Path]]:
+    """The files whose names say that they are held out, as C4's do, and the others."""
+    own = [path for path in paths if "validation" in path.name.lower()]
+    return own, [path for path in paths if path not in own]
+
+
+def record_rows(path: Path, start: int = 0, part: int = 0, parts: int = 1) -> Iterator[Row]:
+    """The rows of a file from number `start` on whose number is `part` modulo `parts`; the others are not decoded.
+
+    Rows are numbered from 0. Raises UserError, naming the file, where it is damaged or a row has no text.
+    """
+    read = parquet_rows if path.name.lower().endswith(".parquet") else jsonl_rows
+    return read(path, start, part, parts)
+
+
+def jsonl_rows(path: Path, start: int = 0, part: int = 0, parts: int = 1) -> Iterator[Row]:
+    """`record_rows` of a JSON-lines file; blank lines are no rows."""
+    line_number, row = 0, -1
     with reading(path), _open(path) as file:
         try:
-            for number, line in enumerate(file, start=1):
-                if not line.isspace():
-                    yield _text_of(line, f"{path}, line {number}")
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            for line_number, line in enumerate(file, start=1):
+                if line.isspace():
+                    continue
+                row += 1
+                if row >= start and row % parts == part:
+                    yield Row(row, _text_of(line, f"{path}, line {line_number}"))
+        except (OSError, EOFError, zlib.error) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # the disk's word, not the decompressor's
+                raise
             raise UserError(
-                f"--data: {path} is a damaged gzip file (after line {number}): {one_line(error)}"
+                f"--data: {path} is a damaged {_compression(path)} file (after line {line_number}): {one_line(error)}"
             ) from error
 
 
+def _compression(path: Path) -> str:
+    return {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower(), "")
+
+
 def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
-    return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
+    if _compression(path) == "gzip":
+        return gzip.open(path, "rb")
+    if _compression(path) == "zstd":
+        return io.BufferedReader(extra("pyarrow").input_stream(str(path), compression="zstd"), 1 << 16)
+    return path.open("rb")
 
 
 def _text_of(line: bytes, place: str) -> str:
@@ -78,8 +105,8 @@ def _text_of(line: bytes, place: str) -> str:
     return row["text"]
 
 
-def parquet_rows(path: Path) -> Iterator[str]:
-    """The `text` column of a Parquet file, row by row."""
+def parquet_rows(path: Path, start: int = 0, part: int = 0, parts: int = 1) -> Iterator[Row]:
+    """`record_rows` of a Parquet file's `text` column; whole row groups before `start` are not read."""
     arrow = extra("pyarrow")
     parquet = extra("pyarrow.parquet")
     number = 0
@@ -87,13 +114,20 @@ def parquet_rows(path: Path) -> Iterator[str]:
         with parquet.ParquetFile(path) as file:
             if "text" not in file.schema_arrow.names:
                 raise UserError(f'--data: {path}: no "text" column, only: {", ".join(file.schema_arrow.names[:10])}')
-            for batch in file.iter_batches(batch_size=1024, columns=["text"]):
-                for text in batch.column(0).to_pylist():
-                    number += 1
+            sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+            skipped = 0
+            while skipped < len(sizes) and number + sizes[skipped] <= start:
+                number += sizes[skipped]
+                skipped += 1
+            groups = list(range(skipped, len(sizes)))
+            for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=["text"]):
+                first = max(number, start)
+                first += (part - first) % parts
+                for row, text in enumerate(batch.column(0)[first - number :: parts].to_pylist()):
                     if not isinstance(text, str):
-                        raise UserError(
-                            f'--data: {path}, row {number}: "text" must be a string, got {type(text).__name__}'
-                        )
-                    yield text
+                        place = f"{path}, row {first + row * parts + 1}"
+                        raise UserError(f'--data: {place}: "text" must be a string, got {type(text).__name__}')
+                    yield Row(first + row * parts, text)
+                number += batch.num_rows
     except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"--data: {path} is a damaged Parquet file (after row {number}): {one_line(error)}") from error

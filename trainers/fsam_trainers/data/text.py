@@ -48,10 +48,23 @@ class TextFile(NamedTuple):
 def python_source() -> Source:
     """The running interpreter's standard library, one document per .py file. Raises UserError where there is none."""
     folder = Path(sysconfig.get_paths()["stdlib"])
-    files = _text_files(folder, [name for name in _names(folder, _portable) if name.endswith(".py")])
+    files = _text_files(folder, [name for name in text_names(folder, portable) if name.endswith(".py")])
     if not any(file.characters for file in files):
         raise UserError(f"--data python: {folder} holds no Python sources: give a text file or folder instead")
     return _source(f"python {platform.python_version()} standard library", files)
+
+
+def files_source(title: str, paths: list[Path]) -> Source:
+    """Text files, one document each. Raises UserError for one that is not UTF-8, and where all are empty."""
+    common = Path(os.path.commonpath([path.parent for path in paths]))
+    files = []
+    for path in paths:
+        if (file := _scan(path.relative_to(common).as_posix(), path)) is None:
+            raise UserError(f"--data: {path} is not UTF-8 text")
+        files.append(file)
+    if not any(file.characters for file in files):
+        raise UserError(f"--data: the files that {title} matches are empty")
+    return _source(title, files)
 
 
 def file_source(path: Path) -> Source:
@@ -68,7 +81,7 @@ def file_source(path: Path) -> Source:
 
 def folder_source(folder: Path) -> Source:
     """Every UTF-8 text file below a folder but hidden ones, one document each. Raises UserError where there is none."""
-    files = _text_files(folder, _names(folder))
+    files = _text_files(folder, text_names(folder))
     if not any(file.characters for file in files):
         raise UserError(
             f"--data: {folder} holds no text: neither a UTF-8 text file below it "
@@ -77,7 +90,7 @@ def folder_source(folder: Path) -> Source:
     return _source(folder.resolve().name or str(folder), files)
 
 
-def _names(folder: Path, keep: Callable[[str], bool] = lambda part: not part.startswith(".")) -> list[str]:
+def text_names(folder: Path, keep: Callable[[str], bool] = lambda part: not part.startswith(".")) -> list[str]:
     """The posix paths, relative to the folder, of all regular files below it, sorted.
 
     `keep` says, by its name alone, whether a file or folder is wanted; hidden ones (.git, say) are not.
@@ -94,7 +107,8 @@ def _names(folder: Path, keep: Callable[[str], bool] = lambda part: not part.sta
     return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
-def _portable(part: str) -> bool:
+def portable(part: str) -> bool:
+    """Whether a file or folder of the standard library is in every distribution's."""
     return part not in _NOT_PORTABLE and not part.startswith(_NOT_PORTABLE_PREFIXES)
 
 

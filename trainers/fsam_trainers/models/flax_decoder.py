@@ -12,8 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fsam_core.jax import LinearHead
+from fsam_core.jax import LinearHead, Staged
 from fsam_kernels.options import CROSS_ENTROPY, Loss
+from fsam_trainers.jax_mesh import by_rows, in_use
 from fsam_trainers.models.layout import EMBEDDING_STD, ModelConfig, initial, nested
 
 _ones, _normal = nn.initializers.ones, nn.initializers.normal(EMBEDDING_STD)
@@ -26,17 +27,37 @@ class Decoder(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens_BxL: jax.Array, *, deterministic: bool = True) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self,
+        tokens_BxL: jax.Array,
+        *,
+        deterministic: bool = True,
+        x_NxD: jax.Array | None = None,
+        first: int = 0,
+        last: int | None = None,
+    ) -> Any:
+        """(last hidden states [N, D], head weight [V, D]).
+
+        Of the blocks from `first` to before `last` alone, where these are given: from the residual stream x before
+        them, and to the one after them.
+        """
         c = self.config
         B, L = tokens_BxL.shape
-        embedding_VxD = self.param("embedding", _normal, (c.vocab_size, c.width))
-        positions_LxD = self.param("positions", _normal, (c.seq_len, c.width))
-        x_NxD = embedding_VxD[tokens_BxL.reshape(-1)] + jnp.tile(positions_LxD[:L], (B, 1))
-        x_NxD = nn.Dropout(c.dropout, deterministic=deterministic)(x_NxD)
-        for i in range(c.layers):
+        embedding_VxD = in_use("embedding", self.param("embedding", _normal, (c.vocab_size, c.width)))
+        if x_NxD is None:
+            positions_LxD = in_use("positions", self.param("positions", _normal, (c.seq_len, c.width)))
+            tokens_BxL = by_rows(tokens_BxL)
+            x_NxD = embedding_VxD[tokens_BxL.reshape(-1)] + jnp.tile(positions_LxD[:L], (B, 1))
+            x_NxD = by_rows(x_NxD, sequences=B)
+            x_NxD = nn.Dropout(c.dropout, deterministic=deterministic)(x_NxD)
+        for i in range(first, c.layers if last is None else last):
             x_NxD = Block(c, name=f"block_{i}")(x_NxD, L, deterministic)
+        if last is not None:
+            return x_NxD
         h_NxD = layer_norm(x_NxD, self.param("final_norm", _ones, (c.width,)))
-        return h_NxD, embedding_VxD if c.tied else self.param("head", _normal, (c.vocab_size, c.width))
+        if c.tied:
+            return h_NxD, embedding_VxD
+        return h_NxD, in_use("head", self.param("head", _normal, (c.vocab_size, c.width)))
 
 
 class Block(nn.Module):
@@ -47,28 +68,30 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_NxD: jax.Array, L: int, deterministic: bool) -> jax.Array:
         c, D = self.config, self.config.width
+        B = len(x_NxD) // L
         drop = nn.Dropout(c.dropout, deterministic=deterministic)
+        matrix = lambda name, *shape: in_use(name, self.param(name, _fan_in, shape))
 
         h_NxD = layer_norm(x_NxD, self.param("attention_norm", _ones, (D,)))
-        qkv_Nx3D = h_NxD @ self.param("qkv", _fan_in, (D, 3 * D))
-        a_NxD = causal_attention(qkv_Nx3D, L, c.heads)
-        x_NxD += drop(a_NxD @ self.param("attention_out", _fan_in, (D, D)))
+        qkv_Nx3xD = by_rows(jnp.tensordot(h_NxD, matrix("qkv", D, 3 * D), 1), None, "tensor", sequences=B)
+        a_NxD = by_rows(causal_attention(qkv_Nx3xD, L, c.heads), "tensor", sequences=B)
+        x_NxD += by_rows(drop(a_NxD @ matrix("attention_out", D, D)), sequences=B)
 
         h_NxD = layer_norm(x_NxD, self.param("mlp_norm", _ones, (D,)))
-        h_NxF = nn.gelu(h_NxD @ self.param("mlp_in", _fan_in, (D, 4 * D)))
-        return x_NxD + drop(h_NxF @ self.param("mlp_out", _fan_in, (4 * D, D)))
+        h_NxF = by_rows(nn.gelu(h_NxD @ matrix("mlp_in", D, 4 * D)), "tensor", sequences=B)
+        return x_NxD + by_rows(drop(h_NxF @ matrix("mlp_out", 4 * D, D)), sequences=B)
 
 
-def causal_attention(qkv_Nx3D: jax.Array, L: int, heads: int) -> jax.Array:
-    """Softmax attention over rows of L tokens, [N, 3D] -> [N, D]; scores in the input's dtype, softmax in float32."""
-    N, D = qkv_Nx3D.shape[0], qkv_Nx3D.shape[1] // 3
+def causal_attention(qkv_Nx3xD: jax.Array, L: int, heads: int) -> jax.Array:
+    """Softmax attention over rows of L tokens, [N, 3, D] -> [N, D]; scores in the input's dtype, softmax in float32."""
+    N, _, D = qkv_Nx3xD.shape
     B, d = N // L, D // heads
-    q, k, v = qkv_Nx3D.reshape(B, L, 3, heads, d).transpose(2, 0, 3, 1, 4).reshape(3, B * heads, L, d)
-    scores_GxLxL = jnp.matmul(q, k.transpose(0, 2, 1)) * d**-0.5
+    q_BxHxLxd, k_BxHxLxd, v_BxHxLxd = qkv_Nx3xD.reshape(B, L, 3, heads, d).transpose(2, 0, 3, 1, 4)
+    scores_BxHxLxL = jnp.matmul(q_BxHxLxd, k_BxHxLxd.swapaxes(-1, -2)) * d**-0.5
     mask_LxL = jnp.tril(jnp.ones((L, L), bool))
-    wide_GxLxL = scores_GxLxL.astype(jnp.promote_types(scores_GxLxL.dtype, jnp.float32))
-    p_GxLxL = jax.nn.softmax(jnp.where(mask_LxL, wide_GxLxL, -jnp.inf), axis=-1).astype(qkv_Nx3D.dtype)
-    return jnp.matmul(p_GxLxL, v).reshape(B, heads, L, d).transpose(0, 2, 1, 3).reshape(N, D)
+    wide_BxHxLxL = scores_BxHxLxL.astype(jnp.promote_types(scores_BxHxLxL.dtype, jnp.float32))
+    p_BxHxLxL = jax.nn.softmax(jnp.where(mask_LxL, wide_BxHxLxL, -jnp.inf), axis=-1).astype(qkv_Nx3xD.dtype)
+    return jnp.matmul(p_BxHxLxL, v_BxHxLxd).transpose(0, 2, 1, 3).reshape(N, D)
 
 
 def layer_norm(x_NxD: jax.Array, scale_D: jax.Array) -> jax.Array:
@@ -87,12 +110,30 @@ def features(
 
     The params are cast to `dtype` here, so whatever is made of them (perturbed ones, gradients) stays float32 outside.
     """
+    return _head(_applied(model, params, batch, dtype), batch, loss)
+
+
+def staged(model: Decoder, blocks: int, loss: Loss = CROSS_ENTROPY, dtype: Any = jnp.float32) -> Staged:
+    """`features` in two stages, of which the lower holds the first `blocks` blocks."""
+
+    def prefix(params: dict, batch: dict) -> jax.Array:
+        return _applied(model, params, batch, dtype, last=blocks)
+
+    def suffix(params: dict, x_NxD: jax.Array, batch: dict) -> LinearHead:
+        return _head(_applied(model, params, batch, dtype, x_NxD=x_NxD, first=blocks), batch, loss)
+
+    return Staged(prefix, suffix)
+
+
+def _applied(model: Decoder, params: dict, batch: dict, dtype: Any, **part: Any) -> Any:
     params = jax.tree.map(lambda x: x.astype(dtype), params)
-    tokens_BxL, labels_BxL = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
     rngs = {"dropout": batch["key"]} if "key" in batch else {}
-    out: Any = model.apply({"params": params}, tokens_BxL, deterministic=not rngs, rngs=rngs)
+    return model.apply({"params": params}, batch["tokens"][:, :-1], deterministic=not rngs, rngs=rngs, **part)
+
+
+def _head(out: tuple[jax.Array, jax.Array], batch: dict, loss: Loss) -> LinearHead:
     h_NxD, w_VxD = out
-    return LinearHead(h_NxD, w_VxD, labels_BxL.reshape(-1), loss=loss)
+    return LinearHead(h_NxD, w_VxD, batch["tokens"][:, 1:].reshape(-1), loss=loss)
 
 
 def parameters(config: ModelConfig, seed: int) -> dict:

@@ -1,0 +1,70 @@
+"""Each data shard along its own perturbation in JAX: `sync="local"`, which is m-sharpness.
+
+The exact method needs ε of the whole batch's gradient, so all devices wait for its reduction between the two passes.
+Here every shard i of the batch along a mesh axis takes both passes by itself, with ε_i from its own gradient, and what
+is reduced is the result alone: ĝ = Σ_i N_i ĝ_i / Σ_i N_i, with N_i the weight of the shard's targets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from fsam_core import jax_corrections
+from fsam_core.errors import UserError
+from fsam_core.jax_passes import wide
+from fsam_core.jax_step import Outcome, Step
+
+
+def corrected(step: Step, batches: list[Any], axis: str) -> Outcome:
+    """As `jax_corrections.corrected`, for each shard of the batch along `axis`; losses and norms are weighted means.
+
+    Along `axis` the weights are whole on every device, and the arrays of a batch are cut along their first axis. A
+    random key (a typed one, `jax.random.key`) is folded with the shard's index.
+
+    Raises:
+        UserError: where the mesh in use has no such axis, or a micro-batch cannot be cut into that many shards.
+    """
+    shape = dict(jax.sharding.get_abstract_mesh().shape)
+    if axis not in shape:
+        has = ", ".join(shape) or "none: call the step under jax.set_mesh(mesh)"
+        raise UserError(f"axis: the mesh in use has no axis {axis!r}; it has {has}")
+    whole, rows = PartitionSpec(), PartitionSpec(axis)
+    for x in jax.tree.leaves(batches):
+        if jnp.ndim(x) and len(x) % shape[axis]:
+            raise UserError(
+                f"sync='local': a micro-batch of {len(x)} rows cannot be cut into the {shape[axis]} shards of axis "
+                f"{axis!r}; give it a number of rows that they divide"
+            )
+    memory = step.run.memory
+    inside = dataclasses.replace(memory, row_axes=tuple(x for x in memory.row_axes if x != axis))
+    run = step.run._replace(memory=inside)
+
+    def mine(params: Any, opt_state: Any, previous: Any, batches: list[Any]) -> Outcome:
+        index = jax.lax.axis_index(axis)
+        own = jax.tree.map(lambda x: jax.random.fold_in(x, index) if _is_key(x) else x, batches)
+        here = step._replace(run=run, params=params, opt_state=opt_state, previous=previous)
+        found = jax_corrections.corrected(here, own)
+        if not step.reuses:
+            found = found._replace(g_B=None)
+        weight = jax.lax.psum(found.weight, axis)
+        share = found.weight / jnp.where(weight > 0, weight, 1)
+        mean = lambda x: jax.lax.psum(wide(x) * share, axis).astype(x.dtype)
+        return jax.tree.map(mean, found)._replace(weight=weight)
+
+    # Axes of one device go along, so that what cannot be partitioned (a kernel) is in a program of one device's own.
+    names = {axis, *(x for x, size in shape.items() if size == 1)}
+    specs = jax.tree.map(lambda x: rows if jnp.ndim(x) else whole, batches)
+    # check_vma: the corrections know nothing of shards.
+    each = jax.shard_map(
+        mine, in_specs=(whole, whole, whole, specs), out_specs=whole, axis_names=names, check_vma=False
+    )
+    return each(step.params, step.opt_state, step.previous, batches)
+
+
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(getattr(x, "dtype", float), jax.dtypes.prng_key)

@@ -1,0 +1,341 @@
+"""The processes that train one model together: DistributedDataParallel's and FSDP2's (`fully_shard`) ranks.
+
+Both average gradients over their ranks. A loss that each rank divides by the ranks' mean token weight is therefore the
+mean over all target tokens of all ranks, however many each has. Under FSDP2 a parameter is a DTensor, of which a rank
+holds a shard: the parameters' work is done on shards, and a norm takes one reduction of a few scalars.
+
+`features` is called inside the wrapper's forward, because its hooks run there, and with the module that was wrapped: it
+is what it is in one process, and may call the model, or parts of it, or read its head's weight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fsam_core.errors import UserError
+from fsam_core.torch_heads import LinearHead, Logits
+
+Sync = Literal["global", "local"]
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+class Ranks:
+    """One process and its model: nothing is reduced.
+
+    Attributes:
+        model: as the user gave it.
+        inner: the module that a wrapper holds, or the model itself; what `features` is called with.
+        count: how many ranks have data of their own.
+        sharded: whether a rank holds but a part of each weight.
+        reuses_gradients: whether the next pass writes its gradients over those of this one.
+        no_local: why gradients cannot be each rank's own, "" where they can.
+    """
+
+    count = 1
+    no_local = ""
+    sharded = reuses_gradients = False
+
+    def __init__(self, model: nn.Module, inner: nn.Module | None = None) -> None:
+        self.model, self.inner = model, model if inner is None else inner
+
+    def head(self, features: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
+        """What `features` returns for the batch."""
+        return features(self.model, batch)
+
+    @contextlib.contextmanager
+    def accumulating(self, more: bool) -> Iterator[None]:
+        """A pass whose gradients are reduced with a later one's, where `more` says that there is one."""
+        yield
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean over all ranks."""
+        return x
+
+    def sums(self, params: Sequence[Any], sums: Sequence[Tensor], each: bool) -> Sequence[Tensor]:
+        """Sums over whole tensors, from those of `params`' parts: one for each, or over all without `each`."""
+        return sums
+
+    def norm_here(self, params: Sequence[Any], tensors: Sequence[Tensor]) -> Tensor:
+        """‖·‖₂ over these parts of `params`, such that the squares of all ranks add up."""
+        return norm_of(tensors)
+
+    def norm(self, here: Tensor) -> Tensor:
+        """‖·‖₂ over the whole tensors, from `norm_here`."""
+        return here
+
+    def share_of(self, norm: Tensor) -> Tensor:
+        """What `norm` takes back to this."""
+        return norm
+
+    def agreed(self, means: Sequence[Tensor | None], norms: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Means over all ranks and norms of the whole tensors, the same on every rank, in one reduction."""
+        return [*means, *norms]
+
+    def mean_(self, tensors: Sequence[Tensor]) -> None:
+        """Each tensor, replaced by its mean over all ranks; one reduction for each dtype."""
+
+    def reshard(self) -> None:
+        """Whole weights that a forward pass has gathered are given up; the next one gathers them anew."""
+
+    def reset(self) -> None:
+        """After a pass that raised."""
+
+
+class _Group(Ranks):
+    def __init__(self, model: nn.Module, inner: nn.Module, group: Any) -> None:
+        super().__init__(model, inner)
+        self.group, self.count = group, dist.get_world_size(group)
+
+    def mean(self, x: Tensor) -> Tensor:
+        x = x.detach().clone()
+        dist.all_reduce(x, group=self.group)
+        return x / self.count
+
+    def agreed(self, means: Sequence[Tensor | None], norms: Sequence[Tensor | None]) -> list[Tensor | None]:
+        given = [*means, *(norms if self.sharded else ())]
+        present = [x for x in given if x is not None]
+        wide = torch.stack([x.detach().to(present[0].device, torch.float64) for x in present])
+        at = sum(x is not None for x in means)
+        wide[at:].square_()
+        wide[:at].div_(self.count)
+        dist.all_reduce(wide, group=self.group)
+        wide[at:].sqrt_()
+        values = iter(wide)
+        found = [None if x is None else next(values).to(x.dtype) for x in given]
+        return found if self.sharded else [*found, *norms]
+
+
+class DataParallel(_Group):
+    """A model in DistributedDataParallel: every rank has all of it, and after a backward pass the same gradients."""
+
+    def __init__(self, model: nn.parallel.DistributedDataParallel) -> None:
+        super().__init__(model, model.module, model.process_group)
+        self.reuses_gradients = bool(model.gradient_as_bucket_view)
+        if model.static_graph:  # its first step must reduce, and what is reduced twice is the same
+            self.no_local = "which DistributedDataParallel with static_graph=True always reduces"
+
+    def head(self, features: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
+        ddp, inner = self.model, self.inner
+        made: list[Any] = []
+
+        class Here(nn.Module):
+            """Stands in the wrapper for the module, until it is called."""
+
+            def forward(self, batch: Any) -> tuple[Tensor, ...]:
+                ddp.module = inner
+                made.append(features(inner, batch))
+                return _outputs(made[0])
+
+        try:
+            ddp.module = Here()
+            outputs = ddp(batch)
+        finally:
+            ddp.module = inner
+        return _with_outputs(made[0], outputs)
+
+    @contextlib.contextmanager
+    def accumulating(self, more: bool) -> Iterator[None]:
+        with self.model.no_sync() if more and not self.no_local else contextlib.nullcontext():  # type: ignore[operator]
+            yield
+
+    def mean_(self, tensors: Sequence[Tensor]) -> None:
+        for dtype in dict.fromkeys(x.dtype for x in tensors):
+            some = [x for x in tensors if x.dtype == dtype]
+            whole = torch.cat([x.reshape(-1) for x in some])
+            dist.all_reduce(whole, group=self.group)
+            whole /= self.count
+            for x, piece in zip(some, whole.split([x.numel() for x in some]), strict=True):
+                x.copy_(piece.view_as(x))
+
+
+class Sharded(_Group):
+    """A model under `fully_shard`, itself the root: a rank has a shard of each weight, gradient and moment."""
+
+    sharded = True
+    no_local = "of which FSDP2 keeps nothing"
+
+    def __init__(self, model: nn.Module, mesh: Any) -> None:
+        if mesh.ndim == 1:
+            group = mesh.get_group()
+        else:
+            group = dist.group.WORLD if mesh.size() == dist.get_world_size() else mesh._flatten().get_group()
+        super().__init__(model, model, group)
+        from torch.distributed.fsdp import FSDPModule
+
+        self._modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        self._replicates = mesh.ndim > 1
+        self._replicas: dict[Any, int] = {}
+
+    def head(self, features: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
+        root, made = self.model, []
+
+        def here(batch: Any) -> Tensor | None:
+            # Once inside, the root is an ordinary module: a call of it must not begin another forward of FSDP's.
+            del root.forward
+            hooks = root._forward_pre_hooks, root._forward_hooks
+            root._forward_pre_hooks, root._forward_hooks = OrderedDict(), OrderedDict()
+            try:
+                made.append(features(root, batch))
+            finally:
+                root._forward_pre_hooks, root._forward_hooks = hooks
+            return _outputs(made[0])[0]
+
+        root.forward = here
+        try:
+            output = root(batch)
+        finally:
+            root.__dict__.pop("forward", None)
+        head = _with_outputs(made[0], (output,))
+        for x in (head.weight, head.bias) if isinstance(head, LinearHead) else ():
+            _check_whole(x)
+        return head
+
+    @contextlib.contextmanager
+    def accumulating(self, more: bool) -> Iterator[None]:
+        """Shards are reduced each time, since whole gradients would undo the sharding; between replicas once."""
+        if self._replicates:
+            self.model.set_requires_all_reduce(not more)  # type: ignore[operator]
+        yield
+
+    def sums(self, params: Sequence[Any], sums: Sequence[Tensor], each: bool) -> Sequence[Tensor]:
+        factor = torch.tensor([1 / self.replicas(p) for p in params], dtype=sums[0].dtype)
+        whole = torch.stack(list(sums)) * factor.to(sums[0].device, non_blocking=True)
+        whole = whole if each else whole.sum(1)
+        dist.all_reduce(whole, group=self.group)
+        return whole.unbind()
+
+    def norm_here(self, params: Sequence[Any], tensors: Sequence[Tensor]) -> Tensor:
+        by_count: dict[int, list[Tensor]] = {}
+        for p, x in zip(params, tensors, strict=True):
+            by_count.setdefault(self.replicas(p), []).append(x)
+        norms = [norm_of(some) / math.sqrt(count) for count, some in by_count.items()]
+        return norms[0] if len(norms) == 1 else norm_of(norms)
+
+    def replicas(self, p: Any) -> int:
+        """How many ranks hold the same part of p."""
+        if p not in self._replicas:
+            self._replicas[p] = self.count
+            if hasattr(p, "to_local"):
+                sizes = zip(p.device_mesh.shape, p.placements, strict=True)
+                self._replicas[p] = math.prod(size for size, placement in sizes if placement.is_replicate())
+        return self._replicas[p]
+
+    def norm(self, here: Tensor) -> Tensor:
+        square = here.square()
+        dist.all_reduce(square, group=self.group)
+        return square.sqrt()
+
+    def share_of(self, norm: Tensor) -> Tensor:
+        return norm / math.sqrt(self.count)
+
+    def reshard(self) -> None:
+        for module in self._modules:
+            module.reshard()
+
+    def reset(self) -> None:
+        if hasattr(self.model, "reset_iter_state"):  # from PyTorch 2.13 on
+            self.model.reset_iter_state()  # type: ignore[operator]
+
+
+def of(model: nn.Module) -> Ranks:
+    """The ranks that the model was wrapped for.
+
+    Raises:
+        UserError: for a wrapper that is not known, or a sharded model that is not FSDP2's root.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return Ranks(model)
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    compiled = getattr(model, "_orig_mod", model)
+    if isinstance(compiled, FullyShardedDataParallel):
+        raise UserError("model: FullyShardedDataParallel is FSDP's first version; use fully_shard of the same module")
+    meshes = {p.device_mesh for p in model.parameters() if isinstance(p, DTensor)}
+    if compiled is not model and (meshes or isinstance(compiled, nn.parallel.DistributedDataParallel)):
+        raise UserError("model: compile it before it is wrapped for several ranks, or its blocks; not the wrapper")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return DataParallel(model)
+    if not meshes:
+        return Ranks(model)
+    if not isinstance(model, FSDPModule):
+        raise UserError("model: it holds shards but is no root of FSDP2; call fully_shard on the model itself, too")
+    if len(meshes) > 1:
+        raise UserError(f"model: its shards lie on {len(meshes)} meshes; give every fully_shard the same one")
+    return Sharded(model, meshes.pop())
+
+
+def local(x: Any) -> Any:
+    """This rank's part of a DTensor, as a view; any other tensor as it is."""
+    if not hasattr(x, "to_local"):
+        return x
+    with torch.no_grad():
+        return x.to_local()
+
+
+def like(p: Any, x: Tensor) -> Tensor:
+    """This rank's part `x` as a DTensor where p is one."""
+    if not hasattr(p, "to_local") or hasattr(x, "to_local"):
+        return x
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(x, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+
+
+def part(p: Any, whole: Tensor) -> Tensor:
+    """Of a tensor that every rank has whole, what p's shard would hold, as a DTensor where p is one."""
+    if not hasattr(p, "to_local"):
+        return whole
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    sizes, offsets = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    for axis, (size, offset) in enumerate(zip(sizes, offsets, strict=True)):
+        whole = whole.narrow(axis, min(offset, whole.shape[axis]), size)
+    return like(p, whole.clone())
+
+
+def norm_of(tensors: Sequence[Any]) -> Tensor:
+    """‖·‖₂ over all tensors, each summed in float32 or wider."""
+    if not tensors:
+        return torch.zeros(())
+    wide = [torch.promote_types(x.dtype, torch.float32) for x in tensors]
+    norms = [torch.linalg.vector_norm(x, dtype=kind) for x, kind in zip(tensors, wide, strict=True)]
+    return torch.linalg.vector_norm(torch.stack([x.to(norms[0].device) for x in norms]))
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what wrappers put into it."""
+    return ".".join(x for x in name.split(".") if x not in WRAPPERS)
+
+
+def _outputs(head: Any) -> tuple[Tensor, ...]:
+    """The tensors of a head that a wrapper's hooks have to see, the model's output first."""
+    if isinstance(head, Logits):
+        return (head.logits,)
+    if not isinstance(head, LinearHead):
+        raise UserError(f"features must return a LinearHead or Logits, got {type(head).__name__}")
+    return (head.hidden, head.weight) if head.bias is None else (head.hidden, head.weight, head.bias)
+
+
+def _with_outputs(head: Any, outputs: Sequence[Tensor]) -> Any:
+    """The head with what became of them in the wrapper."""
+    names = ("logits",) if isinstance(head, Logits) else ("hidden", "weight", "bias")
+    return dataclasses.replace(head, **dict(zip(names, outputs, strict=False)))
+
+
+def _check_whole(x: Tensor | None) -> None:
+    if x is None:
+        return
+    if hasattr(x, "to_local"):
+        raise UserError("features: the head's weight is a shard; leave its module to the root, without a fully_shard")
+    if x.numel() and not x.untyped_storage().size():
+        raise UserError("features: the head's weight is resharded after forward; fully_shard the root without that")

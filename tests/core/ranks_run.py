@@ -1,0 +1,390 @@
+"""Four gloo processes train what one process trains, case by case; writes how far they are apart as JSON.
+
+    python ranks_run.py RESULTS.json CASE ...
+
+A case is KIND:NAME[:STEPS], KIND a way to wrap the model and NAME one of `CASES`. The processes are forked, so that
+PyTorch is imported once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import multiprocessing
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fsam_core import torch as fsam
+from fsam_core.torch import SAM, Ascent, FunctionalSAM, LinearHead, LogitSAM, Plain, Schedule, Step
+
+RANKS, V, D, L, ROWS = 4, 37, 8, 5, 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Attributes: micro: micro-batches; clip: clip_norm; local: sync."""
+
+    method: Any
+    micro: int = 1
+    clip: float | None = None
+    schedule: Schedule = fsam.schedules.ALWAYS
+    sync: str = "global"
+    staged: bool = False
+    foreign: bool = False  # torch.optim.AdamW in place of this project's
+
+
+ADAM = {"precondition": "adam"}
+CASES = {
+    "adamw": Case(Plain()),
+    "adamw-clip": Case(Plain(), clip=0.1, micro=2),
+    "sam": Case(SAM(0.1)),
+    "precond-sam": Case(SAM(0.1, **ADAM), clip=0.1, micro=2),
+    "functional": Case(FunctionalSAM(0.1)),
+    "precond-functional": Case(FunctionalSAM(0.1, **ADAM), clip=0.1),
+    "precond-functional-micro": Case(FunctionalSAM(0.1, **ADAM), micro=4, foreign=True),
+    "logit": Case(LogitSAM(0.1), micro=2),
+    "quarter": Case(FunctionalSAM(0.1, **ADAM, fraction=1 / 4), clip=0.1),
+    "quarter-part": Case(FunctionalSAM(0.1, **ADAM, fraction=1 / 4, ascent="part"), micro=2),
+    "quarter-sam": Case(SAM(0.1, **ADAM, fraction=1 / 4)),
+    "quarter-logit": Case(LogitSAM(0.1, fraction=1 / 4, strength=0.5), micro=2),
+    "hidden": Case(FunctionalSAM(0.1, **ADAM, cut="hidden"), micro=2),
+    "hidden-quarter": Case(FunctionalSAM(0.1, **ADAM, cut="hidden", fraction=1 / 4)),
+    "every": Case(FunctionalSAM(0.1, **ADAM), schedule=Schedule(every=2)),
+    "reuse": Case(FunctionalSAM(0.1, **ADAM), schedule=Schedule(every=2, between="reuse")),
+    "start": Case(FunctionalSAM(0.1, **ADAM), schedule=Schedule(start=10)),
+    "momentum": Case(FunctionalSAM(0.1, **ADAM, ascent="momentum")),
+    "previous": Case(SAM(0.1, ascent="previous"), clip=0.1),
+    "random": Case(FunctionalSAM(0.1, ascent="random")),
+    "micro": Case(FunctionalSAM(0.1, ascent="micro"), micro=2),
+    "own-ascent": Case(SAM(0.1, ascent=Ascent("surprise", lambda s: s.map(torch.sub, s.gradient, s.momentum)))),
+    "top": Case(FunctionalSAM(0.1, scope="top:1"), staged=True),
+    "dual": Case(FunctionalSAM(0.1, **ADAM, norm="dual")),
+    "per-tensor": Case(FunctionalSAM(0.1, norm="per-tensor")),
+}
+
+
+class Model(nn.Module):
+    """Sizes that four ranks do not divide, a norm, a tied head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.embedding = nn.Parameter(torch.randn(V, D, generator=generator) * 0.3)
+        self.blocks = nn.ModuleList([Block(generator) for _ in range(2)])
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = F.embedding(tokens, self.embedding)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Block(nn.Module):
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(D))
+        self.up = nn.Parameter(torch.randn(D, 3 * D, generator=generator) * 0.3)
+        self.down = nn.Parameter(torch.randn(3 * D, D, generator=generator) * 0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.tanh(F.layer_norm(x.cumsum(1), (D,), self.scale) @ self.up) @ self.down
+
+
+def features(model: Any, batch: dict) -> LinearHead:
+    """As one writes it for one process: the head's weight is read from the model."""
+    return LinearHead(model(batch["x"]), model.embedding, batch["y"])
+
+
+STAGED = fsam.Staged(
+    lambda model, batch: model.blocks[0](F.embedding(batch["x"], model.embedding)),
+    lambda model, x, batch: LinearHead(model.blocks[1](x), model.embedding, batch["y"]),
+)
+
+BLOCKS = fsam.Blocks(2, r"^blocks\.(\d+)\.(up|down|scale)$", r"^nothing$", r"^embedding$", r"scale")
+
+
+def batch_of(step: int, micro: int, rank: int | None) -> list[dict]:
+    """The step's micro-batches, or a rank's part of each; the later rows have fewer and fewer targets."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    x, y = torch.randint(0, V, (2, ROWS, L), generator=generator).unbind()
+    y = torch.where(torch.rand(ROWS, L, generator=generator) < torch.linspace(1.1, 0.1, ROWS)[:, None], y, -1)
+    found = []
+    for one_x, one_y in zip(x.chunk(micro), y.chunk(micro), strict=True):
+        here = slice(None) if rank is None else slice(rank * len(one_x) // RANKS, (rank + 1) * len(one_x) // RANKS)
+        found.append({"x": one_x[here], "y": one_y[here]})
+    return found
+
+
+def wrapped(kind: str) -> nn.Module:
+    model = Model()
+    if kind == "one":
+        return model
+    if kind.startswith("ddp"):
+        options = {"ddp-views": "gradient_as_bucket_view", "ddp-unused": "find_unused_parameters"}
+        options["ddp-static"] = "static_graph"
+        return nn.parallel.DistributedDataParallel(model, **({options[kind]: True} if kind in options else {}))
+    if kind == "fsdp-remat":
+        for i, block in enumerate(model.blocks):
+            model.blocks[i] = checkpoint_wrapper(block)
+    shape, names = ((2, 2), ("replicate", "shard")) if kind == "hsdp" else ((RANKS,), ("shard",))
+    mesh = dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=names)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def made(case: Case, kind: str) -> Step:
+    model = wrapped(kind)
+    adamw = torch.optim.AdamW if case.foreign else fsam.AdamW
+    optimizer = adamw(model.parameters(), lr=0.01, eps=1e-4)
+    return Step(
+        model,
+        optimizer,
+        case.method,
+        features=STAGED if case.staged else features,
+        clip_norm=case.clip,
+        schedule=case.schedule,
+        blocks=BLOCKS if case.staged else None,
+        sync=case.sync,
+    )
+
+
+def whole(x: Any) -> torch.Tensor:
+    """A tensor as it is in one process."""
+    return (x.full_tensor() if hasattr(x, "full_tensor") else x).detach().clone()
+
+
+def trained(case: Case, kind: str, steps: int, rank: int | None) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """(weights, then gradients of one more batch; a row of figures for each step)."""
+    step = made(case, kind)
+    rows = []
+    for index in range(steps):
+        loss = step(batch_of(index, case.micro, rank))
+        info = step.info
+        rows.append([float(loss), info.loss, info.weight, info.base_norm, info.grad_norm, info.perturbation_norm])
+    weights = [whole(p) for p in step.model.parameters()]
+    step.gradient(batch_of(steps, case.micro, rank))
+    gradients = [whole(p.grad) for p in step.model.parameters()]
+    return [*weights, *gradients], torch.tensor(rows, dtype=torch.float64).nan_to_num(-1)
+
+
+def compared(name: str, kind: str, steps: int, rank: int) -> dict[str, float]:
+    """Relative distances from the run of one process, the largest of any tensor and of any figure."""
+    tensors, rows = trained(CASES[name], kind, steps, rank)
+    expected, expected_rows = alone(name, steps)
+    apart = [float((a - b).norm() / b.norm().clamp(min=1e-12)) for a, b in zip(tensors, expected, strict=True)]
+    figures = ((rows - expected_rows).abs() / expected_rows.abs().clamp(min=1e-6)).max()
+    half = len(apart) // 2
+    return {"weights": max(apart[:half]), "gradients": max(apart[half:]), "figures": float(figures)}
+
+
+@functools.cache
+def alone(name: str, steps: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The run of one process."""
+    return trained(CASES[name], "one", steps, None)
+
+
+class Collectives(TorchDispatchMode):
+    """Counts what goes through the process groups: how often each, and how many bytes of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            name = function.overloadpacket.__name__
+            tensors = [x for x in torch.utils._pytree.tree_leaves(args[0]) if isinstance(x, torch.Tensor)]
+            size = sum(x.nbytes for x in tensors)
+            name = "scalar" if size <= 64 else name
+            self.counts[name] += 1
+            self.bytes[name] += size
+        return function(*args, **(kwargs or {}))
+
+
+def counted(case: Case, kind: str, rank: int) -> dict[str, Any]:
+    """The collectives of one step, after two that come with their set-up."""
+    step = made(case, kind)
+    for index in range(2):
+        step(batch_of(index, case.micro, rank))
+    with Collectives() as seen:
+        step(batch_of(2, case.micro, rank))
+    return {"counts": dict(seen.counts), "bytes": dict(seen.bytes)}
+
+
+def one_process(results: Path, cases: list[str], rank: int, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+    found: dict[str, Any] = {}
+    for name in cases:
+        kind, of, *more = name.split(":")
+        try:
+            if kind == "run":
+                found[name] = EXTRA[of](rank)
+            elif more == ["count"]:
+                found[name] = counted(CASES[of], kind, rank)
+            else:
+                found[name] = compared(of, kind, int(*more) if more else 20, rank)
+        except Exception:
+            found[name] = {"error": traceback.format_exc()}
+    every: list[Any] = [None] * RANKS
+    dist.all_gather_object(every, found)
+    if rank == 0:
+        results.write_text(json.dumps(every))
+    dist.destroy_process_group()
+
+
+def local(rank: int) -> dict[str, Any]:
+    """Each rank along its own gradient is, in one process, each micro-batch along its own."""
+    case = Case(FunctionalSAM(0.1), sync="local")
+    tensors, _ = trained(case, "ddp", 10, rank)
+    expected, _ = trained(Case(FunctionalSAM(0.1, ascent="micro"), micro=RANKS), "one", 10, None)
+    apart = max(float((a - b).norm() / b.norm()) for a, b in zip(tensors, expected, strict=True))
+    steered, _ = trained(Case(FunctionalSAM(0.1)), "one", 10, None)
+    far = max(float((a - b).norm() / b.norm()) for a, b in zip(tensors, steered, strict=True))
+    return {"apart": apart, "from_global": far, **counted(case, "ddp", rank)}
+
+
+def raising(kind: str, rank: int) -> dict[str, Any]:
+    """A pass at the perturbed weights that raises on every rank, and the step after it."""
+    step = made(Case(FunctionalSAM(0.1)), kind)
+    step(batch_of(0, 1, rank))
+    before = [whole(p) for p in step.model.parameters()]
+    calls, original = [], step._passes.features
+
+    def features(model: Any, batch: dict) -> LinearHead:
+        head = original(model, batch)
+        calls.append(1)
+        if len(calls) == 2:
+            raise ValueError("broken")
+        return head
+
+    step._passes.features = features
+    raised = False
+    try:
+        step(batch_of(1, 1, rank))
+    except ValueError:
+        raised = True
+    after = [whole(p) for p in step.model.parameters()]
+    same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    step(batch_of(1, 1, rank))
+    expected = trained(Case(FunctionalSAM(0.1)), kind, 2, rank)[0]
+    goes_on = all(torch.equal(whole(p), x) for p, x in zip(step.model.parameters(), expected, strict=False))
+    return {"raised": raised, "same": same, "goes_on": goes_on}
+
+
+def not_finite(kind: str, rank: int) -> dict[str, Any]:
+    """One rank's forward pass at θ, or at θ+ε, overflows: all skip, or none would train the same model."""
+    found = {}
+    for where in (1, 2):
+        step = made(Case(SAM(0.1, **ADAM), clip=0.1), kind)
+        step(batch_of(0, 1, rank))
+        before, calls, original = [whole(p) for p in step.model.parameters()], [], step._passes.features
+
+        def features(model: Any, batch: dict) -> LinearHead:
+            head = original(model, batch)
+            calls.append(1)
+            bad = rank == 2 and len(calls) == where
+            return dataclasses.replace(head, hidden=head.hidden * (float("inf") if bad else 1.0))
+
+        step._passes.features = features
+        step(batch_of(1, 1, rank))
+        same = all(torch.equal(a, whole(b)) for a, b in zip(before, step.model.parameters(), strict=True))
+        found[str(where)] = [step.info.skipped, same, step.skipped_steps]
+    return found
+
+
+def evaluated(rank: int) -> dict[str, Any]:
+    loss = fsam.mean_loss(features)
+    (mine,), (every,) = batch_of(0, 1, rank), batch_of(0, 1, None)
+    return {"apart": [abs(float(loss(wrapped(k), mine)) / float(loss(Model(), every)) - 1) for k in ("ddp", "fsdp")]}
+
+
+def refused(rank: int) -> dict[str, Any]:
+    """What is said of what cannot work."""
+
+    def said(function: Any) -> str:
+        try:
+            function()
+        except fsam.UserError as error:
+            return str(error)
+        return ""
+
+    def no_root() -> None:
+        model = Model()
+        fully_shard(model.blocks[0])
+        Step(model, fsam.AdamW(model.parameters()), Plain(), features=features)
+
+    def resharded() -> None:
+        model = wrapped("fsdp")
+        model.set_reshard_after_forward(True)
+        Step(model, fsam.AdamW(model.parameters()), Plain(), features=features)(batch_of(0, 1, rank))
+
+    def with_copies() -> None:
+        model = wrapped("fsdp")
+        copies = {p.detach().clone(): p for p in model.parameters()}
+        Step(model, fsam.AdamW(copies, copies=copies), Plain(), features=features)
+
+    made_local = lambda: made(Case(SAM(0.1), sync="local"), "fsdp")
+    made_wrong = lambda: made(Case(SAM(0.1), sync="each"), "ddp")
+    compiled = lambda: Step(torch.compile(wrapped("ddp")), made_ddp.optimizer, Plain(), features=features)
+    made_ddp = made(Case(Plain()), "ddp")
+    cases = {"local": made_local, "sync": made_wrong, "no root": no_root, "resharded": resharded}
+    return {name: said(one) for name, one in {**cases, "copies": with_copies, "compiled": compiled}.items()}
+
+
+def remembered(rank: int) -> dict[str, Any]:
+    """What a step remembers is sharded as the weights are, and loads again."""
+    case = Case(SAM(0.1, ascent="previous"))
+    step = made(case, "fsdp")
+    step(batch_of(0, 1, rank))
+    state, other = step.state_dict(), made(case, "fsdp")
+    other.load_state_dict(state)
+    other.model.load_state_dict(step.model.state_dict())
+    other.optimizer.load_state_dict(step.optimizer.state_dict())
+    losses = [float(one(batch_of(1, 1, rank))) for one in (step, other)]
+    shards = [tuple(x.to_local().shape) == tuple(x.shape) for x in state["previous"].values()]
+    return {"losses": losses, "whole": sum(shards)}
+
+
+EXTRA: dict[str, Any] = {
+    "local": local,
+    "raising-ddp": functools.partial(raising, "ddp"),
+    "raising-fsdp": functools.partial(raising, "fsdp"),
+    "not-finite-ddp": functools.partial(not_finite, "ddp"),
+    "not-finite-fsdp": functools.partial(not_finite, "fsdp"),
+    "evaluated": evaluated,
+    "refused": refused,
+    "remembered": remembered,
+}
+
+
+def main() -> None:
+    results, cases = Path(sys.argv[1]), sys.argv[2:]
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        given = [(results, cases, rank, f"{folder}/store") for rank in range(RANKS)]
+        processes = [context.Process(target=one_process, args=one) for one in given]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+    sys.exit(any(process.exitcode for process in processes))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""`sync="local"`: each data shard along its own perturbation, against the shards taken one by one."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from problems import B2, EPS, METHODS, adam_state, batch_of, distance, mlp, moments, values
+
+from fsam_core.jax import FunctionalSAM, LinearHead, Memory, UserError, value_and_grad
+
+SHARDS, ROWS = 4, 3  # conftest.py asks for four devices
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((SHARDS,), ("data",), axis_types=(AxisType.Auto,))
+
+
+def problem():
+    """(params, Adam state, batch whose shards have 3, 2, 1 and 0 targets)."""
+    params = jax.tree.map(jnp.asarray, values())
+    nu = jax.tree.map(jnp.asarray, moments(values()))
+    batch = batch_of(SHARDS * ROWS, 1)
+    hidden = [i * ROWS + j for i in range(SHARDS) for j in range(ROWS) if j < i]
+    labels = np.abs(batch["y"])
+    labels[hidden] = -1
+    return params, adam_state(params, nu), jax.tree.map(jnp.asarray, {**batch, "y": labels})
+
+
+def one_by_one(grad, params, batches, state):
+    """(loss, ĝ) as the definition has it: Σ N_i ĝ_i / Σ N_i over the shards i of all micro-batches."""
+    cut = lambda i: [jax.tree.map(lambda x: x[i * ROWS : (i + 1) * ROWS], b) for b in batches]
+    found = [grad(params, cut(i), state) for i in range(SHARDS)]
+    weights = [info.weight for (_, info), _ in found]
+    assert len({float(w) for w in weights}) == SHARDS  # unequal, and 0 for one
+    mean = lambda *x: sum(w * y for w, y in zip(weights, x, strict=True)) / sum(weights)
+    return mean(*(loss for (loss, _), _ in found)), jax.tree.map(mean, *(g for _, g in found))
+
+
+NAMES = ["functional", "precond-functional", "sam", "logit"]
+QUICK = [("functional", 1), ("precond-functional", 2)]
+CASES = [(name, micro) for name in NAMES for micro in (1, 2) if (name, micro) not in QUICK]
+
+
+@pytest.mark.parametrize(("name", "micro"), [*QUICK, *(pytest.param(*x, marks=pytest.mark.slow) for x in CASES)])
+def test_it_is_the_mean_of_the_shards_own_corrections(mesh, name, micro):
+    with jax.enable_x64(True):
+        params, state, batch = problem()
+        batches = [batch, {**batch, "x": batch["x"][::-1]}][:micro]
+        options = {"b2": B2, "eps": EPS, "clip_norm": 0.1}
+        alone, sharded = (value_and_grad(mlp, METHODS[name], **options, **more) for more in ({}, {"sync": "local"}))
+        loss, expected = one_by_one(alone, params, batches, state)
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(batches, NamedSharding(mesh, PartitionSpec("data")))
+            (got_loss, info), got = jax.jit(sharded)(params, placed, state)
+        assert distance(got, expected) < 1e-12
+        assert float(got_loss) == pytest.approx(float(loss), rel=1e-12)
+        assert float(info.weight) == micro * 6
+        # And it is another gradient than the exact one's.
+        assert distance(got, alone(params, batches, state)[1]) > 1e-4
+
+
+def test_a_steps_gradients_are_reduced_once(mesh):
+    """The exact method reduces g, waits for it, and reduces g'."""
+    params, state, batch = problem()
+    method = FunctionalSAM(0.3, precondition="adam")
+    large = {}
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+        for sync in ("global", "local"):
+            grad = value_and_grad(mlp, method, b2=B2, sync=sync)
+            text = jax.jit(grad).lower(params, placed, state).compile().as_text()
+            shapes = re.findall(r"= (.*?) all-reduce(?:-start)?\(", text)
+            large[sync] = sum(int(np.prod([int(n) for n in dims.split(",")])) for s in shapes for dims in
+                              re.findall(r"f32\[([\d,]+)\]", s))  # fmt: skip
+    values_of_a_gradient = sum(x.size for x in jax.tree.leaves(params))
+    assert large == {"global": 2 * values_of_a_gradient, "local": values_of_a_gradient}
+
+
+def test_dropout_differs_from_shard_to_shard(mesh):
+    def dropout(p, batch):
+        out = mlp(p, batch)
+        keep = jax.random.bernoulli(batch["key"], 0.5, out.hidden.shape)
+        return LinearHead(out.hidden * keep * 2, out.weight, out.labels)
+
+    params, _, batch = problem()
+    batch["y"] = jnp.abs(batch["y"])
+    grad = value_and_grad(dropout, FunctionalSAM(0.1), sync="local")
+    with jax.set_mesh(mesh):
+        (loss, _), _ = jax.jit(grad)(params, {**batch, "key": jax.random.key(0)}, None)
+    cut = lambda i: jax.tree.map(lambda x: x[i * ROWS : (i + 1) * ROWS], batch)
+    key = lambda i: jax.random.fold_in(jax.random.key(0), i)
+    alone = value_and_grad(dropout, FunctionalSAM(0.1))
+    losses = [alone(params, {**cut(i), "key": key(i)})[0][0] for i in range(SHARDS)]
+    assert float(loss) == pytest.approx(float(np.mean(losses)), rel=1e-5)
+
+
+def test_what_cannot_be_is_said(mesh):
+    params, _, batch = problem()
+    grad = value_and_grad(mlp, FunctionalSAM(0.1), sync="local")
+    with pytest.raises(UserError, match=r"axis: the mesh in use has no axis 'data'; it has none: call the step under"):
+        grad(params, batch)
+    with jax.set_mesh(mesh), pytest.raises(UserError, match="10 rows cannot be cut into the 4 shards of axis 'data'"):
+        grad(params, jax.tree.map(lambda x: x[:10], batch))
+    with pytest.raises(UserError, match="sync must be global or local, got 'none'"):
+        value_and_grad(mlp, FunctionalSAM(0.1), sync="none")
+
+
+@pytest.mark.slow
+def test_the_head_counts_a_shards_rows_as_its_own(mesh):
+    """Budgets are for a device, and inside the shards the rows are one device's already."""
+    with jax.enable_x64(True):
+        params, state, batch = problem()
+        options = {"b2": B2, "eps": EPS, "memory": Memory(chunk_bytes=400, row_axes=("data",))}
+        with jax.set_mesh(mesh):
+            few = jax.jit(value_and_grad(mlp, METHODS["functional"], sync="local", **options))(params, batch, state)
+            one = jax.jit(value_and_grad(mlp, METHODS["functional"], sync="local", b2=B2))(params, batch, state)
+        assert distance(few[1], one[1]) < 1e-12

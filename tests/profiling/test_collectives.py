@@ -1,0 +1,71 @@
+"""Collectives are counted in what XLA compiled, those in loops as often as they turn."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from fsam_profiling import collectives, tpu_scale
+
+
+def program(function, *shapes_and_specs) -> list[collectives.Collective]:
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))  # conftest.py asks for four devices
+    args = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec)) for shape, spec in shapes_and_specs
+    ]
+    with jax.set_mesh(mesh):
+        return collectives.read(jax.jit(function).lower(*args).compile().as_text())
+
+
+ROWS, WHOLE = PartitionSpec("x"), PartitionSpec()
+
+
+def test_kinds_shapes_bytes_and_loops():
+    def function(a, b):
+        whole = jax.lax.with_sharding_constraint(b, WHOLE)  # gathered, once
+
+        def body(total, _):
+            return total + jnp.tanh(a * total).sum(), None  # reduced, each time
+
+        return jax.lax.scan(body, 0.0, length=5)[0], whole
+
+    found = program(function, ((8, 3), ROWS), ((16, 2), ROWS))
+    reduced = [x for x in found if x.kind == "all-reduce"]
+    gathered = [x for x in found if x.kind == "all-gather"]
+    assert [(x.times, x.bytes, x.is_small) for x in reduced] == [(5, 4, True)]
+    assert [(x.times, x.bytes, x.is_small) for x in gathered] == [(1, 16 * 2 * 4, False)]
+    assert collectives.totals(found) == {
+        "all-reduce": {"operations": 5, "bytes": 20},
+        "all-gather": {"operations": 1, "bytes": 128},
+    }
+
+
+def test_a_program_of_one_device_has_none():
+    assert collectives.totals(program(lambda a: a.sum(), ((8, 3), WHOLE))) == {}
+
+
+@pytest.mark.parametrize("start", ["-start", ""])
+def test_an_asynchronous_gather_gives_its_operand_too(start):
+    pair = "(bf16[4,8]{1,0:T(8,128)}, bf16[16,8]{1,0})" if start else "bf16[16,8]{1,0}"
+    text = f"ENTRY %main.1 (p: bf16[4,8]) -> bf16[16,8] {{\n  %a = {pair} all-gather{start}(%p), dimensions={{0}}\n}}\n"
+    assert collectives.totals(collectives.read(text)) == {"all-gather": {"operations": 1, "bytes": 256}}
+
+
+@pytest.mark.slow
+def test_a_sharded_step_fits_on_four_chips():
+    """Each chip holds a quarter of weights and moments, and the exact step's memory is little above AdamW's."""
+    pytest.importorskip("libtpu")
+    same = {"name": "tiny", "batch": 64, "dtype": "bfloat16", "micro_batches": 2, "backend": "xla", "fsdp": 4}
+    rows = {
+        name: tpu_scale.compiled("v5e", same | {"method": method, "changes": changes})
+        for name, (method, changes) in tpu_scale.ROWS.items()
+        if name in ("adamw", "exact")
+    }
+    weights = 1_327_232
+    for row in rows.values():
+        assert row["argument_bytes"] == pytest.approx(12 * weights / 4, rel=0.05)
+        assert row["aliased_bytes"] > 0.9 * row["argument_bytes"]
+        assert row["collectives"]["all-gather"]["operations"] > 0
+    assert tpu_scale.peak_bytes(rows["exact"]) < 1.15 * tpu_scale.peak_bytes(rows["adamw"])

@@ -1,0 +1,186 @@
+"""`fsam train` on a stream: whatever ends it, the same command goes on to the same weights."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_runs import arguments, final_weights, fsam, fsam_process, steps_done
+
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    """Real text in shards: the functions of a few modules that every Python has, a row each."""
+    folder = tmp_path_factory.mktemp("shards")
+    library = Path(json.__file__).parent.parent
+    for name in ("argparse", "ast", "calendar", "csv", "difflib", "heapq"):
+        parts = (library / f"{name}.py").read_text(encoding="utf-8").split("\ndef ")
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in parts))
+    return folder
+
+
+def command_of(shards: Path, out: Path, framework: str, *more: object) -> list[str]:
+    pace = ("--steps", STEPS, "--checkpoint-every", 5, "--evaluate-every", 29, "--probe-steps", 0)
+    streamed = ("--stream", "yes", "--shuffle-buffer", 32, "--data-workers", 1, "--framework", framework)
+    return arguments(shards, out, *pace, *streamed, *more)
+
+
+def whole_run(shards: Path, out: Path, framework: str) -> dict[str, np.ndarray]:
+    command = command_of(shards, out, framework, "--data-workers", 0)
+    assert fsam(*command) == 0
+    return final_weights(command)
+
+
+def wait_for_step(process, out: Path, step: int) -> None:
+    while steps_done(out) < step:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.005)
+
+
+def children(pid: int) -> list[int]:
+    """The tokenizing processes of a run."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == pid and "fsam_trainers.data.worker" in (folder / "cmdline").read_text():
+                found.append(int(folder.name))
+        except OSError:  # it has ended meanwhile
+            continue
+    return found
+
+
+def gone(pids: list[int]) -> bool:
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def kill_worker(shards: Path, out: Path, framework: str, step: int) -> None:
+    """A run whose tokenizing process is killed: it ends with a sentence that names the shard."""
+    process = fsam_process(command_of(shards, out, framework))
+    wait_for_step(process, out, step)
+    (worker,) = children(process.pid)
+    os.kill(worker, signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2, errors
+    (line,) = errors.splitlines()
+    assert f"process {worker} was killed by signal 9" in line
+    assert str(shards) in line
+    assert ".jsonl, from row " in line
+
+
+def kill_run(shards: Path, out: Path, framework: str, step: int) -> None:
+    process = fsam_process(command_of(shards, out, framework))
+    wait_for_step(process, out, step)
+    workers = children(process.pid)
+    process.kill()
+    process.communicate(timeout=60)
+    assert len(workers) == 1
+    assert gone(workers)
+
+
+def test_a_killed_worker_then_a_killed_run_and_the_weights_are_those_of_one_piece(shards, tmp_path):
+    weights = whole_run(shards, tmp_path / "whole", "torch")
+    out = tmp_path / "run"
+    kill_worker(shards, out, "torch", 7)
+    kill_run(shards, out, "torch", 18)
+    command = command_of(shards, out, "torch", "--data-workers", 0)
+    assert fsam(*command) == 0
+    assert_same(final_weights(command), weights)
+
+
+def test_a_stream_is_told_from_a_stored_corpus_and_other_buffers(shards, tmp_path, capsys):
+    out = tmp_path / "run"
+    command = command_of(shards, out, "torch", "--steps", 2, "--data-workers", 0)
+    assert fsam(*command) == 0
+    assert fsam(*command, "--shuffle-buffer", 33) == 2
+    assert "--shuffle-buffer: got 33, the checkpoint was made with 32" in capsys.readouterr().err
+    assert fsam(*command, "--stream", "no") == 2
+    assert f"--out: {out} holds a run on other data" in capsys.readouterr().err
+    assert fsam(*command, "--max-tokens", 1000) == 2
+    assert "--max-tokens 1000: a stream has no bound" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_kill_9_at_random_moments_and_the_weights_are_those_of_one_piece(framework, shards, tmp_path):
+    weights = whole_run(shards, tmp_path / "whole", framework)
+    out = tmp_path / "run"
+    draw = random.Random(framework)
+    for _ in range(6):
+        process = fsam_process(command_of(shards, out, framework))
+        if draw.random() < 0.2:
+            time.sleep(draw.uniform(0, 3))
+        else:
+            wait_for_step(process, out, draw.randrange(STEPS - 2))
+            time.sleep(draw.uniform(0, 0.05))
+        workers = children(process.pid)
+        process.kill()
+        process.communicate(timeout=60)
+        assert gone(workers)
+    command = command_of(shards, out, framework)
+    process = fsam_process(command)
+    assert process.wait() == 0, process.communicate()[1]
+    assert_same(final_weights(command), weights)
+
+
+@pytest.mark.slow
+def test_a_signal_saves_and_the_stream_goes_on(shards, tmp_path):
+    weights = whole_run(shards, tmp_path / "whole", "jax")
+    out = tmp_path / "run"
+    process = fsam_process(command_of(shards, out, "jax"), start_new_session=True)
+    wait_for_step(process, out, 13)
+    os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does; the tokenizing process is not to die of it
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM, process.communicate()[1]
+    command = command_of(shards, out, "jax")
+    assert fsam(*command) == 0
+    assert_same(final_weights(command), weights)
+
+
+def losses(out: Path) -> list[float]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.mark.slow
+def test_ranks_share_a_stream_out_and_fewer_go_on_with_it(shards, tmp_path):
+    def torchrun(ranks: int, out: Path, steps: int) -> None:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command = command_of(shards, out, "torch", "--micro-batches", 2, "--batch", 8, "--warmup", 2)
+        # The learning rate depends on --steps: the shorter run is one that is stopped on its way.
+        process = subprocess.Popen(
+            [*launcher, "-m", "fsam_trainers.cli", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        if steps < STEPS:
+            wait_for_step(process, out, steps)
+            process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=300)
+        assert steps < STEPS or process.returncode == 0, errors
+
+    torchrun(2, tmp_path / "whole", STEPS)
+    torchrun(2, tmp_path / "run", 12)
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+    state = json.loads((newest / "run.json").read_text())["stream"]
+    assert state["of"] == 2
+    assert state["parts"].keys() == {"0", "1"}
+    command = command_of(shards, tmp_path / "run", "torch", "--micro-batches", 2, "--batch", 8, "--warmup", 2)
+    assert fsam(*command) == 0
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "whole"), rtol=2e-5)

@@ -1,0 +1,207 @@
+"""`fsam train` under torchrun, with real processes: the same losses, one checkpoint, one end."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_runs import arguments, final_weights, fsam, steps_done
+
+STEPS = 40
+MINUTE = 60
+
+
+def run_arguments(text, out, *more):
+    pace = ("--steps", STEPS, "--checkpoint-every", 10, "--evaluate-every", 20, "--probe-steps", 0)
+    return arguments(text, out, "--framework", "torch", "--batch", 8, *pace, *more)
+
+
+def torchrun(ranks: int, command: list[str], **options) -> subprocess.Popen:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.Popen(
+        [*launcher, "-m", "fsam_trainers.cli", *command],
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+
+
+def rank_pids(process: subprocess.Popen) -> dict[int, int]:
+    """Rank -> process id, of those that have started."""
+    found = {}
+    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        with contextlib.suppress(OSError):
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            ranks = [int(x[5:]) for x in variables if x.startswith(b"RANK=")]
+            found |= dict.fromkeys(ranks, int(pid))
+    return found
+
+
+def wait_for_step(process, out, step):
+    while steps_done(out) < step:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+
+
+def losses(out: Path) -> dict[tuple[int, str], float]:
+    lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    return {(x["step"], name): x[name] for x in lines for name in ("loss", "val_loss", "grad_norm") if name in x}
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    mine, other = losses(a), losses(b)
+    assert mine.keys() == other.keys()
+    for key in mine:
+        assert mine[key] == pytest.approx(other[key], rel=2e-4), key
+
+
+@pytest.fixture(scope="module")
+def alone(text, tmp_path_factory):
+    """The folder of the run in one process."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    assert fsam(*run_arguments(text, out)) == 0
+    return out
+
+
+def test_a_signal_to_one_rank_of_two_stops_both_and_one_process_goes_on(alone, text, tmp_path):
+    out = tmp_path / "run"
+    process = torchrun(2, run_arguments(text, out, "--fsdp", 2))
+    wait_for_step(process, out, 1)
+    os.kill(rank_pids(process)[1], signal.SIGTERM)
+    at = steps_done(out)
+    said, _ = process.communicate(timeout=2 * MINUTE)
+    stopped = steps_done(out)
+    assert 1 <= at <= stopped < STEPS, said
+    assert process.returncode != 0
+    assert said.count(f"run: {out}") == 1, said
+    assert "Traceback" not in said.partition("ChildFailedError")[0].partition("Traceback")[0]
+    assert (out / "checkpoints" / f"step_{stopped:08d}" / "files.json").exists(), said
+    assert fsam(*run_arguments(text, out)) == 0
+    assert_same_run(out, alone)
+
+
+@pytest.fixture(scope="module")
+def half(text, tmp_path_factory):
+    """The folder of a run of four ranks that somebody stopped with Ctrl-C, which reaches torchrun and all ranks."""
+    out = tmp_path_factory.mktemp("half") / "run"
+    process = torchrun(4, run_arguments(text, out, "--fsdp", 2, "--data-parallel", 2), start_new_session=True)
+    wait_for_step(process, out, 5)
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=2 * MINUTE)
+    stopped = steps_done(out)
+    assert 5 <= stopped < STEPS
+    assert (out / "checkpoints" / f"step_{stopped:08d}" / "files.json").exists(), said
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "more"), [(1, ()), (2, ()), (2, ("--fsdp", 2)), (4, ("--fsdp", 4)), (4, ())])
+def test_a_checkpoint_of_four_ranks_goes_on_with_any_number(ranks, more, half, alone, text, tmp_path):
+    import shutil
+
+    out = tmp_path / "run"
+    shutil.copytree(half, out)
+    process = torchrun(ranks, run_arguments(text, out, *more))
+    said, _ = process.communicate(timeout=5 * MINUTE)
+    assert process.returncode == 0, said
+    assert_same_run(out, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--fsdp", 4)], ids=["ddp", "fsdp"])
+def test_a_rank_that_is_killed_ends_the_run_within_a_minute_and_nothing_is_lost(more, text, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    command = run_arguments(text, out, *more)
+    process = torchrun(4, run_arguments(text, whole, *more))
+    assert process.wait(timeout=5 * MINUTE) == 0, process.communicate()[0]
+    rng = random.Random(len(more))
+    for attempt in range(4):
+        process = torchrun(4, command)
+        if attempt == 0:
+            while len(rank_pids(process)) < 4:  # while they start
+                time.sleep(0.05)
+        else:
+            wait_for_step(process, out, min(STEPS - 20, steps_done(out) + rng.randrange(5)))
+            time.sleep(rng.uniform(0, 0.1))
+        victim = rng.randrange(4)
+        os.kill(rank_pids(process)[victim], signal.SIGKILL)
+        began = time.monotonic()
+        said, _ = process.communicate(timeout=2 * MINUTE)
+        assert time.monotonic() - began < MINUTE
+        assert process.returncode != 0
+        assert "SIGKILL" in said
+    process = torchrun(4, command)
+    said, _ = process.communicate(timeout=5 * MINUTE)
+    assert process.returncode == 0, said
+    assert not list((out / "checkpoints").glob(".writing-*"))
+    assert losses(out) == losses(whole)
+
+
+@pytest.mark.slow
+def test_a_rank_that_lives_and_does_not_answer_is_given_up(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("FSAM_RANK_TIMEOUT", "10")
+    out = tmp_path / "run"
+    process = torchrun(2, run_arguments(text, out, "--steps", 400))
+    wait_for_step(process, out, 1)
+    os.kill(rank_pids(process)[1], signal.SIGSTOP)
+    said, _ = process.communicate(timeout=2 * MINUTE)
+    assert process.returncode != 0
+    assert "rank 0 of 2: another rank is gone, or did not answer in 10 s" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--dtype", "bfloat16", "--fsdp", 2),
+        ("--dtype", "bfloat16"),
+        ("--ema", 0.9, "--fsdp", 2),
+        ("--ema", 0.9),
+        ("--micro-batches", 2, "--savings", "balanced", "--correction-fraction", "1/2"),
+        ("--method", "sam", "--micro-batches", 2, "--fsdp", 2),
+    ],
+    ids=lambda more: " ".join(map(str, more)),
+)
+def test_options_train_the_same_on_two_ranks(more, text, tmp_path):
+    more = tuple(map(str, more))
+    alone, out = tmp_path / "alone", tmp_path / "run"
+    without = [x for i, x in enumerate(more) if x != "--fsdp" and (i == 0 or more[i - 1] != "--fsdp")]
+    assert fsam(*run_arguments(text, alone, *without)) == 0
+    process = torchrun(2, run_arguments(text, out, *more))
+    said, _ = process.communicate(timeout=5 * MINUTE)
+    assert process.returncode == 0, said
+    mine, other = losses(out), losses(alone)
+    assert mine.keys() == other.keys()
+    rel = 2e-2 if "bfloat16" in more else 2e-4
+    assert np.allclose(list(mine.values()), list(other.values()), rtol=rel), (mine, other)
+    weights, expected = (final_weights(run_arguments(text, x, *without)) for x in (out, alone))
+    apart = max(np.linalg.norm(weights[k] - expected[k]) / np.linalg.norm(expected[k]) for k in weights)
+    assert apart < (0.1 if "bfloat16" in more else 1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--fsdp", 4), "must be the 2 processes"),
+        (("--batch", 3), "--batch 3 must be divisible"),
+        (("--tensor-parallel", 2), "--tensor-parallel 2"),
+        (("--data", "/nowhere/at/all.txt"), "/nowhere/at/all.txt"),
+    ],
+)
+def test_bad_input_is_said_once(more, said, text, tmp_path):
+    process = torchrun(2, run_arguments(text, tmp_path / "run", *more))
+    output, _ = process.communicate(timeout=2 * MINUTE)
+    assert process.returncode != 0
+    errors = [line for line in output.splitlines() if line.startswith("fsam: error")]
+    assert errors
+    assert all(said in line for line in errors)

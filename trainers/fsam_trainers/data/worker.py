@@ -1,0 +1,35 @@
+"""What a tokenizing process runs: `python -m fsam_trainers.data.worker FD`, started by `workers`.
+
+FD is its end of a pipe. First comes the tokenizer.json's content, then (texts, ends) again and again, each answered by
+what `encode_rows` gives, or by the message of what it raised.
+"""
+
+import signal
+import sys
+from multiprocessing.connection import Connection
+
+from .documents import one_line
+from .encoding import encode_rows
+from .vocabulary import end_id, load_tokenizer
+
+
+def main() -> None:
+    # A run that is told to stop finishes its step and saves: its workers live as long as their pipe.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    with Connection(int(sys.argv[1])) as pipe:
+        try:
+            tokenizer = load_tokenizer(pipe.recv_bytes(), None, 1 << 31)
+            while True:
+                texts, ends = pipe.recv()
+                try:
+                    answer: object = encode_rows(tokenizer, end_id(tokenizer), texts, ends)
+                except Exception as error:  # the tokenizers library raises bare Exceptions
+                    answer = one_line(error)
+                pipe.send(answer)
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            return  # the run has ended
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The processes of a JAX run, each with its own devices: `jax.distributed`, told who it is as PyTorch's ranks are."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from fsam_core import UserError
+from fsam_trainers.ranks import PATIENCE, Ranks, SaidByMain
+from fsam_trainers.ranks import _number as number
+
+T = TypeVar("T")
+
+
+class JaxRanks(Ranks):
+    """Processes joined through `jax.distributed`; on CPUs they talk through gloo.
+
+    The coordinator is the main rank, at the port after MASTER_PORT, where torchrun listens itself. A process that is
+    one of several on its host (LOCAL_WORLD_SIZE) takes one GPU, an only one all devices that are there.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.count, self.local_rank = (number(x) for x in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        own = [self.local_rank] if number("LOCAL_WORLD_SIZE", 1) > 1 else None
+        patience = float(os.environ.get("FSAM_RANK_TIMEOUT", PATIENCE))
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(
+            f"{os.environ['MASTER_ADDR']}:{number('MASTER_PORT') + 1}",
+            self.count,
+            self.rank,
+            local_device_ids=own,
+            heartbeat_timeout_seconds=int(patience),
+        )
+
+    def from_main(self, function: Callable[[], T]) -> T:
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = function()
+            except UserError as raised:
+                error = raised
+        result, said = self.gathered((result, str(error) if error else None))[0]
+        self._raise(error, said)
+        return result  # type: ignore[return-value]
+
+    def first_on_host(self, function: Callable[[], T]) -> T:
+        result: list[T] = []
+        error: UserError | None = None
+        if self.local_rank == 0:
+            try:
+                result.append(function())
+            except UserError as raised:
+                error = raised
+        said = self.gathered(str(error) if error else None)
+        self._raise(error, next((text for text in said if text), None))
+        return result[0] if result else function()
+
+    def most(self, value: int) -> int:
+        return max(self.gathered(value))
+
+    def gathered(self, value: T) -> list[T]:
+        own = np.frombuffer(pickle.dumps(value), np.uint8)
+        sizes = multihost_utils.process_allgather(np.int32(len(own)))
+        padded = np.zeros(int(sizes.max()), np.uint8)
+        padded[: len(own)] = own
+        rows: Any = multihost_utils.process_allgather(padded)
+        return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+    @staticmethod
+    def _raise(own: UserError | None, said: str | None) -> None:
+        if own is not None:
+            raise own
+        if said is not None:
+            raise SaidByMain(said)

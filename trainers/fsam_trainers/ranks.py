@@ -1,0 +1,203 @@
+"""The processes of one run: which of them this is, and what they agree upon beside the training step.
+
+A launcher, `torchrun` or another that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, starts the same
+command for each of them. The main rank alone writes metrics, the console, and the list that makes a checkpoint valid.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from fsam_core import UserError
+from fsam_trainers.data import Batches, Corpus, StreamedBatches, StreamedCorpus, training_batches
+from fsam_trainers.settings import Settings
+
+T = TypeVar("T")
+# Seconds that a rank waits for the others in a step before it gives them up.
+PATIENCE = 60.0
+# For what one rank does while the others wait: tokenising, the checksums of a checkpoint. One that dies is noticed all
+# the same, since its connections close.
+UNHURRIED = timedelta(days=1)
+
+
+class SaidByMain(UserError):
+    """What another rank has told the user already."""
+
+
+class Ranks:
+    """The only process of a run."""
+
+    rank, count, local_rank = 0, 1, 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def from_main(self, function: Callable[[], T]) -> T:
+        """What the main rank gets from the function, which it alone calls; picklable. A UserError goes to all ranks."""
+        return function()
+
+    def first_on_host(self, function: Callable[[], T]) -> T:
+        """What the function returns; one rank of each host calls it before the others do, and leaves a cache."""
+        return function()
+
+    def most(self, value: int) -> int:
+        """The largest value that any rank has."""
+        return value
+
+    def gathered(self, value: T) -> list[T]:
+        """The values of all ranks in order; picklable."""
+        return [value]
+
+
+class TorchRanks(Ranks):
+    """Processes in PyTorch's default process group.
+
+    Attributes:
+        patience: see `PATIENCE`; FSAM_RANK_TIMEOUT sets it.
+    """
+
+    def __init__(self) -> None:
+        import torch
+        import torch.distributed as dist
+
+        self.rank, self.count, self.local_rank = (_number(x) for x in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        self.patience = float(os.environ.get("FSAM_RANK_TIMEOUT", PATIENCE))
+        backend = "gloo"
+        if torch.accelerator.is_available():
+            torch.accelerator.set_device_index(self.local_rank)
+            device = torch.accelerator.current_accelerator()
+            assert device is not None
+            backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
+        dist.init_process_group(backend, timeout=timedelta(seconds=self.patience))
+        self._unhurried = dist.new_group(backend="gloo", timeout=UNHURRIED)
+
+    def from_main(self, function: Callable[[], T]) -> T:
+        import torch.distributed as dist
+
+        outcome: list[Any] = [None, None]
+        own: UserError | None = None
+        if self.is_main:
+            try:
+                outcome[0] = function()
+            except UserError as error:
+                own, outcome[1] = error, str(error)
+        dist.broadcast_object_list(outcome, src=0, group=self._unhurried)
+        self._raise(own, outcome[1])
+        return outcome[0]
+
+    def first_on_host(self, function: Callable[[], T]) -> T:
+        import torch.distributed as dist
+
+        result: list[T] = []
+        own: UserError | None = None
+        if self.local_rank == 0:
+            try:
+                result.append(function())
+            except UserError as error:
+                own = error
+        errors: list[str | None] = [None] * self.count
+        dist.all_gather_object(errors, str(own) if own else None, group=self._unhurried)
+        self._raise(own, next((error for error in errors if error), None))
+        return result[0] if result else function()
+
+    def most(self, value: int) -> int:
+        import torch
+        import torch.distributed as dist
+
+        largest = torch.tensor(value)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest)
+
+    def gathered(self, value: T) -> list[T]:
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value, group=self._unhurried)
+        return values
+
+    @staticmethod
+    def _raise(own: UserError | None, said: str | None) -> None:
+        if own is not None:
+            raise own
+        if said is not None:
+            raise SaidByMain(said)
+
+
+_current = Ranks()
+
+
+def current() -> Ranks:
+    """The ranks of the run that is under way."""
+    return _current
+
+
+def batches(settings: Settings, corpus: Corpus | StreamedCorpus) -> Batches | StreamedBatches:
+    """This rank's training batches, to be closed."""
+    share = {"rank": _current.rank, "ranks": _current.count, "micro_batches": settings.micro_batches}
+    return training_batches(corpus, settings.model.seq_len, settings.batch, settings.seed, **share)
+
+
+@contextlib.contextmanager
+def together(framework: str) -> Iterator[Ranks]:
+    """Join the other processes of this launch, if there are any.
+
+    Raises:
+        UserError: when another rank is lost while the block runs.
+    """
+    global _current
+    if _number("WORLD_SIZE", 1) == 1 or _current.count > 1:
+        yield _current
+        return
+    if framework == "jax":
+        from fsam_trainers import jax_ranks
+
+        _current = jax_ranks.JaxRanks()
+        try:
+            yield _current
+        finally:
+            _current = Ranks()
+        return
+    import torch.distributed as dist
+
+    _current = ranks = TorchRanks()
+    try:
+        yield ranks
+        dist.destroy_process_group()
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        raise UserError(
+            f"rank {ranks.rank} of {ranks.count}: another rank is gone, or did not answer in {ranks.patience:g} s "
+            f"({_first_line(error)}); the same command goes on from the last checkpoint"
+        ) from error
+    finally:
+        _current = Ranks()
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether another rank is gone: one of PyTorch's errors of its own, or what gloo says, which has none."""
+    text = str(error).lower()
+    own = any(kind.__name__ == "DistError" for kind in type(error).__mro__)
+    return own or any(x in text for x in ("gloo", "connection closed by peer", "connection reset by peer"))
+
+
+def _first_line(error: BaseException) -> str:
+    line = str(error).strip().partition("\n")[0]
+    return line.rpartition("] ")[2].partition(". This ")[0] or type(error).__name__
+
+
+def _number(name: str, default: int | None = None) -> int:
+    """
+    Raises:
+        UserError: for an environment that only looks like a launcher's.
+    """
+    text = os.environ.get(name, default)
+    try:
+        return int(text)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise UserError(f"{name}: the environment must hold a number, as torchrun sets it; got {text!r}") from None
