@@ -315,7 +315,7 @@ class _Counter:
         """AdamW reduces its gradient and, where that is sharded, its norm.
 
         An ascent that is made of the batch's gradient needs that reduced first; one that is known, or each device's
-        own, does not.
+        own, does not. On part of the batch g_S and the rest's gradient are reduced apart.
         """
         if self.o.devices == 1:
             return NONE
@@ -326,4 +326,5 @@ class _Counter:
         assert isinstance(method, Perturbed)
         of_batch = method.direction.source in ("full", "part")
         first = 4.0 * self.moved if self.exact and self.o.between != "reuse" else P
-        return Collectives(1 + of_batch, P + of_batch * first, 3)
+        apart = not self.exact and self.o.fraction < 1
+        return Collectives(1 + of_batch + apart, P + of_batch * first + apart * P, 3)

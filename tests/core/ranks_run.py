@@ -334,6 +334,13 @@ def refused(rank: int) -> dict[str, Any]:
         model.set_reshard_after_forward(True)
         Step(model, fsam.AdamW(model.parameters()), Plain(), features=features)(batch_of(0, 1, rank))
 
+    def own_group() -> None:
+        model = Model()
+        model.head = fully_shard(nn.Linear(D, V, bias=False))
+        fully_shard(model)
+        of = lambda model, batch: LinearHead(model(batch["x"]), model.head.weight, batch["y"])
+        Step(model, fsam.AdamW(model.parameters()), Plain(), features=of)(batch_of(0, 1, rank))
+
     def with_copies() -> None:
         model = wrapped("fsdp")
         copies = {p.detach().clone(): p for p in model.parameters()}
@@ -343,7 +350,7 @@ def refused(rank: int) -> dict[str, Any]:
     made_wrong = lambda: made(Case(SAM(0.1), sync="each"), "ddp")
     compiled = lambda: Step(torch.compile(wrapped("ddp")), made_ddp.optimizer, Plain(), features=features)
     made_ddp = made(Case(Plain()), "ddp")
-    cases = {"local": made_local, "sync": made_wrong, "no root": no_root, "resharded": resharded}
+    cases = {"local": made_local, "sync": made_wrong, "no root": no_root, "resharded": resharded, "own": own_group}
     return {name: said(one) for name, one in {**cases, "copies": with_copies, "compiled": compiled}.items()}
 
 

@@ -239,7 +239,7 @@ def test_collectives_of_data_parallel_steps():
     of = lambda **changes: cost.of(MODEL, Options(devices=8, **changes), TOKENS).collectives
     assert of(path="base") == (1, P4, 1)
     assert of() == (2, 2 * P4, 3)
-    assert of(fraction=1 / 8) == (2, 2 * P4, 3)
+    assert of(fraction=1 / 8) == (3, 3 * P4, 3)
     assert of(ascent="momentum") == (1, P4, 3)
     assert of(ascent="micro", path="sam") == (1, P4, 3)
     assert of(every=4) == pytest.approx((1.25, 1.25 * P4, 1.5))

@@ -131,6 +131,7 @@ def test_what_a_step_remembers_is_sharded_and_loads_again(quick):
         ("sync", r"sync: 'each' is not known"),
         ("no root", r"model: .* call fully_shard on the model itself"),
         ("resharded", r"features: the head's weight is resharded"),
+        ("own", r"features: the head's weight is a shard"),
         ("copies", r"optimizer: .* MixedPrecisionPolicy"),
         ("compiled", r"model: compile it before it is wrapped"),
     ],

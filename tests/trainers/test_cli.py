@@ -15,8 +15,16 @@ FIGURES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("framework", ["jax", "torch"])
-@pytest.mark.parametrize("method", NAMES)
+# Seconds a case in JAX; there the step itself is tested with every method.
+QUICK_IN_JAX = ("adamw", "precond-functional-sam")
+METHODS = [
+    pytest.param(name, framework, marks=pytest.mark.slow if framework == "jax" and name not in QUICK_IN_JAX else ())
+    for name in NAMES
+    for framework in ("jax", "torch")
+]
+
+
+@pytest.mark.parametrize(("method", "framework"), METHODS)
 def test_every_method_trains_in_both_frameworks(method, framework, text, tmp_path):
     out = tmp_path / "out.json"
     more = ("--framework", framework, "--method", method, "--steps", 12, "--evaluate-every", 0, "--probe-steps", 0)
@@ -45,7 +53,7 @@ def test_both_frameworks_train_to_the_same_losses(text, tmp_path):
     np.testing.assert_allclose(losses["jax"], losses["torch"], rtol=2e-4)
 
 
-@pytest.mark.parametrize("ascent", ["full", "part"])
+@pytest.mark.parametrize("ascent", ["full", pytest.param("part", marks=pytest.mark.slow)])
 def test_a_correction_on_part_of_the_batch_trains_alike_in_both_frameworks(ascent, text, tmp_path):
     losses = {}
     for framework in ("jax", "torch"):
@@ -111,7 +119,7 @@ def test_the_cost_ratio_is_measured_against_a_base_step(text, tmp_path):
     assert figures["cost_ratio"] == pytest.approx(figures["step_ms_median"] / figures["base_step_ms"])
 
 
-@pytest.mark.parametrize("budget", ["steps", "time", "flops"])
+@pytest.mark.parametrize("budget", ["steps", "time", pytest.param("flops", marks=pytest.mark.slow)])
 def test_compare_writes_table_plot_and_a_page_that_needs_nothing_else(budget, text, tmp_path, capsys):
     out = tmp_path / "compare"
     more = ("--framework", "torch", "--steps", 12, "--seeds", 2, "--budget", budget, "--json", tmp_path / "c.json")

@@ -40,7 +40,7 @@ def uninterrupted(request, text, tmp_path_factory):
     return request.param, final_weights(command), out
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_finishes_the_step_saves_and_the_same_command_goes_on(uninterrupted, number, text, tmp_path):
     framework, weights, _ = uninterrupted
     out = tmp_path / "run"

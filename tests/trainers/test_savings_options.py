@@ -119,7 +119,7 @@ def test_bfloat16_over_masters_follows_float32_in_both_frameworks():
     "changes",
     [
         {"dtype": "bfloat16", "ema": 0.9},
-        {"ascent": "previous", "rho_schedule": "cosine"},
+        pytest.param({"ascent": "previous", "rho_schedule": "cosine"}, marks=pytest.mark.slow),
         {"every": 3, "between": "reuse", "probability": 0.5},
     ],
     ids=["bfloat16, average", "previous", "reused"],
