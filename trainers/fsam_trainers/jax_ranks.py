@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fsam_core import UserError
-from fsam_trainers.ranks import PATIENCE, Ranks, SaidByMain
-from fsam_trainers.ranks import _number as number
+from fsam_trainers.ranks import PATIENCE, Ranks, number
 
 T = TypeVar("T")
 
@@ -38,29 +35,6 @@ class JaxRanks(Ranks):
             heartbeat_timeout_seconds=int(patience),
         )
 
-    def from_main(self, function: Callable[[], T]) -> T:
-        result, error = None, None
-        if self.is_main:
-            try:
-                result = function()
-            except UserError as raised:
-                error = raised
-        result, said = self.gathered((result, str(error) if error else None))[0]
-        self._raise(error, said)
-        return result  # type: ignore[return-value]
-
-    def first_on_host(self, function: Callable[[], T]) -> T:
-        result: list[T] = []
-        error: UserError | None = None
-        if self.local_rank == 0:
-            try:
-                result.append(function())
-            except UserError as raised:
-                error = raised
-        said = self.gathered(str(error) if error else None)
-        self._raise(error, next((text for text in said if text), None))
-        return result[0] if result else function()
-
     def most(self, value: int) -> int:
         return max(self.gathered(value))
 
@@ -71,10 +45,3 @@ class JaxRanks(Ranks):
         padded[: len(own)] = own
         rows: Any = multihost_utils.process_allgather(padded)
         return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
-
-    @staticmethod
-    def _raise(own: UserError | None, said: str | None) -> None:
-        if own is not None:
-            raise own
-        if said is not None:
-            raise SaidByMain(said)

@@ -39,11 +39,17 @@ class Ranks:
 
     def from_main(self, function: Callable[[], T]) -> T:
         """What the main rank gets from the function, which it alone calls; picklable. A UserError goes to all ranks."""
-        return function()
+        result, own = _tried(function) if self.is_main else (None, None)
+        result, said = self.gathered((result, str(own) if own else None))[0]
+        _raise(own, said)
+        return result  # type: ignore[return-value]
 
     def first_on_host(self, function: Callable[[], T]) -> T:
         """What the function returns; one rank of each host calls it before the others do, and leaves a cache."""
-        return function()
+        first = self.local_rank == 0
+        result, own = _tried(function) if first else (None, None)
+        _raise(own, next(filter(None, self.gathered(str(own) if own else None)), None))
+        return result if first else function()  # type: ignore[return-value]
 
     def most(self, value: int) -> int:
         """The largest value that any rank has."""
@@ -65,7 +71,7 @@ class TorchRanks(Ranks):
         import torch
         import torch.distributed as dist
 
-        self.rank, self.count, self.local_rank = (_number(x) for x in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        self.rank, self.count, self.local_rank = (number(x) for x in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         self.patience = float(os.environ.get("FSAM_RANK_TIMEOUT", PATIENCE))
         backend = "gloo"
         if torch.accelerator.is_available():
@@ -75,35 +81,6 @@ class TorchRanks(Ranks):
             backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
         dist.init_process_group(backend, timeout=timedelta(seconds=self.patience))
         self._unhurried = dist.new_group(backend="gloo", timeout=UNHURRIED)
-
-    def from_main(self, function: Callable[[], T]) -> T:
-        import torch.distributed as dist
-
-        outcome: list[Any] = [None, None]
-        own: UserError | None = None
-        if self.is_main:
-            try:
-                outcome[0] = function()
-            except UserError as error:
-                own, outcome[1] = error, str(error)
-        dist.broadcast_object_list(outcome, src=0, group=self._unhurried)
-        self._raise(own, outcome[1])
-        return outcome[0]
-
-    def first_on_host(self, function: Callable[[], T]) -> T:
-        import torch.distributed as dist
-
-        result: list[T] = []
-        own: UserError | None = None
-        if self.local_rank == 0:
-            try:
-                result.append(function())
-            except UserError as error:
-                own = error
-        errors: list[str | None] = [None] * self.count
-        dist.all_gather_object(errors, str(own) if own else None, group=self._unhurried)
-        self._raise(own, next((error for error in errors if error), None))
-        return result[0] if result else function()
 
     def most(self, value: int) -> int:
         import torch
@@ -120,12 +97,19 @@ class TorchRanks(Ranks):
         dist.all_gather_object(values, value, group=self._unhurried)
         return values
 
-    @staticmethod
-    def _raise(own: UserError | None, said: str | None) -> None:
-        if own is not None:
-            raise own
-        if said is not None:
-            raise SaidByMain(said)
+
+def _tried(function: Callable[[], T]) -> tuple[T | None, UserError | None]:
+    try:
+        return function(), None
+    except UserError as error:
+        return None, error
+
+
+def _raise(own: UserError | None, said: str | None) -> None:
+    if own is not None:
+        raise own
+    if said is not None:
+        raise SaidByMain(said)
 
 
 _current = Ranks()
@@ -150,7 +134,7 @@ def together(framework: str) -> Iterator[Ranks]:
         UserError: when another rank is lost while the block runs.
     """
     global _current
-    if _number("WORLD_SIZE", 1) == 1 or _current.count > 1:
+    if number("WORLD_SIZE", 1) == 1 or _current.count > 1:
         yield _current
         return
     if framework == "jax":
@@ -191,7 +175,7 @@ def _first_line(error: BaseException) -> str:
     return line.rpartition("] ")[2].partition(". This ")[0] or type(error).__name__
 
 
-def _number(name: str, default: int | None = None) -> int:
+def number(name: str, default: int | None = None) -> int:
     """
     Raises:
         UserError: for an environment that only looks like a launcher's.
