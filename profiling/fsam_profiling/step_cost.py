@@ -45,7 +45,7 @@ SAVINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("every 4 reused", {"every": 4, "between": "reuse"}),
     ("start 0.9", {"start": 0.9}),
 )
-COMMON = ("adamw", "sam", METHOD, "cut hidden", "1/4", "1/8", "1/8 + cut hidden")
+COMMON = ("adamw", "sam", METHOD, "1/4", "1/8", "1/8 + cut hidden")
 WARM_UP = 2
 PARAMETERS = ("norm", "perturb", "update")
 Name = TypeVar("Name", bound=Hashable)
