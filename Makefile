@@ -49,7 +49,7 @@ bench-check: install
 baseline: install
 	$(BIN)/fsam profile check --update
 
-# What each saving gives up: some 230 short runs, tuned, three seeds. Two hours on two cores; stopped, it goes on.
+# What each saving gives up: some 270 short runs, tuned, three seeds. Two hours or more on two cores; stopped, it goes on.
 study: install
 	$(BIN)/python -m fsam_profiling.study --out runs/study --jobs 2
 	$(BIN)/python -m fsam_profiling.study_cosines --study runs/study

@@ -99,19 +99,19 @@ def rows(only: str) -> list[tuple[str, str, dict[str, Any]]]:
     return [row for row, name in zip(every, known, strict=True) if not wanted or name in wanted or name == "adamw"]
 
 
+def asked(options: Any) -> tuple[tuple[Framework, ...], dict[str, Any]]:
+    """The frameworks of an `Options` or a `trace.Trace`, and what of it is the same for every row."""
+    frameworks: tuple[Framework, ...] = ("jax", "torch") if options.framework == "both" else (options.framework,)
+    return frameworks, {name: getattr(options, name) for name in ("batch", "seq_len", "vocab_size", "dtype")}
+
+
 def variants(options: Options) -> dict[tuple[str, str, str], Variant]:
     """(framework, method, saving or whose) -> variant, in the order of the table.
 
     Raises:
         UserError: for an unknown preset or row, and for settings that do not go together.
     """
-    frameworks: tuple[Framework, ...] = ("jax", "torch") if options.framework == "both" else (options.framework,)
-    sizes: dict[str, Any] = {
-        "batch": options.batch,
-        "seq_len": options.seq_len,
-        "vocab_size": options.vocab_size,
-        "dtype": options.dtype,
-    }
+    frameworks, sizes = asked(options)
     found: dict[tuple[str, str, str], Variant] = {}
     of = lambda framework, method, changes: settings(
         options.preset, method, framework=framework, changes=changes, **sizes

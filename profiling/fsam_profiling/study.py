@@ -12,6 +12,7 @@ A run that is done is a line in a file and is not done again: stopped at any mom
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -79,7 +80,7 @@ class Study:
     done: Path = Path("docs/results/study-runs.jsonl")
     """file that receives a line for each run that is done"""
     steps: int = 160
-    """optimizer steps of a run; the whole plan then takes about two hours on two cores"""
+    """optimizer steps of a run; the whole plan then takes two hours or more on two cores"""
     batch: int = 8
     """sequences a step"""
     seeds: int = 3
@@ -236,10 +237,12 @@ def _all(study: Study, runs: list[Run], rich: Rich) -> dict[str, dict[str, Any]]
     trained = done_runs(study.done)
     waiting = list({key(study, run): run for run in runs if key(study, run) not in trained}.values())
     study.done.parent.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(study.jobs) as pool, study.done.open("a", encoding="utf-8") as file:
-        futures = [pool.submit(_train, study, run) for run in waiting]
+    with contextlib.ExitStack() as stack, study.done.open("a", encoding="utf-8") as file:
+        pool = ThreadPoolExecutor(study.jobs)
+        stack.callback(pool.shutdown, cancel_futures=True)  # what has not begun when one fails, or Ctrl-C comes
+        futures = {pool.submit(_train, study, run): run for run in waiting}
         for count, future in enumerate(as_completed(futures), 1):
-            run = waiting[futures.index(future)]
+            run = futures[future]
             trained[key(study, run)] = figures = future.result()
             line = {"run": key(study, run), "name": run.name, "max_tokens": run.max_tokens, **figures}
             with disk_errors(study.done):

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fsam_core.errors import UserError
-from fsam_profiling import results, tpu
+from fsam_profiling import results, step_cost, tpu
 from fsam_trainers.presets import preset
 
 # name -> (topology that libtpu knows, its chips, HBM of a chip in GiB as published)
@@ -23,14 +23,14 @@ CHIPS = {
     "v5p": ("v5p:2x2x1", 4, 95),
     "v6e": ("v6e:2x2", 4, 32),
 }
-_FUNCTIONAL = "precond-functional-sam"
+# name -> (method, changes of its settings)
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "adamw": ("adamw", {}),
-    "exact": (_FUNCTIONAL, {}),
-    "1/4": (_FUNCTIONAL, {"correction_fraction": 1 / 4}),
-    "1/8": (_FUNCTIONAL, {"correction_fraction": 1 / 8}),
-    "hidden cut": (_FUNCTIONAL, {"cut": "hidden"}),
-    "1/8 + hidden cut": (_FUNCTIONAL, {"correction_fraction": 1 / 8, "cut": "hidden"}),
+    "exact": (step_cost.METHOD, {}),
+    **{
+        name: (step_cost.METHOD, dict(step_cost.SAVINGS)[name])
+        for name in ("1/4", "1/8", "cut hidden", "1/8 + cut hidden")
+    },
 }
 
 

@@ -23,7 +23,7 @@ from fsam_profiling.step_regions import in_order
 from fsam_profiling.step_settings import random_tokens, settings
 from fsam_profiling.trace_events import Span
 from fsam_trainers import engine
-from fsam_trainers.settings import Framework, Settings
+from fsam_trainers.settings import Settings
 
 WARM_UP = 2
 
@@ -64,13 +64,7 @@ def run(options: Trace) -> int:
         raise UserError(f"--steps must be at least 1, got {options.steps}")
     # Before PyTorch is imported, whose profiler says on stderr when it starts and stops.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    frameworks: tuple[Framework, ...] = ("jax", "torch") if options.framework == "both" else (options.framework,)
-    sizes: dict[str, Any] = {
-        "batch": options.batch,
-        "seq_len": options.seq_len,
-        "vocab_size": options.vocab_size,
-        "dtype": options.dtype,
-    }
+    frameworks, sizes = step_cost.asked(options)
     rows = []
     for framework in frameworks:
         for method, saving, changes in step_cost.rows(options.only):

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 import fsam_core.torch as fsam  # noqa: E402
 from fsam_core import UserError  # noqa: E402
 from fsam_trainers import ranks  # noqa: E402
+from fsam_trainers.data.batches import check_rows  # noqa: E402
 from fsam_trainers.engine import StepReport  # noqa: E402
 from fsam_trainers.models import torch_decoder  # noqa: E402
 from fsam_trainers.models.layout import blocks  # noqa: E402
@@ -75,9 +76,7 @@ def _check_placement(settings: Settings, count: int) -> None:
     asked = f"--data-parallel {settings.data_parallel} and --fsdp {settings.fsdp}"
     if count % settings.fsdp or settings.data_parallel not in (1, count // settings.fsdp):
         raise UserError(f"{asked}: their product must be the {count} processes that run; torchrun starts more")
-    if settings.batch % (settings.micro_batches * count):
-        got = f"--batch {settings.batch}"
-        raise UserError(f"{got} must be divisible by --micro-batches {settings.micro_batches} times {count} processes")
+    check_rows(settings.batch, settings.micro_batches, count)
 
 
 def _shard(model: torch.nn.Module, settings: Settings, device: str, count: int) -> None:

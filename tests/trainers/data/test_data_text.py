@@ -164,7 +164,7 @@ def test_the_python_corpus_leaves_out_what_differs_between_distributions(tmp_pat
     found = documents(corpus.train, corpus) + documents(corpus.validation, corpus)
     assert sorted(found) == sorted((folder / name).read_text() for name in wanted)
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(folder / "json" / "tests")})
-    monkeypatch.setattr(text, "portable", lambda part: False)
+    monkeypatch.setattr(text, "_portable", lambda part: False)
     with pytest.raises(UserError, match=r"--data python: .*tests holds no Python sources"):
         prepare("python", vocab_size=300, seq_len=8)
 

@@ -2,7 +2,6 @@
 
 import glob
 import os
-import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +9,7 @@ from fsam_core.errors import UserError
 
 from .documents import reading
 from .records import is_records
-from .text import portable, text_names
+from .text import standard_library, text_names
 
 WHAT_WORKS = (
     "python, a text file, folder or glob, a .jsonl, .jsonl.gz, .jsonl.zst or .parquet file (or a folder or glob of "
@@ -83,8 +82,7 @@ def find_files(spec: str) -> Files:
     UserError where nothing is found.
     """
     if spec == "python":
-        folder = Path(sysconfig.get_paths()["stdlib"])
-        names = [name for name in text_names(folder, portable) if name.endswith(".py")]
+        folder, names = standard_library()
         return Files("python standard library", [folder / name for name in names], rows=False, chosen=False)
     if is_glob(spec):
         return matches(spec)

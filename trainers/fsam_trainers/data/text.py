@@ -47,11 +47,17 @@ class TextFile(NamedTuple):
 
 def python_source() -> Source:
     """The running interpreter's standard library, one document per .py file. Raises UserError where there is none."""
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    files = _text_files(folder, [name for name in text_names(folder, portable) if name.endswith(".py")])
+    folder, names = standard_library()
+    files = _text_files(folder, names)
     if not any(file.characters for file in files):
         raise UserError(f"--data python: {folder} holds no Python sources: give a text file or folder instead")
     return _source(f"python {platform.python_version()} standard library", files)
+
+
+def standard_library() -> tuple[Path, list[str]]:
+    """Its folder, and the .py files in it that are in every distribution's."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    return folder, [name for name in text_names(folder, _portable) if name.endswith(".py")]
 
 
 def files_source(title: str, paths: list[Path]) -> Source:
@@ -107,7 +113,7 @@ def text_names(folder: Path, keep: Callable[[str], bool] = lambda part: not part
     return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
-def portable(part: str) -> bool:
+def _portable(part: str) -> bool:
     """Whether a file or folder of the standard library is in every distribution's."""
     return part not in _NOT_PORTABLE and not part.startswith(_NOT_PORTABLE_PREFIXES)
 
