@@ -252,8 +252,7 @@ class Corrections:
             with in_torch("second backward"):
                 if functional:
                     (kept,) = self._scaled([seen[2]], method)
-                    heads.backward(at_moved, heads.pulled_back(self.ops, at_moved, kept.cotangent, passes.memory))
-                    passes.collect()
+                    passes.pull_back_head(at_moved, kept.cotangent)
                 else:
                     moved_loss = passes.head(at_moved, None, 1, cut=None, backward=True, before=begins)[0]
         if not functional:

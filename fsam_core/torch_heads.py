@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fsam_core.errors import UserError
 from fsam_core.heads import check
@@ -91,9 +91,19 @@ def weight(head: LinearHead | Logits) -> Tensor:
 
 
 def cotangent(
-    ops: ModuleType, head: LinearHead | Logits, unit: Tensor, memory: Memory, *, gradient: bool, keep: bool
+    ops: ModuleType,
+    head: LinearHead | Logits,
+    unit: Tensor,
+    memory: Memory,
+    *,
+    gradient: bool,
+    keep: bool,
+    onto: Tensor | None = None,
 ) -> tuple[Tensor, Any, tuple[Tensor, ...] | None]:
-    """(loss, z̄, z̄ at the outputs of the model or None) of one micro-batch: sums over its tokens, divided by `unit`."""
+    """(loss, z̄, z̄ at the outputs of the model or None) of one micro-batch: sums over its tokens, divided by `unit`.
+
+    The cotangent of a linear head's weight is added to `onto` where that is given, and is then that.
+    """
     if isinstance(head, Logits):
         with torch.enable_grad():
             z = head.logits.detach().requires_grad_()
@@ -114,13 +124,16 @@ def cotangent(
         loss=head.loss,
         gradient=gradient,
         keep=keep,
+        onto_VxD=onto,
         chunk_bytes=memory.chunk_bytes,
     )
     return (loss_N * share_N).sum(), zbar, None if gradients is None else _present(gradients)
 
 
-def pulled_back(ops: ModuleType, head: LinearHead | Logits, zbar: Any, memory: Memory) -> tuple[Tensor, ...]:
-    """What the cotangent of another head of these shapes is at the outputs of this one.
+def pulled_back(
+    ops: ModuleType, head: LinearHead | Logits, zbar: Any, memory: Memory, onto: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """What the cotangent of another head of these shapes is at the outputs of this one; `onto` as in `cotangent`.
 
     A tuple is already that, as far as it goes: the cotangents of the hidden states and, in one micro-batch, of the
     head's weight and bias.
@@ -129,7 +142,8 @@ def pulled_back(ops: ModuleType, head: LinearHead | Logits, zbar: Any, memory: M
         return (zbar,)
     if isinstance(zbar, tuple):
         return zbar
-    return _present(ops.logit_vjp(zbar, head.hidden, head.weight, bias_V=head.bias, chunk_bytes=memory.chunk_bytes))
+    options = {"bias_V": head.bias, "onto_VxD": onto, "chunk_bytes": memory.chunk_bytes}
+    return _present(ops.logit_vjp(zbar, head.hidden, head.weight, **options))
 
 
 def keeps(head: LinearHead | Logits, micro_batches: int, memory: Memory) -> bool:
@@ -140,11 +154,52 @@ def keeps(head: LinearHead | Logits, micro_batches: int, memory: Memory) -> bool
     return memory.keeps(N * micro_batches, D, V, head.hidden.element_size(), head.hidden.device.type)
 
 
-def backward(head: LinearHead | Logits, gradients: Sequence[Tensor]) -> None:
-    """Pull the cotangents of the model's outputs back into every parameter's `.grad`."""
+def sums_in_place(head: LinearHead | Logits) -> bool:
+    """Whether the cotangent of the head's weight may be written to its `.grad` with no graph between.
+
+    So it may where the weight is a parameter itself and nobody waits for its gradient: that is then one array, which
+    the products of every chunk, micro-batch and pass add to, and autograd's sums with the embedding's gradient, of the
+    size of the vocabulary each, fall away.
+    """
+    if isinstance(head, Logits):
+        return False
+    w: Any = head.weight
+    hooks = (w._backward_hooks, getattr(w, "_post_accumulate_grad_hooks", None))
+    return bool(w.is_leaf and w.requires_grad and type(w) in (Tensor, nn.Parameter) and not any(hooks))
+
+
+def summed(head: LinearHead | Logits) -> Tensor | None:
+    """The gradient that the head's weight has and that more may be added to by matrix products."""
+    if not isinstance(head, LinearHead) or not sums_in_place(head):
+        return None
+    gradient, wide = head.weight.grad, torch.promote_types(head.hidden.dtype, torch.float32)
+    return gradient if gradient is not None and not gradient.is_sparse and gradient.dtype == wide else None
+
+
+def backward(
+    head: LinearHead | Logits, gradients: Sequence[Tensor], *, in_place: bool = False, own: bool = True
+) -> None:
+    """Pull the cotangents of the model's outputs back into every parameter's `.grad`.
+
+    Args:
+        in_place: the head's weight, which allows for it, gets its cotangent first and without autograd.
+        own: whether that cotangent is nobody else's.
+    """
     outputs = (head.logits,) if isinstance(head, Logits) else (head.hidden, head.weight, head.bias)
     pairs = [(x, g) for x, g in zip(outputs, gradients, strict=False) if x is not None and x.requires_grad]
-    torch.autograd.backward([x for x, _ in pairs], [g for _, g in pairs])
+    if in_place and isinstance(head, LinearHead):
+        for wbar_VxD in (g for x, g in pairs if x is head.weight):
+            _accumulate(head.weight, wbar_VxD, own)
+        pairs = [(x, g) for x, g in pairs if x is not head.weight]
+    if pairs:
+        torch.autograd.backward([x for x, _ in pairs], [g for _, g in pairs])
+
+
+def _accumulate(p: Tensor, gradient: Tensor, own: bool) -> None:
+    if p.grad is None:
+        p.grad = gradient if own else gradient.clone()
+    elif p.grad is not gradient:
+        p.grad.add_(gradient)
 
 
 def _present(gradients: tuple[Any, ...]) -> tuple[Tensor, ...]:

@@ -183,14 +183,18 @@ class Passes:
             raise UserError("cut: 'hidden' needs features to return a LinearHead, got Logits")
         holds = cut == "logits" and heads.keeps(head, micro_batches, self.memory)
         wanted = backward or cut == "hidden"
-        loss, cotangent, out = heads.cotangent(self.ops, head, unit, self.memory, gradient=wanted, keep=holds)
+        in_place = backward and self._in_place(head)
+        onto = heads.summed(head) if in_place and cut != "hidden" else None  # what is kept is of this pass alone
+        loss, cotangent, out = heads.cotangent(
+            self.ops, head, unit, self.memory, gradient=wanted, keep=holds, onto=onto
+        )
         if cut == "hidden":
             cotangent = out
         elif cut is not None:
             cotangent = self._detached(cotangent)
         if backward:
             assert out is not None
-            heads.backward(head, out)
+            heads.backward(head, out, in_place=in_place, own=cut != "hidden")
             self.collect()
         return loss, weight, Kept(cotangent, unit, before)
 
@@ -236,8 +240,19 @@ class Passes:
                 with in_torch("second forward"):
                     head = heads.flat(self.ranks.head(self.features, batch))
                 with in_torch("second backward"):
-                    heads.backward(head, heads.pulled_back(self.ops, head, base.cotangent, self.memory))
-                    self.collect()
+                    self.pull_back_head(head, base.cotangent)
+
+    def pull_back_head(self, head: LinearHead | Logits, zbar: Any) -> None:
+        """One micro-batch's cotangent, added to what is in `.grad`."""
+        in_place = self._in_place(head)
+        onto = heads.summed(head) if in_place else None
+        out = heads.pulled_back(self.ops, head, zbar, self.memory, onto)
+        heads.backward(head, out, in_place=in_place, own=not isinstance(zbar, tuple))
+        self.collect()
+
+    def _in_place(self, head: LinearHead | Logits) -> bool:
+        """Whether the head's weight gets its gradient without autograd; wrappers of several ranks wait for it there."""
+        return self.ranks.alone and heads.sums_in_place(head)
 
     def _reduced(self, last: bool, backward: bool = True) -> AbstractContextManager[None]:
         """A micro-batch of several ranks; the gradients of all are reduced with those of the last."""

@@ -83,12 +83,18 @@ def perturbed(
             clip = (clip_norm / ranks.norm(here)).clamp(max=1.0)
         v, adam = moments(ops, method, passes.optimizer, params) if method.precondition == "adam" else (None, None)
         each = method.norm == "per-tensor"
-        sums = ops.preconditioned_norm(ascent, v, clip=clip, adam=adam, per_tensor=each or ranks.sharded)
-        sumsq, dot = ranks.sums(params, sums, each)
-        square = dot if method.norm == "dual" else sumsq
+        out = [passes.copies[p].data for p in params] if passes.copies else passes.room_for(params)
+        into = getattr(ops, "direction_and_norm", None)
+        if into and v and out and not passes.copies and method.norm != "dual" and _wide(out):
+            # The perturbed weights' room holds the direction meanwhile.
+            sumsq = square = into(ascent, v, clip=clip, adam=adam, out=out, per_tensor=each)
+            ascent, v, adam, clip = out, None, None, 1.0
+        else:
+            sums = ops.preconditioned_norm(ascent, v, clip=clip, adam=adam, per_tensor=each or ranks.sharded)
+            sumsq, dot = ranks.sums(params, sums, each)
+            square = dot if method.norm == "dual" else sumsq
         scale = torch.where(square == 0, 0, rho / torch.where(square == 0, 1, square).sqrt())
         length = (scale.square() * sumsq).sum().sqrt()
-    out = [passes.copies[p].data for p in params] if passes.copies else passes.room_for(params)
     options: dict[str, Any] = {"clip": clip, "adam": adam, "out": out}
     rounding = getattr(passes.optimizer, "rounding", None)
     if passes.copies and rounding is not None:
@@ -123,6 +129,11 @@ def _bias_correction(b2: float, step: Tensor | float, current: bool) -> Tensor |
         return torch.where(n > 0, 1 - b2**n, 1)
     count = int(step) + current
     return 1 - b2**count if count > 0 else 1.0
+
+
+def _wide(tensors: Sequence[Tensor]) -> bool:
+    """Whether each is of the dtype that directions are computed in."""
+    return all(x.dtype == torch.promote_types(x.dtype, torch.float32) for x in tensors)
 
 
 def _or_zero(x: Tensor | None, like: Any) -> Tensor:

@@ -34,12 +34,14 @@ class Ranks:
     Attributes:
         model: as the user gave it.
         inner: the module that a wrapper holds, or the model itself; what `features` is called with.
+        alone: whether no wrapper waits for gradients as they come.
         count: how many ranks have data of their own.
         sharded: whether a rank holds but a part of each weight.
         reuses_gradients: whether the next pass writes its gradients over those of this one.
         no_local: why gradients cannot be each rank's own, "" where they can.
     """
 
+    alone = True
     count = 1
     no_local = ""
     sharded = reuses_gradients = False
@@ -91,6 +93,8 @@ class Ranks:
 
 
 class _Group(Ranks):
+    alone = False
+
     def __init__(self, model: nn.Module, inner: nn.Module, group: Any) -> None:
         super().__init__(model, inner)
         self.group, self.count = group, dist.get_world_size(group)

@@ -39,6 +39,8 @@ METHOD = "precond-functional-sam"
 SMALL = 8_000
 # Regime -> options beside the rest; None for as many tokens as one pass takes.
 REGIMES: dict[str, int | None] = {"many passes": SMALL, "one pass": None}
+# Of a run. Where there are many passes the best comes before the end; in one pass it is the end.
+EVALUATIONS = {"many passes": 10, "one pass": 4}
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 DECAYS = (1e-2, 0.1, 0.3, 1.0)
 DROPOUTS = (0.05, 0.1, 0.2, 0.3)
@@ -95,11 +97,12 @@ class Study:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of the plan: its folder's name, its settings and how many tokens it may see."""
+    """One run of the plan: its folder's name, its settings, how many tokens it may see and how often it evaluates."""
 
     name: str
     settings: Settings
     max_tokens: int
+    evaluations: int
 
 
 def main() -> None:
@@ -226,7 +229,7 @@ def _run(study: Study, regime: str, name: str, settings: Settings) -> Run:
     few = REGIMES[regime]
     # A pass over exactly what the longest run sees.
     tokens = study.steps * study.batch * settings.model.seq_len + study.batch * settings.model.seq_len
-    return Run(f"{regime} | {name}", settings, few or tokens)
+    return Run(f"{regime} | {name}", settings, few or tokens, EVALUATIONS[regime])
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -270,6 +273,7 @@ def _train(study: Study, run: Run) -> dict[str, Any]:
         "settings": run.settings.as_dict(),
         "data": study.data,
         "max_tokens": run.max_tokens,
+        "evaluations": run.evaluations,
         "out": str(folder),
     }
     write_json(folder / "run.json", options)

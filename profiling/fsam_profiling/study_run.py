@@ -17,8 +17,6 @@ from fsam_trainers.loop import train
 from fsam_trainers.models.layout import ModelConfig
 from fsam_trainers.settings import Pace, Settings
 
-EVALUATIONS = 10
-
 
 def main(path: Path) -> None:
     """Train what the file says; a run that was stopped goes on."""
@@ -29,7 +27,9 @@ def main(path: Path) -> None:
     model = ModelConfig(**asked["settings"].pop("model"))
     settings = Settings(model=model, **asked["settings"])
     corpus = prepare(asked["data"], vocab_size=model.vocab_size, seq_len=model.seq_len, max_tokens=asked["max_tokens"])
-    pace = Pace(evaluate_every=max(1, settings.steps // EVALUATIONS), checkpoint_every=settings.steps, probe_steps=0)
+    pace = Pace(
+        evaluate_every=max(1, settings.steps // asked["evaluations"]), checkpoint_every=settings.steps, probe_steps=0
+    )
     figures = train(settings, corpus, out, pace, Console(quiet=True))
     if figures["status"] != "finished":
         sys.exit(1)

@@ -290,6 +290,22 @@ def test_a_frozen_trunk_or_a_frozen_head_is_allowed(kind):
         assert step.info.perturbation_norm == pytest.approx(0.3)
 
 
+@each_method
+def test_a_hook_on_a_tied_head_sees_the_whole_gradient_and_changes_nothing(method):
+    def grad(hooked):
+        model, seen = Odd(), []
+        step = Step(model, torch.optim.AdamW(model.parameters(), lr=0.1), method, features=odd_features)
+        if hooked:
+            model.embedding.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+        for seed in range(2):
+            step.gradient([batch(seed), batch(seed + 7)])
+        return model.embedding.grad, seen
+
+    (plain, _), (hooked, seen) = grad(False), grad(True)
+    assert seen
+    torch.testing.assert_close(hooked, plain, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @each_method
 def test_half_precision_models_have_the_gradient_of_float32(method, dtype):

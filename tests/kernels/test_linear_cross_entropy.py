@@ -368,3 +368,39 @@ def test_torch_gradient_of_a_transposed_weight_has_its_strides(stored):
     wbar = OPS["torch"].linear_cross_entropy(*given, gradient=True)[3].wbar_VxD
     assert wbar.stride() == w.stride()
     assert_as_good(back(wbar), head_plain("torch", "float32", p).base[1], head_oracle(p).base[1], "float32")
+
+
+@pytest.mark.parametrize("chunk_bytes", [None, SIXTEEN_ROWS])
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_torch_gradient_of_the_weight_adds_onto_what_is_there(dtype, keep, chunk_bytes):
+    p = problem(dtype, bias=True)
+    give = lambda x: to("torch", x, dtype)
+    args = (give(p.h), give(p.w), to("torch", p.y), to("torch", p.weights, "float32"))
+    options = {"bias_V": give(p.bias), "chunk_bytes": chunk_bytes}
+    there = torch.randn(p.w.shape, generator=torch.Generator().manual_seed(0))
+    first, second = there.clone(), there.clone()
+    *_, z, got = OPS["torch"].linear_cross_entropy(*args, **options, gradient=True, keep=keep, onto_VxD=first)
+    again = OPS["torch"].logit_vjp(z, *args[:2], **options, onto_VxD=second)
+    *_, base = OPS["torch"].linear_cross_entropy(*args, **options, gradient=True, keep=keep, wide_wbar=True)
+    moved = OPS["torch"].logit_vjp(z, *args[:2], **options, wide_wbar=True)
+    for gradients, where, alone in ((got, first, base), (again, second, moved)):
+        assert gradients.wbar_VxD is where
+        np.testing.assert_allclose(where, there + alone.wbar_VxD, rtol=1e-6, atol=1e-6)
+        assert torch.equal(gradients.hbar_NxD, alone.hbar_NxD)
+
+
+def test_torch_onto_of_another_dtype_is_refused():
+    p = problem("bfloat16")
+    args = [to("torch", x, "bfloat16") for x in (p.h, p.w)] + [to("torch", p.y), to("torch", p.weights, "float32")]
+    with pytest.raises(ValueError, match=r"onto_VxD: w̄ is summed in torch\.float32, got a tensor of torch\.bfloat16"):
+        OPS["torch"].linear_cross_entropy(*args, gradient=True, onto_VxD=torch.zeros_like(args[1]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_torch_gradient_of_no_rows_is_zero(dtype):
+    given = torch.empty(0, 5, dtype=getattr(torch, dtype)), torch.ones(9, 5, dtype=getattr(torch, dtype))
+    *_, got = OPS["torch"].linear_cross_entropy(*given, torch.empty(0, dtype=torch.long), torch.empty(0), gradient=True)
+    assert got.wbar_VxD.dtype == given[1].dtype
+    assert not got.wbar_VxD.any()
+    assert got.hbar_NxD.shape == (0, 5)

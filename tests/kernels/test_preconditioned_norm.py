@@ -14,7 +14,7 @@ from operations import BACKENDS, DTYPES, OPS, adam_of, back, rounded, to
 import fsam_kernels.torch
 import fsam_kernels.xla
 from fsam_kernels import spec
-from fsam_kernels.torch import preconditioned_norm
+from fsam_kernels.torch import direction_and_norm, preconditioned_norm
 
 SHAPES = [(7, 5), (13,), (1,), (), (3, 1, 2)]
 ADAM = {"b2": 0.95, "eps": 1e-8}
@@ -118,6 +118,40 @@ def test_arguments_are_left_as_they_are(backend):
     gs, vs = [to(backend, x, "float32") for x in g], [to(backend, x, "float32") for x in v]
     ops.preconditioned_norm(gs, vs, clip=0.5, adam=adam_of(backend, settings_of(3, True), len(gs)))
     assert all(np.array_equal(a, back(b)) for a, b in zip(g + v, gs + vs, strict=True))
+
+
+# --- with the direction written, on a CPU -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("per_tensor", [False, True])
+@pytest.mark.parametrize("clip", [1.0, 0.3, torch.tensor(0.3)])
+@pytest.mark.parametrize("steps", [0, 1, 1000])
+@pytest.mark.parametrize("current", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_direction_that_is_written_is_the_oracles_and_so_is_its_norm(dtype, current, steps, clip, per_tensor):
+    shapes = [*SHAPES, (0, 3), (2**18 + 7,)]  # an empty one, and one of more than a piece
+    g, v = tensors(dtype, shapes)
+    v = v if steps else [0 * x for x in v]
+    adam = settings_of(steps, current)
+    out = [torch.full(x.shape, torch.nan) for x in g]
+    options = {"clip": clip, "adam": adam_of("torch", adam, len(g)), "out": out, "per_tensor": per_tensor}
+    got = direction_and_norm([to("torch", x, dtype) for x in g], [to("torch", x, "float32") for x in v], **options)
+    oracle = {"clip": float(clip), **adam}
+    wanted, _ = spec.preconditioned_norm(g, v, **oracle, per_tensor=per_tensor)
+    np.testing.assert_allclose(back(got), wanted, rtol=2.6e-5)  # of equal terms; see `SUMMED`
+    for x, y, z in zip(out, g, v, strict=True):
+        np.testing.assert_allclose(back(x), spec.direction(y, z, **oracle), rtol=8 * 2**-24, atol=0)
+
+
+def test_a_direction_shows_what_is_not_finite_and_none_is_zero():
+    adam = adam_of("torch", settings_of(3, True), 2)
+    out = [torch.empty(3), torch.empty(2)]
+    v = [torch.zeros(3), torch.zeros(2)]
+    total = direction_and_norm([torch.zeros(3), torch.zeros(2)], v, adam=adam, out=out)
+    assert total == 0
+    assert all(not x.any() for x in out)
+    assert not torch.isfinite(direction_and_norm([torch.zeros(3), torch.tensor([1, torch.nan])], v, adam=adam, out=out))
+    assert direction_and_norm([torch.zeros(3), torch.zeros(2)], v, adam=adam, out=out) == 0  # nothing is left of it
 
 
 # --- trees, in JAX ----------------------------------------------------------------------------------------------------

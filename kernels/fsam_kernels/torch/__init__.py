@@ -6,7 +6,7 @@ from fsam_kernels.torch.direction import Adam
 from fsam_kernels.torch.linear_cross_entropy import Cotangent, HeadGradients, linear_cross_entropy
 from fsam_kernels.torch.logit_vjp import logit_vjp
 from fsam_kernels.torch.perturb import perturb
-from fsam_kernels.torch.preconditioned_norm import preconditioned_norm
+from fsam_kernels.torch.preconditioned_norm import direction_and_norm, preconditioned_norm
 from fsam_kernels.torch.rounding import Rounding
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Update",
     "adamw",
     "cross_entropy",
+    "direction_and_norm",
     "linear_cross_entropy",
     "logit_vjp",
     "perturb",

@@ -180,6 +180,15 @@ class Direction:
         g, below = self._parts(g, v)
         return (g, g) if below is None else (torch.div(g, below, out=below), g)
 
+    def into(self, d: Tensor, g: Tensor, v: Tensor | None) -> None:
+        """d, with its factor, to an array of the dtype that it is computed in."""
+        if self.q is not None:
+            assert v is not None
+            self._adagrad(d.zero_(), self._wide(g), v, float(self.k))
+            return
+        g, below = self._parts(g, v)
+        torch.div(g, 1 if below is None else below, out=d).mul_(self.k)
+
     def added(self, theta: Tensor, g: Tensor, v: Tensor | None, step: Tensor, out: Tensor) -> None:
         """θ + step · d / k, written to `out`, which has the dtype of the direction and may be θ."""
         if self.q is not None and v is not None:

@@ -84,6 +84,7 @@ def linear_cross_entropy(
     gradient: bool = False,
     keep: bool = False,
     wide_wbar: bool = False,
+    onto_VxD: Tensor | None = None,
     chunk_bytes: int | None = None,
     stages: ModuleType = plain,
 ) -> tuple[Tensor, Tensor, Cotangent, HeadGradients | None]:
@@ -102,6 +103,8 @@ def linear_cross_entropy(
         loss: label smoothing, z-loss, soft-cap.
         keep: hold P for a second pull-back: N·V values in the dtype of h, and one matrix product less there.
         wide_wbar: return w̄ and b̄ as they were summed, in float32, and not in the dtypes of w and b.
+        onto_VxD: what w̄ is added to, in place, by the matrix products themselves; it is then returned as w̄. Of the
+            dtype that w̄ is summed in.
         chunk_bytes: rows are taken in chunks whose working tensors fill at most this much (one row at the least), so
             that no N×V tensor is ever whole; None for the device's default. It changes nothing beyond rounding.
         stages: what is done to the logits between the matrix products, a module like `fsam_kernels.torch.rows`.
@@ -118,7 +121,7 @@ def linear_cross_entropy(
     weights_N = torch.where(labels_N >= 0, weights_N, 0).to(wide(h_NxD))
     figures = Rows(*(h_NxD.new_empty(len(h_NxD), dtype=wide(h_NxD)) for _ in Rows._fields))
     kept_NxV = stages.empty_chunk(len(h_NxD), len(w_VxD), h_NxD) if keep else None
-    total = Sums(h_NxD, w_VxD, bias_V, weights_N, wide_wbar) if gradient else None
+    total = Sums(h_NxD, w_VxD, bias_V, weights_N, wide_wbar, onto_VxD) if gradient else None
     base = product(w_VxD, bias_V, h_NxD.dtype, stages)
 
     def one(rows: slice) -> None:  # a function, so that a chunk's tensors are gone before the next one's are made
@@ -171,18 +174,32 @@ def product(w_VxD: Tensor, bias_V: Tensor | None, dtype: torch.dtype, stages: Mo
 class Sums:
     """h̄ = weights (P W), and w̄ = Pᵀ (weights h), b̄ = Pᵀ weights, summed chunk by chunk in float32 or float64.
 
-    Row weights are applied on the narrow side, D values a row and not V, and relative to the largest: 1/N times a
-    probability is below what half floats hold.
+    Row weights are applied on the narrow side, D values a row and not V. In half floats that is relative to the
+    largest: 1/N times a probability is below what they hold.
     """
 
-    def __init__(self, h_NxD: Tensor, w_VxD: Tensor, bias_V: Tensor | None, weights_N: Tensor, wide_wbar: bool) -> None:
+    def __init__(
+        self,
+        h_NxD: Tensor,
+        w_VxD: Tensor,
+        bias_V: Tensor | None,
+        weights_N: Tensor,
+        wide_wbar: bool,
+        onto_VxD: Tensor | None = None,
+    ) -> None:
         self.wide_wbar = wide_wbar
         self.h_NxD, self.w_VxD, self.bias_V, self.weights_N = h_NxD, w_VxD, bias_V, weights_N
-        largest = weights_N.abs().max() if len(weights_N) else weights_N.new_ones(())
-        self.unit = torch.where(largest > 0, largest, 1)
+        self.unit: Tensor | None = None
+        if h_NxD.dtype != wide(h_NxD) and len(weights_N):
+            largest = weights_N.abs().max()
+            self.unit = torch.where(largest > 0, largest, 1)
         self.cast_VxD = w_VxD.to(h_NxD.dtype)
         self.hbar_NxD = torch.empty_like(h_NxD)
-        self.wbar_VxD = torch.zeros_like(w_VxD, dtype=wide(h_NxD))
+        self.onto_VxD = onto_VxD
+        if onto_VxD is not None and onto_VxD.dtype != wide(h_NxD):
+            raise ValueError(f"onto_VxD: w̄ is summed in {wide(h_NxD)}, got a tensor of {onto_VxD.dtype}")
+        # Without a unit the products themselves go on from what is there; with one, it is a factor of their sum.
+        self.wbar_VxD = onto_VxD if self.unit is None else None
         self.bbar_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=wide(h_NxD))
 
     def add(self, p_CxV: Tensor, rows: slice) -> None:
@@ -191,19 +208,37 @@ class Sums:
         p_CxV = p_CxV.to(h_CxD.dtype)
         torch.mm(p_CxV, self.cast_VxD, out=self.hbar_NxD[rows])
         self.hbar_NxD[rows].mul_(weights_C[:, None])
-        relative_C = (weights_C / self.unit).to(h_CxD.dtype)
+        relative_C = (weights_C if self.unit is None else weights_C / self.unit).to(h_CxD.dtype)
         weighted_CxD = h_CxD * relative_C[:, None]
-        if self.wbar_VxD.dtype == h_CxD.dtype:
+        first = self.wbar_VxD is None
+        if self.wbar_VxD is None:  # not filled with zeros: new pages cost what an eighth of the product does
+            self.wbar_VxD = torch.empty_like(self.w_VxD, dtype=wide(h_CxD))
+        if self.unit is None and first:
+            torch.mm(p_CxV.T, weighted_CxD, out=self.wbar_VxD)
+        elif self.unit is None:
             self.wbar_VxD.addmm_(p_CxV.T, weighted_CxD)
         else:
             # A library sums one product in float32 and rounds it; by blocks, so that it is not a whole w̄ beside w̄.
             for start in range(0, len(self.wbar_VxD), BLOCK):
                 columns = slice(start, start + BLOCK)
-                self.wbar_VxD[columns] += p_CxV[:, columns].T @ weighted_CxD
+                of_chunk = p_CxV[:, columns].T @ weighted_CxD
+                if first:
+                    self.wbar_VxD[columns] = of_chunk
+                else:
+                    self.wbar_VxD[columns] += of_chunk
         if self.bbar_V is not None:
             self.bbar_V += p_CxV.T @ relative_C
 
     def result(self) -> HeadGradients:
-        scaled = lambda x, like: x.mul_(self.unit).to(x.dtype if self.wide_wbar else like.dtype)
+        scaled = lambda x, like: self._times_unit(x).to(x.dtype if self.wide_wbar else like.dtype)
         bbar_V = None if self.bbar_V is None else scaled(self.bbar_V, self.bias_V)
-        return HeadGradients(self.hbar_NxD, scaled(self.wbar_VxD, self.w_VxD), bbar_V)
+        if self.wbar_VxD is None:  # there was no row
+            self.wbar_VxD = torch.zeros_like(self.w_VxD, dtype=wide(self.h_NxD))
+        if self.onto_VxD is None:
+            return HeadGradients(self.hbar_NxD, scaled(self.wbar_VxD, self.w_VxD), bbar_V)
+        if self.wbar_VxD is not self.onto_VxD:
+            self.onto_VxD.add_(self._times_unit(self.wbar_VxD))
+        return HeadGradients(self.hbar_NxD, self.onto_VxD, bbar_V)
+
+    def _times_unit(self, x: Tensor) -> Tensor:
+        return x if self.unit is None else x.mul_(self.unit)

@@ -18,6 +18,7 @@ def logit_vjp(
     *,
     bias_V: Tensor | None = None,
     wide_wbar: bool = False,
+    onto_VxD: Tensor | None = None,
     chunk_bytes: int | None = None,
     stages: ModuleType = plain,
 ) -> HeadGradients:
@@ -28,13 +29,14 @@ def logit_vjp(
 
     Args:
         wide_wbar: return w̄ and b̄ as they were summed, in float32, and not in the dtypes of w and b.
+        onto_VxD: what w̄ is added to in place, as in `linear_cross_entropy`.
         h_NxD, w_VxD, bias_V: the head to pull back through, of the shapes the cotangent was made from; `bias_V` if and
             only if that had one.
     """
     base, soft_cap = cotangent, cotangent.loss.soft_cap
     h_NxD, w_VxD = h_NxD.detach(), w_VxD.detach()
     bias_V = None if bias_V is None else bias_V.detach()
-    total = Sums(h_NxD, w_VxD, bias_V, base.weights_N, wide_wbar)
+    total = Sums(h_NxD, w_VxD, bias_V, base.weights_N, wide_wbar, onto_VxD)
     if base.kept_NxV is not None and soft_cap is None:
         total.add(base.kept_NxV, slice(None))
         return total.result()

@@ -58,7 +58,9 @@ def perturb(
         direction = Direction(entry.adam, clip, scratch, home)
         step = (scale[entry.place] if scale.ndim else scale).to(home, wide) * direction.k
         at = 0
-        for x, moment, weight, result in pieces(entry.arrays):
+        # One operation that leaves nothing in the cache for another is not taken apart.
+        whole = entry.adam is None and home.type == "cpu" and {x.dtype for x in entry.arrays if x is not None} == {wide}
+        for x, moment, weight, result in (entry.arrays,) if whole else pieces(entry.arrays):
             exact = result.dtype == wide
             sum_ = result if exact else scratch("sum", weight, wide)
             direction.added(weight, x, moment, step, sum_)

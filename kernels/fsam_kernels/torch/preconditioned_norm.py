@@ -94,6 +94,44 @@ def preconditioned_norm(
     return kind(*(x.to(total) for x in added))
 
 
+@torch.no_grad()
+def direction_and_norm(
+    g: Sequence[Tensor],
+    v: Sequence[Tensor],
+    *,
+    clip: Tensor | float = 1.0,
+    adam: Sequence[Adam],
+    out: Sequence[Tensor],
+    per_tensor: bool = False,
+) -> Tensor:
+    """d to `out`, and Σ d² as `preconditioned_norm` gives it; θ + scale · d is then `perturb(θ, out, None, scale)`.
+
+    For a CPU, where the direction costs more to compute than to store: 8 bytes a weight more here, 4 fewer there, and
+    the root taken once. Where bandwidth is the limit the two operations that each compute it move less.
+
+    Args:
+        g, v, clip, adam, per_tensor: as in `preconditioned_norm`.
+        out: where d is written, of the dtype that it is computed in.
+
+    Raises:
+        ValueError: as `preconditioned_norm`.
+    """
+    if not g:
+        raise ValueError("g: at least one gradient is needed, got an empty list")
+    scratch, clip = Scratch(), as_clip(clip)
+    sums: list[Tensor | float] = []
+    counts = [0] * len(g)
+    for entry in entries((g, v, out), adam, written=1):
+        direction = Direction(entry.adam, clip, scratch, entry.arrays[0].device)
+        for x, moment, d in pieces(entry.arrays):
+            direction.into(d, x, moment)
+            sums.append(_square(d))
+            counts[entry.place] += 1
+    parts = _stack(sums, g[0].device)
+    total = torch.stack([x.sum() for x in parts.split(counts)]) if per_tensor else parts.sum()
+    return total.to(out[0].dtype)
+
+
 def _parts(entry: Entry) -> Iterator[tuple[Any, ...]]:
     """Its pieces; on a CPU all of it where nothing is made of it but the sum of its squares."""
     x, _ = entry.arrays

@@ -36,7 +36,7 @@ class Decoder(nn.Module):
     def lower(self, tokens_BxL: Tensor, blocks: int) -> Tensor:
         """The residual stream x_NxD above the first `blocks` blocks."""
         B, L = tokens_BxL.shape
-        x_NxD = F.embedding(tokens_BxL.reshape(-1), self.embedding) + self.positions[:L].repeat(B, 1)
+        x_NxD = self._embedded(tokens_BxL.reshape(-1)) + self.positions[:L].repeat(B, 1)
         x_NxD = F.dropout(x_NxD, self.config.dropout, self.training)
         return self._through(x_NxD, L, range(blocks))
 
@@ -44,6 +44,17 @@ class Decoder(nn.Module):
         """The rest of the way, from what `lower` gave."""
         x_NxD = self._through(x_NxD, L, range(blocks, self.config.layers))
         return layer_norm(x_NxD, self.final_norm), self.embedding if self.config.tied else self.head
+
+    def _embedded(self, tokens_N: Tensor) -> Tensor:
+        """Rows of the embedding.
+
+        Tied to the head it has a dense gradient from there, to which that of N rows is added: on a CPU in 0.1 ms
+        (V = 32,768, D = 576, N = 1,024), where rows among zeros and a sum over V x D values take 9 ms, and 40 on new
+        pages. On a GPU sparse gradients wait for the device; wrappers of several ranks do not know them.
+        """
+        ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
+        sparse = self.config.tied and self.embedding.device.type == "cpu" and not ranks
+        return F.embedding(tokens_N, self.embedding, sparse=sparse and not torch.compiler.is_compiling())
 
     def _through(self, x_NxD: Tensor, L: int, which: range) -> Tensor:
         for i in which:
