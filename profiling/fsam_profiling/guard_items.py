@@ -21,7 +21,6 @@ MODELS = ("118m", "gpt2")
 FEW = ("preconditioned_norm", "perturb", "adamw")  # parameter operations that CI compiles
 ROWS = 2048  # of a chunk of the head on a TPU
 BATCH = 16  # sequences of a step
-SCHEDULES = {"every", "start", "probability"}  # settings that leave a corrected step as it is
 QUICK_FLOPS = (f"flops jax tiny {step_cost.METHOD}", f"flops jax tiny {step_cost.METHOD} 1/8 + cut hidden")
 QUICK_HEAD = "tpu v5e head 2048x128x32768 pallas"
 SMALL = {"N": 2048, "D": 128, "V": 32768}  # the least work whose logits do not fit on the chip
@@ -91,7 +90,7 @@ def programs() -> Iterator[Program]:
             options = large | pallas | {"backend": backend}
             yield Program(f"tpu {chip} head reference {backend}", chip, first, options)
         yield Program(f"tpu {chip} second pass reference pallas", chip, second, large | pallas)
-    for method, saving, changes in steps():
+    for method, saving, changes in step_cost.programs(""):
         if method in ("adamw", "sam", step_cost.METHOD):
             options = _step("tiny", method, changes, "xla")
             name = " ".join(filter(None, ("tpu v5e step tiny xla", method, saving)))
@@ -102,11 +101,6 @@ def programs() -> Iterator[Program]:
     for preset, chip, method in whole:
         options = _step(preset, method, {}, "pallas")
         yield Program(f"tpu {chip} step {preset} pallas {method}", chip, step, options, donate=(0,))
-
-
-def steps() -> list[tuple[str, str, dict[str, Any]]]:
-    """The rows of `fsam profile step` that are programs of their own: a schedule only says when one of them runs."""
-    return [row for row in step_cost.rows("") if not row[2] or set(row[2]) - SCHEDULES]
 
 
 def _step(preset: str, method: str, changes: dict[str, Any], backend: str) -> dict[str, Any]:
@@ -190,7 +184,7 @@ def _figures(row: dict[str, Any]) -> Figures:
 
 
 def _flops() -> Iterator[Item]:
-    for method, saving, changes in steps():
+    for method, saving, changes in step_cost.programs(""):
         name = " ".join(filter(None, ("flops jax tiny", method, saving)))
         measure = partial(jax_flops, name, method, changes)
         yield Item(name, ("jax",), measure, quick=name in QUICK_FLOPS)

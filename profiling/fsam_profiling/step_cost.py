@@ -44,7 +44,9 @@ SAVINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("every 4", {"every": 4}),
     ("every 4 reused", {"every": 4, "between": "reuse"}),
     ("start 0.9", {"start": 0.9}),
+    ("no correction", {"probability": 0.0}),
 )
+SCHEDULES = {"every", "start", "probability"}  # settings that leave a corrected step as it is
 COMMON = ("adamw", "sam", METHOD, "1/4", "1/8", "1/8 + cut hidden")
 WARM_UP = 2
 PARAMETERS = ("norm", "perturb", "update")
@@ -97,6 +99,22 @@ def rows(only: str) -> list[tuple[str, str, dict[str, Any]]]:
     if unknown := sorted(wanted - set(known)):
         raise UserError(f"--only: {', '.join(unknown)} is no row; use all, common, or some of {', '.join(known)}")
     return [row for row, name in zip(every, known, strict=True) if not wanted or name in wanted or name == "adamw"]
+
+
+def programs(only: str) -> list[tuple[str, str, dict[str, Any]]]:
+    """Those of `rows` that are a program of their own, as the corrected steps of a schedule are not.
+
+    Raises:
+        UserError: as `rows`, and for a schedule that was asked for by name.
+    """
+    found = [row for row in rows(only) if not row[2] or set(row[2]) - SCHEDULES]
+    named = {name.strip() for name in only.split(",")} & {saving for _, saving, _ in rows("")} - {
+        saving for _, saving, _ in found
+    }
+    if named:
+        text = ", ".join(sorted(named))
+        raise UserError(f"--only: {text} is a schedule, with steps as of adamw and of {METHOD}: ask for those")
+    return found
 
 
 def asked(options: Any) -> tuple[tuple[Framework, ...], dict[str, Any]]:
@@ -200,7 +218,7 @@ def against(milliseconds: np.ndarray, base: np.ndarray) -> dict[str, Any]:
 
 
 def _kinds(one: Variant) -> dict[str, tuple[float, Variant]]:
-    """Kind of step -> (its share of the run, a variant all of whose steps are of it), without plain steps."""
+    """Kind of step -> (its share of the run, a variant all of whose steps are of it), as `cost.kinds_of`."""
     if one.peer or one.settings.method == "adamw":
         return {"": (1.0, one)}
     kinds: Any = cost.kinds_of(one.settings).items()

@@ -40,7 +40,7 @@ PEERS: dict[str, tuple[tuple[str, str], ...]] = {
 class Variant:
     """One step: whose code, and under which settings. `peer` is empty for ours.
 
-    `kind` is what all steps after the first are, by the settings' schedule: "corrected" or "reused".
+    `kind` is what all steps after the first are, by the settings' schedule: "corrected", "reused" or "plain".
     """
 
     settings: Settings

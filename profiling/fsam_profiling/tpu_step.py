@@ -56,7 +56,7 @@ def variants(only: str, backends: tuple[str, ...], **same: Any) -> list[Variant]
     found = [
         Variant(method, saving, backend, "step", same | {"method": method, "changes": changes, "backend": backend})
         for backend in backends
-        for method, saving, changes in step_cost.rows(wanted)
+        for method, saving, changes in step_cost.programs(wanted)
     ]
     for kind in TEXTBOOK if textbook else ():
         found.append(Variant(kind, "textbook", "xla", "textbook", same | {"kind": kind}))

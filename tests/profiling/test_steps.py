@@ -34,6 +34,15 @@ def test_rows_are_found_by_name_and_adamw_is_always_there():
         step_cost.measure(step_cost.Options(repeats=3))
 
 
+def test_a_schedule_is_a_row_of_times_and_no_program():
+    names = [saving for _, saving, _ in step_cost.programs("all")]
+    assert "every 4 reused" in names
+    assert not {"every 4", "start 0.9", "no correction"} & set(names)
+    assert step_cost.programs("1/8") == step_cost.rows("1/8")
+    with pytest.raises(UserError, match=r"--only: every 4, no correction is a schedule, with steps as of adamw and of"):
+        step_cost.programs("1/8,every 4,no correction")
+
+
 @pytest.mark.parametrize(
     ("ratios", "resolved"),
     [([1.9, 2.0, 2.1], True), ([0.9, 1.1, 1.3], False), ([0.5, 0.6, 0.7], True), ([1.0, 1.0, 1.0], True)],

@@ -101,6 +101,8 @@ def test_a_run_costs_what_its_kinds_of_steps_do():
     assert {kind: share for kind, (share, _) in kinds.items()} == pytest.approx({"corrected": 0.05, "reused": 0.05})
     assert {one.kind(50) for _, one in kinds.values()} == {"corrected", "reused"}
     assert cost.kinds_of(cost.as_adamw(late)) == {}
+    never = dataclasses.replace(BASE, probability=0.0)
+    assert cost.kinds_of(never) == {"plain": (1.0, never)}  # timed too: what stands by is not AdamW's code
     tokens = np.zeros((8, 17), np.int32)
     found = cost.measure({"late": late}, tokens, repeats=3)
     assert found["adamw"].ratio == 1

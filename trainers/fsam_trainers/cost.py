@@ -58,8 +58,13 @@ def measure(
 
 
 def kinds_of(settings: Settings) -> dict[str, tuple[float, Settings]]:
-    """Each kind of step that is not plain -> (its share of the run, settings under which all steps are of it)."""
+    """Each kind of step that is not plain -> (its share of the run, settings under which all steps are of it).
+
+    Of a method that never corrects it is the plain one: what stands by costs, too.
+    """
     steps = [settings.kind(i) for i in range(settings.steps)]
+    if settings.method != "adamw" and set(steps) == {"plain"}:
+        return {"plain": (1.0, settings)}
     always = dataclasses.replace(settings, every=1, start=0.0, probability=1.0, between="plain")
     after_one = dataclasses.replace(settings, every=settings.steps, start=0.0, probability=1.0)
     pure = {"corrected": always, "reused": after_one}
