@@ -122,6 +122,20 @@ def test_replicas_reduce_one_gradient_more_than_adamw_and_nothing_else():
     assert len(single) < 10
 
 
+def test_replicas_that_ascend_by_themselves_reduce_one_gradient():
+    found = sent((4, 1, 1), FUNCTIONAL, sync="local")
+    assert {x.kind for x in found} == {"all-reduce"}
+    assert values(found) == settings().model.parameters
+
+
+def test_the_number_of_replicas_that_ascend_by_themselves_is_part_of_the_run():
+    two, four = (settings((n, 1, 1), sync="local").as_dict() for n in (2, 4))
+    assert difference(two, four) == "data_parallel 4 (now 2)"
+    assert difference(*(settings((n, 1, 1)).as_dict() for n in (2, 4))) == ""
+    with pytest.raises(UserError, match="--sync must be global or local, got 'both'"):
+        settings(sync="both")
+
+
 def test_no_device_gathers_the_head_or_forms_rows_of_the_whole_vocabulary():
     model = ModelConfig(1, 16, 4, 8, 192)
     chosen = settings((1, 2, 2), model=model)

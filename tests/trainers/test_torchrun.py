@@ -196,6 +196,8 @@ def test_options_train_the_same_on_two_ranks(more, text, tmp_path):
         (("--fsdp", 4), "must be the 2 processes"),
         (("--batch", 3), "--batch 3 must be divisible"),
         (("--tensor-parallel", 2), "--tensor-parallel 2"),
+        (("--sync", "local"), "--sync local: the number of replicas is part of the method; give --data-parallel 2"),
+        (("--sync", "local", "--data-parallel", 1, "--fsdp", 2), "sync: 'local' needs each rank's own gradient"),
         (("--data", "/nowhere/at/all.txt"), "/nowhere/at/all.txt"),
     ],
 )

@@ -100,6 +100,8 @@ def gradient_of(settings: Settings) -> Callable[..., Any]:
         blocks=blocks(settings.model),
         memory=_memory(settings),
         backend=jax_mesh.backend(settings),
+        sync=settings.sync if settings.data_parallel > 1 else "global",
+        axis="data",
     )
 
 

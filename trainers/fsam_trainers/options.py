@@ -120,6 +120,8 @@ class Common:
     """devices that share weights and moments out, each with its own sequences"""
     tensor_parallel: int = Settings.tensor_parallel
     """devices that share out heads, MLP and vocabulary for the same sequences"""
+    sync: str = Settings.sync
+    """whose gradient ε follows: global, the whole batch's, or local, that of each replica's own part (m-sharpness)"""
     evaluate_every: int | None = None
     """steps between evaluations (default: a tenth of the run)"""
     evaluation_batches: int = Pace.evaluation_batches
@@ -156,7 +158,7 @@ class Common:
         perturbation = ("rho_schedule", "norm", "second_moment", "ascent", "scope", "backend")
         schedule = ("every", "start", "probability", "between", "ema", "dtype")
         head = ("cotangent", "label_smoothing", "z_loss", "soft_cap")
-        named = (*training, *perturbation, *schedule, *head, *PLACEMENT)
+        named = (*training, *perturbation, *schedule, *head, *PLACEMENT, "sync")
         same: dict[str, Any] = {name: getattr(self, name) for name in named}
         same |= SAVINGS[self.savings]
         if self.cut is not None:

@@ -18,6 +18,7 @@ from fsam_trainers.models.layout import ModelConfig
 
 Framework = Literal["jax", "torch"]
 Dtype = Literal["float32", "bfloat16"]
+Sync = Literal["global", "local"]
 RhoSchedule = Literal["constant", "cosine", "learning-rate"]
 # On which devices a run computes, and not what: a checkpoint may be gone on from with others.
 PLACEMENT = ("data_parallel", "fsdp", "tensor_parallel")
@@ -57,6 +58,8 @@ class Settings:
         backend: "auto", or a backend of the framework.
         data_parallel, fsdp, tensor_parallel: devices along each axis of the mesh, see `fsam_trainers.jax_mesh`. They
             change the result no more than rounding does, and a run may go on with others.
+        sync: "global", or "local": each of `data_parallel` replicas ascends the gradient of its own sequences
+            (m-sharpness). Their number is then part of the method.
 
     Raises:
         UserError: naming the command-line option that is wrong.
@@ -100,6 +103,7 @@ class Settings:
     data_parallel: int = 1
     fsdp: int = 1
     tensor_parallel: int = 1
+    sync: Sync = "global"
 
     def __post_init__(self) -> None:
         _check(self.framework in get_args(Framework), "--framework", self.framework, "jax or torch")
@@ -129,6 +133,7 @@ class Settings:
         _check(0 <= self.soft_cap < math.inf, "--soft-cap", self.soft_cap, "a finite number >= 0 (0: no cap)")
         for axis in PLACEMENT:
             _check(getattr(self, axis) >= 1, f"--{axis.replace('_', '-')}", getattr(self, axis), "at least 1")
+        _check(self.sync in get_args(Sync), "--sync", self.sync, "global or local")
         q = self.correction_fraction
         _check(0 < q <= 1, "--correction-fraction", q, "in (0, 1], 1/8 say")
         method = self.as_method()
@@ -228,7 +233,8 @@ def steps_for(tokens_per_param: float, model: ModelConfig, batch: int) -> int:
 def difference(mine: dict[str, Any], other: dict[str, Any]) -> str:
     """The first few settings in which two `as_dict`s differ, as text; "" where they agree."""
     mine, other = ({**x, **{f"model.{k}": v for k, v in x["model"].items()}} for x in (mine, other))
-    names = [k for k in mine if k not in ("model", *PLACEMENT) and mine[k] != other.get(k)]
+    same = set(PLACEMENT) - ({"data_parallel"} if mine["sync"] == "local" else set())
+    names = [k for k in mine if k not in ("model", *same) and mine[k] != other.get(k)]
     return ", ".join(f"{k} {other.get(k)!r} (now {mine[k]!r})" for k in names[:4])
 
 

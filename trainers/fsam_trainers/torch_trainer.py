@@ -76,6 +76,8 @@ def _check_placement(settings: Settings, count: int) -> None:
     asked = f"--data-parallel {settings.data_parallel} and --fsdp {settings.fsdp}"
     if count % settings.fsdp or settings.data_parallel not in (1, count // settings.fsdp):
         raise UserError(f"{asked}: their product must be the {count} processes that run; torchrun starts more")
+    if settings.sync == "local" and settings.data_parallel * settings.fsdp != count:
+        raise UserError(f"--sync local: the number of replicas is part of the method; give --data-parallel {count}")
     check_rows(settings.batch, settings.micro_batches, count)
 
 
@@ -146,6 +148,7 @@ class TorchEngine:
             blocks=blocks(settings.model),
             memory=fsam.Memory(settings.cotangent),
             backend=settings.backend,
+            sync=settings.sync,
         )
 
     def prepare(self, tokens_BxL1: np.ndarray) -> None:
