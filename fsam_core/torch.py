@@ -38,7 +38,7 @@ from fsam_core import torch_ranks  # noqa: E402
 from fsam_core.torch_corrections import Corrections, Outcome  # noqa: E402
 from fsam_core.torch_heads import LinearHead, Logits  # noqa: E402
 from fsam_core.torch_passes import Features, Passes, Staged  # noqa: E402
-from fsam_core.torch_ranks import Sync, local  # noqa: E402
+from fsam_core.torch_ranks import Sync, local, reduce_wide  # noqa: E402
 from fsam_kernels.memory import AUTO, Memory  # noqa: E402
 from fsam_kernels.options import Loss  # noqa: E402
 from fsam_kernels.torch.adamw import AdamW  # noqa: E402
@@ -62,6 +62,7 @@ __all__ = [
     "UserError",
     "masters",
     "mean_loss",
+    "reduce_wide",
 ]
 
 

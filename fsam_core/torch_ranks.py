@@ -278,6 +278,27 @@ def of(model: nn.Module) -> Ranks:
     return Sharded(model, meshes.pop())
 
 
+def reduce_wide(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DistributedDataParallel's reduction with the sum of half floats taken in float32, and rounded once.
+
+        ddp.register_comm_hook(None, reduce_wide)
+
+    Without it a bfloat16 model's gradients are summed in bfloat16, with a rounding for every rank. FSDP2 has
+    `MixedPrecisionPolicy(reduce_dtype=torch.float32)` for that.
+
+    Args:
+        group: the ranks to reduce over, None for all.
+        bucket: gradients, as the hook is given them.
+    """
+    given = bucket.buffer()
+    wide = given.to(torch.promote_types(given.dtype, torch.float32))
+    sent = dist.all_reduce(wide.div_(dist.get_world_size(group)), group=group, async_op=True).get_future()
+    return sent.then(lambda done: given if wide is given else given.copy_(done.value()[0]))
+
+
+reduce_wide.__annotations__.clear()  # DistributedDataParallel looks at them and does not know them as strings
+
+
 def local(x: Any) -> Any:
     """This rank's part of a DTensor, as a view; any other tensor as it is."""
     if not hasattr(x, "to_local"):

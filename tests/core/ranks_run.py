@@ -368,6 +368,25 @@ def remembered(rank: int) -> dict[str, Any]:
     return {"losses": losses, "whole": sum(shards)}
 
 
+def wide(rank: int) -> dict[str, Any]:
+    """A bfloat16 model's gradients with `reduce_wide`: each rank's own, summed in float32 and rounded once."""
+    grads = {}
+    for kind in ("one", "ddp"):
+        model = Model().to(torch.bfloat16)
+        if kind == "ddp":
+            model = nn.parallel.DistributedDataParallel(model)
+            model.register_comm_hook(None, fsam.reduce_wide)
+        inner, batch = getattr(model, "module", model), batch_of(0, 1, rank)[0]
+        with Collectives() as seen:
+            (model(batch["x"]) @ inner.embedding.T).float().square().mean().backward()
+        grads[kind] = [p.grad for p in inner.parameters()]
+    expected = [x.float() / RANKS for x in grads["one"]]
+    for x in expected:
+        dist.all_reduce(x)
+    same = all(torch.equal(a, b.to(torch.bfloat16)) for a, b in zip(grads["ddp"], expected, strict=True))
+    return {"same": same, "bytes": seen.bytes["allreduce_"]}
+
+
 EXTRA: dict[str, Any] = {
     "local": local,
     "raising-ddp": functools.partial(raising, "ddp"),
@@ -377,6 +396,7 @@ EXTRA: dict[str, Any] = {
     "evaluated": evaluated,
     "refused": refused,
     "remembered": remembered,
+    "wide": wide,
 }
 
 

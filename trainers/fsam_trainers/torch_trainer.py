@@ -131,6 +131,8 @@ class TorchEngine:
             copies = dict(zip(self.model.parameters(), self._running.parameters(), strict=True))
         if self._ranks.count > 1 and settings.fsdp == 1:
             self._running = torch.nn.parallel.DistributedDataParallel(self._running)
+            if copies:
+                self._running.register_comm_hook(None, fsam.reduce_wide)
         self.optimizer = optimizer(self.model, settings, copies)
         trained, reported = settings.losses()
         self._loss = fsam.mean_loss(partial(torch_decoder.features, loss=reported), backend=settings.backend)
