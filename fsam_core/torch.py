@@ -37,6 +37,7 @@ from fsam_core import torch_heads as heads  # noqa: E402
 from fsam_core import torch_ranks  # noqa: E402
 from fsam_core.torch_corrections import Corrections, Outcome  # noqa: E402
 from fsam_core.torch_heads import LinearHead, Logits  # noqa: E402
+from fsam_core.torch_loss_scale import LossScale, Scaling  # noqa: E402
 from fsam_core.torch_passes import Features, Passes, Staged  # noqa: E402
 from fsam_core.torch_ranks import Sync, local, reduce_wide  # noqa: E402
 from fsam_kernels.memory import AUTO, Memory  # noqa: E402
@@ -54,6 +55,7 @@ __all__ = [
     "LogitSAM",
     "Logits",
     "Loss",
+    "LossScale",
     "Memory",
     "Plain",
     "Schedule",
@@ -108,6 +110,7 @@ class Step:
         memory: Memory = AUTO,
         backend: str | None = None,
         sync: Sync = "global",
+        loss_scale: LossScale | None = None,
     ) -> None:
         """
         Args:
@@ -127,10 +130,13 @@ class Step:
             sync: what the ranks' perturbation is. "global": that of the whole batch, as in one process. "local": each
                 rank ascends its own share of the gradient (m-sharpness), and gradients are reduced once, after the last
                 pass; in DistributedDataParallel alone. A rank's share is its tokens' sum over the ranks' mean count.
+            loss_scale: for a float16 model beside float32 masters, `LossScale()`; None for none. A step whose scaled
+                gradients overflow is skipped, and the scale then lower.
 
         Raises:
             UserError: for an optimizer without Adam's settings, clip_norm ≤ 0, an unknown backend, a scope or schedule
-                that does not go with the rest, or a wrapper of the model that is not known.
+                that does not go with the rest, a loss scale without masters, or a wrapper of the model that is not
+                known.
         """
         if not isinstance(method, Plain | Perturbed):
             raise UserError(f"method must be Plain(), SAM(...), FunctionalSAM(...) or LogitSAM(...), got {method!r}")
@@ -161,6 +167,12 @@ class Step:
                 "optimizer: FSDP2's shards are the masters themselves; leave `copies` out and give fully_shard "
                 "MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)"
             )
+        if loss_scale is not None and not copies:
+            raise UserError(
+                "loss_scale: it is undone where gradients go to float32 masters; give an AdamW with `copies`, as of "
+                "masters(model, torch.float16)"
+            )
+        self._scaling = None if loss_scale is None else Scaling.begun(loss_scale)
         self._ranks, self._passes = ranks, Passes(self.ops, ranks, optimizer, features, memory, copies)
         reuses = schedule.between == "reuse"
         sync = sync if ranks.count > 1 else "global"
@@ -188,9 +200,12 @@ class Step:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs beside the model's and the optimizer's own state.
 
-        Two counts; with ascent="previous" or between="reuse" also one tensor for each parameter.
+        Two counts, and the loss scale where there is one; with ascent="previous" or between="reuse" also one tensor for
+        each parameter.
         """
         state: dict[str, Any] = {"steps": self.steps, "skipped_steps": self.skipped_steps}
+        if self._scaling is not None:
+            state["loss_scale"] = self._scaling.state()
         for name, tensors in self._remembered():
             state[name] = {str(i): tensors.get(p, torch.zeros_like(p)) for i, p in enumerate(self._corrections.all())}
         return state
@@ -198,6 +213,8 @@ class Step:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """As `state_dict` gave it. What a checkpoint of another method did not remember starts from zero."""
         self.steps, self.skipped_steps = int(state["steps"]), int(state["skipped_steps"])
+        if self._scaling is not None and "loss_scale" in state:
+            self._scaling.load(state["loss_scale"])
         for name, tensors in self._remembered():
             tensors.clear()
             for i, p in enumerate(self._corrections.all()):
@@ -222,6 +239,7 @@ class Step:
         if not batches:
             raise UserError("batch: got an empty list of micro-batches; give at least one")
         method, passes, ranks = self.method, self._passes, self._ranks
+        passes.loss_scale = 1.0 if self._scaling is None else self._scaling.scale
         kind = self.schedule.kind(self.steps) if isinstance(method, Perturbed) else "plain"
         try:
             if kind == "corrected":
@@ -249,6 +267,8 @@ class Step:
         evaluated = [x for x, tensor in zip(numbers, given, strict=True) if tensor is not None]
         numbers[-1] = 0.0 if length is None else numbers[-1]
         self.info = info = Info._make([*numbers, not all(map(math.isfinite, evaluated))])
+        if self._scaling is not None:
+            self._scaling.seen(info.skipped)
         if isinstance(method, Perturbed) and method.direction.remembers and not info.skipped:
             self._corrections.previous = passes.held({p: p.grad for p in passes.params()})
         clips = self.clip_norm is not None and not info.skipped and info.grad_norm > self.clip_norm

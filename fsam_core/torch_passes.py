@@ -70,6 +70,7 @@ class Passes:
         apart: whether the ranks' gradients are left to differ, to be reduced after the last pass.
         copies: tensor of the optimizer -> the model's parameter that is cast from it; empty where they are the same.
         stale: whether the copies may hold θ+ε.
+        loss_scale: what cotangents are multiplied by until they are the masters' gradients.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Passes:
         self.ops, self.ranks, self.optimizer, self.memory, self.copies = ops, ranks, optimizer, memory, copies
         self.model, self.features = ranks.inner, features
         self.stale = self.apart = False
+        self.loss_scale = 1.0
         self._head: tuple[Tensor | None, ...] | None = None
         self._room: dict[Any, Tensor] = {}
 
@@ -118,6 +120,8 @@ class Passes:
         for master, p in self.copies.items():
             if p.grad is not None:
                 wide = p.grad.to(master.dtype)
+                if self.loss_scale != 1:
+                    wide.mul_(1 / self.loss_scale)
                 master.grad = wide if master.grad is None else master.grad.add_(wide)
                 p.grad = None
 
@@ -186,8 +190,9 @@ class Passes:
         in_place = backward and self._in_place(head)
         onto = heads.summed(head) if in_place and cut != "hidden" else None  # what is kept is of this pass alone
         loss, cotangent, out = heads.cotangent(
-            self.ops, head, unit, self.memory, gradient=wanted, keep=holds, onto=onto
+            self.ops, head, unit / self.loss_scale, self.memory, gradient=wanted, keep=holds, onto=onto
         )
+        loss = loss / self.loss_scale
         if cut == "hidden":
             cotangent = out
         elif cut is not None:

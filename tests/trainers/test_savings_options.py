@@ -109,11 +109,30 @@ def test_a_run_costs_what_its_kinds_of_steps_do():
     assert 0.5 < found["late"].ratio < 2
 
 
-def test_bfloat16_over_masters_follows_float32_in_both_frameworks():
-    runs = {(f, d): losses(f, {"dtype": d, "rho": 0.05}) for f in ("jax", "torch") for d in ("float32", "bfloat16")}
-    for framework in ("jax", "torch"):
-        np.testing.assert_allclose(runs[framework, "bfloat16"], runs[framework, "float32"], atol=5e-3)
-    assert not np.array_equal(runs["jax", "bfloat16"], runs["jax", "float32"])
+def test_half_floats_over_masters_follow_float32_in_both_frameworks():
+    halves = [("jax", "bfloat16"), ("torch", "bfloat16"), ("torch", "float16")]
+    runs = {
+        (f, d): losses(f, {"dtype": d, "rho": 0.05}) for f, d in [("jax", "float32"), ("torch", "float32"), *halves]
+    }
+    for framework, dtype in halves:
+        np.testing.assert_allclose(runs[framework, dtype], runs[framework, "float32"], atol=5e-3)
+        assert not np.array_equal(runs[framework, dtype], runs[framework, "float32"])
+
+
+@pytest.mark.parametrize("changes", [{"framework": "jax"}, {"framework": "torch", "fsdp": 2}])
+def test_float16_without_a_loss_scale_is_refused(changes):
+    with pytest.raises(UserError, match="--dtype must be float32 or bfloat16 there: the loss scale of float16 is"):
+        dataclasses.replace(BASE, dtype="float16", **changes)
+
+
+def test_the_loss_scale_of_a_run_is_in_its_checkpoint(tmp_path):
+    settings = dataclasses.replace(BASE, framework="torch", dtype="float16")
+    first, second = engine.make(settings), engine.make(settings)
+    first._step._scaling.scale = 8.0
+    first.step(np.zeros((8, 17), np.int32), 0)()
+    first.save(tmp_path / "state")
+    second.restore(tmp_path / "state")
+    assert second._step.state_dict()["loss_scale"] == {"scale": 8.0, "finite": 1}
 
 
 @pytest.mark.parametrize("framework", ["jax", "torch"])

@@ -111,7 +111,7 @@ class Common:
     tied: bool = True
     """one matrix for input embedding and head"""
     dtype: str = Settings.dtype
-    """what the model computes in: float32, or bfloat16 over float32 masters"""
+    """what the model computes in: float32, or bfloat16 over float32 masters; torch also float16, with a loss scale"""
     backend: str = Settings.backend
     """auto, xla (jax), torch (torch)"""
     data_parallel: int = Settings.data_parallel

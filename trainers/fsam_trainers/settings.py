@@ -17,7 +17,7 @@ from fsam_kernels.options import Loss
 from fsam_trainers.models.layout import ModelConfig
 
 Framework = Literal["jax", "torch"]
-Dtype = Literal["float32", "bfloat16"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 Sync = Literal["global", "local"]
 RhoSchedule = Literal["constant", "cosine", "learning-rate"]
 # On which devices a run computes, and not what: a checkpoint may be gone on from with others.
@@ -51,7 +51,7 @@ class Settings:
         start: the share of the run before which there is no correction.
         ema: decay of an exponential average of the weights, which is then what evaluation sees; 0 for none.
         dtype: what the model computes in: "float32", or "bfloat16" over float32 masters, from which the perturbation is
-            taken too.
+            taken too; in PyTorch also "float16", with a loss scale.
         cotangent: "auto", "keep" or "recompute", see `fsam_kernels.memory.Memory`.
         label_smoothing, z_loss, soft_cap: of the loss that is trained, see `fsam_kernels.options.Loss`; soft_cap 0 for
             none. Evaluation reports the plain cross entropy of the (capped) logits.
@@ -127,6 +127,9 @@ class Settings:
         _check(0 <= self.start <= 1, "--start", self.start, "a share of the run, in [0, 1]")
         _check(0 <= self.ema < 1, "--ema", self.ema, "in [0, 1) (0: none)")
         _check(self.dtype in get_args(Dtype), "--dtype", self.dtype, " or ".join(get_args(Dtype)))
+        has_scale = self.framework == "torch" and self.fsdp == 1
+        works = "float32 or bfloat16 there: the loss scale of float16 is PyTorch's, without --fsdp"
+        _check(self.dtype != "float16" or has_scale, "--dtype", self.dtype, works)
         _check(self.cotangent in get_args(Form), "--cotangent", self.cotangent, "auto, keep or recompute")
         _check(0 <= self.label_smoothing < 1, "--label-smoothing", self.label_smoothing, "in [0, 1)")
         _check(0 <= self.z_loss < math.inf, "--z-loss", self.z_loss, "a finite number >= 0")

@@ -120,7 +120,7 @@ class TorchEngine:
         if settings.ema:
             decay = torch.optim.swa_utils.get_ema_multi_avg_fn(settings.ema)
             self._average = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=decay)
-        # What the passes run: the model itself, or a copy of it in bfloat16 over the model as its masters.
+        # What the passes run: the model itself, or a copy of it in half floats over the model as its masters.
         self._running: torch.nn.Module = self.model
         copies: dict[torch.Tensor, torch.nn.Parameter] = {}
         if settings.fsdp > 1:
@@ -151,6 +151,7 @@ class TorchEngine:
             memory=fsam.Memory(settings.cotangent),
             backend=settings.backend,
             sync=settings.sync,
+            loss_scale=fsam.LossScale() if settings.dtype == "float16" else None,
         )
 
     def prepare(self, tokens_BxL1: np.ndarray) -> None:
