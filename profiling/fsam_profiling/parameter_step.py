@@ -48,6 +48,8 @@ OPERATIONS = {
     "norm of ĝ": 4,
     "adamw": 28,
 }
+# In the place of norm and perturbation where the direction is stored between the two, as on a CPU.
+KEPT = {"direction, stored, and its norm": 12, "perturb along it": 12}
 
 
 @dataclass(frozen=True)
@@ -95,36 +97,52 @@ class Variant(abc.ABC):
 
 
 class Ours(Variant):
-    """By a backend's operations; θ+ε in a second array, 4 bytes a weight, which is kept."""
+    """By a backend's operations; first d, then θ+ε in a second array, 4 bytes a weight, which is kept."""
 
     def __init__(self, backend: str, *given: Any) -> None:
         super().__init__(*given)
         self.ops = backends.load("torch", backend)
         self.begin(self.ops.AdamW(self.params, **ADAM))
         self.moved = [torch.empty_like(p) for p in self.params]
+        self.keeps = hasattr(self.ops, "direction_and_norm") and self.moved[0].device.type == "cpu"
 
     def clip(self, g: list[Tensor]) -> Tensor:
         return (CLIP / self.ops.preconditioned_norm(g).d_sumsq.sqrt()).clamp(max=1.0)
 
-    def scale(self, clip: Tensor) -> Tensor:
+    def adam(self) -> list[Any]:
         v, correction = self.moments()
-        self.adam = [self.ops.Adam(B2, EPS, correction)] * len(v)
-        return RHO / self.ops.preconditioned_norm(self.g, v, clip=clip, adam=self.adam).d_sumsq.sqrt()
+        return [self.ops.Adam(B2, EPS, correction)] * len(v)
+
+    def direction(self, clip: Tensor) -> Tensor:
+        v, out = self.moments()[0], self.moved
+        return RHO / self.ops.direction_and_norm(self.g, v, clip=clip, adam=self.adam(), out=out).sqrt()
+
+    def along(self, scale: Tensor) -> None:
+        self.ops.perturb(self.params, self.moved, None, scale, out=self.moved)
+
+    def scale(self, clip: Tensor) -> Tensor:
+        v = self.moments()[0]
+        return RHO / self.ops.preconditioned_norm(self.g, v, clip=clip, adam=self.adam()).d_sumsq.sqrt()
 
     def perturb(self, clip: Tensor, scale: Tensor) -> None:
-        self.ops.perturb(self.params, self.g, self.moments()[0], scale, clip=clip, adam=self.adam, out=self.moved)
+        v, out = self.moments()[0], self.moved
+        self.ops.perturb(self.params, self.g, v, scale, clip=clip, adam=self.adam(), out=out)
 
     def __call__(self) -> None:
         clip = self.clip(self.g)
-        self.perturb(clip, self.scale(clip))
+        if self.keeps:
+            self.along(self.direction(clip))
+        else:
+            self.perturb(clip, self.scale(clip))
         self.second_pass()
         self.optimizer.step(clip=self.clip(self.second))
 
     def pieces(self) -> dict[str, Callable[[], Any]]:
-        """Each of `OPERATIONS` by itself."""
+        """Each of `OPERATIONS` by itself, and of `KEPT` where the step has those."""
         clip = self.clip(self.g)
         scale = self.scale(clip)
-        return {
+        kept: list[Callable[[], Any]] = [lambda: self.direction(clip), lambda: self.along(scale)]
+        found: dict[str, Callable[[], Any]] = {
             "copy of the weights": lambda: [x.copy_(p.detach()) for x, p in zip(self.moved, self.params, strict=True)],
             "norm of g": lambda: self.clip(self.g),
             "preconditioned norm": lambda: self.scale(clip),
@@ -132,6 +150,7 @@ class Ours(Variant):
             "norm of ĝ": lambda: self.clip(self.second),
             "adamw": lambda: self.optimizer.step(clip=clip),
         }
+        return found | (dict(zip(KEPT, kept, strict=True)) if self.keeps else {})
 
 
 class Textbook(Variant):
@@ -246,7 +265,8 @@ def measure(shapes: Sequence[Sequence[int]], device: str, repeats: int, tick: Ca
     for name, way in ways.items():
         if isinstance(way, Ours):
             parts = interleaved(way.pieces(), repeats, device, tick)
-            for operation, least in OPERATIONS.items():
+            for operation in parts:
+                least = (OPERATIONS | KEPT)[operation]
                 ms = cost.against(parts[operation], parts[operation]).step_ms
                 row = {"backend": name, "operation": operation, "ms": ms, "least_bytes": least * elements}
                 row["gigabytes_per_second"] = least * elements / ms / 1e6
@@ -278,7 +298,8 @@ def run(options: Options) -> int:
         torch.set_num_threads(options.threads)
     shapes = WEIGHTS[options.model]
     ours = 2 if device == "cuda" else 1
-    turns = (2 + options.repeats) * (len(RIVALS) + ours + ours * len(OPERATIONS))
+    parts = ours * len(OPERATIONS) + (len(KEPT) if device == "cpu" else 0)
+    turns = (2 + options.repeats) * (len(RIVALS) + ours + parts)
     with Console().counting("timing", turns) as tick:
         rows, operations = measure(shapes, device, options.repeats, tick)
     where = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
