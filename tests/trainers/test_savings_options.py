@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fsam_core import UserError
 from fsam_trainers import cost, engine
@@ -123,6 +124,21 @@ def test_half_floats_over_masters_follow_float32_in_both_frameworks():
 def test_float16_without_a_loss_scale_is_refused(changes):
     with pytest.raises(UserError, match="--dtype must be float32 or bfloat16 there: the loss scale of float16 is"):
         dataclasses.replace(BASE, dtype="float16", **changes)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_blocks_are_compiled_whole_and_train_the_same(dtype, monkeypatch):
+    compiled, real = [], torch.nn.Module.compile
+
+    def compile_(module, **options):
+        compiled.append((type(module).__name__, options))
+        real(module, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_)
+    torch._dynamo.reset()
+    eager, found = (losses("torch", {"dtype": dtype, "rho": 0.05, "compile": x}) for x in (False, True))
+    assert compiled == [("Block", {"fullgraph": True})] * BASE.model.layers
+    np.testing.assert_allclose(found, eager, atol=1e-5 if dtype == "float32" else 5e-3)
 
 
 def test_the_loss_scale_of_a_run_is_in_its_checkpoint(tmp_path):

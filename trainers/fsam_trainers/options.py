@@ -15,7 +15,7 @@ import tyro
 from fsam_core import NAMES, UserError
 from fsam_trainers.cost_table import Cost
 from fsam_trainers.presets import preset
-from fsam_trainers.settings import PLACEMENT, SAVINGS, Pace, Settings, steps_for
+from fsam_trainers.settings import HOW, SAVINGS, Pace, Settings, steps_for
 
 DEFAULT_STEPS = 300
 
@@ -120,6 +120,8 @@ class Common:
     """devices that share weights and moments out, each with its own sequences"""
     tensor_parallel: int = Settings.tensor_parallel
     """devices that share out heads, MLP and vocabulary for the same sequences"""
+    compile: bool = Settings.compile
+    """torch: the blocks by torch.compile, which takes a minute at the start"""
     sync: str = Settings.sync
     """whose gradient ε follows: global, the whole batch's, or local, that of each replica's own part (m-sharpness)"""
     evaluate_every: int | None = None
@@ -158,7 +160,7 @@ class Common:
         perturbation = ("rho_schedule", "norm", "second_moment", "ascent", "scope", "backend")
         schedule = ("every", "start", "probability", "between", "ema", "dtype")
         head = ("cotangent", "label_smoothing", "z_loss", "soft_cap")
-        named = (*training, *perturbation, *schedule, *head, *PLACEMENT, "sync")
+        named = (*training, *perturbation, *schedule, *head, *HOW, "sync")
         same: dict[str, Any] = {name: getattr(self, name) for name in named}
         same |= SAVINGS[self.savings]
         if self.cut is not None:

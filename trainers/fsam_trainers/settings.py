@@ -22,6 +22,8 @@ Sync = Literal["global", "local"]
 RhoSchedule = Literal["constant", "cosine", "learning-rate"]
 # On which devices a run computes, and not what: a checkpoint may be gone on from with others.
 PLACEMENT = ("data_parallel", "fsdp", "tensor_parallel")
+# What changes the result no more than rounding does.
+HOW = (*PLACEMENT, "compile")
 # Option sets by name; what is given beside one is taken on top of it.
 SAVINGS: dict[str, dict[str, Any]] = {
     name: {"correction_fraction" if option == "fraction" else option: value for option, value in options.items()}
@@ -58,6 +60,7 @@ class Settings:
         backend: "auto", or a backend of the framework.
         data_parallel, fsdp, tensor_parallel: devices along each axis of the mesh, see `fsam_trainers.jax_mesh`. They
             change the result no more than rounding does, and a run may go on with others.
+        compile: in PyTorch, the blocks by torch.compile. In JAX the step is compiled anyway.
         sync: "global", or "local": each of `data_parallel` replicas ascends the gradient of its own sequences
             (m-sharpness). Their number is then part of the method.
 
@@ -103,6 +106,7 @@ class Settings:
     data_parallel: int = 1
     fsdp: int = 1
     tensor_parallel: int = 1
+    compile: bool = False
     sync: Sync = "global"
 
     def __post_init__(self) -> None:
@@ -236,7 +240,7 @@ def steps_for(tokens_per_param: float, model: ModelConfig, batch: int) -> int:
 def difference(mine: dict[str, Any], other: dict[str, Any]) -> str:
     """The first few settings in which two `as_dict`s differ, as text; "" where they agree."""
     mine, other = ({**x, **{f"model.{k}": v for k, v in x["model"].items()}} for x in (mine, other))
-    same = set(PLACEMENT) - ({"data_parallel"} if mine["sync"] == "local" else set())
+    same = set(HOW) - ({"data_parallel"} if mine["sync"] == "local" else set())
     names = [k for k in mine if k not in ("model", *same) and mine[k] != other.get(k)]
     return ", ".join(f"{k} {other.get(k)!r} (now {mine[k]!r})" for k in names[:4])
 

@@ -96,6 +96,12 @@ def _shard(model: torch.nn.Module, settings: Settings, device: str, count: int) 
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
+def _compile(model: torch.nn.Module) -> None:
+    """Each block in place, so that parameters keep their names; all blocks are one graph, of both passes."""
+    for block in model.children():
+        block.compile(fullgraph=True)
+
+
 def _whole(p: Any) -> torch.Tensor:
     return p.full_tensor() if hasattr(p, "full_tensor") else p
 
@@ -123,12 +129,16 @@ class TorchEngine:
         # What the passes run: the model itself, or a copy of it in half floats over the model as its masters.
         self._running: torch.nn.Module = self.model
         copies: dict[torch.Tensor, torch.nn.Parameter] = {}
+        if settings.compile and settings.fsdp > 1:
+            _compile(self.model)
         if settings.fsdp > 1:
             for model in (self.model, *([] if self._average is None else [self._average.module])):
                 _shard(model, settings, self._device.type, self._ranks.count)
         elif settings.dtype != "float32":
             self._running = copy.deepcopy(self.model).to(getattr(torch, settings.dtype))
             copies = dict(zip(self.model.parameters(), self._running.parameters(), strict=True))
+        if settings.compile and settings.fsdp == 1:
+            _compile(self._running)
         if self._ranks.count > 1 and settings.fsdp == 1:
             self._running = torch.nn.parallel.DistributedDataParallel(self._running)
             if copies:
