@@ -194,7 +194,8 @@ def _spread(values: list[float] | None) -> str:
 def _corrections(rows: list[dict[str, Any]]) -> str:
     lines = ["| | cosine | length |", "|---|---|---|"]
     for name in dict.fromkeys(row["variant"] for row in rows):
-        of = lambda what: [row[what] for row in rows if row["variant"] == name]
+        # Before the first step momentum and the previous gradient are 0, and so is their correction: it has no cosine.
+        of = lambda what: [row[what] for row in rows if row["variant"] == name and row["cosine"] is not None]
         text = lambda x: f"{np.mean(x):.2f} ({min(x):.2f} … {max(x):.2f})"
         lines.append(f"| {name} | {text(of('cosine'))} | {text(of('length'))} |")
     return "\n".join(lines)
