@@ -169,9 +169,8 @@ def sums_in_place(head: LinearHead | Logits) -> bool:
 
 
 def summed(head: LinearHead | Logits) -> Tensor | None:
-    """The gradient that the head's weight has and that more may be added to by matrix products."""
-    if not isinstance(head, LinearHead) or not sums_in_place(head):
-        return None
+    """Of a head that sums in place, the gradient its weight has and that matrix products may add more to."""
+    assert isinstance(head, LinearHead)
     gradient, wide = head.weight.grad, torch.promote_types(head.hidden.dtype, torch.float32)
     return gradient if gradient is not None and not gradient.is_sparse and gradient.dtype == wide else None
 

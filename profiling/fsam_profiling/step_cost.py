@@ -107,14 +107,11 @@ def programs(only: str) -> list[tuple[str, str, dict[str, Any]]]:
     Raises:
         UserError: as `rows`, and for a schedule that was asked for by name.
     """
-    found = [row for row in rows(only) if not row[2] or set(row[2]) - SCHEDULES]
-    named = {name.strip() for name in only.split(",")} & {saving for _, saving, _ in rows("")} - {
-        saving for _, saving, _ in found
-    }
-    if named:
-        text = ", ".join(sorted(named))
+    schedules = {saving for saving, changes in SAVINGS if not set(changes) - SCHEDULES}
+    if named := sorted(schedules & {name.strip() for name in only.split(",")}):
+        text = ", ".join(named)
         raise UserError(f"--only: {text} is a schedule, with steps as of adamw and of {METHOD}: ask for those")
-    return found
+    return [row for row in rows(only) if row[1] not in schedules]
 
 
 def asked(options: Any) -> tuple[tuple[Framework, ...], dict[str, Any]]:

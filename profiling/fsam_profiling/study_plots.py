@@ -83,7 +83,7 @@ def cosines(found: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(7.5, 7), layout="constrained")
     of_cosine, of_length = figure.subplots(2)
     for i, name in enumerate(names):
-        mine = [row for row in rows if row["variant"] == name and row["cosine"] is not None]
+        mine = [row for row in rows if row["variant"] == name]
         style = {"color": LINES[i % len(LINES)], "marker": MARKS[i // len(LINES)], "markersize": 3}
         for axis, what in ((of_cosine, "cosine"), (of_length, "length")):
             axis.plot([row["step"] for row in mine], [row[what] for row in mine], label=name, **style)

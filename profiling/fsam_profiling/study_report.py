@@ -77,15 +77,19 @@ def gathered(folder: Path) -> dict[str, Any]:
             if label.endswith(BEST_RIVAL):
                 summaries[label]["to_rival"] = _difference(row, rows[tuned["rival_row"]])
         regimes[name] = {"tuned": tuned, "data": rows["AdamW"][0]["data"]["description"], "rows": summaries}
+    cosines = of("cosines.json", "fsam_profiling.study_cosines")
+    # Before the first step momentum and the previous gradient are 0, and so is their correction: it has no cosine.
+    cosines["rows"] = [row for row in cosines["rows"] if row["cosine"] is not None]
     return {
         "command": COMMANDS,
         "machine": results.machine(),
-        "study": runs["study"],
+        # Where it was made is of that machine alone.
+        "study": {name: value for name, value in runs["study"].items() if name not in ("out", "done")},
         "complete": runs["complete"],
         "variants": VARIANTS,
         "costs": of("costs.json", "fsam_profiling.study"),
         "regimes": regimes,
-        "cosines": of("cosines.json", "fsam_profiling.study_cosines"),
+        "cosines": cosines,
     }
 
 
@@ -194,8 +198,7 @@ def _spread(values: list[float] | None) -> str:
 def _corrections(rows: list[dict[str, Any]]) -> str:
     lines = ["| | cosine | length |", "|---|---|---|"]
     for name in dict.fromkeys(row["variant"] for row in rows):
-        # Before the first step momentum and the previous gradient are 0, and so is their correction: it has no cosine.
-        of = lambda what: [row[what] for row in rows if row["variant"] == name and row["cosine"] is not None]
+        of = lambda what: [row[what] for row in rows if row["variant"] == name]
         text = lambda x: f"{np.mean(x):.2f} ({min(x):.2f} … {max(x):.2f})"
         lines.append(f"| {name} | {text(of('cosine'))} | {text(of('length'))} |")
     return "\n".join(lines)

@@ -129,17 +129,15 @@ class TorchEngine:
         # What the passes run: the model itself, or a copy of it in half floats over the model as its masters.
         self._running: torch.nn.Module = self.model
         copies: dict[torch.Tensor, torch.nn.Parameter] = {}
-        if settings.compile and settings.fsdp > 1:
-            _compile(self.model)
+        if settings.fsdp == 1 and settings.dtype != "float32":
+            self._running = copy.deepcopy(self.model).to(getattr(torch, settings.dtype))
+            copies = dict(zip(self.model.parameters(), self._running.parameters(), strict=True))
+        if settings.compile:
+            _compile(self._running)
         if settings.fsdp > 1:
             for model in (self.model, *([] if self._average is None else [self._average.module])):
                 _shard(model, settings, self._device.type, self._ranks.count)
-        elif settings.dtype != "float32":
-            self._running = copy.deepcopy(self.model).to(getattr(torch, settings.dtype))
-            copies = dict(zip(self.model.parameters(), self._running.parameters(), strict=True))
-        if settings.compile and settings.fsdp == 1:
-            _compile(self._running)
-        if self._ranks.count > 1 and settings.fsdp == 1:
+        elif self._ranks.count > 1:
             self._running = torch.nn.parallel.DistributedDataParallel(self._running)
             if copies:
                 self._running.register_comm_hook(None, fsam.reduce_wide)

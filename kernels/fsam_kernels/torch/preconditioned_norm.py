@@ -86,12 +86,8 @@ def preconditioned_norm(
     parts = [_stack(x, home) for x in sums[: 3 if gradient else 2]]
     # What the sums lack; in float64, since hundreds of pieces may be added.
     each = [part * factor for part, factor in zip(parts, (k * k, k * c, c * c), strict=False)]
-    if per_tensor:
-        added = [torch.stack([x.sum() for x in part.split(counts)]) for part in each]
-    else:
-        added = [part.sum() for part in each]
     kind = NormsAndGradient if gradient else Norms
-    return kind(*(x.to(total) for x in added))
+    return kind(*(_added(part, counts, per_tensor).to(total) for part in each))
 
 
 @torch.no_grad()
@@ -127,9 +123,12 @@ def direction_and_norm(
             direction.into(d, x, moment)
             sums.append(_square(d))
             counts[entry.place] += 1
-    parts = _stack(sums, g[0].device)
-    total = torch.stack([x.sum() for x in parts.split(counts)]) if per_tensor else parts.sum()
-    return total.to(out[0].dtype)
+    return _added(_stack(sums, g[0].device), counts, per_tensor).to(out[0].dtype)
+
+
+def _added(parts: Tensor, counts: list[int], per_tensor: bool) -> Tensor:
+    """The pieces' sums, of each tensor or of all."""
+    return torch.stack([x.sum() for x in parts.split(counts)]) if per_tensor else parts.sum()
 
 
 def _parts(entry: Entry) -> Iterator[tuple[Any, ...]]:
