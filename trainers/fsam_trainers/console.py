@@ -66,5 +66,6 @@ class Console:
 def line(settings: Settings, base_ms: float | None, loss: float, milliseconds: float) -> str:
     """Loss, speed and cost of a step in one line."""
     tokens = settings.tokens_per_step / milliseconds * 1000
-    ratio = f" ({milliseconds / base_ms:.2f}x AdamW)" if base_ms else ""
+    # An AdamW run beside its own first steps would show how the machine drifts, not what a method costs.
+    ratio = f" ({milliseconds / base_ms:.2f}x AdamW)" if base_ms and settings.method != "adamw" else ""
     return f"loss {loss:.4f} | {tokens:,.0f} tokens/s | {milliseconds:,.0f} ms/step{ratio}"
