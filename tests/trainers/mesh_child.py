@@ -47,7 +47,7 @@ def train(engine: JaxEngine, first: int = 0, last: int = STEPS) -> list[list[flo
 def distances(case: dict[str, Any]) -> dict[str, dict[str, float]]:
     """For each mesh of case["shapes"], how far a run there ends from the same on one device.
 
-    Reports are compared one by one, relative to their size; weights by ‖a − b‖ over how far they have come. With
+    Reports are compared one by one, relative to their size; weights by ‖a − b‖ over how far they have come. For each of
     case["beside"], other changes, also how far a run with those on one device ends from it.
     """
     changes, steps = case["changes"], case.get("steps", STEPS)
@@ -57,8 +57,7 @@ def distances(case: dict[str, Any]) -> dict[str, dict[str, float]]:
     came = norm(end, start)
     found = {}
     runs = {"x".join(map(str, shape)): settings(tuple(shape), **changes) for shape in case["shapes"]}
-    if "beside" in case:
-        runs["beside"] = settings(**(changes | case["beside"]))
+    runs |= {f"beside {i}": settings(**(changes | more)) for i, more in enumerate(case.get("beside", ()))}
     for name, chosen in runs.items():
         engine = JaxEngine(chosen)
         reports = train(engine, 0, steps)

@@ -75,13 +75,14 @@ def test_every_method_and_saving_on_every_mesh(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_bfloat16_differs_little_more_than_two_runs_on_one_device_do(tmp_path):
-    """Autodiff makes the blocks' gradients in bfloat16, so what each device adds is rounded; measured, up to 1.8."""
+def test_bfloat16_differs_as_much_as_runs_on_one_device_do(tmp_path):
+    """Measured: 1.7 % of the way on 8 x 1 x 1 and 1 x 8 x 1, 2.3 % on 2 x 2 x 2; in other micro-batches 1.4–2.8 %."""
     changes = {"method": FUNCTIONAL, "dtype": "bfloat16"}
-    found = child(tmp_path, {"changes": changes, "shapes": SHAPES, "beside": {"micro_batches": 8}})
-    spread = found.pop("beside")
+    beside = [{"micro_batches": n} for n in (2, 4, 8, 16, 32)]
+    found = child(tmp_path, {"changes": changes, "shapes": SHAPES, "beside": beside})
+    spread = max(found.pop(f"beside {i}")["weights"] for i in range(len(beside)))
     for shape, figures in found.items():
-        assert figures["weights"] < 2.5 * spread["weights"], (shape, spread)
+        assert figures["weights"] < spread, shape
 
 
 @pytest.mark.slow

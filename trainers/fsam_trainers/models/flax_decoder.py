@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from fsam_core.jax import LinearHead, Staged
 from fsam_kernels.options import CROSS_ENTROPY, Loss
 from fsam_trainers.jax_mesh import by_rows, in_use
+from fsam_trainers.models.flax_mixed import product, rows_of
 from fsam_trainers.models.layout import EMBEDDING_STD, ModelConfig, initial, nested
 
 _ones, _normal = nn.initializers.ones, nn.initializers.normal(EMBEDDING_STD)
@@ -32,23 +33,24 @@ class Decoder(nn.Module):
         tokens_BxL: jax.Array,
         *,
         deterministic: bool = True,
+        dtype: Any = jnp.float32,
         x_NxD: jax.Array | None = None,
         first: int = 0,
         last: int | None = None,
     ) -> Any:
-        """(last hidden states [N, D], head weight [V, D]).
+        """(last hidden states [N, D], head weight [V, D]), both in `dtype`.
 
         Of the blocks from `first` to before `last` alone, where these are given: from the residual stream x before
         them, and to the one after them.
         """
         c = self.config
         B, L = tokens_BxL.shape
-        embedding_VxD = in_use("embedding", self.param("embedding", _normal, (c.vocab_size, c.width)))
+        embedding_VxD = self.param("embedding", _normal, (c.vocab_size, c.width))
         if x_NxD is None:
             positions_LxD = in_use("positions", self.param("positions", _normal, (c.seq_len, c.width)))
             tokens_BxL = by_rows(tokens_BxL)
-            x_NxD = embedding_VxD[tokens_BxL.reshape(-1)] + jnp.tile(positions_LxD[:L], (B, 1))
-            x_NxD = by_rows(x_NxD, sequences=B)
+            x_NxD = rows_of("embedding", embedding_VxD, tokens_BxL.reshape(-1), dtype)
+            x_NxD = by_rows((x_NxD + jnp.tile(positions_LxD[:L], (B, 1))).astype(dtype), sequences=B)
             x_NxD = nn.Dropout(c.dropout, deterministic=deterministic)(x_NxD)
         for i in range(first, c.layers if last is None else last):
             x_NxD = Block(c, name=f"block_{i}")(x_NxD, L, deterministic)
@@ -56,8 +58,8 @@ class Decoder(nn.Module):
             return x_NxD
         h_NxD = layer_norm(x_NxD, self.param("final_norm", _ones, (c.width,)))
         if c.tied:
-            return h_NxD, embedding_VxD
-        return h_NxD, in_use("head", self.param("head", _normal, (c.vocab_size, c.width)))
+            return h_NxD, in_use("embedding", embedding_VxD.astype(dtype))
+        return h_NxD, in_use("head", self.param("head", _normal, (c.vocab_size, c.width)).astype(dtype))
 
 
 class Block(nn.Module):
@@ -70,16 +72,16 @@ class Block(nn.Module):
         c, D = self.config, self.config.width
         B = len(x_NxD) // L
         drop = nn.Dropout(c.dropout, deterministic=deterministic)
-        matrix = lambda name, *shape: in_use(name, self.param(name, _fan_in, shape))
+        through = lambda name, x, *shape: product(name, x, self.param(name, _fan_in, shape))
 
         h_NxD = layer_norm(x_NxD, self.param("attention_norm", _ones, (D,)))
-        qkv_Nx3xD = by_rows(jnp.tensordot(h_NxD, matrix("qkv", D, 3 * D), 1), None, "tensor", sequences=B)
+        qkv_Nx3xD = by_rows(through("qkv", h_NxD, D, 3 * D), None, "tensor", sequences=B)
         a_NxD = by_rows(causal_attention(qkv_Nx3xD, L, c.heads), "tensor", sequences=B)
-        x_NxD += by_rows(drop(a_NxD @ matrix("attention_out", D, D)), sequences=B)
+        x_NxD += by_rows(drop(through("attention_out", a_NxD, D, D)), sequences=B)
 
         h_NxD = layer_norm(x_NxD, self.param("mlp_norm", _ones, (D,)))
-        h_NxF = by_rows(nn.gelu(h_NxD @ matrix("mlp_in", D, 4 * D)), "tensor", sequences=B)
-        return x_NxD + by_rows(drop(h_NxF @ matrix("mlp_out", 4 * D, D)), sequences=B)
+        h_NxF = by_rows(nn.gelu(through("mlp_in", h_NxD, D, 4 * D)), "tensor", sequences=B)
+        return x_NxD + by_rows(drop(through("mlp_out", h_NxF, 4 * D, D)), sequences=B)
 
 
 def causal_attention(qkv_Nx3xD: jax.Array, L: int, heads: int) -> jax.Array:
@@ -108,7 +110,8 @@ def features(
 ) -> LinearHead:
     """What `fsam_core.jax` asks of a model: batch["tokens"] is [B, L+1]; with batch["key"] dropout is on.
 
-    The params are cast to `dtype` here, so whatever is made of them (perturbed ones, gradients) stays float32 outside.
+    The params are cast to `dtype` where they are used (`flax_mixed`), so whatever is made of them (perturbed ones,
+    gradients) is float32 from there on.
     """
     return _head(_applied(model, params, batch, dtype), batch, loss)
 
@@ -126,9 +129,9 @@ def staged(model: Decoder, blocks: int, loss: Loss = CROSS_ENTROPY, dtype: Any =
 
 
 def _applied(model: Decoder, params: dict, batch: dict, dtype: Any, **part: Any) -> Any:
-    params = jax.tree.map(lambda x: x.astype(dtype), params)
     rngs = {"dropout": batch["key"]} if "key" in batch else {}
-    return model.apply({"params": params}, batch["tokens"][:, :-1], deterministic=not rngs, rngs=rngs, **part)
+    tokens_BxL = batch["tokens"][:, :-1]
+    return model.apply({"params": params}, tokens_BxL, deterministic=not rngs, rngs=rngs, dtype=dtype, **part)
 
 
 def _head(out: tuple[jax.Array, jax.Array], batch: dict, loss: Loss) -> LinearHead:
