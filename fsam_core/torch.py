@@ -164,7 +164,7 @@ class Step:
         copies: Any = dict(getattr(optimizer, "copies", {}))
         if copies and ranks.sharded:
             raise UserError(
-                "optimizer: FSDP2's shards are the masters themselves; leave `copies` out and give fully_shard "
+                "optimizer: shards of weights are the masters themselves; leave `copies` out and give fully_shard "
                 "MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)"
             )
         if loss_scale is not None and not copies:
