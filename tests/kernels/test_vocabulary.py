@@ -40,11 +40,12 @@ for _v in (9, 3, 1):
 CASES["one row"] = (4, "torch", "float32", False, problem(n=1))
 CASES["all rows ignored"] = (4, "torch", "float32", False, problem(label_smoothing=0.1)._replace(y=np.full(N, -1)))
 CASES["a closed part"] = (4, "torch", "float32", False, masked(problem(bias=True, scale=3), -np.inf))
-CASES["triton"] = (2, "triton", "float32", False, problem(scale=30))
-CASES["triton in bfloat16"] = (4, "triton", "bfloat16", True, problem("bfloat16", 1000))
-CASES["triton with all options"] = (2, "triton", "float32", False, with_options(ALL, scale=3))
-CASES["triton with all options, 9 columns"] = (4, "triton", "float32", True, with_options(ALL, v=9, scale=3))
-CASES["triton, a closed part"] = (4, "triton", "float32", False, masked(problem(bias=True, scale=3), -np.inf))
+# The interpreter takes milliseconds for each row and tile.
+CASES["triton"] = (2, "triton", "float32", False, problem(scale=30, n=7))
+CASES["triton in bfloat16"] = (4, "triton", "bfloat16", True, problem("bfloat16", 1000, n=7))
+CASES["triton with all options"] = (2, "triton", "float32", False, with_options(ALL, scale=3, n=7))
+CASES["triton with all options, 9 columns"] = (4, "triton", "float32", True, with_options(ALL, v=9, scale=3, n=7))
+CASES["triton, a closed part"] = (4, "triton", "float32", False, masked(problem(bias=True, scale=3, n=7), -np.inf))
 WRONG = problem()._replace(y=np.full(N, V))
 CASES["a label outside"] = (4, "torch", "float32", False, WRONG)
 ORDINARY = [name for name in CASES if name not in ("a label outside", "all rows ignored")]
