@@ -9,6 +9,7 @@ PyTorch is imported once.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import json
 import multiprocessing
@@ -261,7 +262,8 @@ def counted(case: Case, kind: str, rank: int) -> dict[str, Any]:
 
 def one_process(results: Path, cases: list[str], rank: int, store: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+    patience = datetime.timedelta(seconds=120)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS, timeout=patience)
     found: dict[str, Any] = {}
     for name in cases:
         kind, of, *more = name.split(":")
