@@ -182,8 +182,7 @@ def cut(model: Model, mesh: Any) -> None:
 def made(case: Case, kind: str) -> Step:
     model = wrapped(kind)
     adamw = torch.optim.AdamW if case.foreign else fsam.AdamW
-    more = {"foreach": False} if case.foreign and kind in PARTS else {}  # it takes no lists of two meshes
-    optimizer = adamw(model.parameters(), lr=0.01, eps=1e-4, **more)
+    optimizer = adamw(model.parameters(), lr=0.01, eps=1e-4)
     return Step(
         model,
         optimizer,

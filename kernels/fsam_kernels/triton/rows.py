@@ -2,6 +2,7 @@
 
     statistics      tile_statistics, grid C · T: one pass over the logits -> 2 or 3 values a row and tile of BLOCK
                     combine, grid C · T / 1024: those values -> the row's figures
+    part            tile_statistics, and of those values one tile's in PyTorch, for a vocabulary over ranks
     cotangent       cotangent, grid C · T: logits -> P, in place where the dtypes agree
     through_cap_    through_cap, grid C · T
 
