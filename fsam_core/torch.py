@@ -7,7 +7,8 @@
 checkpoints know nothing of fsam. Outside a call the model holds θ, never θ+ε, also when a pass raised.
 
 The model may be in DistributedDataParallel or under FSDP2's `fully_shard`: every rank calls the step with its part of
-the batch, and all take the step that one process would take with the whole, each target token weighing the same.
+the batch, and all take the step that one process would take with the whole, each target token weighing the same. Its
+head's vocabulary may be cut over ranks that have the same part of the batch (docs/scale.md).
 
 `AdamW` is torch.optim.AdamW in one pass over the state, clipping included. With `copies=masters(model, torch.bfloat16)`
 it updates float32 masters of a model whose own weights are bfloat16; the perturbation is then taken from the masters,
@@ -115,7 +116,7 @@ class Step:
         """
         Args:
             model: any module, in DistributedDataParallel or under `fully_shard` or neither; its parameters must be the
-                optimizer's, or the `copies` of a `fsam_core.torch.AdamW`.
+                optimizer's, or the `copies` of a `fsam_core.torch.AdamW`. Some may be DTensors on a tensor axis.
             optimizer: with precondition="adam" one that keeps `exp_avg_sq`: Adam, AdamW, NAdam, RAdam.
             method: `Plain`, `SAM`, `FunctionalSAM` or `LogitSAM`.
             features: (model, batch) -> `LinearHead` or `Logits`; a `Staged` one shares between the passes what the
@@ -164,7 +165,7 @@ class Step:
         copies: Any = dict(getattr(optimizer, "copies", {}))
         if copies and ranks.sharded:
             raise UserError(
-                "optimizer: FSDP2's shards are the masters themselves; leave `copies` out and give fully_shard "
+                "optimizer: shards of weights are the masters themselves; leave `copies` out and give fully_shard "
                 "MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)"
             )
         if loss_scale is not None and not copies:

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from fsam_core.errors import UserError
 from fsam_core.heads import check
+from fsam_core.torch_vocabulary import part
 from fsam_kernels.memory import Memory
 from fsam_kernels.options import CROSS_ENTROPY, Layout, Loss
 from fsam_kernels.torch.linear_cross_entropy import compute_dtype
+from fsam_kernels.torch.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,11 @@ class LinearHead:
 
     Attributes:
         hidden: [..., D] last hidden states, with their graph.
-        weight: [V, D] the head's weight (tied to the embedding or not).
+        weight: [V, D] the head's weight (tied to the embedding or not), whole or a DTensor cut along V over the ranks
+            of a one-axis mesh. All else is then the same on each of them.
         labels: [...] int64; a negative one is ignored.
         token_weights: [...] weight of each label in the mean, or None for 1.
-        bias: [V] added to the logits, or None.
+        bias: [V] added to the logits, cut as the weight is, or None.
         layout: "DV" for a weight stored as [D, V].
         loss: label smoothing, z-loss, soft-cap.
         ignore_index: a label ≥ 0 that is ignored too (the padding token, say).
@@ -41,6 +44,17 @@ class LinearHead:
     layout: Layout = "VD"
     loss: Loss = CROSS_ENTROPY
     ignore_index: int | None = None
+
+
+@dataclass(frozen=True)
+class FlatHead(LinearHead):
+    """A head as `flat` leaves it: [N, D], [V, D], [N], [N] and [V], of DTensors the part held here.
+
+    Attributes:
+        vocabulary: the ranks that weight and bias are cut over, or None.
+    """
+
+    vocabulary: Vocabulary | None = None
 
 
 @dataclass(frozen=True)
@@ -58,30 +72,37 @@ class Logits:
     weight: Tensor | float = 1.0
 
 
-def flat(head: Any) -> LinearHead | Logits:
-    """The head checked, with its leading axes made one, its weight as [V, D], and weights where there were none."""
+def flat(head: Any) -> FlatHead | Logits:
+    """The head checked, with its leading axes made one, its weight as [V, D], and weights where there were none.
+
+    Raises:
+        UserError: for shapes that do not fit, or DTensors placed as they cannot be used.
+    """
     if isinstance(head, Logits):
         return head
     if not isinstance(head, LinearHead):
         raise UserError(f"features must return a LinearHead or Logits, got {type(head).__name__}")
     check(head)
+    found, vocabulary = part(head)
+    head = dataclasses.replace(head, **found)
     y, weights = head.labels.reshape(-1), head.token_weights
     if head.ignore_index is not None:
         y = y.masked_fill(y == head.ignore_index, -1)
     kind = torch.promote_types(head.hidden.dtype, torch.float32)
     weights = torch.ones(y.shape, dtype=kind, device=y.device) if weights is None else weights.reshape(-1).to(kind)
-    return dataclasses.replace(
-        head,
+    return FlatHead(
         # Under the user's autocast the head computes in its dtype, as a linear layer would.
         hidden=head.hidden.reshape(-1, head.hidden.shape[-1]).to(compute_dtype(head.hidden)),
         weight=head.weight if head.layout == "VD" else head.weight.T,
         labels=y,
         token_weights=torch.where(y >= 0, weights, 0),
-        layout="VD",
+        bias=head.bias,
+        loss=head.loss,
+        vocabulary=vocabulary,
     )
 
 
-def weight(head: LinearHead | Logits) -> Tensor:
+def weight(head: FlatHead | Logits) -> Tensor:
     """How much a micro-batch counts."""
     if isinstance(head, Logits):
         dtype = torch.promote_types(head.logits.dtype, torch.float32)
@@ -92,7 +113,7 @@ def weight(head: LinearHead | Logits) -> Tensor:
 
 def cotangent(
     ops: ModuleType,
-    head: LinearHead | Logits,
+    head: FlatHead | Logits,
     unit: Tensor,
     memory: Memory,
     *,
@@ -125,13 +146,14 @@ def cotangent(
         gradient=gradient,
         keep=keep,
         onto_VxD=onto,
+        vocabulary=head.vocabulary,
         chunk_bytes=memory.chunk_bytes,
     )
     return (loss_N * share_N).sum(), zbar, None if gradients is None else _present(gradients)
 
 
 def pulled_back(
-    ops: ModuleType, head: LinearHead | Logits, zbar: Any, memory: Memory, onto: Tensor | None = None
+    ops: ModuleType, head: FlatHead | Logits, zbar: Any, memory: Memory, onto: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     """What the cotangent of another head of these shapes is at the outputs of this one; `onto` as in `cotangent`.
 
@@ -146,15 +168,15 @@ def pulled_back(
     return _present(ops.logit_vjp(zbar, head.hidden, head.weight, **options))
 
 
-def keeps(head: LinearHead | Logits, micro_batches: int, memory: Memory) -> bool:
+def keeps(head: FlatHead | Logits, micro_batches: int, memory: Memory) -> bool:
     """Whether the cotangents of that many such micro-batches are kept for a second pass."""
     if isinstance(head, Logits):
         return False
-    (N, D), V = head.hidden.shape, len(head.weight)
+    (N, D), V = head.hidden.shape, len(head.weight) if head.vocabulary is None else head.vocabulary.widest
     return memory.keeps(N * micro_batches, D, V, head.hidden.element_size(), head.hidden.device.type)
 
 
-def sums_in_place(head: LinearHead | Logits) -> bool:
+def sums_in_place(head: FlatHead | Logits) -> bool:
     """Whether the cotangent of the head's weight may be written to its `.grad` with no graph between.
 
     So it may where the weight is a parameter itself and nobody waits for its gradient: that is then one array, which
@@ -168,16 +190,14 @@ def sums_in_place(head: LinearHead | Logits) -> bool:
     return bool(w.is_leaf and w.requires_grad and type(w) in (Tensor, nn.Parameter) and not any(hooks))
 
 
-def summed(head: LinearHead | Logits) -> Tensor | None:
+def summed(head: FlatHead | Logits) -> Tensor | None:
     """Of a head that sums in place, the gradient its weight has and that matrix products may add more to."""
-    assert isinstance(head, LinearHead)
+    assert isinstance(head, FlatHead)
     gradient, wide = head.weight.grad, torch.promote_types(head.hidden.dtype, torch.float32)
     return gradient if gradient is not None and not gradient.is_sparse and gradient.dtype == wide else None
 
 
-def backward(
-    head: LinearHead | Logits, gradients: Sequence[Tensor], *, in_place: bool = False, own: bool = True
-) -> None:
+def backward(head: FlatHead | Logits, gradients: Sequence[Tensor], *, in_place: bool = False, own: bool = True) -> None:
     """Pull the cotangents of the model's outputs back into every parameter's `.grad`.
 
     Args:
@@ -186,7 +206,7 @@ def backward(
     """
     outputs = (head.logits,) if isinstance(head, Logits) else (head.hidden, head.weight, head.bias)
     pairs = [(x, g) for x, g in zip(outputs, gradients, strict=False) if x is not None and x.requires_grad]
-    if in_place and isinstance(head, LinearHead):
+    if in_place and isinstance(head, FlatHead):
         for wbar_VxD in (g for x, g in pairs if x is head.weight):
             _accumulate(head.weight, wbar_VxD, own)
         pairs = [(x, g) for x, g in pairs if x is not head.weight]

@@ -17,7 +17,7 @@ from fsam_core import torch_heads as heads
 from fsam_core import torch_random as random
 from fsam_core.errors import UserError
 from fsam_core.regions import in_torch
-from fsam_core.torch_heads import LinearHead, Logits
+from fsam_core.torch_heads import FlatHead, LinearHead, Logits
 from fsam_core.torch_ranks import Ranks, like, local
 from fsam_kernels.memory import Memory
 
@@ -167,7 +167,7 @@ class Passes:
 
     def head(
         self,
-        head: LinearHead | Logits,
+        head: FlatHead | Logits,
         unit: Tensor | None,
         micro_batches: int,
         *,
@@ -247,7 +247,7 @@ class Passes:
                 with in_torch("second backward"):
                     self.pull_back_head(head, base.cotangent)
 
-    def pull_back_head(self, head: LinearHead | Logits, zbar: Any) -> None:
+    def pull_back_head(self, head: FlatHead | Logits, zbar: Any) -> None:
         """One micro-batch's cotangent, added to what is in `.grad`."""
         in_place = self._in_place(head)
         onto = heads.summed(head) if in_place else None
@@ -255,7 +255,7 @@ class Passes:
         heads.backward(head, out, in_place=in_place, own=not isinstance(zbar, tuple))
         self.collect()
 
-    def _in_place(self, head: LinearHead | Logits) -> bool:
+    def _in_place(self, head: FlatHead | Logits) -> bool:
         """Whether the head's weight gets its gradient without autograd; wrappers of several ranks wait for it there."""
         return self.ranks.alone and heads.sums_in_place(head)
 
@@ -318,7 +318,7 @@ class Passes:
     @contextmanager
     def _shards_at(self, params: Sequence[Any], moved: list[Tensor]) -> Iterator[None]:
         """FSDP2 gathers weights from where its shards lie: those are written over, and written back from a copy."""
-        shards, written = [local(p) for p in params], 0
+        shards, written = [local(p).detach() for p in params], 0
         self.ranks.reshard()
         self._head = None
         try:

@@ -1,8 +1,12 @@
-"""The processes that train one model together: DistributedDataParallel's and FSDP2's (`fully_shard`) ranks.
+"""The processes that train one model together: DistributedDataParallel's, FSDP2's (`fully_shard`) and tensor ranks.
 
-Both average gradients over their ranks. A loss that each rank divides by the ranks' mean token weight is therefore the
-mean over all target tokens of all ranks, however many each has. Under FSDP2 a parameter is a DTensor, of which a rank
-holds a shard: the parameters' work is done on shards, and a norm takes one reduction of a few scalars.
+The first two average gradients over their ranks. A loss that each rank divides by the ranks' mean token weight is
+therefore the mean over all target tokens of all ranks, however many each has. Under FSDP2 a parameter is a DTensor, of
+which a rank holds a shard: the parameters' work is done on shards, and a norm takes one reduction of a few scalars.
+
+Ranks along a mesh axis for tensor parallelism have the same tokens and parts of some weights. Means over them change
+nothing, and norms count what they all hold once. Both are reduced over the ranks of all axes at once, so that every
+rank clips, perturbs and skips by the same numbers.
 
 `features` is called inside the wrapper's forward, because its hooks run there, and with the module that was wrapped: it
 is what it is in one process, and may call the model, or parts of it, or read its head's weight.
@@ -35,7 +39,7 @@ class Ranks:
         model: as the user gave it.
         inner: the module that a wrapper holds, or the model itself; what `features` is called with.
         alone: whether no wrapper waits for gradients as they come.
-        count: how many ranks have data of their own.
+        count: how many ranks have data of their own (along tensor axes they share it).
         sharded: whether a rank holds but a part of each weight.
         reuses_gradients: whether the next pass writes its gradients over those of this one.
         no_local: why gradients cannot be each rank's own, "" where they can.
@@ -97,12 +101,13 @@ class _Group(Ranks):
 
     def __init__(self, model: nn.Module, inner: nn.Module, group: Any) -> None:
         super().__init__(model, inner)
-        self.group, self.count = group, dist.get_world_size(group)
+        self.group = group
+        self.count = self.size = dist.get_world_size(group)
 
     def mean(self, x: Tensor) -> Tensor:
         x = x.detach().clone()
         dist.all_reduce(x, group=self.group)
-        return x / self.count
+        return x / self.size
 
     def agreed(self, means: Sequence[Tensor | None], norms: Sequence[Tensor | None]) -> list[Tensor | None]:
         given = [*means, *(norms if self.sharded else ())]
@@ -110,7 +115,7 @@ class _Group(Ranks):
         wide = torch.stack([x.detach().to(present[0].device, torch.float64) for x in present])
         at = sum(x is not None for x in means)
         wide[at:].square_()
-        wide[:at].div_(self.count)
+        wide[:at].div_(self.size)
         dist.all_reduce(wide, group=self.group)
         wide[at:].sqrt_()
         values = iter(wide)
@@ -156,15 +161,75 @@ class DataParallel(_Group):
             some = [x for x in tensors if x.dtype == dtype]
             whole = torch.cat([x.reshape(-1) for x in some])
             dist.all_reduce(whole, group=self.group)
-            whole /= self.count
+            whole /= self.size
             for x, piece in zip(some, whole.split([x.numel() for x in some]), strict=True):
                 x.copy_(piece.view_as(x))
 
 
-class Sharded(_Group):
-    """A model under `fully_shard`, itself the root: a rank has a shard of each weight, gradient and moment."""
+class _Shards(_Group):
+    """Weights of which a rank may hold a part: what is done to them is done to parts, and norms are summed over."""
 
     sharded = True
+
+    def __init__(self, model: nn.Module, group: Any) -> None:
+        super().__init__(model, model, group)
+        self._replicas: dict[Any, int] = {}
+
+    def sums(self, params: Sequence[Any], sums: Sequence[Tensor], each: bool) -> Sequence[Tensor]:
+        factor = torch.tensor([1 / self.replicas(p) for p in params], dtype=sums[0].dtype)
+        whole = torch.stack(list(sums)) * factor.to(sums[0].device, non_blocking=True)
+        whole = whole if each else whole.sum(1)
+        dist.all_reduce(whole, group=self.group)
+        return whole.unbind()
+
+    def norm_here(self, params: Sequence[Any], tensors: Sequence[Tensor]) -> Tensor:
+        by_count: dict[int, list[Tensor]] = {}
+        for p, x in zip(params, tensors, strict=True):
+            by_count.setdefault(self.replicas(p), []).append(x)
+        norms = [norm_of(some) / math.sqrt(count) for count, some in by_count.items()]
+        return norms[0] if len(norms) == 1 else norm_of(norms)
+
+    def replicas(self, p: Any) -> int:
+        """How many ranks hold the same part of p."""
+        if p not in self._replicas:
+            self._replicas[p] = self.size
+            if hasattr(p, "to_local"):
+                sizes = zip(p.device_mesh.shape, p.placements, strict=True)
+                self._replicas[p] //= math.prod(size for size, placement in sizes if not placement.is_replicate())
+        return self._replicas[p]
+
+    def norm(self, here: Tensor) -> Tensor:
+        square = here.square()
+        dist.all_reduce(square, group=self.group)
+        return square.sqrt()
+
+    def share_of(self, norm: Tensor) -> Tensor:
+        return norm / math.sqrt(self.size)
+
+
+class TensorParallel(_Shards):
+    """A model with DTensors on a mesh of tensor ranks, and no wrapper: they hold a part of each weight, or all of it.
+
+    Gradients are nobody's to reduce. That of a part is whole, and that of a weight which each rank has is the same on
+    all, since what reaches it, h̄ and DTensor's own sums, has been summed over the ranks.
+    """
+
+    alone = True
+
+    def __init__(self, model: nn.Module, group: Any) -> None:
+        super().__init__(model, group)
+        self.count = 1
+
+    def mean(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Sharded(_Shards):
+    """A model under `fully_shard`, itself the root: a rank has a shard of each weight, gradient and moment.
+
+    The mesh may have tensor axes beside FSDP2's own; some weights are then cut along them, too.
+    """
+
     no_local = "of which FSDP2 keeps nothing"
 
     def __init__(self, model: nn.Module, mesh: Any) -> None:
@@ -172,12 +237,13 @@ class Sharded(_Group):
             group = mesh.get_group()
         else:
             group = dist.group.WORLD if mesh.size() == dist.get_world_size() else mesh._flatten().get_group()
-        super().__init__(model, model, group)
+        super().__init__(model, group)
         from torch.distributed.fsdp import FSDPModule
 
-        self._modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
-        self._replicates = mesh.ndim > 1
-        self._replicas: dict[Any, int] = {}
+        self._modules: list[Any] = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        self._data_mesh = next(iter(filter(None, map(_data_mesh, self._modules))))
+        self.count = self._data_mesh.size()
+        self._replicates = self._data_mesh.ndim > 1
 
     def head(self, features: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
         root, made = self.model, []
@@ -200,8 +266,19 @@ class Sharded(_Group):
             root.__dict__.pop("forward", None)
         head = _with_outputs(made[0], (output,))
         for x in (head.weight, head.bias) if isinstance(head, LinearHead) else ():
-            _check_whole(x)
+            self._check_gathered(x)
         return head
+
+    def _check_gathered(self, x: Any) -> None:
+        if x is None:
+            return
+        if hasattr(x, "to_local") and _share_an_axis(x.device_mesh, self._data_mesh):
+            raise UserError(
+                "features: the head's weight is a shard; leave its module to the root, without a fully_shard of its own"
+            )
+        here = local(x)
+        if here.numel() and not here.untyped_storage().size():
+            raise UserError("features: the head's weight is resharded after forward; fully_shard the root without that")
 
     @contextlib.contextmanager
     def accumulating(self, more: bool) -> Iterator[None]:
@@ -209,37 +286,6 @@ class Sharded(_Group):
         if self._replicates:
             self.model.set_requires_all_reduce(not more)  # type: ignore[operator]
         yield
-
-    def sums(self, params: Sequence[Any], sums: Sequence[Tensor], each: bool) -> Sequence[Tensor]:
-        factor = torch.tensor([1 / self.replicas(p) for p in params], dtype=sums[0].dtype)
-        whole = torch.stack(list(sums)) * factor.to(sums[0].device, non_blocking=True)
-        whole = whole if each else whole.sum(1)
-        dist.all_reduce(whole, group=self.group)
-        return whole.unbind()
-
-    def norm_here(self, params: Sequence[Any], tensors: Sequence[Tensor]) -> Tensor:
-        by_count: dict[int, list[Tensor]] = {}
-        for p, x in zip(params, tensors, strict=True):
-            by_count.setdefault(self.replicas(p), []).append(x)
-        norms = [norm_of(some) / math.sqrt(count) for count, some in by_count.items()]
-        return norms[0] if len(norms) == 1 else norm_of(norms)
-
-    def replicas(self, p: Any) -> int:
-        """How many ranks hold the same part of p."""
-        if p not in self._replicas:
-            self._replicas[p] = self.count
-            if hasattr(p, "to_local"):
-                sizes = zip(p.device_mesh.shape, p.placements, strict=True)
-                self._replicas[p] = math.prod(size for size, placement in sizes if placement.is_replicate())
-        return self._replicas[p]
-
-    def norm(self, here: Tensor) -> Tensor:
-        square = here.square()
-        dist.all_reduce(square, group=self.group)
-        return square.sqrt()
-
-    def share_of(self, norm: Tensor) -> Tensor:
-        return norm / math.sqrt(self.count)
 
     def reshard(self) -> None:
         for module in self._modules:
@@ -271,11 +317,20 @@ def of(model: nn.Module) -> Ranks:
         return DataParallel(model)
     if not meshes:
         return Ranks(model)
-    if not isinstance(model, FSDPModule):
-        raise UserError("model: it holds shards but is no root of FSDP2; call fully_shard on the model itself, too")
-    if len(meshes) > 1:
+    mesh = max(meshes, key=lambda mesh: mesh.ndim)
+    axes = set(mesh.mesh_dim_names or ())
+    if not all(one == mesh or set(one.mesh_dim_names or axes) < axes for one in meshes):
         raise UserError(f"model: its shards lie on {len(meshes)} meshes; give every fully_shard the same one")
-    return Sharded(model, meshes.pop())
+    if isinstance(model, FSDPModule):
+        return Sharded(model, mesh)
+    if any(isinstance(m, FSDPModule) for m in model.modules()):
+        raise UserError("model: it holds shards but is no root of FSDP2; call fully_shard on the model itself, too")
+    if mesh.ndim > 1:
+        raise UserError(
+            f"model: its weights lie on a mesh of {mesh.ndim} axes and nothing averages gradients over data; lay them "
+            'on the tensor axis alone and call fully_shard(model, mesh=mesh["data"])'
+        )
+    return TensorParallel(model, mesh.get_group())
 
 
 def reduce_wide(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -357,10 +412,12 @@ def _with_outputs(head: Any, outputs: Sequence[Tensor]) -> Any:
     return dataclasses.replace(head, **dict(zip(names, outputs, strict=False)))
 
 
-def _check_whole(x: Tensor | None) -> None:
-    if x is None:
-        return
-    if hasattr(x, "to_local"):
-        raise UserError("features: the head's weight is a shard; leave its module to the root, without a fully_shard")
-    if x.numel() and not x.untyped_storage().size():
-        raise UserError("features: the head's weight is resharded after forward; fully_shard the root without that")
+def _data_mesh(module: Any) -> Any:
+    """The mesh that FSDP2 averages a module's gradients over, which no public function tells; None without weights."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return None if groups[0] is None else groups[0].mesh_info.mesh
+
+
+def _share_an_axis(one: Any, other: Any) -> bool:
+    return one == other or bool(set(one.mesh_dim_names or ()) & set(other.mesh_dim_names or ()))

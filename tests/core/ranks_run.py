@@ -9,6 +9,7 @@ PyTorch is imported once.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import json
 import multiprocessing
@@ -25,12 +26,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fsam_core import torch as fsam
 from fsam_core.torch import SAM, Ascent, FunctionalSAM, LinearHead, LogitSAM, Plain, Schedule, Step
 
 RANKS, V, D, L, ROWS = 4, 37, 8, 5, 16
+# Kinds whose ranks are not one for each part of the batch: those along a tensor axis have the same.
+PARTS = {"tensor": 1, "fsdp-tensor": 2, "fsdp-tensor-remat": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +90,7 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList([Block(generator) for _ in range(2)])
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = F.embedding(tokens, self.embedding)
+        x = looked_up(tokens, self.embedding)
         for block in self.blocks:
             x = block(x)
         return x
@@ -100,7 +104,19 @@ class Block(nn.Module):
         self.down = nn.Parameter(torch.randn(3 * D, D, generator=generator) * 0.3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + torch.tanh(F.layer_norm(x.cumsum(1), (D,), self.scale) @ self.up) @ self.down
+        x_normed = F.layer_norm(x.cumsum(1), (D,), self.scale)
+        if not isinstance(self.up, DTensor):
+            return x + torch.tanh(x_normed @ self.up) @ self.down
+        x_everywhere = DTensor.from_local(x_normed, self.up.device_mesh, [Replicate()])
+        return x + (torch.tanh(x_everywhere @ self.up) @ self.down).full_tensor()
+
+
+def looked_up(tokens: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+    """Rows of an embedding, which may be cut along its rows."""
+    if not isinstance(embedding, DTensor):
+        return F.embedding(tokens, embedding)
+    mesh = embedding.device_mesh
+    return F.embedding(DTensor.from_local(tokens, mesh, [Replicate()]), embedding).full_tensor()
 
 
 def features(model: Any, batch: dict) -> LinearHead:
@@ -109,21 +125,23 @@ def features(model: Any, batch: dict) -> LinearHead:
 
 
 STAGED = fsam.Staged(
-    lambda model, batch: model.blocks[0](F.embedding(batch["x"], model.embedding)),
+    lambda model, batch: model.blocks[0](looked_up(batch["x"], model.embedding)),
     lambda model, x, batch: LinearHead(model.blocks[1](x), model.embedding, batch["y"]),
 )
 
 BLOCKS = fsam.Blocks(2, r"^blocks\.(\d+)\.(up|down|scale)$", r"^nothing$", r"^embedding$", r"scale")
 
 
-def batch_of(step: int, micro: int, rank: int | None) -> list[dict]:
+def batch_of(step: int, micro: int, rank: int | None, kind: str = "ddp") -> list[dict]:
     """The step's micro-batches, or a rank's part of each; the later rows have fewer and fewer targets."""
+    parts = PARTS.get(kind, RANKS)
     generator = torch.Generator().manual_seed(1000 + step)
     x, y = torch.randint(0, V, (2, ROWS, L), generator=generator).unbind()
     y = torch.where(torch.rand(ROWS, L, generator=generator) < torch.linspace(1.1, 0.1, ROWS)[:, None], y, -1)
     found = []
     for one_x, one_y in zip(x.chunk(micro), y.chunk(micro), strict=True):
-        here = slice(None) if rank is None else slice(rank * len(one_x) // RANKS, (rank + 1) * len(one_x) // RANKS)
+        rows, which = len(one_x) // parts, 0 if rank is None else rank * parts // RANKS
+        here = slice(None) if rank is None else slice(which * rows, (which + 1) * rows)
         found.append({"x": one_x[here], "y": one_y[here]})
     return found
 
@@ -136,14 +154,29 @@ def wrapped(kind: str) -> nn.Module:
         options = {"ddp-views": "gradient_as_bucket_view", "ddp-unused": "find_unused_parameters"}
         options["ddp-static"] = "static_graph"
         return nn.parallel.DistributedDataParallel(model, **({options[kind]: True} if kind in options else {}))
-    if kind == "fsdp-remat":
+    shape, names = ((2, 2), ("replicate", "shard")) if kind == "hsdp" else ((RANKS,), ("shard",))
+    if kind in PARTS:
+        shape, names = (PARTS[kind], RANKS // PARTS[kind]), ("data", "tensor")
+    mesh = dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=names)
+    if kind in PARTS:
+        cut(model, mesh["tensor"])
+        mesh = mesh["data"]
+    if kind == "tensor":
+        return model
+    if kind.endswith("-remat"):
         for i, block in enumerate(model.blocks):
             model.blocks[i] = checkpoint_wrapper(block)
-    shape, names = ((2, 2), ("replicate", "shard")) if kind == "hsdp" else ((RANKS,), ("shard",))
-    mesh = dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=names)
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)
+
+
+def cut(model: Model, mesh: Any) -> None:
+    """The vocabulary and the hidden units of the first block's MLP over the mesh's ranks; the rest is on each."""
+    block = model.blocks[0]
+    for module, name, axis in ((model, "embedding", 0), (block, "up", 1), (block, "down", 0)):
+        whole = getattr(module, name).detach()
+        setattr(module, name, nn.Parameter(distribute_tensor(whole, mesh, [Shard(axis)])))
 
 
 def made(case: Case, kind: str) -> Step:
@@ -172,11 +205,11 @@ def trained(case: Case, kind: str, steps: int, rank: int | None) -> tuple[list[t
     step = made(case, kind)
     rows = []
     for index in range(steps):
-        loss = step(batch_of(index, case.micro, rank))
+        loss = step(batch_of(index, case.micro, rank, kind))
         info = step.info
         rows.append([float(loss), info.loss, info.weight, info.base_norm, info.grad_norm, info.perturbation_norm])
     weights = [whole(p) for p in step.model.parameters()]
-    step.gradient(batch_of(steps, case.micro, rank))
+    step.gradient(batch_of(steps, case.micro, rank, kind))
     gradients = [whole(p.grad) for p in step.model.parameters()]
     return [*weights, *gradients], torch.tensor(rows, dtype=torch.float64).nan_to_num(-1)
 
@@ -220,15 +253,16 @@ def counted(case: Case, kind: str, rank: int) -> dict[str, Any]:
     """The collectives of one step, after two that come with their set-up."""
     step = made(case, kind)
     for index in range(2):
-        step(batch_of(index, case.micro, rank))
+        step(batch_of(index, case.micro, rank, kind))
     with Collectives() as seen:
-        step(batch_of(2, case.micro, rank))
+        step(batch_of(2, case.micro, rank, kind))
     return {"counts": dict(seen.counts), "bytes": dict(seen.bytes)}
 
 
 def one_process(results: Path, cases: list[str], rank: int, store: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+    patience = datetime.timedelta(seconds=120)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS, timeout=patience)
     found: dict[str, Any] = {}
     for name in cases:
         kind, of, *more = name.split(":")
@@ -262,7 +296,7 @@ def local(rank: int) -> dict[str, Any]:
 def raising(kind: str, rank: int) -> dict[str, Any]:
     """A pass at the perturbed weights that raises on every rank, and the step after it."""
     step = made(Case(FunctionalSAM(0.1)), kind)
-    step(batch_of(0, 1, rank))
+    step(batch_of(0, 1, rank, kind))
     before = [whole(p) for p in step.model.parameters()]
     calls, original = [], step._passes.features
 
@@ -276,12 +310,12 @@ def raising(kind: str, rank: int) -> dict[str, Any]:
     step._passes.features = features
     raised = False
     try:
-        step(batch_of(1, 1, rank))
+        step(batch_of(1, 1, rank, kind))
     except ValueError:
         raised = True
     after = [whole(p) for p in step.model.parameters()]
     same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    step(batch_of(1, 1, rank))
+    step(batch_of(1, 1, rank, kind))
     expected = trained(Case(FunctionalSAM(0.1)), kind, 2, rank)[0]
     goes_on = all(torch.equal(whole(p), x) for p, x in zip(step.model.parameters(), expected, strict=False))
     return {"raised": raised, "same": same, "goes_on": goes_on}
@@ -292,7 +326,7 @@ def not_finite(kind: str, rank: int) -> dict[str, Any]:
     found = {}
     for where in (1, 2):
         step = made(Case(SAM(0.1, **ADAM), clip=0.1), kind)
-        step(batch_of(0, 1, rank))
+        step(batch_of(0, 1, rank, kind))
         before, calls, original = [whole(p) for p in step.model.parameters()], [], step._passes.features
 
         def features(model: Any, batch: dict) -> LinearHead:
@@ -302,7 +336,7 @@ def not_finite(kind: str, rank: int) -> dict[str, Any]:
             return dataclasses.replace(head, hidden=head.hidden * (float("inf") if bad else 1.0))
 
         step._passes.features = features
-        step(batch_of(1, 1, rank))
+        step(batch_of(1, 1, rank, kind))
         same = all(torch.equal(a, whole(b)) for a, b in zip(before, step.model.parameters(), strict=True))
         found[str(where)] = [step.info.skipped, same, step.skipped_steps]
     return found

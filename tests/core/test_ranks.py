@@ -30,10 +30,10 @@ BEHAVIOUR = [
 ]  # fmt: skip
 
 
-def run(folder: Path, cases: list[str]) -> list[dict]:
+def run(folder: Path, cases: list[str], script: Path = SCRIPT) -> list[dict]:
     """What each rank found."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), str(folder / "results.json"), *cases]
+    command = [sys.executable, str(script), str(folder / "results.json"), *cases]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "results.json").read_text())

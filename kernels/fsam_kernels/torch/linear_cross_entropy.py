@@ -15,6 +15,7 @@ from fsam_kernels.memory import BLOCK, chunk_rows, default_chunk_bytes
 from fsam_kernels.options import CROSS_ENTROPY, Loss
 from fsam_kernels.torch import rows as plain
 from fsam_kernels.torch.rows import Rows, wide
+from fsam_kernels.torch.vocabulary import Vocabulary
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -27,6 +28,9 @@ class Cotangent:
     P_v = scale exp(z_v − top) − s/V off the target and P_y = target, with z from (h, W, b). Either what P is recomputed
     from is held, N·D + 5N values (the head weight is the parameter's own storage), or P itself (`kept_NxV`) in the
     dtype of h, which is what the matrix products would round it to anyway, and the head is None.
+
+    Of a vocabulary over ranks all of it is of the columns held here: their P, and labels, top, scale and loss that say
+    so (`Vocabulary`).
     """
 
     h_NxD: Tensor | None
@@ -39,6 +43,7 @@ class Cotangent:
     weights_N: Tensor
     kept_NxV: Tensor | None
     loss: Loss
+    vocabulary: Vocabulary | None = None
 
     def rows(self, rows: slice) -> Rows:
         """The figures of some rows; loss and lse are not kept, and not needed any more."""
@@ -85,6 +90,7 @@ def linear_cross_entropy(
     keep: bool = False,
     wide_wbar: bool = False,
     onto_VxD: Tensor | None = None,
+    vocabulary: Vocabulary | None = None,
     chunk_bytes: int | None = None,
     stages: ModuleType = plain,
 ) -> tuple[Tensor, Tensor, Cotangent, HeadGradients | None]:
@@ -105,6 +111,9 @@ def linear_cross_entropy(
         wide_wbar: return w̄ and b̄ as they were summed, in float32, and not in the dtypes of w and b.
         onto_VxD: what w̄ is added to, in place, by the matrix products themselves; it is then returned as w̄. Of the
             dtype that w̄ is summed in.
+        vocabulary: the ranks that W's columns of logits are cut over; w, b, w̄ and b̄ are then this rank's rows, and
+            all else, labels included, is the same on every rank. They send three floats a row and rank (four with label
+            smoothing) in each chunk, and h̄ once. None for the whole of W here.
         chunk_bytes: rows are taken in chunks whose working tensors fill at most this much (one row at the least), so
             that no N×V tensor is ever whole; None for the device's default. It changes nothing beyond rounding.
         stages: what is done to the logits between the matrix products, a module like `fsam_kernels.torch.rows`.
@@ -114,19 +123,26 @@ def linear_cross_entropy(
         over chunks in float32.
 
     Raises:
-        RuntimeError: from PyTorch, for a label ≥ V.
+        RuntimeError, IndexError: from PyTorch, for a label ≥ V.
     """
     h_NxD, w_VxD = h_NxD.detach(), w_VxD.detach()
     bias_V = None if bias_V is None else bias_V.detach()
+    here = loss
+    if vocabulary is not None:
+        labels_N, here = vocabulary.labels(labels_N, len(w_VxD)), vocabulary.of_part(loss, len(w_VxD))
     weights_N = torch.where(labels_N >= 0, weights_N, 0).to(wide(h_NxD))
     figures = Rows(*(h_NxD.new_empty(len(h_NxD), dtype=wide(h_NxD)) for _ in Rows._fields))
     kept_NxV = stages.empty_chunk(len(h_NxD), len(w_VxD), h_NxD) if keep else None
-    total = Sums(h_NxD, w_VxD, bias_V, weights_N, wide_wbar, onto_VxD) if gradient else None
+    total = Sums(h_NxD, w_VxD, bias_V, weights_N, wide_wbar, onto_VxD, vocabulary) if gradient else None
     base = product(w_VxD, bias_V, h_NxD.dtype, stages)
 
     def one(rows: slice) -> None:  # a function, so that a chunk's tensors are gone before the next one's are made
         u_CxV, labels_C = base(h_NxD[rows]), labels_N[rows]
-        row, e_CxV = stages.statistics(u_CxV, labels_C, loss)
+        if vocabulary is None:
+            row, e_CxV = stages.statistics(u_CxV, labels_C, loss)
+        else:
+            part, e_CxV = stages.part(u_CxV, labels_C, loss)
+            row = vocabulary.rows(part, labels_C, loss)
         for of_all, of_chunk in zip(figures, row, strict=True):
             of_all[rows] = of_chunk
         if kept_NxV is not None:
@@ -136,25 +152,28 @@ def linear_cross_entropy(
             if p_CxV is u_CxV and loss.soft_cap is not None:
                 p_CxV = stages.empty_chunk(*u_CxV.shape, u_CxV)
         if keep or total is not None:
-            stages.cotangent(e_CxV, row, labels_C, loss, p_CxV)
+            stages.cotangent(e_CxV, row, labels_C, here, p_CxV)
         if total is not None:
             if loss.soft_cap is not None:
                 p_CxV = p_CxV.clone() if keep else p_CxV
                 stages.through_cap_(p_CxV, u_CxV, loss.soft_cap)
             total.add(p_CxV, rows)
 
-    for rows in chunks(h_NxD, w_VxD, loss, chunk_bytes):
+    for rows in chunks(h_NxD, w_VxD, loss, chunk_bytes, vocabulary):
         one(rows)
     h, w, b = (None, None, None) if keep else (h_NxD, w_VxD, bias_V)
     _, _, top_N, scale_N, target_N = figures
-    cotangent = Cotangent(h, w, b, top_N, scale_N, target_N, labels_N, weights_N, kept_NxV, loss)
+    cotangent = Cotangent(h, w, b, top_N, scale_N, target_N, labels_N, weights_N, kept_NxV, here, vocabulary)
     return figures.loss_C, figures.lse_C, cotangent, None if total is None else total.result()
 
 
-def chunks(h_NxD: Tensor, w_VxD: Tensor, loss: Loss, chunk_bytes: int | None) -> list[slice]:
+def chunks(
+    h_NxD: Tensor, w_VxD: Tensor, loss: Loss, chunk_bytes: int | None, vocabulary: Vocabulary | None = None
+) -> list[slice]:
     """Slices of rows whose working tensors stay within `chunk_bytes` (one row at the least)."""
+    columns = len(w_VxD) if vocabulary is None else vocabulary.widest
     budget = default_chunk_bytes(h_NxD.device.type) if chunk_bytes is None else chunk_bytes
-    rows = chunk_rows(len(w_VxD), h_NxD.element_size(), wide(h_NxD).itemsize, loss, budget)
+    rows = chunk_rows(columns, h_NxD.element_size(), wide(h_NxD).itemsize, loss, budget)
     return [slice(start, start + rows) for start in range(0, len(h_NxD), rows)]
 
 
@@ -174,6 +193,8 @@ def product(w_VxD: Tensor, bias_V: Tensor | None, dtype: torch.dtype, stages: Mo
 class Sums:
     """h̄ = weights (P W), and w̄ = Pᵀ (weights h), b̄ = Pᵀ weights, summed chunk by chunk in float32 or float64.
 
+    Of a vocabulary over ranks h̄ is the sum over all of them.
+
     Row weights are applied on the narrow side, D values a row and not V. In half floats that is relative to the
     largest: 1/N times a probability is below what they hold.
     """
@@ -186,8 +207,9 @@ class Sums:
         weights_N: Tensor,
         wide_wbar: bool,
         onto_VxD: Tensor | None = None,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
-        self.wide_wbar = wide_wbar
+        self.wide_wbar, self.vocabulary = wide_wbar, vocabulary
         self.h_NxD, self.w_VxD, self.bias_V, self.weights_N = h_NxD, w_VxD, bias_V, weights_N
         self.unit: Tensor | None = None
         if h_NxD.dtype != wide(h_NxD) and len(weights_N):
@@ -234,6 +256,8 @@ class Sums:
         bbar_V = None if self.bbar_V is None else scaled(self.bbar_V, self.bias_V)
         if self.wbar_VxD is None:  # there was no row
             self.wbar_VxD = torch.zeros_like(self.w_VxD, dtype=wide(self.h_NxD))
+        if self.vocabulary is not None:
+            self.hbar_NxD = self.vocabulary.summed(self.hbar_NxD)
         if self.onto_VxD is None:
             return HeadGradients(self.hbar_NxD, scaled(self.wbar_VxD, self.w_VxD), bbar_V)
         if self.wbar_VxD is not self.onto_VxD:

@@ -36,7 +36,7 @@ def logit_vjp(
     base, soft_cap = cotangent, cotangent.loss.soft_cap
     h_NxD, w_VxD = h_NxD.detach(), w_VxD.detach()
     bias_V = None if bias_V is None else bias_V.detach()
-    total = Sums(h_NxD, w_VxD, bias_V, base.weights_N, wide_wbar, onto_VxD)
+    total = Sums(h_NxD, w_VxD, bias_V, base.weights_N, wide_wbar, onto_VxD, base.vocabulary)
     if base.kept_NxV is not None and soft_cap is None:
         total.add(base.kept_NxV, slice(None))
         return total.result()
@@ -57,6 +57,6 @@ def logit_vjp(
             stages.through_cap_(p_CxV, moved(h_NxD[rows]), soft_cap)
         total.add(p_CxV, rows)
 
-    for rows in chunks(h_NxD, w_VxD, base.loss, chunk_bytes):
+    for rows in chunks(h_NxD, w_VxD, base.loss, chunk_bytes, base.vocabulary):
         one(rows)
     return total.result()

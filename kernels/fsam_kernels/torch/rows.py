@@ -29,6 +29,19 @@ class Rows(NamedTuple):
     target_C: Tensor
 
 
+class Part(NamedTuple):
+    """What a part of the vocabulary adds to a row's figures, [C], or several parts one by one, [parts, C].
+
+    The largest z; Σ exp(z − that) of the columns that are not the target; the target's z, −inf where it is in another
+    part; Σ z for label smoothing, else None. Of no columns they are −inf, 0, −inf and 0.
+    """
+
+    top_PxC: Tensor
+    others_PxC: Tensor
+    target_PxC: Tensor
+    total_PxC: Tensor | None = None
+
+
 def empty_chunk(C: int, V: int, like: Tensor) -> Tensor:
     """An uninitialised [C, V] for logits, of the dtype and device of `like`; a backend may pad its rows."""
     return like.new_empty(C, V)
@@ -42,29 +55,44 @@ def statistics(u_CxV: Tensor, labels_C: Tensor, loss: Loss) -> tuple[Rows, Tenso
     Raises:
         RuntimeError: from PyTorch, for a label ≥ V.
     """
-    V, s = u_CxV.shape[1], loss.label_smoothing
-    z_CxV = _capped(u_CxV, loss)
-    seen_C, index_Cx1 = labels_C >= 0, labels_C.clamp_min(0)[:, None]
-    mean_Cx1 = z_CxV.mean(1, keepdim=True) if s else None
-    top_Cx1 = z_CxV.amax(1, keepdim=True)
-    gap_Cx1 = z_CxV.gather(1, index_Cx1) - top_Cx1  # 0 where the target is the row's largest
-    e_CxV = z_CxV.sub_(top_Cx1).exp_()
-    others_Cx1 = e_CxV.scatter_(1, index_Cx1, 0).sum(1, keepdim=True)
-    sum_Cx1 = others_Cx1 + gap_Cx1.exp()
+    whole, e_CxV = _part(u_CxV, labels_C >= 0, labels_C.clamp_min(0), loss)
+    total_1xC = None if whole.total_PxC is None else whole.total_PxC[None]
+    alone = Part(whole.top_PxC[None], whole.others_PxC[None], whole.target_PxC[None], total_1xC)
+    return combined(alone, labels_C, loss, u_CxV.shape[1]), e_CxV
+
+
+def part(u_CxV: Tensor, labels_C: Tensor, loss: Loss) -> tuple[Part, Tensor]:
+    """(what these columns of a wider vocabulary add to the rows' figures, exp(z − top) with their own top).
+
+    A label ≥ V is of a column that is not among these V, which may be none at all.
+    """
+    C, V = u_CxV.shape
+    if V == 0:
+        none_C = u_CxV.new_full((C,), -torch.inf, dtype=wide(u_CxV))
+        nothing_C = torch.zeros_like(none_C)
+        return Part(none_C, nothing_C, none_C, nothing_C if loss.label_smoothing else None), u_CxV.to(none_C.dtype)
+    here_C = (labels_C >= 0) & (labels_C < V)
+    return _part(u_CxV, here_C, torch.where(here_C, labels_C, 0), loss)
+
+
+def combined(parts: Part, labels_C: Tensor, loss: Loss, V: int) -> Rows:
+    """The rows' figures from those of all parts of the V columns, given as [parts, C]; a negative label is ignored."""
+    s, top_C = loss.label_smoothing, parts.top_PxC.amax(0)
+    gap_C = parts.target_PxC.amax(0) - top_C  # 0 where the target is the row's largest
+    others_C = (parts.others_PxC * (parts.top_PxC - top_C).exp()).sum(0)
+    sum_C = others_C + gap_C.exp()
     # Where the row is sure, sum is 1 + others and rounds to 1; log1p keeps the others, and so the loss's digits.
-    log_sum_Cx1 = (others_Cx1 + gap_Cx1.expm1()).log1p()
-    lse_Cx1 = top_Cx1 + log_sum_Cx1
-    loss_Cx1, r = log_sum_Cx1 - gap_Cx1, 2 * loss.z_loss * lse_Cx1
-    if mean_Cx1 is not None:
-        loss_Cx1 = (1 - s) * loss_Cx1 + s * (log_sum_Cx1 + top_Cx1 - mean_Cx1)
+    log_sum_C = (others_C + gap_C.expm1()).log1p()
+    lse_C = top_C + log_sum_C
+    loss_C, r = log_sum_C - gap_C, 2 * loss.z_loss * lse_C
+    if s:
+        assert parts.total_PxC is not None
+        loss_C = (1 - s) * loss_C + s * (log_sum_C + top_C - parts.total_PxC.sum(0) / V)
     if loss.z_loss:
-        loss_Cx1 = loss_Cx1 + loss.z_loss * lse_Cx1.square()
-    target_Cx1 = r - (1 + r) * (others_Cx1 / sum_Cx1) + (s - loss.floor(V))
-    of_seen = lambda x_Cx1: torch.where(seen_C, x_Cx1[:, 0], 0)
-    rows = Rows(
-        of_seen(loss_Cx1), lse_Cx1[:, 0], top_Cx1[:, 0], of_seen((1 + r) / sum_Cx1), of_seen(target_Cx1)
-    )  # fmt: skip
-    return rows, e_CxV
+        loss_C = loss_C + loss.z_loss * lse_C.square()
+    target_C = r - (1 + r) * (others_C / sum_C) + (s - loss.floor(V))
+    of_seen = lambda x_C: torch.where(labels_C >= 0, x_C, 0)
+    return Rows(of_seen(loss_C), lse_C, top_C, of_seen((1 + r) / sum_C), of_seen(target_C))
 
 
 def exponentials(u_CxV: Tensor, top_C: Tensor, loss: Loss) -> Tensor:
@@ -73,11 +101,17 @@ def exponentials(u_CxV: Tensor, top_C: Tensor, loss: Loss) -> Tensor:
 
 
 def cotangent(e_CxV: Tensor, rows: Rows, labels_C: Tensor, loss: Loss, out_CxV: Tensor) -> None:
-    """P, the cotangent of unweighted rows, into `out_CxV`, which may be `e_CxV`; `e_CxV` is overwritten."""
+    """P, the cotangent of unweighted rows, into `out_CxV`, which may be `e_CxV`; `e_CxV` is overwritten.
+
+    The target of a label ≥ V is in none of these columns.
+    """
+    V = e_CxV.shape[1]
+    if V == 0:
+        return
     e_CxV.mul_(rows.scale_C[:, None])
     if loss.label_smoothing:
-        e_CxV.sub_((labels_C >= 0).to(e_CxV.dtype)[:, None], alpha=loss.floor(e_CxV.shape[1]))
-    e_CxV.scatter_(1, labels_C.clamp_min(0)[:, None], rows.target_C[:, None])
+        e_CxV.sub_((labels_C >= 0).to(e_CxV.dtype)[:, None], alpha=loss.floor(V))
+    _put(e_CxV, labels_C.clamp(0, V - 1), rows.target_C, (labels_C >= 0) & (labels_C < V))
     if out_CxV is not e_CxV:
         out_CxV.copy_(e_CxV)
 
@@ -92,6 +126,11 @@ def wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def finite(top_C: Tensor) -> Tensor:
+    """What is taken off the logits before exp: 0 where all are −inf (a masked part of the vocabulary)."""
+    return torch.where(top_C == -torch.inf, 0, top_C)
+
+
 def stages_called(name: str) -> ModuleType:
     """The module with these functions in backend "torch" or "triton"."""
     return importlib.import_module(f"fsam_kernels.{name}.rows")
@@ -102,3 +141,20 @@ def _capped(u_CxV: Tensor, loss: Loss) -> Tensor:
     if loss.soft_cap is None:
         return u_CxV.to(wide(u_CxV))
     return (u_CxV.to(wide(u_CxV)) / loss.soft_cap).tanh_().mul_(loss.soft_cap)
+
+
+def _part(u_CxV: Tensor, here_C: Tensor, index_C: Tensor, loss: Loss) -> tuple[Part, Tensor]:
+    """`part`, of rows whose target is in column `index_C` where `here_C` says so, and in none of these elsewhere."""
+    z_CxV = _capped(u_CxV, loss)
+    total_C = z_CxV.sum(1) if loss.label_smoothing else None
+    top_C = z_CxV.amax(1)
+    target_C = torch.where(here_C, z_CxV.gather(1, index_C[:, None])[:, 0], -torch.inf)
+    e_CxV = z_CxV.sub_(finite(top_C)[:, None]).exp_()
+    others_C = _put(e_CxV, index_C, torch.zeros_like(top_C), here_C).sum(1)
+    return Part(top_C, others_C, target_C, total_C), e_CxV
+
+
+def _put(e_CxV: Tensor, index_C: Tensor, values_C: Tensor, where_C: Tensor) -> Tensor:
+    """A value into one column of the rows that `where_C` names, in place."""
+    index_Cx1 = index_C[:, None]
+    return e_CxV.scatter_(1, index_Cx1, torch.where(where_C[:, None], values_C[:, None], e_CxV.gather(1, index_Cx1)))

@@ -2,6 +2,7 @@
 
     statistics      tile_statistics, grid C · T: one pass over the logits -> 2 or 3 values a row and tile of BLOCK
                     combine, grid C · T / 1024: those values -> the row's figures
+    part            tile_statistics, and of those values one tile's in PyTorch, for a vocabulary over ranks
     cotangent       cotangent, grid C · T: logits -> P, in place where the dtypes agree
     through_cap_    through_cap, grid C · T
 
@@ -34,7 +35,8 @@ import triton
 from torch import Tensor
 
 from fsam_kernels.options import Loss
-from fsam_kernels.torch.rows import Rows
+from fsam_kernels.torch import rows as plain
+from fsam_kernels.torch.rows import Part, Rows
 from fsam_kernels.triton import tiles
 
 # Columns of a tile. Eight warps hold 16 values a thread: 32 to 72 registers on sm_90 at V = 50257, and four 44 to 127.
@@ -61,25 +63,58 @@ def statistics(u_CxV: Tensor, labels_C: Tensor, loss: Loss) -> tuple[Rows, Tenso
     C, V = _checked(u_CxV).shape
     T = triton.cdiv(V, BLOCK)
     padded = triton.cdiv(C, PAD) * PAD
-    scratch = u_CxV.new_empty((3 if loss.label_smoothing else 2) * T + 1, padded, dtype=torch.float32)
-    of_target_C, top_TxC, others_TxC = scratch[0], scratch[1 : T + 1], scratch[T + 1 : 2 * T + 1]
-    total_TxC = scratch[2 * T + 1 :] if loss.label_smoothing else None
     rows = Rows(*u_CxV.new_empty(len(Rows._fields), padded, dtype=torch.float32)[:, :C])
     if C == 0:
         return rows, u_CxV
     labels_C = labels_C.contiguous()
-    tile_values = (top_TxC, others_TxC, total_TxC, of_target_C)
+    top_TxC, others_TxC, target_C, total_TxC = _tile_values(u_CxV, labels_C, loss)
     with torch.cuda.device_of(u_CxV):
-        tiles.tile_statistics[C * T,](
-            u_CxV, labels_C, *tile_values, V, readable(u_CxV), T, u_CxV.stride(0), padded, loss.soft_cap,
-            BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
-        )  # fmt: skip
         block = rows_of_combine(T)
         tiles.combine[triton.cdiv(C, block),](
-            *tile_values, labels_C, *rows, C, V, T, padded, loss.label_smoothing or None, loss.z_loss or None,
+            top_TxC, others_TxC, total_TxC, target_C,
+            labels_C, *rows, C, V, T, padded, loss.label_smoothing or None, loss.z_loss or None,
             ROWS=block, TILES=triton.next_power_of_2(T), num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return rows, u_CxV
+
+
+def part(u_CxV: Tensor, labels_C: Tensor, loss: Loss) -> tuple[Part, Tensor]:
+    """(what these columns of a wider vocabulary add to the rows' figures, the logits as they came).
+
+    Of the tiles' values, 4096 times fewer than logits, in PyTorch. A label ≥ V is of a column that is not among these.
+
+    Raises:
+        ValueError: as `statistics`.
+    """
+    C, V = _checked(u_CxV).shape
+    if C * V == 0:
+        return plain.part(u_CxV, labels_C, loss)[0], u_CxV
+    top_TxC, others_TxC, target_C, total_TxC = _tile_values(u_CxV, labels_C.contiguous(), loss)
+    top_TxC, others_TxC = top_TxC[:, :C], others_TxC[:, :C]
+    top_C = top_TxC.amax(0)
+    others_C = (others_TxC * (top_TxC - plain.finite(top_C)).exp()).sum(0)
+    here_C = (labels_C >= 0) & (labels_C < V)
+    total_C = None if total_TxC is None else total_TxC[:, :C].sum(0)
+    return Part(top_C, others_C, torch.where(here_C, target_C[:C], -torch.inf), total_C), u_CxV
+
+
+def _tile_values(u_CxV: Tensor, labels_C: Tensor, loss: Loss) -> Part:
+    """Of each tile what `Part` holds of one, [T, C], but for the target's z, [C], which is written where it is found.
+
+    Rows are padded to a multiple of PAD, for `combine`.
+    """
+    C, V = u_CxV.shape
+    T, padded = triton.cdiv(V, BLOCK), triton.cdiv(C, PAD) * PAD
+    scratch = u_CxV.new_empty((3 if loss.label_smoothing else 2) * T + 1, padded, dtype=torch.float32)
+    target_C, top_TxC, others_TxC = scratch[0], scratch[1 : T + 1], scratch[T + 1 : 2 * T + 1]
+    total_TxC = scratch[2 * T + 1 :] if loss.label_smoothing else None
+    with torch.cuda.device_of(u_CxV):
+        tiles.tile_statistics[C * T,](
+            u_CxV, labels_C, top_TxC, others_TxC, total_TxC, target_C,
+            V, readable(u_CxV), T, u_CxV.stride(0), padded, loss.soft_cap,
+            BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
+    return Part(top_TxC, others_TxC, target_C, total_TxC)
 
 
 def rows_of_combine(T: int) -> int:
@@ -104,14 +139,15 @@ def exponentials(u_CxV: Tensor, top_C: Tensor, loss: Loss) -> Tensor:
 def cotangent(u_CxV: Tensor, rows: Rows, labels_C: Tensor, loss: Loss, out_CxV: Tensor) -> None:
     """P, the cotangent of unweighted rows, into `out_CxV`, which may be `u_CxV`.
 
-    P_v = scale exp(z_v − top) − s/V off the target, P_y = target; exactly 0 where the label is negative.
+    P_v = scale exp(z_v − top) − s/V off the target, P_y = target; exactly 0 where the label is negative. The target of
+    a label ≥ V is in none of these columns.
 
     Raises:
         ValueError: as `statistics`, for either tensor.
     """
     C, V = _checked(u_CxV).shape
     T = triton.cdiv(V, BLOCK)
-    if C == 0:
+    if C * V == 0:
         return
     with torch.cuda.device_of(u_CxV):
         tiles.cotangent[C * T,](
@@ -129,7 +165,7 @@ def through_cap_(p_CxV: Tensor, u_CxV: Tensor, soft_cap: float) -> None:
     """
     C, V = _checked(p_CxV).shape
     T = triton.cdiv(V, BLOCK)
-    if C == 0:
+    if C * V == 0:
         return
     with torch.cuda.device_of(u_CxV):
         tiles.through_cap[C * T,](
