@@ -19,8 +19,8 @@ from fsam_trainers.settings import Settings
 T = TypeVar("T")
 # Seconds that a rank waits for the others in a step before it gives them up.
 PATIENCE = 60.0
-# For what one rank does while the others wait: tokenising, the checksums of a checkpoint. One that dies is noticed all
-# the same, since its connections close.
+# For what one rank does while the others wait, tokenising. One that dies is noticed all the same, since its connections
+# close.
 UNHURRIED = timedelta(days=1)
 
 
@@ -39,10 +39,15 @@ class Ranks:
 
     def from_main(self, function: Callable[[], T]) -> T:
         """What the main rank gets from the function, which it alone calls; picklable. A UserError goes to all ranks."""
-        result, own = _tried(function) if self.is_main else (None, None)
-        result, said = self.gathered((result, str(own) if own else None))[0]
-        _raise(own, said)
-        return result  # type: ignore[return-value]
+        return self.from_all(lambda: function() if self.is_main else None)[0]  # type: ignore[return-value]
+
+    def from_all(self, function: Callable[[], T]) -> list[T]:
+        """What each rank gets from the function, in order; picklable. The first rank's UserError goes to all."""
+        result, own = _tried(function)
+        results, said = zip(*self.gathered((result, str(own) if own else None)), strict=True)
+        failed = next((rank for rank, text in enumerate(said) if text is not None), self.rank)
+        _raise(own if failed == self.rank else None, said[failed])
+        return list(results)
 
     def first_on_host(self, function: Callable[[], T]) -> T:
         """What the function returns; one rank of each host calls it before the others do, and leaves a cache."""
@@ -51,9 +56,9 @@ class Ranks:
         _raise(own, next(filter(None, self.gathered(str(own) if own else None)), None))
         return result if first else function()  # type: ignore[return-value]
 
-    def most(self, value: int) -> int:
-        """The largest value that any rank has."""
-        return value
+    def most(self, *values: int) -> list[int]:
+        """For each value the largest that any rank has."""
+        return list(values)
 
     def gathered(self, value: T) -> list[T]:
         """The values of all ranks in order; picklable."""
@@ -82,13 +87,13 @@ class TorchRanks(Ranks):
         dist.init_process_group(backend, timeout=timedelta(seconds=self.patience))
         self._unhurried = dist.new_group(backend="gloo", timeout=UNHURRIED)
 
-    def most(self, value: int) -> int:
+    def most(self, *values: int) -> list[int]:
         import torch
         import torch.distributed as dist
 
-        largest = torch.tensor(value)
+        largest = torch.tensor(values)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        return int(largest)
+        return largest.tolist()
 
     def gathered(self, value: T) -> list[T]:
         import torch.distributed as dist
