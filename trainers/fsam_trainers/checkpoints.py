@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from fsam_core import UserError
 from fsam_trainers import ranks
-from fsam_trainers.files import begin_folder, checksum, disk_errors, publish, sweep, write_json
+from fsam_trainers.files import begin_folder, checksum, disk_errors, is_full, publish, sweep, write_json
 
 
 class Checkpoint(NamedTuple):
@@ -77,7 +77,8 @@ def one_sentence(target: Path) -> Iterator[None]:
         if ranks.is_lost(error):
             raise
         full = any(text in str(error) for text in ("No space left", "File too large", "Disk quota exceeded"))
-        full = full or shutil.disk_usage(target.parent).free < 2**20  # torch: "enforce fail … unexpected pos"
+        # PyTorch closes its archive over the disk's error: "enforce fail … unexpected pos".
+        full = full or any(is_full(one) for one in _behind(error)) or shutil.disk_usage(target.parent).free < 2**20
         reason = "no space left for it" if full else _first_line(error)
         raise UserError(f"cannot write {target}: {reason}; nothing was left half-written") from error
 
@@ -121,6 +122,12 @@ def _damage(folder: Path) -> str:
         return f"files.json cannot be read: {_first_line(error)}"
     wrong = sorted(name for name in listed.keys() | found.keys() if listed.get(name) != found.get(name))
     return f"{wrong[0]} is not what was written" if wrong else ""
+
+
+def _behind(error: BaseException | None) -> Iterator[BaseException]:
+    """The errors that were being handled when this one was raised."""
+    while error and (error := error.__cause__ or error.__context__):
+        yield error
 
 
 def _first_line(error: BaseException) -> str:

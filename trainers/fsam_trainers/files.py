@@ -110,9 +110,13 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        reason = "no space left for it" if full else error.strerror or str(error)
+        reason = "no space left for it" if is_full(error) else error.strerror or str(error)
         raise UserError(f"cannot write {path}: {reason}; nothing was left half-written") from error
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether this is a disk's, a quota's or a process's limit."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def sync(path: Path) -> None:
