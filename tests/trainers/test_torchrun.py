@@ -91,11 +91,13 @@ def test_a_signal_to_one_rank_of_two_stops_both_and_one_process_goes_on(alone, t
     assert_same_run(out, alone)
 
 
-@pytest.fixture(scope="module")
-def half(text, tmp_path_factory):
+@pytest.fixture(
+    scope="module", params=[("--fsdp", 2, "--data-parallel", 2), ("--fsdp", 4), ()], ids=["2x2", "fsdp", "ddp"]
+)
+def half(request, text, tmp_path_factory):
     """The folder of a run of four ranks that somebody stopped with Ctrl-C, which reaches torchrun and all ranks."""
     out = tmp_path_factory.mktemp("half") / "run"
-    process = torchrun(4, run_arguments(text, out, "--fsdp", 2, "--data-parallel", 2), start_new_session=True)
+    process = torchrun(4, run_arguments(text, out, *request.param), start_new_session=True)
     wait_for_step(process, out, 5)
     os.killpg(process.pid, signal.SIGINT)
     said, _ = process.communicate(timeout=2 * MINUTE)
@@ -224,15 +226,23 @@ def test_a_disk_that_refuses_one_ranks_part_ends_all_with_one_sentence(rank, tex
 
 
 @pytest.mark.slow
-def test_a_rank_that_lives_and_does_not_answer_is_given_up(text, tmp_path, monkeypatch):
+@pytest.mark.parametrize("phase", [STEPPING, WRITING])
+def test_a_rank_that_lives_and_does_not_answer_is_given_up(phase, text, tmp_path, monkeypatch):
     monkeypatch.setenv("FSAM_RANK_TIMEOUT", "10")
+    every = 0
+    if phase == WRITING:  # the second checkpoint waits for the first
+        every = 1
+        monkeypatch.setenv("HINDERED_SECONDS", "30")
     out = tmp_path / "run"
-    process = torchrun(2, run_arguments(text, out, "--steps", 400))
-    wait_for_step(process, out, 1)
-    os.kill(rank_pids(process)[1], signal.SIGSTOP)
+    process = torchrun(2, run_arguments(text, out, "--steps", 400, "--checkpoint-every", every))
+    wait_for_step(process, out, 2)
+    pids = rank_pids(process)
+    time.sleep(1)
+    os.kill(pids[1], signal.SIGSTOP)
     said, _ = process.communicate(timeout=2 * MINUTE)
     assert process.returncode != 0
     assert "rank 0 of 2: another rank is gone, or did not answer in 10 s" in said
+    assert not any(alive(pid) for pid in pids.values())
 
 
 @pytest.mark.slow
