@@ -201,11 +201,14 @@ def test_ten_kills_of_any_rank_in_any_phase_end_the_run_within_a_minute_and_lose
     assert process.returncode == 0, said
     assert f"resuming {out} at step {sealed[-1]} of {LONG}" in said, said
     assert not list((out / "checkpoints").glob(".writing-*"))
-    assert losses(out) == losses(expected)
+    # Replicas sum gradients in another order in the first step after a start, before they have put their buckets in the
+    # order in which gradients come: with more than two ranks that rounds otherwise.
+    rel = 0 if "--fsdp" in more else 1e-6
+    assert losses(out) == {key: pytest.approx(value, rel=rel, abs=0) for key, value in losses(expected).items()}
     alone = run_arguments(text, out, "--steps", LONG)
     mine, other = (final_weights([str(x) if y == str(out) else y for y in alone]) for x in (out, expected))
     for name in mine:
-        np.testing.assert_array_equal(mine[name], other[name], err_msg=name)
+        assert np.linalg.norm(mine[name] - other[name]) <= rel * np.linalg.norm(other[name]), name
 
 
 @pytest.mark.slow
