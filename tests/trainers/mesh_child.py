@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from small_runs import save
 
 from fsam_trainers.jax_trainer import JaxEngine
 from fsam_trainers.models.layout import ModelConfig
@@ -73,7 +74,7 @@ def moved(case: dict[str, Any]) -> dict[str, float]:
     whole = JaxEngine(settings(tuple(first), **changes))
     train(whole, 0, STEPS // 2)
     folder = Path(case["folder"])
-    whole.save(folder)
+    save(whole, folder)
     rest = train(whole, STEPS // 2)
     other = JaxEngine(settings(tuple(second), **changes))
     other.restore(folder)

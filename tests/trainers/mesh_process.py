@@ -28,7 +28,7 @@ def main() -> None:
     engine = JaxEngine(settings(SHAPE, **CHANGES))
     assert {d.process_index for d in engine.mesh.devices.flat} == set(range(count))
     reports = train(engine, 0, SAVED)
-    engine.save(folder / "state")
+    engine.save(folder / "state").write()
     train(engine, SAVED, STEPS)
     engine.restore(folder / "state")
     reports += train(engine, SAVED, STEPS)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +31,18 @@ def fsam(*arguments: object) -> int:
     raise AssertionError("main must exit")
 
 
-def fsam_process(arguments: list[str], **options) -> subprocess.Popen:
+def hindered_process(arguments: list[str]) -> subprocess.Popen:
+    """The command on a disk as `hindered_run.py` has it."""
+    return fsam_process(arguments, start=[str(Path(__file__).with_name("hindered_run.py"))])
+
+
+def fsam_process(
+    arguments: list[str], *, start: Sequence[str] = ("-m", "fsam_trainers.cli"), **options
+) -> subprocess.Popen:
     """The command in a process of its own."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "fsam_trainers.cli", *arguments],
+        [sys.executable, *start, *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -55,8 +63,19 @@ def final_weights(arguments: list[str]) -> dict[str, np.ndarray]:
     return {name: np.array(value) for name, value in model.weights().items()}
 
 
+def save(model: engine.Engine, folder: Path) -> None:
+    """The state of an only process, written before this returns."""
+    writing = model.save(folder)
+    writing.finish([writing.write()])
+
+
 def steps_done(out: Path) -> int:
     """How many steps the metrics of a run tell of."""
     path = out / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+
+def valid_steps(out: Path) -> list[int]:
+    """The steps whose checkpoints are valid."""
+    return sorted(int(path.parent.name[5:]) for path in (out / "checkpoints").glob("step_*/files.json"))

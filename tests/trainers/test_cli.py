@@ -10,8 +10,8 @@ from small_runs import arguments, fsam
 from fsam_core import NAMES
 
 FIGURES = {
-    "method", "framework", "backend", "params", "steps", "tokens", "seconds", "step_ms_median", "train_loss",
-    "val_loss", "skipped_steps", "cost_ratio", "settings", "data", "command", "status",
+    "method", "framework", "backend", "params", "steps", "tokens", "seconds", "step_ms_median", "checkpoint_ms",
+    "train_loss", "val_loss", "skipped_steps", "cost_ratio", "settings", "data", "command", "status",
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from small_runs import arguments, fsam, steps_done
+from small_runs import arguments, fsam, save, steps_done
 
 from fsam_core import NAMES, UserError
 from fsam_profiling import collectives
@@ -199,7 +199,7 @@ def test_a_checkpoint_is_of_the_run_and_not_of_its_mesh(tmp_path):
     assert not difference(here.as_dict(), there.as_dict())
     first, second = JaxEngine(here), JaxEngine(there)
     first.state = jax.tree.map(lambda x: x + 1, first.state)
-    first.save(tmp_path / "state")
+    save(first, tmp_path / "state")
     second.restore(tmp_path / "state")
     for x, y, place in zip(*map(jax.tree.leaves, (first.state, second.state, second._places)), strict=True):
         np.testing.assert_array_equal(x, y)

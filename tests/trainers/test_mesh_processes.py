@@ -80,3 +80,36 @@ def test_the_command_in_two_processes_trains_as_in_one_and_goes_on_in_one(text, 
     assert fsam(*same) == 0  # from step 6, on one device
     lines = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
     np.testing.assert_allclose([x["loss"] for x in lines if "loss" in x], losses["one"][:12], rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_disk_that_refuses_one_processs_part_ends_both_with_one_sentence(rank, text, tmp_path):
+    out, count = tmp_path / "run", 2
+    pace = ("--method", "adamw", "--steps", 3000, "--checkpoint-every", 10, "--probe-steps", 0)
+    where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count), "XLA_FLAGS": FLAGS}
+    full = {"HINDERED_RANK": str(rank), "HINDERED_BYTES": "1000000"}  # metrics fit in that, half of the state does not
+    processes = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                str(Path(__file__).with_name("hindered_run.py")),
+                *arguments(text, out, *pace, "--data-parallel", count),
+            ],
+            env={**os.environ, **where, **full, "RANK": str(i), "LOCAL_RANK": str(i)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(count)
+    ]
+    try:
+        said = [process.communicate(timeout=240)[1] for process in processes]
+        assert processes[rank].returncode == 2, said
+        assert processes[1 - rank].returncode != 0, said
+    finally:
+        for process in processes:
+            process.kill()
+    (line,) = [x for x in "".join(said).splitlines() if x.startswith("fsam: error")]
+    target = out / "checkpoints" / "step_00000010"
+    assert line == f"fsam: error: cannot write {target}: no space left for it; nothing was left half-written"
+    assert list((out / "checkpoints").iterdir()) == []

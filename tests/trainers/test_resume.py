@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from small_runs import arguments, final_weights, fsam, fsam_process, steps_done
+from small_runs import arguments, final_weights, fsam, fsam_process, hindered_process, steps_done, valid_steps
 
 FRAMEWORKS = ("jax", "torch")
 STEPS = 40
@@ -81,6 +81,25 @@ def kills(uninterrupted, text, tmp_path, count, seed):
 
 def test_kill_9_three_times_and_the_weights_are_those_of_one_piece(uninterrupted, text, tmp_path):
     kills(uninterrupted, text, tmp_path, 3, seed=0)
+
+
+def test_kill_9_while_a_checkpoint_is_written_leaves_the_one_before(uninterrupted, text, tmp_path, monkeypatch, capsys):
+    framework, weights, _ = uninterrupted
+    out = tmp_path / "run"
+    command = run_arguments(text, out, framework)
+    monkeypatch.setenv("HINDERED_SECONDS", "0.5")
+    process = hindered_process(command)
+    while not list((out / "checkpoints").glob(".writing-step_00000010-*")):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    assert valid_steps(out) == [5]
+    assert fsam(*(x for x in command if x != "--quiet")) == 0
+    assert f"resuming {out} at step 5 of {STEPS}" in capsys.readouterr().err
+    assert valid_steps(out) == [35, 40]
+    assert not list((out / "checkpoints").glob(".writing-*"))
+    assert_same_weights(final_weights(command), weights)
 
 
 @pytest.mark.slow

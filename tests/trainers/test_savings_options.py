@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_runs import save
 
 from fsam_core import UserError
 from fsam_trainers import cost, engine
@@ -146,7 +147,7 @@ def test_the_loss_scale_of_a_run_is_in_its_checkpoint(tmp_path):
     first, second = engine.make(settings), engine.make(settings)
     first._step._scaling.scale = 8.0
     first.step(np.zeros((8, 17), np.int32), 0)()
-    first.save(tmp_path / "state")
+    save(first, tmp_path / "state")
     second.restore(tmp_path / "state")
     assert second._step.state_dict()["loss_scale"] == {"scale": 8.0, "finite": 1}
 
@@ -170,7 +171,7 @@ def test_a_restored_run_goes_on_to_the_same_bits(framework, changes, tmp_path):
         whole.step(tokens, i)()
     for i in range(5):
         first.step(batches[i], i)()
-    first.save(tmp_path / "state")
+    save(first, tmp_path / "state")
     second.restore(tmp_path / "state")
     assert second.evaluate(batches[:1]) == first.evaluate(batches[:1])
     for i in range(5, BASE.steps):

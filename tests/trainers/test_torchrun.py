@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_runs import arguments, final_weights, fsam, steps_done
+from small_runs import arguments, final_weights, fsam, steps_done, valid_steps
 
 STEPS = 40
 MINUTE = 60
@@ -24,9 +24,10 @@ def run_arguments(text, out, *more):
 
 
 def torchrun(ranks: int, command: list[str], **options) -> subprocess.Popen:
+    """The command on the disk of `hindered_run.py`, which is the machine's own unless HINDERED_ variables are set."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return subprocess.Popen(
-        [*launcher, "-m", "fsam_trainers.cli", *command],
+        [*launcher, str(Path(__file__).with_name("hindered_run.py")), *command],
         # Patient, as tests share two cores and ranks start far apart there.
         env={"FSAM_RANK_TIMEOUT": "300", **os.environ, "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
@@ -90,11 +91,13 @@ def test_a_signal_to_one_rank_of_two_stops_both_and_one_process_goes_on(alone, t
     assert_same_run(out, alone)
 
 
-@pytest.fixture(scope="module")
-def half(text, tmp_path_factory):
+@pytest.fixture(
+    scope="module", params=[("--fsdp", 2, "--data-parallel", 2), ("--fsdp", 4), ()], ids=["2x2", "fsdp", "ddp"]
+)
+def half(request, text, tmp_path_factory):
     """The folder of a run of four ranks that somebody stopped with Ctrl-C, which reaches torchrun and all ranks."""
     out = tmp_path_factory.mktemp("half") / "run"
-    process = torchrun(4, run_arguments(text, out, "--fsdp", 2, "--data-parallel", 2), start_new_session=True)
+    process = torchrun(4, run_arguments(text, out, *request.param), start_new_session=True)
     wait_for_step(process, out, 5)
     os.killpg(process.pid, signal.SIGINT)
     said, _ = process.communicate(timeout=2 * MINUTE)
@@ -117,46 +120,132 @@ def test_a_checkpoint_of_four_ranks_goes_on_with_any_number(ranks, more, half, a
     assert_same_run(out, alone)
 
 
+LONG = 100  # steps: more than ten kills let pass
+STARTING, STEPPING, WRITING = "while it starts", "between steps", "while a checkpoint is written"
+
+
+@pytest.fixture(scope="module", params=[(), ("--fsdp", 4)], ids=["ddp", "fsdp"])
+def whole(request, text, tmp_path_factory):
+    """(options, folder) of a run of four ranks in one piece."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    process = torchrun(4, run_arguments(text, out, "--steps", LONG, *request.param))
+    said, _ = process.communicate(timeout=10 * MINUTE)
+    assert process.returncode == 0, said
+    return request.param, out
+
+
+def alive(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def wait_for_phase(process, out: Path, phase: str, rng: random.Random) -> None:
+    """Until the ranks are there and, unless they are to die in their start, at a random moment of the phase."""
+    while len(rank_pids(process)) < 4:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    if phase == STARTING:
+        time.sleep(rng.uniform(0, 10))
+        return
+    began = steps_done(out) if valid_steps(out) else 0
+    while not (again := steps_done(out)) or again == began:  # the lines after the last checkpoint go first
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    if phase == STEPPING:
+        target = min(steps_done(out) + rng.randrange(9), LONG - 5)
+        wait_for_step(process, out, target)
+        time.sleep(rng.uniform(0, 0.1))
+        return
+    while not list((out / "checkpoints").glob(".writing-*")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    time.sleep(rng.uniform(0, 2 * float(os.environ["HINDERED_SECONDS"])))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [(), ("--fsdp", 4)], ids=["ddp", "fsdp"])
-def test_a_rank_that_is_killed_ends_the_run_within_a_minute_and_nothing_is_lost(more, text, tmp_path):
-    whole, out = tmp_path / "whole", tmp_path / "run"
-    command = run_arguments(text, out, *more)
-    process = torchrun(4, run_arguments(text, whole, *more))
-    assert process.wait(timeout=5 * MINUTE) == 0, process.communicate()[0]
+def test_ten_kills_of_any_rank_in_any_phase_end_the_run_within_a_minute_and_lose_nothing(
+    whole, text, tmp_path, monkeypatch
+):
+    more, expected = whole
+    out = tmp_path / "run"
+    # Half a second in each thread: a kill "while a checkpoint is written" is one before, in or between its phases.
+    monkeypatch.setenv("HINDERED_SECONDS", "0.5")
+    command = [x for x in run_arguments(text, out, "--steps", LONG, *more) if x != "--quiet"]
     rng = random.Random(len(more))
-    for attempt in range(4):
-        before = steps_done(out)
+    phases = [STARTING] * 2 + [STEPPING] * 4 + [WRITING] * 4
+    rng.shuffle(phases)
+    written = 0
+    for phase in phases:
+        sealed = valid_steps(out)
         process = torchrun(4, command)
-        while len(rank_pids(process)) < 4:  # the first is killed while it starts
-            time.sleep(0.05)
-        if attempt and before < STEPS - 15:
-            wait_for_step(process, out, before + 1 + rng.randrange(4))
-            time.sleep(rng.uniform(0, 0.1))
+        wait_for_phase(process, out, phase, rng)
+        pids = rank_pids(process)
         victim = rng.randrange(4)
-        os.kill(rank_pids(process)[victim], signal.SIGKILL)
+        os.kill(pids[victim], signal.SIGKILL)
         began = time.monotonic()
+        written += bool(list((out / "checkpoints").glob(".writing-*")))
         said, _ = process.communicate(timeout=2 * MINUTE)
         assert time.monotonic() - began < MINUTE
         assert process.returncode != 0
-        assert "SIGKILL" in said
+        assert "Signal 9 (SIGKILL)" in said, said
+        assert f"rank      : {victim} " in said, said
+        assert not any(alive(pid) for pid in pids.values())
+        assert set(sealed[-1:]) <= set(valid_steps(out)), "a valid checkpoint was lost"
+        if phase != STARTING and sealed:
+            assert f"resuming {out} at step {sealed[-1]} of {LONG}" in said, said
+    assert written >= 3
+    sealed = valid_steps(out)
     process = torchrun(4, command)
-    said, _ = process.communicate(timeout=5 * MINUTE)
+    said, _ = process.communicate(timeout=10 * MINUTE)
     assert process.returncode == 0, said
+    assert f"resuming {out} at step {sealed[-1]} of {LONG}" in said, said
     assert not list((out / "checkpoints").glob(".writing-*"))
-    assert losses(out) == losses(whole)
+    # Replicas sum gradients in another order in the first step after a start, before they have put their buckets in the
+    # order in which gradients come: with more than two ranks that rounds otherwise.
+    rel = 0 if "--fsdp" in more else 1e-6
+    assert losses(out) == {key: pytest.approx(value, rel=rel, abs=0) for key, value in losses(expected).items()}
+    alone = run_arguments(text, out, "--steps", LONG)
+    mine, other = (final_weights([str(x) if y == str(out) else y for y in alone]) for x in (out, expected))
+    for name in mine:
+        assert np.linalg.norm(mine[name] - other[name]) <= rel * np.linalg.norm(other[name]), name
 
 
 @pytest.mark.slow
-def test_a_rank_that_lives_and_does_not_answer_is_given_up(text, tmp_path, monkeypatch):
-    monkeypatch.setenv("FSAM_RANK_TIMEOUT", "10")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_disk_that_refuses_one_ranks_part_ends_all_with_one_sentence(rank, text, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    process = torchrun(2, run_arguments(text, out, "--steps", 400))
-    wait_for_step(process, out, 1)
-    os.kill(rank_pids(process)[1], signal.SIGSTOP)
+    command = run_arguments(text, out, "--steps", 2000, "--checkpoint-every", 10)
+    monkeypatch.setenv("HINDERED_RANK", str(rank))
+    monkeypatch.setenv("HINDERED_BYTES", "1000000")  # metrics fit in that, half of the state does not
+    process = torchrun(2, command)
+    said, _ = process.communicate(timeout=5 * MINUTE)
+    assert process.returncode != 0
+    (line,) = [x for x in said.splitlines() if x.startswith("fsam: error")]
+    target = out / "checkpoints" / "step_00000010"
+    assert line == f"fsam: error: cannot write {target}: no space left for it; nothing was left half-written", said
+    assert list((out / "checkpoints").iterdir()) == []
+    assert 10 <= steps_done(out) < 2000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", [STEPPING, WRITING])
+def test_a_rank_that_lives_and_does_not_answer_is_given_up(phase, text, tmp_path, monkeypatch):
+    monkeypatch.setenv("FSAM_RANK_TIMEOUT", "10")
+    every = 0
+    if phase == WRITING:  # the second checkpoint waits for the first
+        every = 1
+        monkeypatch.setenv("HINDERED_SECONDS", "30")
+    out = tmp_path / "run"
+    process = torchrun(2, run_arguments(text, out, "--steps", 400, "--checkpoint-every", every))
+    wait_for_step(process, out, 2)
+    pids = rank_pids(process)
+    time.sleep(1)
+    os.kill(pids[1], signal.SIGSTOP)
     said, _ = process.communicate(timeout=2 * MINUTE)
     assert process.returncode != 0
     assert "rank 0 of 2: another rank is gone, or did not answer in 10 s" in said
+    assert not any(alive(pid) for pid in pids.values())
 
 
 @pytest.mark.slow

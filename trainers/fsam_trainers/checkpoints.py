@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fsam_core import UserError
 from fsam_trainers import ranks
-from fsam_trainers.files import checksum, disk_errors, new_folder, sweep, write_json
+from fsam_trainers.files import begin_folder, checksum, disk_errors, is_full, publish, sweep, write_json
 
 
 class Checkpoint(NamedTuple):
@@ -24,58 +24,63 @@ class Checkpoint(NamedTuple):
 
     folder: Path
     run: dict[str, Any]
-    """What `save` was given."""
+    """What `seal` was given."""
 
     @property
     def state(self) -> Path:
         return self.folder / "state"
 
 
-def save(root: Path, step: int, run: dict[str, Any], write_state: Callable[[Path], None], size: int, keep: int) -> Path:
-    """Write the checkpoint of `step`, about `size` bytes, then drop all but the newest `keep`.
-
-    Of several ranks all write their part of the state, into a folder that they share; the main one makes it valid.
+def begin(root: Path, step: int, size: int) -> tuple[Path, Path]:
+    """(temporary folder for the checkpoint of `step`, what it will be called), for about `size` bytes.
 
     Raises:
-        UserError: when the disk refuses; older checkpoints stay, nothing half-written does.
+        UserError: when the disk refuses.
     """
     target = root / f"step_{step:08d}"
-    with disk_errors(target), contextlib.ExitStack() as stack:
+    folder = begin_folder(target)
+    with disk_errors(target):
+        free = shutil.disk_usage(folder).free
+    # Asked first, because the frameworks' writers say "disk full" late, at length and in words of their own.
+    if free < size:
+        shutil.rmtree(folder)
+        raise UserError(
+            f"cannot write {target}: it takes {size / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free; "
+            "nothing was left half-written"
+        )
+    return folder, target
 
-        def begun() -> Path:
-            if target.exists():  # the same step of the same run: it is already there, or damaged
-                shutil.rmtree(target)
-            folder = stack.enter_context(new_folder(target))
-            # Asked first, because the frameworks' writers say "disk full" late, at length and in words of their own.
-            if (free := shutil.disk_usage(folder).free) < size:
-                raise UserError(
-                    f"cannot write {target}: it takes {size / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free; "
-                    "nothing was left half-written"
-                )
-            return folder
 
-        def sealed() -> None:
-            with disk_errors(target):
-                write_json(folder / "run.json", run)
-                write_json(folder / "files.json", {name: list(entry) for name, entry in _entries(folder).items()})
-                stack.close()
-            for old in _folders(root)[:-keep]:
-                shutil.rmtree(old)
+def seal(folder: Path, target: Path, run: dict[str, Any], keep: int) -> None:
+    """Make a folder that holds the whole state a valid checkpoint, then drop all but the newest `keep`.
 
-        folder = ranks.current().from_main(begun)
-        try:
-            write_state(folder / "state")
-        except (OSError, UserError):
+    Raises:
+        UserError: when the disk refuses; older checkpoints stay.
+    """
+    with disk_errors(target):
+        write_json(folder / "run.json", run)
+        write_json(folder / "files.json", {name: list(entry) for name, entry in _entries(folder).items()})
+        publish(folder, target)
+        for old in _folders(target.parent)[:-keep]:
+            shutil.rmtree(old)
+
+
+@contextlib.contextmanager
+def one_sentence(target: Path) -> Iterator[None]:
+    """Turn whatever a framework raises while it writes `target` into one sentence; a lost rank stays what it is."""
+    try:
+        with disk_errors(target):
+            yield
+    except UserError:
+        raise
+    except Exception as error:
+        if ranks.is_lost(error):
             raise
-        except Exception as error:
-            if ranks.is_lost(error):
-                raise
-            full = any(text in str(error) for text in ("No space left", "File too large", "Disk quota exceeded"))
-            full = full or shutil.disk_usage(folder).free < 2**20  # torch: "enforce fail … unexpected pos"
-            reason = "no space left for it" if full else _first_line(error)
-            raise UserError(f"cannot write {target}: {reason}; nothing was left half-written") from error
-        ranks.current().from_main(sealed)
-    return target
+        full = any(text in str(error) for text in ("No space left", "File too large", "Disk quota exceeded"))
+        # PyTorch closes its archive over the disk's error: "enforce fail … unexpected pos".
+        full = full or any(is_full(one) for one in _behind(error)) or shutil.disk_usage(target.parent).free < 2**20
+        reason = "no space left for it" if full else _first_line(error)
+        raise UserError(f"cannot write {target}: {reason}; nothing was left half-written") from error
 
 
 def newest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -117,6 +122,12 @@ def _damage(folder: Path) -> str:
         return f"files.json cannot be read: {_first_line(error)}"
     wrong = sorted(name for name in listed.keys() | found.keys() if listed.get(name) != found.get(name))
     return f"{wrong[0]} is not what was written" if wrong else ""
+
+
+def _behind(error: BaseException | None) -> Iterator[BaseException]:
+    """The errors that were being handled when this one was raised."""
+    while error and (error := error.__cause__ or error.__context__):
+        yield error
 
 
 def _first_line(error: BaseException) -> str:

@@ -33,13 +33,13 @@ def main(arguments: list[str] | None = None) -> None:
         assert not isinstance(options, Profile)
         sys.exit(run(options))
     except ranks.SaidByMain:
-        sys.exit(2)
+        ranks.leave(2)
     except UserError as error:
         print(f"fsam: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        ranks.leave(2)
     except KeyboardInterrupt:
         print("fsam: interrupted", file=sys.stderr)
-        sys.exit(130)
+        ranks.leave(130)
 
 
 def run(options: Train | Compare | Cost | Backends) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -19,6 +19,15 @@ class StepReport(NamedTuple):
     grad_norm: float
     perturbation_norm: float
     skipped: bool
+
+
+class Writing(NamedTuple):
+    """A copy of the state on its way to disk, whatever becomes of the state meanwhile."""
+
+    write: Callable[[], Any]
+    """Writes this rank's part, in any thread; what it returns is picklable."""
+    finish: Callable[[list[Any]], None]
+    """On the main rank alone, in any thread: takes what `write` returned on each, in their order."""
 
 
 class Engine(Protocol):
@@ -44,8 +53,14 @@ class Engine(Protocol):
     def state_bytes(self) -> int:
         """Bytes of what `save` writes."""
 
-    def save(self, folder: Path) -> None:
-        """Write weights and optimizer state into a new folder."""
+    def save(self, folder: Path) -> Writing:
+        """Copy weights and optimizer state to the host, to be written into a new folder.
+
+        All ranks call it; the next step may follow at once.
+
+        Raises:
+            UserError: when the disk refuses.
+        """
 
     def restore(self, folder: Path) -> None:
         """Read them back, to the bit."""

@@ -15,29 +15,36 @@ from typing import Any
 from fsam_core import UserError
 
 
-@contextlib.contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that becomes `target` when the block ends well, and vanishes otherwise.
+def begin_folder(target: Path) -> Path:
+    """A temporary folder beside `target`, to be filled and given to `publish`.
 
     Raises:
-        UserError: when the disk refuses (full, read-only), naming the folder.
+        UserError: when the disk refuses (full, read-only), naming the target.
     """
     temporary = target.with_name(f".writing-{target.name}-{os.getpid()}")
     with disk_errors(target):
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            yield temporary
-            for path in [*temporary.rglob("*"), temporary]:
-                sync(path)
-            temporary.rename(target)
-            sync(target.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    return temporary
+
+
+def publish(temporary: Path, target: Path) -> None:
+    """Turn a folder of `begin_folder` into `target`, in the place of what is there.
+
+    Raises:
+        UserError: when the disk refuses.
+    """
+    with disk_errors(target):
+        for path in [*temporary.rglob("*"), temporary]:
+            sync(path)
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+        sync(target.parent)
 
 
 def sweep(parent: Path) -> None:
-    """Remove what a killed process left of `new_folder`s in `parent`."""
+    """Remove what a killed process left of `begin_folder`s in `parent`."""
     for path in parent.glob(".writing-*"):
         if not _alive(int(path.name.rpartition("-")[2])):
             shutil.rmtree(path, ignore_errors=True)
@@ -103,9 +110,13 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        reason = "no space left for it" if full else error.strerror or str(error)
+        reason = "no space left for it" if is_full(error) else error.strerror or str(error)
         raise UserError(f"cannot write {path}: {reason}; nothing was left half-written") from error
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether this is a disk's, a quota's or a process's limit."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def sync(path: Path) -> None:

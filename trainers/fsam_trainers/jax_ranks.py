@@ -35,8 +35,9 @@ class JaxRanks(Ranks):
             heartbeat_timeout_seconds=int(patience),
         )
 
-    def most(self, value: int) -> int:
-        return int(multihost_utils.process_allgather(np.int32(value)).max())
+    def most(self, *values: int) -> list[int]:
+        rows: Any = multihost_utils.process_allgather(np.array(values, np.int32))
+        return rows.max(0).tolist()
 
     def gathered(self, value: T) -> list[T]:
         own = np.frombuffer(pickle.dumps(value), np.uint8)

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import sys
-import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,13 +22,11 @@ import orbax.checkpoint as ocp  # noqa: E402
 import fsam_core.jax as fsam  # noqa: E402
 from fsam_core.jax_adamw import AdamW  # noqa: E402
 from fsam_core.regions import in_jax  # noqa: E402
-from fsam_trainers import jax_mesh  # noqa: E402
-from fsam_trainers.engine import StepReport  # noqa: E402
+from fsam_trainers import jax_mesh, jax_saving  # noqa: E402
+from fsam_trainers.engine import StepReport, Writing  # noqa: E402
 from fsam_trainers.models import flax_decoder  # noqa: E402
 from fsam_trainers.models.layout import blocks, flattened, initial, nested  # noqa: E402
 from fsam_trainers.settings import Settings  # noqa: E402
-
-AFTER_A_FAILURE = 0.5  # seconds in which the writes still under way end
 
 
 class State(NamedTuple):
@@ -64,29 +57,6 @@ def learning_rate(settings: Settings) -> optax.Schedule:
     cosine = optax.cosine_decay_schedule(peak, steps, settings.final_learning_rate)
     warmup = optax.linear_schedule(0, peak, settings.warmup)
     return optax.join_schedules([warmup, cosine], [settings.warmup]) if settings.warmup else cosine
-
-
-@contextlib.contextmanager
-def _no_echo() -> Iterator[None]:
-    """Orbax raises what went wrong while it wrote; its threads need not also print it, pages long, as they do.
-
-    They print through the hooks for exceptions nobody catches, some of them after the save has already failed.
-    """
-    logger = logging.getLogger("absl")
-    hooks = sys.unraisablehook, sys.excepthook
-    sys.unraisablehook, sys.excepthook = (lambda _: None), (lambda *_: None)
-    logger.disabled = True
-    try:
-        yield
-    except BaseException:
-        # The other writes' errors live as long as this one does, and then say that nobody asked for them.
-        logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
-        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-        time.sleep(AFTER_A_FAILURE)
-        raise
-    finally:
-        sys.unraisablehook, sys.excepthook = hooks
-        logger.disabled = False
 
 
 def gradient_of(settings: Settings) -> Callable[..., Any]:
@@ -199,9 +169,8 @@ class JaxEngine:
     def state_bytes(self) -> int:
         return sum(x.nbytes for x in jax.tree.leaves(self.state))
 
-    def save(self, folder: Path) -> None:
-        with _no_echo(), ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(folder.absolute(), self.state._asdict())
+    def save(self, folder: Path) -> Writing:
+        return jax_saving.begin(self.state._asdict(), folder)
 
     def restore(self, folder: Path) -> None:
         # With the shardings of this mesh, whichever the checkpoint was written on.

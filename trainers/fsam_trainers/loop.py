@@ -19,6 +19,7 @@ from fsam_trainers.cost import base_step_ms
 from fsam_trainers.data import Batches, Corpus, StreamedBatches, StreamedCorpus, merged, validation_batches
 from fsam_trainers.engine import Engine, StepReport
 from fsam_trainers.files import disk_errors
+from fsam_trainers.saving import Saver
 from fsam_trainers.settings import Pace, Settings, difference
 
 LAUNCHER_SECONDS = 5.0  # in which a launcher passes on what its ranks have got themselves
@@ -32,6 +33,9 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
     """In training steps alone: without compilation, evaluation and checkpoints."""
+    checkpoints: int = 0
+    checkpoint_seconds: float = 0.0
+    """For which training stood still for them."""
     skipped_steps: int = 0
     val_loss: float | None = None
     base_step_ms: float | None = None
@@ -67,8 +71,13 @@ def train(
     Raises:
         UserError: for a folder that holds another run or damaged checkpoints, a full disk, or a run that diverged.
     """
-    with _locked(out), _signals() as stop, contextlib.closing(ranks.batches(settings, corpus)) as batches:
-        root = out / "checkpoints"
+    root = out / "checkpoints"
+    with (
+        _locked(out),
+        _signals() as stop,
+        contextlib.closing(ranks.batches(settings, corpus)) as batches,
+        Saver(root, pace.keep) as saver,
+    ):
         held_out = validation_batches(
             corpus.validation, settings.model.seq_len, settings.batch, pace.evaluation_batches
         )
@@ -96,8 +105,11 @@ def train(
         lines = metrics.JsonLines(out / "metrics.jsonl", now.step) if main else _Nowhere()
 
         def checkpoint() -> None:
+            began = time.perf_counter()
             where = {"progress": vars(now), "stream": merged(ranks.current().gathered(batches.state(now.step)))}
-            checkpoints.save(root, now.step, {**run, **where}, model.save, model.state_bytes(), pace.keep)
+            saver.save(now.step, {**run, **where}, model)
+            now.checkpoints += 1
+            now.checkpoint_seconds += time.perf_counter() - began
 
         def evaluate() -> None:
             now.val_loss = model.evaluate(held_out)
@@ -107,13 +119,14 @@ def train(
         with console.progress(settings, now) as bar, contextlib.closing(lines):
             if now.step < settings.steps:
                 model.prepare(batches.at(now.step))
-            in_a_row = 0
-            for report, milliseconds in _steps(model, batches, settings, now, stop, pace):
+            in_a_row, first = 0, now.step
+            for report, milliseconds in _steps(model, batches, settings, now, stop, pace, saver):
                 in_a_row = in_a_row + 1 if report.skipped else 0
                 if report.skipped:
                     now.skipped_steps += 1
                     console.warn(f"step {now.step} skipped: loss or a norm was not finite ({report})")
                 if in_a_row >= SKIPPED_IN_A_ROW:
+                    saver.wait()
                     raise UserError(
                         f"{in_a_row} steps in a row were not finite: the run has diverged; lower --learning-rate "
                         f"{settings.learning_rate} or --rho {settings.rho}. Checkpoints up to then are in {root}"
@@ -124,13 +137,20 @@ def train(
                     evaluate()
                 if _due(now.step, pace.checkpoint_every, settings.steps):
                     checkpoint()
-            if stop.signal and 0 < now.step < settings.steps and not _due(now.step, pace.checkpoint_every, 0):
+            if stop.signal and first < now.step < settings.steps and not _due(now.step, pace.checkpoint_every, 0):
                 checkpoint()
+            saver.wait()
         return ranks.current().from_main(lambda: _figures(settings, corpus, model, now, out, stop))
 
 
 def _steps(
-    model: Engine, batches: Batches | StreamedBatches, settings: Settings, now: Progress, stop: Stop, pace: Pace
+    model: Engine,
+    batches: Batches | StreamedBatches,
+    settings: Settings,
+    now: Progress,
+    stop: Stop,
+    pace: Pace,
+    saver: Saver,
 ) -> Iterator[tuple[StepReport, float]]:
     """Take the steps that are left; yields each one's report and milliseconds, with `now` brought up to it.
 
@@ -150,7 +170,7 @@ def _steps(
 
     for index in range(now.step, settings.steps):
         # All stop after the same step. A signal that comes while this waits is heard before the next one.
-        if agreed := ranks.current().most(stop.signal):
+        if agreed := saver.poll(stop.signal):
             stop.signal = agreed
             break
         started = model.step(batches.at(index), index)
@@ -203,6 +223,7 @@ def _figures(
         "step_ms_median": milliseconds,
         "base_step_ms": base,
         "cost_ratio": _mean_of_medians(lines) / base if lines and base else None,
+        "checkpoint_ms": 1000 * now.checkpoint_seconds / now.checkpoints if now.checkpoints else None,
         "train_loss": statistics.fmean(last) if last else None,
         "val_loss": now.val_loss,
         "skipped_steps": now.skipped_steps,

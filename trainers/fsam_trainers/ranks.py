@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from fsam_core import UserError
 from fsam_trainers.data import Batches, Corpus, StreamedBatches, StreamedCorpus, training_batches
@@ -19,8 +20,8 @@ from fsam_trainers.settings import Settings
 T = TypeVar("T")
 # Seconds that a rank waits for the others in a step before it gives them up.
 PATIENCE = 60.0
-# For what one rank does while the others wait: tokenising, the checksums of a checkpoint. One that dies is noticed all
-# the same, since its connections close.
+# For what one rank does while the others wait, tokenising. One that dies is noticed all the same, since its connections
+# close.
 UNHURRIED = timedelta(days=1)
 
 
@@ -39,10 +40,15 @@ class Ranks:
 
     def from_main(self, function: Callable[[], T]) -> T:
         """What the main rank gets from the function, which it alone calls; picklable. A UserError goes to all ranks."""
-        result, own = _tried(function) if self.is_main else (None, None)
-        result, said = self.gathered((result, str(own) if own else None))[0]
-        _raise(own, said)
-        return result  # type: ignore[return-value]
+        return self.from_all(lambda: function() if self.is_main else None)[0]  # type: ignore[return-value]
+
+    def from_all(self, function: Callable[[], T]) -> list[T]:
+        """What each rank gets from the function, in order; picklable. The first rank's UserError goes to all."""
+        result, own = _tried(function)
+        results, said = zip(*self.gathered((result, str(own) if own else None)), strict=True)
+        failed = next((rank for rank, text in enumerate(said) if text is not None), self.rank)
+        _raise(own if failed == self.rank else None, said[failed])
+        return list(results)
 
     def first_on_host(self, function: Callable[[], T]) -> T:
         """What the function returns; one rank of each host calls it before the others do, and leaves a cache."""
@@ -51,9 +57,9 @@ class Ranks:
         _raise(own, next(filter(None, self.gathered(str(own) if own else None)), None))
         return result if first else function()  # type: ignore[return-value]
 
-    def most(self, value: int) -> int:
-        """The largest value that any rank has."""
-        return value
+    def most(self, *values: int) -> list[int]:
+        """For each value the largest that any rank has."""
+        return list(values)
 
     def gathered(self, value: T) -> list[T]:
         """The values of all ranks in order; picklable."""
@@ -82,13 +88,13 @@ class TorchRanks(Ranks):
         dist.init_process_group(backend, timeout=timedelta(seconds=self.patience))
         self._unhurried = dist.new_group(backend="gloo", timeout=UNHURRIED)
 
-    def most(self, value: int) -> int:
+    def most(self, *values: int) -> list[int]:
         import torch
         import torch.distributed as dist
 
-        largest = torch.tensor(value)
+        largest = torch.tensor(values)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        return int(largest)
+        return largest.tolist()
 
     def gathered(self, value: T) -> list[T]:
         import torch.distributed as dist
@@ -113,6 +119,7 @@ def _raise(own: UserError | None, said: str | None) -> None:
 
 
 _current = Ranks()
+_in_a_hurry = False
 
 
 def current() -> Ranks:
@@ -133,7 +140,7 @@ def together(framework: str) -> Iterator[Ranks]:
     Raises:
         UserError: when another rank is lost while the block runs.
     """
-    global _current
+    global _current, _in_a_hurry
     if number("WORLD_SIZE", 1) == 1 or _current.count > 1:
         yield _current
         return
@@ -143,6 +150,9 @@ def together(framework: str) -> Iterator[Ranks]:
         _current = jax_ranks.JaxRanks()
         try:
             yield _current
+        except BaseException:
+            _in_a_hurry = True
+            raise
         finally:
             _current = Ranks()
         return
@@ -161,6 +171,19 @@ def together(framework: str) -> Iterator[Ranks]:
         ) from error
     finally:
         _current = Ranks()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process: at once where it is one of several of JAX that failed.
+
+    Such a one would wait twenty minutes for orbax's threads, which wait for a process whose part was not written, or
+    five for all to come to the end that `jax.distributed` has them share.
+    """
+    if _in_a_hurry:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def is_lost(error: BaseException) -> bool:

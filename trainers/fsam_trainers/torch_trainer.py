@@ -25,9 +25,9 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 import fsam_core.torch as fsam  # noqa: E402
 from fsam_core import UserError  # noqa: E402
-from fsam_trainers import ranks  # noqa: E402
+from fsam_trainers import ranks, torch_saving  # noqa: E402
 from fsam_trainers.data.batches import check_rows  # noqa: E402
-from fsam_trainers.engine import StepReport  # noqa: E402
+from fsam_trainers.engine import StepReport, Writing  # noqa: E402
 from fsam_trainers.models import torch_decoder  # noqa: E402
 from fsam_trainers.models.layout import blocks  # noqa: E402
 from fsam_trainers.settings import Settings  # noqa: E402
@@ -53,7 +53,7 @@ def optimizer(model: torch.nn.Module, settings: Settings, copies: Any = None) ->
 
 @contextlib.contextmanager
 def _plain_errors() -> Iterator[None]:
-    """Checkpointing with or without a process group: no warning that there is none, and plain exceptions.
+    """Loading with or without a process group: no warning that there is none, and plain exceptions.
 
     A `CheckpointException` holds one exception a rank, and is not an `Exception`.
     """
@@ -199,9 +199,8 @@ class TorchEngine:
         average = [] if self._average is None else self._average.parameters()
         return sum(x.nbytes for x in [*self.model.parameters(), *moments, *average])
 
-    def save(self, folder: Path) -> None:
-        with _plain_errors():
-            dcp.save(self._state(), checkpoint_id=folder)
+    def save(self, folder: Path) -> Writing:
+        return torch_saving.begin(self._state(), folder)
 
     def restore(self, folder: Path) -> None:
         state = self._state()
