@@ -151,7 +151,7 @@ class Passes:
             if replay is not None and i < len(replay):
                 random.restore(replay[i].random)
             before = random.state(self.model)
-            with self._reduced(i + 1 == len(batches), backward):
+            with self._accumulating(i, len(batches), backward):
                 with torch.set_grad_enabled(backward), in_torch(_named(region, "forward")):
                     head = heads.flat(self.ranks.head(self.features, batch))
                 with in_torch(_named(region, "backward" if backward else "forward")):
@@ -163,6 +163,8 @@ class Passes:
                     total.add_(more)
                 one = (*one[:2], one[2]._replace(cotangent=one[2].cotangent[:1]))
             seen.append(one)
+        if backward:
+            self._reduce(len(batches))
         return self._mean(seen, backward)
 
     def head(
@@ -241,11 +243,12 @@ class Passes:
         self.put(onto or {})
         for i, (batch, base) in enumerate(zip(batches, kept, strict=True)):
             random.restore(base.random)
-            with self._reduced(i + 1 == len(batches)):
+            with self._accumulating(i, len(batches)):
                 with in_torch("second forward"):
                     head = heads.flat(self.ranks.head(self.features, batch))
                 with in_torch("second backward"):
                     self.pull_back_head(head, base.cotangent)
+        self._reduce(len(batches))
 
     def pull_back_head(self, head: FlatHead | Logits, zbar: Any) -> None:
         """One micro-batch's cotangent, added to what is in `.grad`."""
@@ -259,10 +262,18 @@ class Passes:
         """Whether the head's weight gets its gradient without autograd; wrappers of several ranks wait for it there."""
         return self.ranks.alone and heads.sums_in_place(head)
 
-    def _reduced(self, last: bool, backward: bool = True) -> AbstractContextManager[None]:
-        """A micro-batch of several ranks; the gradients of all are reduced with those of the last."""
-        # What is moved to masters after each micro-batch has to be reduced by then.
-        return self.ranks.accumulating(backward and (self.apart or not (last or self.copies)))
+    def _accumulating(self, i: int, count: int, backward: bool = True) -> AbstractContextManager[None]:
+        """Micro-batch i of a pass over so many; the gradients of all are reduced with the last one's, or after it."""
+        return self.ranks.accumulating(backward and (self.apart or self._reduces_after(count) or i + 1 < count))
+
+    def _reduce(self, count: int) -> None:
+        """After a pass over so many micro-batches, what the wrapper has not reduced."""
+        if self._reduces_after(count) and not self.apart:
+            self.ranks.mean_(list(self.gradients().values()))
+
+    def _reduces_after(self, count: int) -> bool:
+        """Whether gradients go to masters after each micro-batch, and so are not there to be reduced with the last."""
+        return bool(self.copies) and count > 1 and not (self.ranks.alone or self.ranks.no_local)
 
     # --- what one step does once --------------------------------------------------------------------------------------
 

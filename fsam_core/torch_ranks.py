@@ -29,6 +29,7 @@ from fsam_core.errors import UserError
 from fsam_core.torch_heads import LinearHead, Logits
 
 Sync = Literal["global", "local"]
+MEAN_BYTES = 2**28  # that `Ranks.mean_` copies together, so that small tensors share a reduction
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
@@ -87,7 +88,7 @@ class Ranks:
         return [*means, *norms]
 
     def mean_(self, tensors: Sequence[Tensor]) -> None:
-        """Each tensor, replaced by its mean over all ranks; one reduction for each dtype."""
+        """Each tensor, replaced by its mean over all ranks; one reduction for each dtype and `MEAN_BYTES`."""
 
     def reshard(self) -> None:
         """Whole weights that a forward pass has gathered are given up; the next one gathers them anew."""
@@ -158,12 +159,12 @@ class DataParallel(_Group):
 
     def mean_(self, tensors: Sequence[Tensor]) -> None:
         for dtype in dict.fromkeys(x.dtype for x in tensors):
-            some = [x for x in tensors if x.dtype == dtype]
-            whole = torch.cat([x.reshape(-1) for x in some])
-            dist.all_reduce(whole, group=self.group)
-            whole /= self.size
-            for x, piece in zip(some, whole.split([x.numel() for x in some]), strict=True):
-                x.copy_(piece.view_as(x))
+            for some in _buckets([x for x in tensors if x.dtype == dtype]):
+                whole = torch.cat([x.reshape(-1) for x in some])
+                dist.all_reduce(whole, group=self.group)
+                whole /= self.size
+                for x, piece in zip(some, whole.split([x.numel() for x in some]), strict=True):
+                    x.copy_(piece.view_as(x))
 
 
 class _Shards(_Group):
@@ -395,6 +396,18 @@ def norm_of(tensors: Sequence[Any]) -> Tensor:
 def plain_name(name: str) -> str:
     """A parameter's name without what wrappers put into it."""
     return ".".join(x for x in name.split(".") if x not in WRAPPERS)
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in order, together up to `MEAN_BYTES`; one that is larger by itself."""
+    bucket: list[Tensor] = []
+    for x in tensors:
+        if bucket and sum(y.nbytes for y in bucket) + x.nbytes > MEAN_BYTES:
+            yield bucket
+            bucket = []
+        bucket.append(x)
+    if bucket:
+        yield bucket
 
 
 def _outputs(head: Any) -> tuple[Tensor, ...]:

@@ -421,7 +421,26 @@ def wide(rank: int) -> dict[str, Any]:
     return {"same": same, "bytes": seen.bytes["allreduce_"]}
 
 
+def beside_masters(rank: int) -> dict[str, Any]:
+    """An exact step over two micro-batches with masters, in DistributedDataParallel and alone."""
+    found = {}
+    for kind in ("ddp", "one"):
+        model = Model()
+        copies = fsam.masters(model, torch.float32)  # no rounding between
+        optimizer = fsam.AdamW(copies, lr=0.01, eps=1e-6, copies=copies)
+        wrapped = nn.parallel.DistributedDataParallel(model) if kind == "ddp" else model
+        step = Step(wrapped, optimizer, fsam.FunctionalSAM(rho=0.1), features=features, clip_norm=1.0)
+        with Collectives() as seen:
+            step(batch_of(0, 2, rank if kind == "ddp" else None))
+        found[kind] = torch.cat([master.detach().flatten() for master in copies])
+        if kind == "ddp":
+            counts, sent = dict(seen.counts), dict(seen.bytes)
+    apart = float((found["ddp"] - found["one"]).norm() / found["one"].norm())
+    return {"apart": apart, "counts": counts, "bytes": sent["allreduce_"]}
+
+
 EXTRA: dict[str, Any] = {
+    "beside-masters": beside_masters,
     "local": local,
     "raising-ddp": functools.partial(raising, "ddp"),
     "raising-fsdp": functools.partial(raising, "fsdp"),

@@ -26,7 +26,7 @@ COUNTED = [f"{kind}:{name}:count" for kind in ("ddp", "fsdp", "hsdp") for name i
 COUNTED += [f"{kind}:precond-functional-micro:count" for kind in ("ddp", "fsdp")]
 BEHAVIOUR = [
     "run:local", "run:raising-ddp", "run:raising-fsdp", "run:not-finite-ddp", "run:not-finite-fsdp", "run:evaluated",
-    "run:refused", "run:remembered", "run:wide",
+    "run:refused", "run:remembered", "run:wide", "run:beside-masters",
 ]  # fmt: skip
 
 
@@ -93,6 +93,12 @@ def test_micro_batches_are_reduced_together_by_ddp(quick):
     plain, exact = (every_rank(quick, f"ddp:{x}:count") for x in ("adamw", "precond-functional-micro"))
     assert exact["counts"]["allreduce_"] == 2 * plain["counts"]["allreduce_"]
     assert exact["bytes"]["allreduce_"] == 2 * WEIGHTS_BYTES
+
+
+def test_beside_masters_too_they_are_reduced_together_and_where_the_masters_have_them(quick):
+    found = every_rank(quick, "run:beside-masters")
+    assert found["apart"] < CLOSE
+    assert (found["counts"]["allreduce_"], found["bytes"]) == (2, 2 * WEIGHTS_BYTES)
 
 
 def test_half_gradients_are_summed_in_float32_and_rounded_once(quick):
