@@ -16,6 +16,7 @@ from fsam_core.heads import check
 from fsam_kernels.memory import Memory
 from fsam_kernels.options import CROSS_ENTROPY, Layout, Loss
 from fsam_kernels.xla.chunks import shards
+from fsam_kernels.xla.device import traced_for
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def keeps(head: LinearHead | Logits, micro_batches: int, memory: Memory) -> bool
         return False
     (N, D), V = head.hidden.shape, len(head.weight)
     N = N // shards(memory.row_axes) * micro_batches
-    return memory.keeps(N, D, V, head.hidden.dtype.itemsize, jax.devices()[0].device_kind)
+    return memory.keeps(N, D, V, head.hidden.dtype.itemsize, traced_for().kind)
 
 
 def _present(gradients: tuple[Any, ...]) -> tuple[jax.Array, ...]:

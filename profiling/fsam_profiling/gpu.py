@@ -52,10 +52,12 @@ class Gpu:
 
     arch: str = "sm_90"
     """sm_80, sm_90, sm_100, sm_120, gfx942, or all of them: all"""
-    what: Literal["head", "parameters"] = "head"
-    """the head's kernels, or those of the parameter operations over all tensors of a model"""
+    what: Literal["head", "parameters", "step"] = "head"
+    """the head's kernels, those of the parameter operations over all tensors of a model, or all of a step's together"""
     shape: str | None = None
-    """one of the heads (or models) in `fsam_kernels.shapes`; all without it"""
+    """one of the heads (or models) in `fsam_kernels.shapes`; all without it, of a step 24m"""
+    only: str = "adamw,precond-functional-sam"
+    """of a step: methods and savings as in `fsam profile step --only`, or all"""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """of the logits"""
     json: Path | None = None
@@ -69,8 +71,13 @@ def run(options: Gpu) -> int:
         UserError: for an architecture or shape that is not known, under TRITON_INTERPRET, and for a compiler whose
             output cannot be read.
     """
-    found = list(read(options) if options.what == "head" else _parameters(options))
-    show = table if options.what == "head" else gpu_parameters.table
+    from fsam_profiling import gpu_step
+
+    if options.what == "step":
+        found = list(gpu_step.read(_archs(options), options.shape or "24m", options.only))
+    else:
+        found = list(read(options) if options.what == "head" else _parameters(options))
+    show = {"head": table, "parameters": gpu_parameters.table, "step": gpu_step.table}[options.what]
     for arch in dict.fromkeys(row["arch"] for row in found):
         Console(width=140).print(show([row for row in found if row["arch"] == arch]))
     if options.json is not None:

@@ -78,6 +78,16 @@ COLUMNS: dict[str, Columns] = {
         "by schedule": _mega("scheduled_cycles"),
         "by cost model": _mega("estimated_cycles"),
     },
+    "gpu step": {
+        "arch": _text("arch"),
+        "shape": _text("shape"),
+        "method": _text("method"),
+        "saving": _text("saving"),
+        "head MB": _mega("head_bytes"),
+        "parameters MB": _mega("parameter_bytes"),
+        "bytes/least": _number("ratio", ".3f"),
+        "floor µs": _number("floor_us"),
+    },
     "gpu head": {
         "arch": _text("arch"),
         "shapes": lambda row: ", ".join(row["shapes"]),
@@ -123,6 +133,7 @@ WHOSE = {
     "bandwidth for kernels; memory is the compiler's own account.",
     "tpu parameters": "Estimates, not timings: by schedule is the larger of a loop's bundles and its bytes over the "
     "published bandwidth, by cost model the compiler's own.",
+    "gpu step": _GPU_WHOSE,
     "gpu head": _GPU_WHOSE,
     "gpu parameters": _GPU_WHOSE,
     "check": "Counts and compilers' estimates, as the regression guard holds them.",

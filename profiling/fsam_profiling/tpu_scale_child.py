@@ -9,14 +9,11 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import jax
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fsam_kernels import memory as head_memory
-from fsam_kernels.xla import chunks
 from fsam_profiling import collectives, step_programs, step_settings
 from fsam_trainers import jax_mesh
 
@@ -31,9 +28,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=request["topology"]).devices
     chosen = step_settings.settings(**request["settings"])
     mesh = jax_mesh.make(chosen, devices)
-    # The head's chunks are those of the chip that is compiled for, not of the machine that compiles.
-    of_a_tpu = mock.patch.object(chunks, "default_chunk_bytes", return_value=head_memory.default_chunk_bytes("tpu"))
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), of_a_tpu:
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         function, (state, batches) = step_programs.of(chosen)
         places = jax_mesh.places(mesh, state)
         rows = NamedSharding(mesh, PartitionSpec(jax_mesh.ROWS))

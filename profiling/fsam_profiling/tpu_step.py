@@ -121,8 +121,8 @@ def run(options: Tpu) -> int:
         base = bases.setdefault(variant.backend if variant.function == "step" else backends[0], one)
         rows.append(row(options.chip, variant, one, base))
         print(f"compiled {variant.name}: {one.cycles / 1e6:,.1f} Mcycles", file=sys.stderr)
-    if options.json is not None:
-        results.write(options.json, "tpu step", rows, {"chip": options.chip, **same})
+        if options.json is not None:  # as it grows: what was compiled before an interruption is not lost
+            results.write(options.json, "tpu step", rows, {"chip": options.chip, **same})
     console = Console() if sys.stdout.isatty() else Console(width=150)
     console.print(table(rows, f"{options.preset}, {same['batch']} sequences, compute in {options.dtype}"))
     console.print(regions(rows))

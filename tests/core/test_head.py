@@ -204,6 +204,22 @@ def test_auto_keeps_what_fits_and_is_faster():
     assert not Memory("recompute").keeps(1, 10**6, 1, 2, "cuda")
 
 
+@pytest.mark.parametrize(
+    ("kind", "products", "chunks"), [("TPU v5 lite", 5, []), ("TPU v6 lite", 6, []), ("cpu", 5, ["16"])]
+)
+def test_a_step_is_traced_for_the_device_of_the_mesh_in_use(kind, products, chunks):
+    # Of a size that a v6e multiplies again sooner than it reads it back; a TPU takes it in one chunk.
+    n, d, v = 2048, 576, 32768
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform=kind.split()[0].lower())
+    features = lambda p, b: in_jax.LinearHead(b["x"] * p["a"], p["w"], b["y"])
+    like = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
+    arguments = {"a": like(d), "w": like(v, d)}, {"x": like(n, d), "y": like(n, dtype=jnp.int32)}
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
+        program = str(jax.make_jaxpr(in_jax.value_and_grad(features, FunctionalSAM(RHO)))(*arguments))
+    assert program.count("dot_general") == products
+    assert re.findall(r" length=(\d+)", program) == chunks
+
+
 @pytest.mark.parametrize("options", [{"cotangent": "both"}, {"keep_bytes": 0}, {"chunk_bytes": -1}])
 def test_bad_memory_options_are_named(options):
     (name,) = options

@@ -26,7 +26,7 @@ from fsam_core import UserError
 from fsam_kernels.options import CROSS_ENTROPY, Loss
 from fsam_kernels.shapes import HEADS, WEIGHTS, Head
 from fsam_kernels.triton import catalogue, parameters, tiles
-from fsam_profiling import gpu, gpu_code, gpu_llvm, gpu_parameters, gpu_programs
+from fsam_profiling import gpu, gpu_code, gpu_llvm, gpu_parameters, gpu_programs, gpu_step
 
 KERNELS = Path(__file__).with_name("gpu_kernels.py")
 N, BLOCK = 10_000, 1024  # as in gpu_kernels.py
@@ -56,6 +56,11 @@ rows = list(read(models=["gpt2"], operations=[each for each in OPERATIONS if eac
 launch = launches(OPERATIONS[0], WEIGHTS["gpt2"])[0]
 launch.tables["table_ptr"][:, tables.ALIGNED] = 0
 json.dump([rows, count(launch, gpu_code.read(launch, "sm_90").llvm, 32).load_width], sys.stdout)
+"""
+STEP = """
+import json, sys
+from fsam_profiling.gpu_step import read
+json.dump(list(read(["sm_90"], "24m", "adamw,1/8")), sys.stdout)
 """
 ALL_PARAMETERS = """
 import json, sys
@@ -134,6 +139,47 @@ def test_every_parameter_kernel_on_every_target_and_model():
     rows = compiled("-c", ALL_PARAMETERS)
     assert_parameters_sound(rows)
     assert len(rows) == len(gpu_code.CARDS) * len(parameters.OPERATIONS) * len(WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("shape", "changes", "cotangent"),
+    [
+        ("24m", {}, 2),  # D = 576: the logits are made again sooner than P is read back
+        pytest.param("118m", {}, 1, marks=pytest.mark.slow),
+        pytest.param("24m", {"cotangent": "keep"}, 1, marks=pytest.mark.slow),
+        pytest.param("24m", {"correction_fraction": 0.25}, 1.25, marks=pytest.mark.slow),
+        pytest.param("24m", {"correction_fraction": 0.125, "cut": "hidden"}, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_a_step_calls_each_operation_as_often_as_its_method_needs(shape, changes, cotangent):
+    found = gpu_step.calls(shape, "precond-functional-sam", changes)
+    assert found.head == {"statistics": 1, "cotangent": cotangent}
+    once = ("preconditioned_norm", "perturb to bfloat16", "adamw, bfloat16 copy")
+    assert found.parameters == dict.fromkeys(once, 1)
+
+
+def test_a_step_of_what_is_no_model_is_refused():
+    with pytest.raises(UserError, match="shape: 'llama3-8b' is not a whole model: use 24m, 118m, 1208m, gpt2"):
+        next(gpu_step.read(["sm_90"], "llama3-8b", "adamw"))
+
+
+def test_a_step_with_an_operation_that_is_not_compiled_is_refused():
+    with pytest.raises(UserError, match="gpu: preconditioned_norm of float32 is not among the operations"):
+        gpu_step.calls("24m", "sam", {})
+
+
+def test_a_step_moves_what_its_operations_move():
+    adamw, eighth = compiled("-c", STEP)
+    logits, weights = 8192 * 32768, 43_064_640
+    # Two bytes to read, two to read and two to write a logit again; 30 bytes a weight. Then P of an eighth once more,
+    # and the norm's 8 and the perturbation's 14 bytes a weight.
+    assert adamw["least_bytes"] == pytest.approx(6 * logits + 30 * weights, rel=1e-3)
+    assert eighth["least_bytes"] == pytest.approx((6 + 4 / 8) * logits + (30 + 8 + 14) * weights, rel=1e-3)
+    for row in (adamw, eighth):
+        assert row["bytes"] == pytest.approx(row["head_bytes"] + row["parameter_bytes"], abs=1)
+        assert row["ratio"] == pytest.approx(row["bytes"] / row["least_bytes"])
+        assert 1 <= row["ratio"] < 1.02
+        assert row["floor_us"] == pytest.approx(row["least_bytes"] / 3350e9 * 1e6)
 
 
 def test_chunks_are_counted_by_what_is_left_of_their_tensor():
