@@ -200,25 +200,31 @@ def _issued(bundles: list[str], grid: tuple[int, ...], kernel: str) -> tuple[np.
                 raise _unreadable(kernel, f"a branch goes to region {region}, which is not marked")
             target = starts[int(region)]
             (loops if target <= i else skips).append((i, target, predicate, bool(negated)))
-    times = np.ones(len(bundles), dtype=np.int64)
     steps: tuple[int, int] | None = None
+    # The loop over the grid first: how often another one turns may depend on the step.
+    for i, target, predicate, _ in loops:
+        trips, over_grid = scalars.trips(predicate)
+        if over_grid and trips is not None:
+            steps = (target, i + _DELAY_SLOTS + 1)
+            scalars.over_grid(int(trips))
+    turned: list[tuple[int, int, Any]] = []
     for i, target, predicate, _ in loops:
         trips, over_grid = scalars.trips(predicate)
         if trips is None:
             raise _unreadable(kernel, f"how often the loop that ends at bundle {i:#x} turns cannot be told")
-        if over_grid:
-            steps = (target, i + _DELAY_SLOTS + 1)
-            scalars.over_grid(trips)
-        else:
-            times[target : i + _DELAY_SLOTS + 1] *= trips
-    return _with_skips(times, steps, skips, scalars)
+        if not over_grid:
+            turned.append((target, i + _DELAY_SLOTS + 1, np.broadcast_to(trips, scalars.turns)))
+    return _issued_in(len(bundles), steps, skips, turned, scalars)
 
 
-def _with_skips(
-    times: np.ndarray, steps: tuple[int, int] | None, skips: list, scalars: _Scalars
+def _issued_in(
+    bundles: int, steps: tuple[int, int] | None, skips: list, regions: list[tuple[int, int, Any]], scalars: _Scalars
 ) -> tuple[np.ndarray, int]:
-    """Multiply by the turns of the loop over the grid in which the branches let a bundle run."""
-    regions, assumed = [], 0
+    """Over all turns of the loop over the grid: where branches let a bundle run, times the turns of loops around it.
+
+    `regions` are the other loops: first bundle, the one after the last, and their turns in each step of the grid.
+    """
+    assumed = 0
     for i, target, predicate, negated in skips:
         first = i + _DELAY_SLOTS + 1
         if first >= target:
@@ -228,15 +234,15 @@ def _with_skips(
             assumed += 1
             continue
         regions.append((first, target, np.broadcast_to(np.asarray(taken, bool) == negated, scalars.turns)))
-    edges = sorted({0, len(times), *(e for first, last, _ in regions for e in (first, last)), *(steps or ())})
-    issued = np.empty_like(times)
+    edges = sorted({0, bundles, *(e for first, last, _ in regions for e in (first, last)), *(steps or ())})
+    issued = np.zeros(bundles, dtype=np.int64)
     for a, b in itertools.pairwise(edges):
         inside = steps is not None and steps[0] <= a < steps[1]
-        runs = np.ones(scalars.turns if inside else 1, bool)
-        for first, last, runs_there in regions:
+        runs = np.ones(scalars.turns if inside else 1, np.int64)
+        for first, last, times in regions:
             if first <= a < last:
-                runs = runs & (runs_there if inside else runs_there[:1])
-        issued[a:b] = times[a:b] * int(runs.sum())
+                runs = runs * (times if inside else times[:1])
+        issued[a:b] = runs.sum()
     return issued, assumed
 
 
@@ -259,8 +265,8 @@ class _Scalars:
                     stored.setdefault(match[1], []).append(match[2])
         self.stored = {place: names[0] for place, names in stored.items() if len(names) == 1}
 
-    def trips(self, predicate: str) -> tuple[int | None, bool]:
-        """Turns of the loop that the predicate ends, and whether it is the loop over the grid."""
+    def trips(self, predicate: str) -> tuple[Any, bool]:
+        """Turns of the loop that the predicate ends, one number or one a step, and whether it is that over the grid."""
         name, arguments, _ = self.definitions.get(predicate, ("", "", ""))
         match = re.fullmatch(r"%(\w+), (-?\d+|%\w+)", arguments)
         if not name.startswith("scmp.ge") or match is None:
@@ -274,7 +280,8 @@ class _Scalars:
         start = self._operand(phi[1].split(",")[0].strip()) if phi[0] == "sphi" else None
         if start is None:
             return None, False
-        return -(-(int(limit) - int(start)) // int(add[1] or add[4])), "iteration index" in phi[2]
+        turns = -(-(np.asarray(limit, np.int64) - start) // int(add[1] or add[4]))
+        return np.maximum(turns, 1), "iteration index" in phi[2]  # tested at its end
 
     def _source(self, name: str) -> tuple[str, str, str]:
         """The definition of a value that was moved, or stored for want of a register and loaded again."""
@@ -337,6 +344,7 @@ _OPCODES: dict[str, Callable[..., Any]] = {
     "smul.u32": lambda a, b: _signed(a * b),
     "sand.u32": lambda a, b: a & b,
     "sshll.u32": lambda a, b: _signed(a << b),
+    "sshrl.u32": lambda a, b: _signed((np.asarray(a, np.int64) % 2**32) >> b),
     "scmp.eq.s32.totalorder": lambda a, b: a == b,
     "scmp.ne.s32.totalorder": lambda a, b: a != b,
     "scmp.lt.s32.totalorder": lambda a, b: a < b,

@@ -117,6 +117,19 @@ def test_a_branch_counts_in_the_steps_it_runs_in_and_a_loop_by_its_turns():
 
 
 @needs_compiler
+def test_a_loop_that_turns_otherwise_in_the_last_step_counts_what_it_does_in_each():
+    # Whole blocks of a result that stays on the chip go there at once, those of a ragged one by a loop over registers.
+    def issued(rows):
+        array = ((rows, 1024), "float32")
+        (kernel,) = compiled("v5e", "copied_on_the_chip", array, kernels=True, rows=128).kernels
+        return kernel.schedule.issued
+
+    whole, ragged, shorter = (issued(rows) for rows in (1024, 960, 928))
+    assert 960 <= ragged - whole <= 1.5 * 960
+    assert 0.9 * 32 <= ragged - shorter <= 1.5 * 32
+
+
+@needs_compiler
 def test_spills_are_found():
     (kernel,) = compiled("v5e", "spilling_kernel", ((1280, 128), "float32"), kernels=True).kernels
     assert kernel.schedule.spills > 50

@@ -70,6 +70,12 @@ def copy_kernel(x, *, rows: int):
     return pl.pallas_call(kernel, grid=grid, in_specs=[block], out_specs=block, out_shape=shape, name="copier")(x)
 
 
+def copied_on_the_chip(x, *, rows: int):
+    """A copy that is used at once, so that it stays in vector memory and a ragged last block is copied by a loop."""
+    y = copy_kernel(x, rows=rows)
+    return y @ y.T
+
+
 def matmul_kernel(x, y, *, rows: int, columns: int):
     """A Pallas matrix product of whole rows with whole columns."""
 
