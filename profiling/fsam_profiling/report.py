@@ -109,7 +109,8 @@ def plots(kind: str, rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
     unit, scale = ("million cycles", 1e-6) if kind == "tpu step" else ("milliseconds", 1.0)
     for framework in dict.fromkeys(row.get("framework") for row in rows):
         held = [row for row in rows if row.get("regions") and row.get("framework") == framework]
-        parts = [{name: scale * value for name, value in row["regions"].items()} for row in held]
+        which = lambda row: row.get("scheduled_regions") or row["regions"]
+        parts = [{name: scale * value for name, value in which(row).items()} for row in held]
         if held:
             found.append(("A step by region", report_plots.regions([label(row) for row in held], parts, unit)))
     if kind == "step":

@@ -68,6 +68,10 @@ COLUMNS: dict[str, Columns] = {
     },
     "tpu step": _STEP
     | {"backend": _text("backend"), "× AdamW": _number("ratio", ".3f"), "× floor": _number("x_floor", ".2f")}
+    | {
+        "Mcycles by schedule": lambda row: amount(row["scheduled_cycles"] / 1e6),
+        "× AdamW by schedule": _number("scheduled_ratio", ".3f"),
+    }
     | _TPU,
     "tpu head": {"program": _text("program")} | _TPU,
     "tpu parameters": {
@@ -127,8 +131,9 @@ WHOSE = {
     "percentile are further apart than the ratio is from 1, they stand alone.",
     "trace": "Timed on this machine under a profiler, which slows short steps down: read the shares.",
     "tpu step": "Estimates, not timings: the TPU compiler's cost model for XLA's instructions, schedule or bytes over "
-    "bandwidth for kernels; memory is the compiler's own account. The floor is the program's products at the published "
-    "peak, or its arguments and results once over the published bandwidth.",
+    "bandwidth for kernels; by schedule, XLA's element-wise loops, sums and copies are judged as kernels are. Memory "
+    "is the compiler's own account. The floor is the program's products at the published peak, or its arguments and "
+    "results once over the published bandwidth.",
     "tpu head": "Estimates, not timings: the TPU compiler's cost model for XLA's instructions, schedule or bytes over "
     "bandwidth for kernels; memory is the compiler's own account.",
     "tpu parameters": "Estimates, not timings: by schedule is the larger of a loop's bundles and its bytes over the "

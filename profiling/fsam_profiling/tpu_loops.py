@@ -17,6 +17,8 @@ from fsam_core.errors import UserError
 from fsam_profiling import tpu_dumps, tpu_hlo
 
 _BOUNDS = re.compile(r'"iteration_bounds":\[([^\]]*)\]')
+# Loops that were fused with nothing.
+_ALONE = frozenset(("copy", "convert", "negate", "reshape", "reduce", "broadcast", "transpose"))
 _TILE = re.compile(r'"output_window_bounds":\[([^\]]*)\]')
 
 
@@ -25,15 +27,17 @@ class Loop:
     """One fused loop; cycles and bytes are of one run.
 
     Attributes:
+        region: the part of a step it belongs to, as `tpu_hlo.Counted.region`.
         bounds: the grid XLA gave it.
         issued: bundles of its schedule; None where that has a loop whose turns depend on data (copies of a window's
-            ragged end), and XLA's estimate stands for it.
+            ragged end) or was not left by the compiler, and XLA's estimate stands for it.
         estimate: XLA's own cycles.
         bytes: between HBM and the core; what was copied to VMEM beforehand is not in it.
         bytes_cycles: those over the bandwidth.
     """
 
     name: str
+    region: str
     bounds: tuple[int, ...]
     issued: int | None
     estimate: int
@@ -48,30 +52,36 @@ class Loop:
 def read(text: str, dumps: Path, bytes_per_cycle: float) -> tuple[Loop, ...]:
     """The loops of a compiled program's entry computation, in the order they run.
 
+    Products are not among them, whatever is fused into them, nor is what runs inside a `while`: for those XLA's
+    estimate has to do.
+
     Args:
         text: `compiled.as_text()`.
         dumps: where the compiler left its dumps.
 
     Raises:
-        UserError: for a program with a `while` in it, and where a dump is missing or of another format.
+        UserError: where a dump is of another format, or there is none of any loop.
     """
     computations, entry = tpu_hlo._computations(text)
     body = computations[entry]
-    if any(x.opcode in ("while", "conditional", "call") for x in body.values()):
-        raise UserError("tpu: loops are read of straight programs, and this one has a while, conditional or call in it")
-    counted = {x.name: x for x in tpu_hlo.read(text).counted}
-    fusions = [x for x in body.values() if x.opcode == "fusion" and _BOUNDS.search(x.text)]
-    # Of fusions that are the same but for their names the compiler dumps one.
-    dumped = {_kind(computations, body, x): x.name for x in fusions if tpu_dumps.has(dumps, x.name)}
+    counted = {x.name: x for x in tpu_hlo.read(text).counted if not x.rare}
+    is_loop = lambda x: x.opcode in _ALONE or (x.opcode == "fusion" and "kind=kLoop" in x.text)
+    loops = [x for x in body.values() if x.name in counted and is_loop(x) and _BOUNDS.search(x.text)]
+    # Of loops that are the same but for their names the compiler dumps one.
+    dumped = {_kind(computations, body, x): x.name for x in loops if tpu_dumps.has(dumps, x.name)}
+    if loops and not dumped:
+        raise UserError(f"tpu: the compiler left no schedule of {loops[0].name}, nor of any loop in {dumps}")
     found = []
-    for one in fusions:
-        source = dumped.get(_kind(computations, body, one))
-        if source is None:
-            raise UserError(f"tpu: the compiler left no schedule of {one.name}, nor of one like it")
-        bounds = _numbers(_BOUNDS, one.text)
-        issued = _issued(tpu_dumps._file(dumps, source, "final_bundles"), bounds, source)
-        moved, estimate = counted[one.name].bytes, counted[one.name].cycles or 0
-        found.append(Loop(one.name, bounds, issued, estimate, moved, round(moved / bytes_per_cycle)))
+    schedules: dict[tuple[str, tuple[int, ...]], int | None] = {}
+    for one in loops:
+        source, bounds = dumped.get(_kind(computations, body, one)), _numbers(_BOUNDS, one.text)
+        if source is not None and (source, bounds) not in schedules:
+            schedules[source, bounds] = _issued(tpu_dumps._file(dumps, source, "final_bundles"), bounds, source)
+        issued = None if source is None else schedules[source, bounds]
+        it = counted[one.name]
+        found.append(
+            Loop(one.name, it.region, bounds, issued, it.cycles or 0, it.bytes, round(it.bytes / bytes_per_cycle))
+        )
     return tuple(found)
 
 
@@ -85,10 +95,10 @@ def _issued(text: str, bounds: tuple[int, ...], name: str) -> int | None:
 
 
 def _kind(computations: dict, body: dict, one: tpu_hlo.Instruction) -> Any:
-    inside = computations[tpu_hlo._called(one, "calls")].values()
+    inside = computations[tpu_hlo._called(one, "calls")].values() if one.opcode == "fusion" else ()
     operands = tuple(body[x].type for x in one.operands if x in body)
     steps = tuple((x.opcode, x.type) for x in inside)
-    return one.type, operands, steps, _numbers(_BOUNDS, one.text), _numbers(_TILE, one.text)
+    return one.opcode, one.type, operands, steps, _numbers(_BOUNDS, one.text), _numbers(_TILE, one.text)
 
 
 def _numbers(pattern: re.Pattern[str], text: str) -> tuple[int, ...]:

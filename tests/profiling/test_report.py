@@ -20,6 +20,8 @@ STEP = {
 SCHEDULE = {"spills": 7}
 TPU = {
     "method": "adamw", "saving": "", "backend": "xla", "options": {}, "ratio": 1.0, "x_floor": 2.5, "cycles": 2_000_000,
+    "scheduled_cycles": 1_000_000, "scheduled_ratio": 1.0,
+    "scheduled_regions": {"base forward": 400_000, "update": 600_000},
     "seconds": 0.001, "temporary_bytes": 5e6, "peak_bytes": 9e6, "bytes": 4e6, "product_flops": 3e9,
     "kernels": [{"rare": False, "schedule": SCHEDULE}], "regions": {"base forward": 500_000, "update": 1_500_000},
     "chip": {"name": "v5e", "hertz": 1.5e9, "flops_per_second": 197e12, "bytes_per_second": 820e9},

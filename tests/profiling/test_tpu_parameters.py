@@ -29,13 +29,15 @@ def program(loops: tuple[Loop, ...], xla_cycles: int, xla_bytes: int) -> Compile
 
 
 def test_a_loop_takes_its_bundles_or_its_bytes_and_a_program_no_less_than_all_bytes():
-    busy = Loop("a", (4,), issued=100, estimate=300, bytes=50 * 8, bytes_cycles=50)
-    waiting = Loop("b", (4,), issued=10, estimate=70, bytes=60 * 8, bytes_cycles=60)
+    busy = Loop("a", "norm", (4,), issued=100, estimate=300, bytes=50 * 8, bytes_cycles=50)
+    waiting = Loop("b", "update", (4,), issued=10, estimate=70, bytes=60 * 8, bytes_cycles=60)
     assert (busy.cycles, waiting.cycles) == (100, 60)
     assert dataclasses.replace(busy, issued=None).cycles == 300
     assert program((), 0, 0).chip.bytes_per_cycle == 8
     assert program((busy, waiting), 300 + 70 + 5, 110 * 8).scheduled_cycles == 100 + 60 + 5
     assert program((busy, waiting), 300 + 70 + 5, 1000 * 8).scheduled_cycles == 1000
+    seen = dataclasses.replace(program((busy, waiting), 375, 0), regions={"norm": 305, "update": 70})
+    assert seen.scheduled_regions == {"norm": 105, "update": 60}
 
 
 def test_an_unknown_model_is_refused():
