@@ -107,9 +107,14 @@ class Corrections:
         whole = method.fraction == 1  # S = B
         if ascent.known and method.exact:
             return self._known(first, method, cut)
-        seen = base = passes.base(first, cut=cut)
+        joins = bool(others) and not whole and ascent.source != "part" and path != "sam" and passes.joins
+        with passes.left_apart(joins):
+            seen = base = passes.base(first, cut=cut)
         g_S = passes.gradients()
-        if others and not method.exact:
+        if joins:  # S and the rest in one reduction, and g'_S − g_S in the other
+            g_S = {p: g.clone() for p, g in g_S.items()}
+            seen = passes.more(others, base)
+        elif others and not method.exact:
             g_S = passes.held(g_S)
             seen = self._add(others, base, g_S, cut if whole else None)
         elif others and path == "functional":  # of these the cotangent alone is needed

@@ -228,6 +228,29 @@ class Passes:
                 gradient.mul_(factor.to(gradient))
         return Passed(torch.stack(losses).sum() * factor, total, [rescaled(k, factor) for k in kept])
 
+    def more(self, batches: Sequence[Any], base: Passed) -> Passed:
+        """The pass over these micro-batches and those of `base`, whose gradients are in `.grad` and are added to.
+
+        They are summed in the units of `base`, so that what the ranks have of both is reduced together.
+        """
+        unit = base.kept[0].unit
+        losses, weights = [base.loss], []
+        for i, batch in enumerate(batches):
+            before = random.state(self.model)
+            with self._accumulating(i, len(batches)):
+                with in_torch("base forward"):
+                    head = heads.flat(self.ranks.head(self.features, batch))
+                with in_torch("base backward"):
+                    one = self.head(head, unit, len(batches), cut=None, backward=True, before=before)
+            losses.append(one[0])
+            weights.append(one[1])
+        self._reduce(len(batches))
+        weight = base.weight + self.ranks.mean(torch.stack(weights).sum())
+        factor = unit / torch.where(weight > 0, weight, 1)
+        for gradient in self.gradients().values():
+            gradient.mul_(factor.to(gradient))
+        return Passed(torch.stack(losses).sum() * factor, weight, [])
+
     def pull_back(
         self,
         batches: Sequence[Any],
@@ -237,8 +260,8 @@ class Passes:
     ) -> None:
         """Jᵀ z̄ into `.grad`: the Jacobian at the present weights, cotangents from anywhere. No logits, no loss.
 
-        It is added to `onto`, whose tensors become the gradients: no pass and no memory of its own for that sum. They
-        are the same on all ranks, and so is then their mean; or each rank's own, where those are still apart.
+        It is added to `onto`, whose tensors become the gradients: no pass and no memory of its own for that sum. Of
+        several ranks the mean is then that of both: `onto` is the same on all of them, or each rank's own.
         """
         self.put(onto or {})
         for i, (batch, base) in enumerate(zip(batches, kept, strict=True)):
@@ -274,6 +297,20 @@ class Passes:
     def _reduces_after(self, count: int) -> bool:
         """Whether gradients go to masters after each micro-batch, and so are not there to be reduced with the last."""
         return bool(self.copies) and count > 1 and not (self.ranks.alone or self.ranks.no_local)
+
+    @property
+    def joins(self) -> bool:
+        """Whether the gradients of two passes can be reduced as one; not those of masters, which no wrapper sees."""
+        return self.ranks.adds and not self.copies and not self.apart
+
+    @contextmanager
+    def left_apart(self, apart: bool) -> Iterator[None]:
+        """Passes whose gradients stay each rank's own, where `apart`."""
+        before, self.apart = self.apart, self.apart or apart
+        try:
+            yield
+        finally:
+            self.apart = before
 
     # --- what one step does once --------------------------------------------------------------------------------------
 

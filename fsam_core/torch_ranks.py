@@ -43,13 +43,14 @@ class Ranks:
         count: how many ranks have data of their own (along tensor axes they share it).
         sharded: whether a rank holds but a part of each weight.
         reuses_gradients: whether the next pass writes its gradients over those of this one.
+        adds: whether what a tensor's `.grad` holds before a pass is reduced with what the pass adds to it.
         no_local: why gradients cannot be each rank's own, "" where they can.
     """
 
     alone = True
     count = 1
     no_local = ""
-    sharded = reuses_gradients = False
+    sharded = reuses_gradients = adds = False
 
     def __init__(self, model: nn.Module, inner: nn.Module | None = None) -> None:
         self.model, self.inner = model, model if inner is None else inner
@@ -132,6 +133,8 @@ class DataParallel(_Group):
         self.reuses_gradients = bool(model.gradient_as_bucket_view)
         if model.static_graph:  # its first step must reduce, and what is reduced twice is the same
             self.no_local = "which DistributedDataParallel with static_graph=True always reduces"
+        # Where it looks for parameters that a pass did not reach, it leaves those as they are.
+        self.adds = not (model.static_graph or model.find_unused_parameters)
 
     def head(self, features: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
         ddp, inner = self.model, self.inner

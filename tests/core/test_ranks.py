@@ -24,6 +24,7 @@ QUICK = [
 ]  # fmt: skip
 COUNTED = [f"{kind}:{name}:count" for kind in ("ddp", "fsdp", "hsdp") for name in ("adamw", "functional", "sam")]
 COUNTED += [f"{kind}:precond-functional-micro:count" for kind in ("ddp", "fsdp")]
+COUNTED += ["ddp:quarter:count", "ddp-unused:quarter:count"]
 BEHAVIOUR = [
     "run:local", "run:raising-ddp", "run:raising-fsdp", "run:not-finite-ddp", "run:not-finite-fsdp", "run:evaluated",
     "run:refused", "run:remembered", "run:wide", "run:beside-masters",
@@ -87,6 +88,13 @@ def test_an_exact_step_sends_adamws_set_and_one_more_reduction_of_gradients_and_
     assert exact["counts"].keys() == plain["counts"].keys()
     if kind == "ddp":
         assert (plain["counts"]["allreduce_"], plain["bytes"]["allreduce_"]) == (1, WEIGHTS_BYTES)
+
+
+def test_on_part_of_the_batch_ddp_reduces_its_gradient_and_the_corrected_one(quick):
+    assert every_rank(quick, "ddp:quarter:count")["counts"]["allreduce_"] == 2
+    assert every_rank(quick, "ddp:quarter:count")["bytes"]["allreduce_"] == 2 * WEIGHTS_BYTES
+    # A wrapper that looks for unused parameters would leave what the other pass gave them unreduced.
+    assert every_rank(quick, "ddp-unused:quarter:count")["counts"]["allreduce_"] == 3
 
 
 def test_micro_batches_are_reduced_together_by_ddp(quick):
