@@ -113,7 +113,7 @@ class Corrections:
         g_S = passes.gradients()
         if joins:  # S and the rest in one reduction, and g'_S − g_S in the other
             g_S = {p: g.clone() for p, g in g_S.items()}
-            seen = passes.more(others, base)
+            seen = passes.base(others, onto=base)
         elif others and not method.exact:
             g_S = passes.held(g_S)
             seen = self._add(others, base, g_S, cut if whole else None)

@@ -135,18 +135,21 @@ class Passes:
         cut: str | None = None,
         replay: Sequence[Kept] | None = None,
         region: str = "base",
+        onto: Passed | None = None,
     ) -> Passed:
         """Loss and z̄ of every micro-batch at the present weights; with `backward`, Jᵀ z̄ into `.grad`.
 
         `cut` is where z̄ is held for a second pass, None if there is none. At the "hidden" states it is the cotangents
         of the head's inputs, and those of its weight and bias are summed in the first micro-batch's. With `replay` the
-        random draws are those of an earlier pass over the first of these micro-batches.
+        random draws are those of an earlier pass over the first of these micro-batches. With `onto`, an earlier pass
+        whose gradients are in `.grad`, the result is of the micro-batches of both; what the ranks have of them is
+        summed in that pass's units, and reduced together.
         """
-        if backward:
+        if backward and onto is None:
             self.clear()
         seen: list[tuple[Tensor, Tensor, Kept]] = []
         # Of several ranks it has been agreed upon in the pass that is replayed.
-        unit = replay[0].unit if replay and self.ranks.count > 1 else None
+        unit = replay[0].unit if replay and self.ranks.count > 1 else onto.kept[0].unit if onto else None
         for i, batch in enumerate(batches):
             if replay is not None and i < len(replay):
                 random.restore(replay[i].random)
@@ -165,7 +168,7 @@ class Passes:
             seen.append(one)
         if backward:
             self._reduce(len(batches))
-        return self._mean(seen, backward)
+        return self._mean(seen, backward, onto)
 
     def head(
         self,
@@ -217,39 +220,18 @@ class Passes:
             self._head = tuple(None if x is None else x.clone() for x in (cotangent.w_VxD, cotangent.bias_V))
         return dataclasses.replace(cotangent, w_VxD=self._head[0], bias_V=self._head[1])
 
-    def _mean(self, seen: Sequence[tuple[Tensor, Tensor, Kept]], backward: bool) -> Passed:
+    def _mean(self, seen: Sequence[tuple[Tensor, Tensor, Kept]], backward: bool, onto: Passed | None) -> Passed:
         losses, weights, kept = zip(*seen, strict=True)
-        if len(seen) == 1:
+        if len(seen) == 1 and onto is None:
             return Passed(losses[0], weights[0], [kept[0]])
         total = self.ranks.mean(torch.stack(weights).sum())
+        if onto is not None:
+            losses, total = (onto.loss, *losses), onto.weight + total
         factor = kept[0].unit / torch.where(total > 0, total, 1)
         if backward:
             for gradient in self.gradients().values():
                 gradient.mul_(factor.to(gradient))
         return Passed(torch.stack(losses).sum() * factor, total, [rescaled(k, factor) for k in kept])
-
-    def more(self, batches: Sequence[Any], base: Passed) -> Passed:
-        """The pass over these micro-batches and those of `base`, whose gradients are in `.grad` and are added to.
-
-        They are summed in the units of `base`, so that what the ranks have of both is reduced together.
-        """
-        unit = base.kept[0].unit
-        losses, weights = [base.loss], []
-        for i, batch in enumerate(batches):
-            before = random.state(self.model)
-            with self._accumulating(i, len(batches)):
-                with in_torch("base forward"):
-                    head = heads.flat(self.ranks.head(self.features, batch))
-                with in_torch("base backward"):
-                    one = self.head(head, unit, len(batches), cut=None, backward=True, before=before)
-            losses.append(one[0])
-            weights.append(one[1])
-        self._reduce(len(batches))
-        weight = base.weight + self.ranks.mean(torch.stack(weights).sum())
-        factor = unit / torch.where(weight > 0, weight, 1)
-        for gradient in self.gradients().values():
-            gradient.mul_(factor.to(gradient))
-        return Passed(torch.stack(losses).sum() * factor, weight, [])
 
     def pull_back(
         self,

@@ -61,6 +61,7 @@ CASES = {
     "precond-functional-micro": Case(FunctionalSAM(0.1, **ADAM), micro=4, foreign=True),
     "logit": Case(LogitSAM(0.1), micro=2),
     "quarter": Case(FunctionalSAM(0.1, **ADAM, fraction=1 / 4), clip=0.1),
+    "half-of-four": Case(FunctionalSAM(0.1, **ADAM, fraction=1 / 2), micro=4, clip=0.1),
     "quarter-part": Case(FunctionalSAM(0.1, **ADAM, fraction=1 / 4, ascent="part"), micro=2),
     "quarter-sam": Case(SAM(0.1, **ADAM, fraction=1 / 4)),
     "quarter-logit": Case(LogitSAM(0.1, fraction=1 / 4, strength=0.5), micro=2),
