@@ -15,8 +15,9 @@ WEIGHTS_BYTES = 4 * (37 * 8 + 2 * (8 + 2 * 8 * 24))  # of the script's model, in
 KINDS = ("ddp", "ddp-views", "ddp-unused", "ddp-static", "fsdp", "fsdp-remat", "hsdp")
 METHODS = ("adamw", "adamw-clip", "sam", "precond-sam", "functional", "precond-functional", "logit")
 OPTIONS = (
-    "precond-functional-micro", "half-of-four", "quarter", "quarter-part", "quarter-sam", "quarter-logit", "hidden", "hidden-quarter",
-    "every", "reuse", "start", "momentum", "previous", "random", "micro", "own-ascent", "top", "dual", "per-tensor",
+    "precond-functional-micro", "half-of-four", "quarter", "quarter-part", "quarter-sam", "quarter-logit", "hidden",
+    "hidden-quarter", "every", "reuse", "start", "momentum", "previous", "random", "micro", "own-ascent", "top", "dual",
+    "per-tensor",
 )  # fmt: skip
 QUICK = [
     "ddp:precond-functional-micro:6", "ddp-views:quarter:6", "ddp:hidden:6", "fsdp:quarter-part:6",
