@@ -33,6 +33,7 @@ from fsam_core import torch as fsam
 from fsam_core.torch import SAM, Ascent, FunctionalSAM, LinearHead, LogitSAM, Plain, Schedule, Step
 
 RANKS, V, D, L, ROWS = 4, 37, 8, 5, 16
+COMPILED: Counter[str] = Counter()  # graphs that torch.compile made in this process, and how often they ran
 # Kinds whose ranks are not one for each part of the batch: those along a tensor axis have the same.
 PARTS = {"tensor": 1, "fsdp-tensor": 2, "fsdp-tensor-remat": 2}
 
@@ -147,10 +148,27 @@ def batch_of(step: int, micro: int, rank: int | None, kind: str = "ddp") -> list
     return found
 
 
+def captured(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+    """A backend of torch.compile that runs what was captured, both ways, as it is, and counts."""
+    run = torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    def counted(*args: Any) -> Any:
+        COMPILED["runs"] += 1
+        return run(*args)
+
+    COMPILED["graphs"] += 1
+    return counted
+
+
 def wrapped(kind: str) -> nn.Module:
     model = Model()
     if kind == "one":
         return model
+    if kind.endswith("-compiled"):
+        kind = kind.removesuffix("-compiled")
+        torch._dynamo.reset()
+        for block in model.blocks:
+            block.compile(backend=captured, fullgraph=True)
     if kind.startswith("ddp"):
         options = {"ddp-views": "gradient_as_bucket_view", "ddp-unused": "find_unused_parameters"}
         options["ddp-static"] = "static_graph"
@@ -217,7 +235,10 @@ def trained(case: Case, kind: str, steps: int, rank: int | None) -> tuple[list[t
 
 def compared(name: str, kind: str, steps: int, rank: int) -> dict[str, float]:
     """Relative distances from the run of one process, the largest of any tensor and of any figure."""
+    COMPILED.clear()
     tensors, rows = trained(CASES[name], kind, steps, rank)
+    if kind.endswith("-compiled"):
+        assert COMPILED["graphs"] <= 4 <= steps <= COMPILED["runs"], COMPILED
     expected, expected_rows = alone(name, steps)
     apart = [float((a - b).norm() / b.norm().clamp(min=1e-12)) for a, b in zip(tensors, expected, strict=True)]
     figures = ((rows - expected_rows).abs() / expected_rows.abs().clamp(min=1e-6)).max()

@@ -13,6 +13,7 @@ SCRIPT = Path(__file__).with_name("ranks_run.py")
 CLOSE = 1e-5
 WEIGHTS_BYTES = 4 * (37 * 8 + 2 * (8 + 2 * 8 * 24))  # of the script's model, in float32
 KINDS = ("ddp", "ddp-views", "ddp-unused", "ddp-static", "fsdp", "fsdp-remat", "hsdp")
+COMPILED = ("ddp-compiled", "fsdp-compiled", "fsdp-remat-compiled")
 METHODS = ("adamw", "adamw-clip", "sam", "precond-sam", "functional", "precond-functional", "logit")
 OPTIONS = (
     "precond-functional-micro", "half-of-four", "quarter", "quarter-part", "quarter-sam", "quarter-logit", "hidden",
@@ -65,7 +66,7 @@ def test_losses_gradients_and_weights_are_those_of_one_process(case, quick):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *COMPILED])
 def test_every_method_and_option_trains_as_one_process_for_twenty_steps(kind, tmp_path):
     cases = [f"{kind}:{name}" for name in (*METHODS, *OPTIONS)]
     found = run(tmp_path, cases)

@@ -13,13 +13,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from rank_runs import FLAGS
 from small_runs import save
 
 from fsam_trainers.jax_trainer import JaxEngine
 from fsam_trainers.models.layout import ModelConfig
 from fsam_trainers.settings import PLACEMENT, Settings
 
-FLAGS = "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=1"
 STEPS = 20
 MODEL = {"layers": 2, "width": 16, "heads": 4, "seq_len": 8, "vocab_size": 64}
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from mesh_child import FLAGS, settings, train
+from mesh_child import settings, train
+from rank_runs import FLAGS
 
 from fsam_trainers.jax_trainer import JaxEngine
 

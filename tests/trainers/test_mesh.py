@@ -181,6 +181,14 @@ def test_what_cannot_be_divided_is_said(shape, changes, message):
         jax_mesh.make(settings(shape, **changes))
 
 
+def test_devices_along_tensor_are_of_one_process(monkeypatch):
+    """Each process makes the sequences of its own devices, and only those."""
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(UserError, match=r"--tensor-parallel 2: its devices must be of one process, and the 4 proc"):
+        jax_mesh.make(settings((1, 2, 2)))
+    assert jax_mesh.make(settings((1, 4, 1))).size == 4
+
+
 def test_pallas_beside_a_vocabulary_that_is_cut_is_refused():
     with pytest.raises(UserError, match="--backend: pallas takes whole rows of the vocabulary, which --tensor-par"):
         JaxEngine(settings((1, 1, 2), backend="pallas"))

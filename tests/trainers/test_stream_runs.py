@@ -4,13 +4,12 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rank_runs import figures, jax_processes, torchrun
 from small_runs import arguments, final_weights, fsam, fsam_process, steps_done
 
 STEPS = 40
@@ -156,31 +155,72 @@ def test_a_signal_saves_and_the_stream_goes_on(shards, tmp_path):
 
 
 def losses(out: Path) -> list[float]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
+    return list(figures(out, ["loss"]).values())
 
 
 @pytest.mark.slow
 def test_ranks_share_a_stream_out_and_fewer_go_on_with_it(shards, tmp_path):
-    def torchrun(ranks: int, out: Path, steps: int) -> None:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command = command_of(shards, out, "torch", "--micro-batches", 2, "--batch", 8, "--warmup", 2)
+    more = ("--micro-batches", 2, "--batch", 8, "--warmup", 2)
+
+    def run(out: Path, steps: int) -> None:
         # The learning rate depends on --steps: the shorter run is one that is stopped on its way.
-        process = subprocess.Popen(
-            [*launcher, "-m", "fsam_trainers.cli", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        process = torchrun(2, command_of(shards, out, "torch", *more))
         if steps < STEPS:
             wait_for_step(process, out, steps)
             process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=300)
-        assert steps < STEPS or process.returncode == 0, errors
+        said, _ = process.communicate(timeout=300)
+        assert steps < STEPS or process.returncode == 0, said
 
-    torchrun(2, tmp_path / "whole", STEPS)
-    torchrun(2, tmp_path / "run", 12)
-    newest = max((tmp_path / "run" / "checkpoints").iterdir())
-    state = json.loads((newest / "run.json").read_text())["stream"]
+    run(tmp_path / "whole", STEPS)
+    run(tmp_path / "run", 12)
+    state = stream_state(tmp_path / "run")
     assert state["of"] == 2
     assert state["parts"].keys() == {"0", "1"}
-    command = command_of(shards, tmp_path / "run", "torch", "--micro-batches", 2, "--batch", 8, "--warmup", 2)
-    assert fsam(*command) == 0
+    assert fsam(*command_of(shards, tmp_path / "run", "torch", *more)) == 0
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "whole"), rtol=2e-5)
+
+
+def stream_state(out: Path) -> dict:
+    """Where the newest checkpoint stands in the stream."""
+    newest = max((out / "checkpoints").glob("step_*"))
+    return json.loads((newest / "run.json").read_text())["stream"]
+
+
+@pytest.fixture(params=["jsonl", "parquet"])
+def rows(request, shards, tmp_path) -> Path:
+    """The shards in that format; of Parquet in row groups that end within a buffer."""
+    if request.param == "jsonl":
+        return shards
+    parquet = pytest.importorskip("pyarrow.parquet")
+    json_reader = pytest.importorskip("pyarrow.json")
+    folder = tmp_path / "parquet"
+    folder.mkdir()
+    for path in shards.glob("*.jsonl"):
+        parquet.write_table(json_reader.read_json(path), folder / f"{path.stem}.parquet", row_group_size=7)
+    return folder
+
+
+@pytest.mark.slow
+def test_two_jax_processes_share_a_stream_out_and_go_on_at_the_exact_token(rows, tmp_path):
+    def run(out: Path, stop_at: int | None = None) -> list[int]:
+        with jax_processes(2, command_of(rows, out, "jax", "--data-parallel", 2)) as processes:
+            if stop_at:
+                wait_for_step(processes[1], out, stop_at)
+                processes[1].send_signal(signal.SIGTERM)
+            said = [process.communicate(timeout=300) for process in processes]
+        assert not any("Traceback" in errors for _, errors in said), said
+        return [process.returncode for process in processes]
+
+    whole, stopped = tmp_path / "whole", tmp_path / "run"
+    assert run(whole) == [0, 0]
+    assert run(stopped, 13) == [128 + signal.SIGTERM] * 2
+    assert 13 <= steps_done(stopped) < STEPS
+    state = stream_state(stopped)
+    assert state["of"] == 2
+    assert state["parts"].keys() == {"0", "1"}
+    assert run(stopped) == [0, 0]
+    assert stream_state(stopped) == stream_state(whole)
+    assert losses(stopped) == losses(whole)
+    command = command_of(rows, whole, "jax", "--data-parallel", 2)
+    weights = final_weights(command)
+    assert_same(final_weights([str(stopped) if x == str(whole) else x for x in command]), weights)

@@ -1,17 +1,14 @@
 """`fsam train` under torchrun, with real processes: the same losses, one checkpoint, one end."""
 
-import contextlib
-import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rank_runs import alive, figures, rank_pids, torchrun
 from small_runs import arguments, final_weights, fsam, steps_done, valid_steps
 
 STEPS = 40
@@ -23,44 +20,14 @@ def run_arguments(text, out, *more):
     return arguments(text, out, "--framework", "torch", "--batch", 8, *pace, *more)
 
 
-def torchrun(ranks: int, command: list[str], **options) -> subprocess.Popen:
-    """The command on the disk of `hindered_run.py`, which is the machine's own unless HINDERED_ variables are set."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return subprocess.Popen(
-        [*launcher, str(Path(__file__).with_name("hindered_run.py")), *command],
-        # Patient, as tests share two cores and ranks start far apart there.
-        env={"FSAM_RANK_TIMEOUT": "300", **os.environ, "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **options,
-    )
-
-
-def rank_pids(process: subprocess.Popen) -> dict[int, int]:
-    """Rank -> process id, of those that have started."""
-    found = {}
-    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        with contextlib.suppress(OSError):
-            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            ranks = [int(x[5:]) for x in variables if x.startswith(b"RANK=")]
-            found |= dict.fromkeys(ranks, int(pid))
-    return found
-
-
 def wait_for_step(process, out, step):
     while steps_done(out) < step:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
 
 
-def losses(out: Path) -> dict[tuple[int, str], float]:
-    lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
-    return {(x["step"], name): x[name] for x in lines for name in ("loss", "val_loss", "grad_norm") if name in x}
-
-
 def assert_same_run(a: Path, b: Path) -> None:
-    mine, other = losses(a), losses(b)
+    mine, other = figures(a), figures(b)
     assert mine.keys() == other.keys()
     for key in mine:
         assert mine[key] == pytest.approx(other[key], rel=2e-4), key
@@ -134,12 +101,6 @@ def whole(request, text, tmp_path_factory):
     return request.param, out
 
 
-def alive(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
-
-
 def wait_for_phase(process, out: Path, phase: str, rng: random.Random) -> None:
     """Until the ranks are there and, unless they are to die in their start, at a random moment of the phase."""
     while len(rank_pids(process)) < 4:
@@ -204,7 +165,7 @@ def test_ten_kills_of_any_rank_in_any_phase_end_the_run_within_a_minute_and_lose
     # Replicas sum gradients in another order in the first step after a start, before they have put their buckets in the
     # order in which gradients come: with more than two ranks that rounds otherwise.
     rel = 0 if "--fsdp" in more else 1e-6
-    assert losses(out) == {key: pytest.approx(value, rel=rel, abs=0) for key, value in losses(expected).items()}
+    assert figures(out) == {key: pytest.approx(value, rel=rel, abs=0) for key, value in figures(expected).items()}
     alone = run_arguments(text, out, "--steps", LONG)
     mine, other = (final_weights([str(x) if y == str(out) else y for y in alone]) for x in (out, expected))
     for name in mine:
@@ -269,7 +230,7 @@ def test_options_train_the_same_on_two_ranks(more, text, tmp_path):
     process = torchrun(2, run_arguments(text, out, *more))
     said, _ = process.communicate(timeout=5 * MINUTE)
     assert process.returncode == 0, said
-    mine, other = losses(out), losses(alone)
+    mine, other = figures(out), figures(alone)
     assert mine.keys() == other.keys()
     rel = 2e-2 if "bfloat16" in more else 2e-4
     assert np.allclose(list(mine.values()), list(other.values()), rtol=rel), (mine, other)

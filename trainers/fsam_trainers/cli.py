@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,11 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("fsam: interrupted", file=sys.stderr)
         ranks.leave(130)
+    except Exception:
+        if not ranks.is_leaving():
+            raise
+        traceback.print_exc()
+        ranks.leave(1)
 
 
 def run(options: Train | Compare | Cost | Backends) -> int:

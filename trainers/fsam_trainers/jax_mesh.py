@@ -58,6 +58,12 @@ def make(settings: Settings, devices: Any = None) -> Mesh:
             f"--data-parallel, --fsdp and --tensor-parallel: {' x '.join(map(str, shape))} = {wanted} devices are "
             f"asked for and there {'is 1' if there == 1 else f'are {there}'}; give sizes whose product is {there}"
         )
+    processes = jax.process_count()
+    if (wanted // settings.tensor_parallel) % processes:
+        raise UserError(
+            f"--tensor-parallel {settings.tensor_parallel}: its devices must be of one process, and the {processes} "
+            f"processes have {wanted // processes} each; give sizes whose --data-parallel x --fsdp {processes} divides"
+        )
     _check(settings)
     return Mesh(np.asarray(devices[:wanted]).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

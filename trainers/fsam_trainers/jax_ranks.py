@@ -25,14 +25,15 @@ class JaxRanks(Ranks):
     def __init__(self) -> None:
         self.rank, self.count, self.local_rank = (number(x) for x in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         own = [self.local_rank] if number("LOCAL_WORLD_SIZE", 1) > 1 else None
-        patience = float(os.environ.get("FSAM_RANK_TIMEOUT", PATIENCE))
+        self.patience = float(os.environ.get("FSAM_RANK_TIMEOUT", PATIENCE))
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(
             f"{os.environ['MASTER_ADDR']}:{number('MASTER_PORT') + 1}",
             self.count,
             self.rank,
             local_device_ids=own,
-            heartbeat_timeout_seconds=int(patience),
+            initialization_timeout=int(self.patience),
+            heartbeat_timeout_seconds=int(self.patience),
         )
 
     def most(self, *values: int) -> list[int]:

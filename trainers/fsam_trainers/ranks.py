@@ -30,9 +30,13 @@ class SaidByMain(UserError):
 
 
 class Ranks:
-    """The only process of a run."""
+    """The only process of a run.
 
-    rank, count, local_rank = 0, 1, 0
+    Attributes:
+        patience: see `PATIENCE`; FSAM_RANK_TIMEOUT sets it.
+    """
+
+    rank, count, local_rank, patience = 0, 1, 0, PATIENCE
 
     @property
     def is_main(self) -> bool:
@@ -67,11 +71,7 @@ class Ranks:
 
 
 class TorchRanks(Ranks):
-    """Processes in PyTorch's default process group.
-
-    Attributes:
-        patience: see `PATIENCE`; FSAM_RANK_TIMEOUT sets it.
-    """
+    """Processes in PyTorch's default process group."""
 
     def __init__(self) -> None:
         import torch
@@ -150,27 +150,43 @@ def together(framework: str) -> Iterator[Ranks]:
         _current = jax_ranks.JaxRanks()
         try:
             yield _current
-        except BaseException:
+        except BaseException as error:
             _in_a_hurry = True
+            _say_lost(error)
             raise
         finally:
             _current = Ranks()
         return
     import torch.distributed as dist
 
-    _current = ranks = TorchRanks()
+    _current = TorchRanks()
     try:
-        yield ranks
+        yield _current
         dist.destroy_process_group()
-    except RuntimeError as error:
-        if not is_lost(error):
-            raise
-        raise UserError(
-            f"rank {ranks.rank} of {ranks.count}: another rank is gone, or did not answer in {ranks.patience:g} s "
-            f"({_first_line(error)}); the same command goes on from the last checkpoint"
-        ) from error
+    except Exception as error:
+        _say_lost(error)
+        raise
     finally:
         _current = Ranks()
+
+
+def _say_lost(error: BaseException) -> None:
+    """
+    Raises:
+        UserError: in place of an error that says that another rank is gone.
+    """
+    # What gloo says JAX raises as a ValueError where a program is started, as a RuntimeError where it is waited for.
+    if isinstance(error, (RuntimeError, ValueError)) and not isinstance(error, UserError) and is_lost(error):
+        here = _current
+        raise UserError(
+            f"rank {here.rank} of {here.count}: another rank is gone, or did not answer in {here.patience:g} s "
+            f"({_first_line(error)}); the same command goes on from the last checkpoint"
+        ) from error
+
+
+def is_leaving() -> bool:
+    """Whether this is one of several JAX processes that has failed."""
+    return _in_a_hurry
 
 
 def leave(code: int) -> NoReturn:
@@ -187,10 +203,11 @@ def leave(code: int) -> NoReturn:
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether another rank is gone: one of PyTorch's errors of its own, or what gloo says, which has none."""
+    """Whether another rank is gone: one of PyTorch's errors of its own, or what gloo or JAX's coordinator says."""
     text = str(error).lower()
     own = any(kind.__name__ == "DistError" for kind in type(error).__mro__)
-    return own or any(x in text for x in ("gloo", "connection closed by peer", "connection reset by peer"))
+    phrases = ("gloo", "coordination service", "connection closed by peer", "connection reset by peer")
+    return own or any(x in text for x in phrases)
 
 
 def _first_line(error: BaseException) -> str:
