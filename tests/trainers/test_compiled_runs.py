@@ -50,9 +50,10 @@ def test_two_ranks_take_the_steps_they_take_without_it(kind, method, text, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_both_passes_see_the_same_dropout(kind, text, tmp_path):
+@pytest.mark.parametrize("remat", [(), ("--remat",)], ids=["", "remat"])
+def test_both_passes_see_the_same_dropout(kind, remat, text, tmp_path):
     """With another one in the second pass the two gradients would differ, though the weights hardly do."""
-    more = (*KINDS[kind], "--method", "functional-sam", "--rho", 1e-7, "--dropout", 0.3, "--compile")
+    more = (*KINDS[kind], "--method", "functional-sam", "--rho", 1e-7, "--dropout", 0.3, "--compile", *remat)
     found, ranks = trained(text, tmp_path / "run", *more)
     assert all(rank["trained"] == STEPS * 2 * BLOCKS for rank in ranks)
     for step in range(1, STEPS + 1):

@@ -164,3 +164,43 @@ def test_dropout_is_on_in_training_mode_in_torch():
 def test_sizes_that_do_not_fit_are_refused(changes, says):
     with pytest.raises(UserError, match=says):
         config(**changes)
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_checkpointed_blocks_keep_their_inputs_alone_and_give_the_same_gradients(framework, dropout):
+    c = config(dropout=dropout, layers=3)
+    (loss, grads, kept), (again, same, fewer) = (differentiated(framework, c, remat) for remat in (False, True))
+    assert again == pytest.approx(loss, rel=1e-6)
+    for name, g in grads.items():
+        np.testing.assert_allclose(same[name], g, rtol=1e-4, atol=1e-5 * np.abs(g).max(), err_msg=name)
+    N, F = 3 * 7, 4 * 12
+    assert kept.count((N, F)) >= 3
+    assert (N, F) not in fewer
+    assert (N, 3 * 12) not in fewer
+
+
+def differentiated(framework: str, c: ModelConfig, remat: bool) -> tuple[float, dict, list[tuple[int, ...]]]:
+    """(loss, gradients, the shapes of what the forward pass keeps for the backward pass)."""
+    shapes_kept = []
+    if framework == "torch":
+        model = torch_decoder.Decoder(c, 3, remat=remat)
+        torch.manual_seed(0)
+        keep = lambda x: shapes_kept.append(tuple(x.shape)) or x
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            out = torch_decoder.features(model, torch.from_numpy(tokens()))
+            loss = F.cross_entropy(out.hidden @ out.weight.T, out.labels)
+        kept = list(shapes_kept)
+        loss.backward()
+        return float(loss.detach()), {k: p.grad.numpy() for k, p in model.named_parameters()}, kept
+    model = flax_decoder.Decoder(c, remat=remat)
+    batch = {"tokens": tokens()} | ({"key": jax.random.key(0)} if c.dropout else {})
+
+    def loss_of(params):
+        out = flax_decoder.features(model, params, batch)
+        return -jax.nn.log_softmax(out.hidden @ out.weight.T)[np.arange(len(out.labels)), out.labels].mean()
+
+    params = flax_decoder.parameters(c, 3)
+    loss, grads = jax.value_and_grad(loss_of)(params)
+    kept = [tuple(x.shape) for x in jax.tree.leaves(jax.vjp(loss_of, params)[1])]
+    return float(loss), {k: np.asarray(x) for k, x in flattened(grads).items()}, kept

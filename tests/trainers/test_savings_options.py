@@ -37,6 +37,7 @@ SLOW: dict[str, dict[str, Any]] = {
     "part": {"ascent": "part", "ascent_fraction": 0.25},
     "per tensor": {"norm": "per-tensor"},
     "some steps": {"probability": 0.5},
+    "checkpointed blocks": {"remat": True, "correction_fraction": 0.5, "scope": "top:2"},
     "sam": {"method": "sam", "every": 3},
 }
 

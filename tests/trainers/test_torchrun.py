@@ -219,6 +219,9 @@ def test_a_rank_that_lives_and_does_not_answer_is_given_up(phase, text, tmp_path
         ("--ema", 0.9),
         ("--micro-batches", 2, "--savings", "balanced", "--correction-fraction", "1/2"),
         ("--method", "sam", "--micro-batches", 2, "--fsdp", 2),
+        ("--remat", "--fsdp", 2, "--correction-fraction", "1/2"),
+        ("--remat", "--dtype", "bfloat16", "--fsdp", 2),
+        ("--remat", "--micro-batches", 2),
     ],
     ids=lambda more: " ".join(map(str, more)),
 )

@@ -146,7 +146,7 @@ def run(options: Cost) -> int:
 def figures(options: Cost) -> dict[str, Any]:
     """Everything that is printed, as plain values. Bytes and seconds are of one device."""
     settings, platform = _settings(options), _platform(options)
-    asked = options_of(settings, platform, devices=options.devices, remat=options.remat)
+    asked = options_of(settings, platform, devices=options.devices)
     model, tokens = counted(settings.model, settings.framework), settings.tokens_per_step * options.devices
     machine = _machine(options, model, asked, tokens)
     if options.budget is not None:
@@ -171,7 +171,7 @@ def figures(options: Cost) -> dict[str, Any]:
     }
 
 
-def options_of(settings: Settings, platform: str, *, devices: int = 1, remat: bool = False) -> cost.Options:
+def options_of(settings: Settings, platform: str, *, devices: int = 1) -> cost.Options:
     """A run of the trainers as the cost model sees it, with the batch and micro-batches of one device.
 
     `platform` is "cpu", a GPU by any name, or a TPU by JAX's name for it: what `fsam_kernels.memory` decides by.
@@ -185,7 +185,7 @@ def options_of(settings: Settings, platform: str, *, devices: int = 1, remat: bo
     found = cost.Options(
         **changes,
         micro_batches=settings.micro_batches,
-        remat=remat,
+        remat=settings.remat,
         dtype=settings.dtype,
         devices=devices,
         framework=settings.framework,
@@ -217,7 +217,7 @@ def _settings(options: Cost) -> Settings:
     if options.cut is not None:
         changes["cut"] = options.cut
     same = ("framework", "method", "micro_batches", "ascent", "scope", "every", "between", "start", "probability")
-    changes |= {name: getattr(options, name) for name in (*same, "cotangent")}
+    changes |= {name: getattr(options, name) for name in (*same, "cotangent", "remat")}
     dtype: Any = options.dtype or ("float32" if options.machine == "here" else "bfloat16")
     return Settings(**changes, model=model, steps=STEPS, batch=batch // options.devices, dtype=dtype)
 

@@ -108,7 +108,7 @@ def _memory(settings: Settings) -> fsam.Memory:
 def _features(settings: Settings, *, trained: bool) -> Callable[..., fsam.LinearHead | fsam.Logits]:
     """The model's, with the loss that is trained or the one that is reported."""
     loss = settings.losses()[0 if trained else 1]
-    model = flax_decoder.Decoder(settings.model)
+    model = flax_decoder.Decoder(settings.model, remat=settings.remat)
     if trained and settings.scope.startswith("top:"):
         below = settings.model.layers - int(settings.scope.removeprefix("top:"))
         return flax_decoder.staged(model, below, loss, jnp.dtype(settings.dtype))

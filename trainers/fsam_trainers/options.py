@@ -122,6 +122,8 @@ class Common:
     """devices that share out heads, MLP and vocabulary for the same sequences"""
     compile: bool = Settings.compile
     """torch: the blocks by torch.compile, which takes a minute at the start"""
+    remat: bool = Settings.remat
+    """activation checkpointing: less memory, and every backward pass runs the blocks' forward pass once more"""
     sync: str = Settings.sync
     """whose gradient ε follows: global, the whole batch's, or local, that of each replica's own part (m-sharpness)"""
     evaluate_every: int | None = None

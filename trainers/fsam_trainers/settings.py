@@ -23,7 +23,7 @@ RhoSchedule = Literal["constant", "cosine", "learning-rate"]
 # On which devices a run computes, and not what: a checkpoint may be gone on from with others.
 PLACEMENT = ("data_parallel", "fsdp", "tensor_parallel")
 # What changes the result no more than rounding does.
-HOW = (*PLACEMENT, "compile")
+HOW = (*PLACEMENT, "compile", "remat")
 # Option sets by name; what is given beside one is taken on top of it.
 SAVINGS: dict[str, dict[str, Any]] = {
     name: {"correction_fraction" if option == "fraction" else option: value for option, value in options.items()}
@@ -61,6 +61,8 @@ class Settings:
         data_parallel, fsdp, tensor_parallel: devices along each axis of the mesh, see `fsam_trainers.jax_mesh`. They
             change the result no more than rounding does, and a run may go on with others.
         compile: in PyTorch, the blocks by torch.compile. In JAX the step is compiled anyway.
+        remat: activation checkpointing: of each block only the input is kept, and a backward pass computes the rest
+            again.
         sync: "global", or "local": each of `data_parallel` replicas ascends the gradient of its own sequences
             (m-sharpness). Their number is then part of the method.
 
@@ -107,6 +109,7 @@ class Settings:
     fsdp: int = 1
     tensor_parallel: int = 1
     compile: bool = False
+    remat: bool = False
     sync: Sync = "global"
 
     def __post_init__(self) -> None:

@@ -121,7 +121,7 @@ class TorchEngine:
         self.device = str(self._device)
         if self._ranks.count > 1 and self._device.type != "cpu":
             self._device = torch.device(self._device.type, self._ranks.local_rank)
-        self.model = torch_decoder.Decoder(settings.model, settings.seed).to(self._device)
+        self.model = torch_decoder.Decoder(settings.model, settings.seed, remat=settings.remat).to(self._device)
         self._average: torch.optim.swa_utils.AveragedModel | None = None
         if settings.ema:
             decay = torch.optim.swa_utils.get_ema_multi_avg_fn(settings.ema)

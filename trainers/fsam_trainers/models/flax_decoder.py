@@ -26,6 +26,8 @@ class Decoder(nn.Module):
     """Tokens [B, L] -> (last hidden states h_NxD with N = B·L, head weight w_VxD)."""
 
     config: ModelConfig
+    remat: bool = False
+    """Keep of each block its input alone for the backward pass, which computes the rest again."""
 
     @nn.compact
     def __call__(
@@ -52,8 +54,9 @@ class Decoder(nn.Module):
             x_NxD = rows_of("embedding", embedding_VxD, tokens_BxL.reshape(-1), dtype)
             x_NxD = by_rows((x_NxD + jnp.tile(positions_LxD[:L], (B, 1))).astype(dtype), sequences=B)
             x_NxD = nn.Dropout(c.dropout, deterministic=deterministic)(x_NxD)
+        block = nn.remat(Block, static_argnums=(2, 3)) if self.remat else Block
         for i in range(first, c.layers if last is None else last):
-            x_NxD = Block(c, name=f"block_{i}")(x_NxD, L, deterministic)
+            x_NxD = block(c, name=f"block_{i}")(x_NxD, L, deterministic)
         if last is not None:
             return x_NxD
         h_NxD = layer_norm(x_NxD, self.param("final_norm", _ones, (c.width,)))

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fsam_core.torch import LinearHead, Staged
 from fsam_kernels.options import CROSS_ENTROPY, Loss
@@ -17,11 +18,11 @@ from fsam_trainers.models.layout import ModelConfig, initial, shapes
 class Decoder(nn.Module):
     """Tokens [B, L] -> (last hidden states h_NxD with N = B·L, head weight w_VxD)."""
 
-    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+    def __init__(self, config: ModelConfig, seed: int = 0, *, remat: bool = False) -> None:
         super().__init__()
         self.config = config
         for i in range(config.layers):
-            self.add_module(f"block_{i}", Block(config))
+            self.add_module(f"block_{i}", Block(config, remat=remat))
         self.embedding = _parameter(config, "embedding")
         self.positions = _parameter(config, "positions")
         self.final_norm = _parameter(config, "final_norm")
@@ -63,11 +64,14 @@ class Decoder(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a layer norm and added to the residual stream."""
+    """Attention and MLP, each behind a layer norm and added to the residual stream.
 
-    def __init__(self, config: ModelConfig) -> None:
+    With `remat` its input alone is kept for the backward pass, which computes the rest again.
+    """
+
+    def __init__(self, config: ModelConfig, *, remat: bool = False) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.remat = config, remat
         self.attention_norm = _parameter(config, "block_0.attention_norm")
         self.qkv = _parameter(config, "block_0.qkv")
         self.attention_out = _parameter(config, "block_0.attention_out")
@@ -76,6 +80,12 @@ class Block(nn.Module):
         self.mlp_out = _parameter(config, "block_0.mlp_out")
 
     def forward(self, x_NxD: Tensor, L: int) -> Tensor:
+        # In here, and not around the block: then no name changes, and wrappers' hooks stay outside.
+        if self.remat and torch.is_grad_enabled():
+            return checkpoint(self._forward, x_NxD, L, use_reentrant=False)
+        return self._forward(x_NxD, L)
+
+    def _forward(self, x_NxD: Tensor, L: int) -> Tensor:
         N, D = x_NxD.shape
         B, heads, drop = N // L, self.config.heads, self.config.dropout
         qkv_Nx3D = layer_norm(x_NxD, self.attention_norm) @ self.qkv
