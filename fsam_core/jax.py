@@ -82,7 +82,7 @@ class Info(NamedTuple):
     weight: jax.Array
     """Sum of the token weights over all micro-batches."""
     base_norm: jax.Array
-    """‖g‖₂ of the plain gradient; with a scope, of the exact method, that of the leaves in it."""
+    """‖g‖₂ of the plain gradient; with a scope, of the exact method or of `Staged`, that of the leaves in it."""
     grad_norm: jax.Array
     """‖ĝ‖₂ of the gradient that is returned, before clipping."""
     perturbation_norm: jax.Array

@@ -79,7 +79,7 @@ class Info(NamedTuple):
     weight: float
     """Sum of the token weights over all micro-batches and ranks."""
     base_norm: float
-    """‖g‖₂ of the plain gradient; with a scope, of the exact method, that of the tensors in it."""
+    """‖g‖₂ of the plain gradient; with a scope, of the exact method or of `Staged`, that of the tensors in it."""
     grad_norm: float
     """‖ĝ‖₂ of the gradient the optimizer received, before clipping."""
     perturbation_norm: float

@@ -58,8 +58,20 @@ def test_a_signal_to_one_rank_of_two_stops_both_and_one_process_goes_on(alone, t
     assert_same_run(out, alone)
 
 
+def test_two_tensor_ranks_take_the_steps_of_one_process(text, tmp_path):
+    short = ("--steps", 4, "--evaluate-every", 2, "--micro-batches", 2)
+    alone, out = tmp_path / "alone", tmp_path / "run"
+    assert fsam(*run_arguments(text, alone, *short)) == 0
+    process = torchrun(2, run_arguments(text, out, *short, "--tensor-parallel", 2))
+    said, _ = process.communicate(timeout=2 * MINUTE)
+    assert process.returncode == 0, said
+    assert figures(out) == {key: pytest.approx(value, rel=1e-5) for key, value in figures(alone).items()}
+
+
 @pytest.fixture(
-    scope="module", params=[("--fsdp", 2, "--data-parallel", 2), ("--fsdp", 4), ()], ids=["2x2", "fsdp", "ddp"]
+    scope="module",
+    params=[("--fsdp", 2, "--data-parallel", 2), ("--fsdp", 4), (), ("--fsdp", 2, "--tensor-parallel", 2)],
+    ids=["2x2", "fsdp", "ddp", "tensor"],
 )
 def half(request, text, tmp_path_factory):
     """The folder of a run of four ranks that somebody stopped with Ctrl-C, which reaches torchrun and all ranks."""
@@ -75,7 +87,10 @@ def half(request, text, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "more"), [(1, ()), (2, ()), (2, ("--fsdp", 2)), (4, ("--fsdp", 4)), (4, ())])
+@pytest.mark.parametrize(
+    ("ranks", "more"),
+    [(1, ()), (2, ()), (2, ("--fsdp", 2)), (4, ("--fsdp", 4)), (4, ()), (4, ("--tensor-parallel", 4))],
+)
 def test_a_checkpoint_of_four_ranks_goes_on_with_any_number(ranks, more, half, alone, text, tmp_path):
     import shutil
 
@@ -222,13 +237,18 @@ def test_a_rank_that_lives_and_does_not_answer_is_given_up(phase, text, tmp_path
         ("--remat", "--fsdp", 2, "--correction-fraction", "1/2"),
         ("--remat", "--dtype", "bfloat16", "--fsdp", 2),
         ("--remat", "--micro-batches", 2),
+        ("--tensor-parallel", 2, "--dtype", "bfloat16"),
+        ("--tensor-parallel", 2, "--ema", 0.9, "--scope", "top:2", "--correction-fraction", "1/2", "--no-tied"),
+        ("--tensor-parallel", 2, "--remat", "--dropout", 0.2, "--micro-batches", 2, "--cut", "hidden"),
+        ("--tensor-parallel", 2, "--method", "precond-sam", "--every", 2, "--between", "reuse"),
     ],
     ids=lambda more: " ".join(map(str, more)),
 )
 def test_options_train_the_same_on_two_ranks(more, text, tmp_path):
     more = tuple(map(str, more))
     alone, out = tmp_path / "alone", tmp_path / "run"
-    without = [x for i, x in enumerate(more) if x != "--fsdp" and (i == 0 or more[i - 1] != "--fsdp")]
+    axes = ("--fsdp", "--tensor-parallel")
+    without = [x for i, x in enumerate(more) if x not in axes and (i == 0 or more[i - 1] not in axes)]
     assert fsam(*run_arguments(text, alone, *without)) == 0
     process = torchrun(2, run_arguments(text, out, *more))
     said, _ = process.communicate(timeout=5 * MINUTE)
@@ -248,7 +268,9 @@ def test_options_train_the_same_on_two_ranks(more, text, tmp_path):
     [
         (("--fsdp", 4), "must be the 2 processes"),
         (("--batch", 3), "--batch 3 must be divisible"),
-        (("--tensor-parallel", 2), "--tensor-parallel 2"),
+        (("--tensor-parallel", 4), "their product must be the 2 processes"),
+        (("--tensor-parallel", 2, "--vocab-size", 301), "the size of the vocabulary, 301, must be a multiple of 2"),
+        (("--tensor-parallel", 2, "--dtype", "float16"), "without --fsdp and --tensor-parallel, got 'float16'"),
         (("--sync", "local"), "--sync local: the number of replicas is part of the method; give --data-parallel 2"),
         (("--sync", "local", "--data-parallel", 1, "--fsdp", 2), "sync: 'local' needs each rank's own gradient"),
         (("--data", "/nowhere/at/all.txt"), "/nowhere/at/all.txt"),

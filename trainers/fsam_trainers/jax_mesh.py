@@ -1,9 +1,5 @@
 """Where a run's arrays lie on a mesh of devices: axes, the parameters' places by name, batches, sharded initialisation.
 
-    data     each device has its own sequences and the whole model (replicas)
-    fsdp     its own sequences, and a share of every matrix and its moments; a matrix is gathered where it is used
-    tensor   the same sequences, and a share of the attention heads, of the MLP's hidden units and of the vocabulary
-
 All of it is `jit` with shardings: the step is one program on 1 to N devices, and what it computes does not depend on
 the mesh beyond rounding.
 """
@@ -11,7 +7,6 @@ the mesh beyond rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,10 +16,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fsam_core import backends
 from fsam_core.errors import UserError
+from fsam_trainers.placement import AXES, ROWS, check_divides, check_model, sizes
 from fsam_trainers.settings import Settings
-
-AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")  # what the sequences of a batch are spread over
 
 # A matrix's place while it rests. qkv is [D, 3 D], three matrices side by side: cut along 3 D its shards would not be
 # whole heads, so it rests cut along D, and `in_use` makes shards of heads of it.
@@ -37,11 +30,6 @@ _PLACES = {
     "mlp_in": PartitionSpec("fsdp", "tensor"),
     "mlp_out": PartitionSpec("tensor", "fsdp"),
 }
-
-
-def sizes(settings: Settings) -> dict[str, int]:
-    """Devices along each axis."""
-    return dict(zip(AXES, (settings.data_parallel, settings.fsdp, settings.tensor_parallel), strict=True))
 
 
 def make(settings: Settings, devices: Any = None) -> Mesh:
@@ -64,7 +52,9 @@ def make(settings: Settings, devices: Any = None) -> Mesh:
             f"--tensor-parallel {settings.tensor_parallel}: its devices must be of one process, and the {processes} "
             f"processes have {wanted // processes} each; give sizes whose --data-parallel x --fsdp {processes} divides"
         )
-    _check(settings)
+    part, size = settings.batch // settings.micro_batches, sizes(settings)
+    check_divides("--batch", part, "sequences of a micro-batch", math.prod(size[axis] for axis in ROWS), ROWS)
+    check_model(settings)
     return Mesh(np.asarray(devices[:wanted]).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -177,18 +167,3 @@ def _constrained(x: jax.Array, found: dict[str, int], *spec: Any) -> jax.Array:
         return x
     kept = lambda axis: axis if isinstance(axis, tuple) or axis in found else None
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*(kept(axis) or None for axis in spec)))
-
-
-def _check(settings: Settings) -> None:
-    size, model = sizes(settings), settings.model
-    part = settings.batch // settings.micro_batches
-    shards: Callable[..., int] = lambda *axes: math.prod(size[axis] for axis in axes)
-    for option, number, what, by in (
-        ("--batch", part, "sequences of a micro-batch", ROWS),
-        ("--fsdp", model.width, "the model's width", ("tensor", "fsdp")),
-        ("--tensor-parallel", model.heads, "the model's attention heads", ("tensor",)),
-        ("--tensor-parallel", model.vocab_size, "the size of the vocabulary", ("tensor",)),
-    ):
-        if number % shards(*by):
-            over = " x ".join(by)
-            raise UserError(f"{option}: {what}, {number}, must be a multiple of {shards(*by)}, the devices of {over}")

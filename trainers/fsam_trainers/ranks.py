@@ -14,6 +14,7 @@ from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
 from fsam_core import UserError
+from fsam_trainers import placement
 from fsam_trainers.data import Batches, Corpus, StreamedBatches, StreamedCorpus, training_batches
 from fsam_trainers.settings import Settings
 
@@ -129,7 +130,11 @@ def current() -> Ranks:
 
 def batches(settings: Settings, corpus: Corpus | StreamedCorpus) -> Batches | StreamedBatches:
     """This rank's training batches, to be closed."""
-    share = {"rank": _current.rank, "ranks": _current.count, "micro_batches": settings.micro_batches}
+    alike = 1  # ranks that have the same sequences; in JAX such devices are of one process
+    if settings.framework == "torch":
+        placement.check_ranks(settings, _current.count)
+        alike = settings.tensor_parallel
+    share = {"rank": _current.rank // alike, "ranks": _current.count // alike, "micro_batches": settings.micro_batches}
     return training_batches(corpus, settings.model.seq_len, settings.batch, settings.seed, **share)
 
 

@@ -58,7 +58,7 @@ class Settings:
         label_smoothing, z_loss, soft_cap: of the loss that is trained, see `fsam_kernels.options.Loss`; soft_cap 0 for
             none. Evaluation reports the plain cross entropy of the (capped) logits.
         backend: "auto", or a backend of the framework.
-        data_parallel, fsdp, tensor_parallel: devices along each axis of the mesh, see `fsam_trainers.jax_mesh`. They
+        data_parallel, fsdp, tensor_parallel: devices along each axis of the mesh, see `fsam_trainers.placement`. They
             change the result no more than rounding does, and a run may go on with others.
         compile: in PyTorch, the blocks by torch.compile. In JAX the step is compiled anyway.
         remat: activation checkpointing: of each block only the input is kept, and a backward pass computes the rest
@@ -134,8 +134,8 @@ class Settings:
         _check(0 <= self.start <= 1, "--start", self.start, "a share of the run, in [0, 1]")
         _check(0 <= self.ema < 1, "--ema", self.ema, "in [0, 1) (0: none)")
         _check(self.dtype in get_args(Dtype), "--dtype", self.dtype, " or ".join(get_args(Dtype)))
-        has_scale = self.framework == "torch" and self.fsdp == 1
-        works = "float32 or bfloat16 there: the loss scale of float16 is PyTorch's, without --fsdp"
+        has_scale = self.framework == "torch" and self.fsdp == self.tensor_parallel == 1
+        works = "float32 or bfloat16 there: float16's loss scale is PyTorch's, without --fsdp and --tensor-parallel"
         _check(self.dtype != "float16" or has_scale, "--dtype", self.dtype, works)
         _check(self.cotangent in get_args(Form), "--cotangent", self.cotangent, "auto, keep or recompute")
         _check(0 <= self.label_smoothing < 1, "--label-smoothing", self.label_smoothing, "in [0, 1)")

@@ -1,6 +1,7 @@
 """Training in PyTorch: the same model and settings, AdamW in one pass, torch.distributed.checkpoint.
 
-Of several ranks each takes its part of every micro-batch, in DistributedDataParallel or, with --fsdp, under FSDP2.
+Of several ranks each takes its part of every micro-batch, in DistributedDataParallel or, where --fsdp or
+--tensor-parallel share weights out, under FSDP2.
 """
 
 from __future__ import annotations
@@ -24,9 +25,7 @@ import torch.distributed.checkpoint as dcp  # noqa: E402
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict  # noqa: E402
 
 import fsam_core.torch as fsam  # noqa: E402
-from fsam_core import UserError  # noqa: E402
-from fsam_trainers import ranks, torch_saving  # noqa: E402
-from fsam_trainers.data.batches import check_rows  # noqa: E402
+from fsam_trainers import ranks, torch_mesh, torch_saving  # noqa: E402
 from fsam_trainers.engine import StepReport, Writing  # noqa: E402
 from fsam_trainers.models import torch_decoder  # noqa: E402
 from fsam_trainers.models.layout import blocks  # noqa: E402
@@ -66,36 +65,6 @@ def _plain_errors() -> Iterator[None]:
             raise cause from None
 
 
-def _check_placement(settings: Settings, count: int) -> None:
-    """
-    Raises:
-        UserError: for a mesh or a batch that does not go with that many ranks.
-    """
-    if settings.tensor_parallel > 1:
-        raise UserError(f"--tensor-parallel {settings.tensor_parallel}: the PyTorch trainer knows --fsdp alone")
-    asked = f"--data-parallel {settings.data_parallel} and --fsdp {settings.fsdp}"
-    if count % settings.fsdp or settings.data_parallel not in (1, count // settings.fsdp):
-        raise UserError(f"{asked}: their product must be the {count} processes that run; torchrun starts more")
-    if settings.sync == "local" and settings.data_parallel * settings.fsdp != count:
-        raise UserError(f"--sync local: the number of replicas is part of the method; give --data-parallel {count}")
-    check_rows(settings.batch, settings.micro_batches, count)
-
-
-def _shard(model: torch.nn.Module, settings: Settings, device: str, count: int) -> None:
-    """FSDP2 of each block, and of what is left with the root; between groups of `--fsdp` ranks replicas."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    policy = MixedPrecisionPolicy()
-    if settings.dtype != "float32":
-        policy = MixedPrecisionPolicy(param_dtype=getattr(torch, settings.dtype), reduce_dtype=torch.float32)
-    shape, names = (count // settings.fsdp, settings.fsdp), ("data", "fsdp")
-    mesh = init_device_mesh(device, shape if shape[0] > 1 else shape[1:], mesh_dim_names=names[-1 - (shape[0] > 1) :])
-    for block in model.children():
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-
-
 def _compile(model: torch.nn.Module) -> None:
     """Each block in place, so that parameters keep their names; all blocks are one graph, of both passes."""
     for block in model.children():
@@ -115,7 +84,8 @@ class TorchEngine:
         self.settings = settings
         self.backend = backends.choose("torch", settings.backend).name
         self._ranks = ranks.current()
-        _check_placement(settings, self._ranks.count)
+        torch_mesh.check(settings, self._ranks.count)
+        is_sharded = torch_mesh.is_sharded(settings)
         self._device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         self._device = self._device or torch.device("cpu")
         self.device = str(self._device)
@@ -129,14 +99,14 @@ class TorchEngine:
         # What the passes run: the model itself, or a copy of it in half floats over the model as its masters.
         self._running: torch.nn.Module = self.model
         copies: dict[torch.Tensor, torch.nn.Parameter] = {}
-        if settings.fsdp == 1 and settings.dtype != "float32":
+        if not is_sharded and settings.dtype != "float32":
             self._running = copy.deepcopy(self.model).to(getattr(torch, settings.dtype))
             copies = dict(zip(self.model.parameters(), self._running.parameters(), strict=True))
         if settings.compile:
             _compile(self._running)
-        if settings.fsdp > 1:
+        if is_sharded:
             for model in (self.model, *([] if self._average is None else [self._average.module])):
-                _shard(model, settings, self._device.type, self._ranks.count)
+                torch_mesh.shard(model, settings, self._device.type, self._ranks.count)
         elif self._ranks.count > 1:
             self._running = torch.nn.parallel.DistributedDataParallel(self._running)
             if copies:
@@ -167,7 +137,8 @@ class TorchEngine:
 
     def step(self, tokens_BxL1: np.ndarray, index: int) -> Callable[[], StepReport]:
         if self.settings.model.dropout:
-            own = [self._ranks.rank] if self._ranks.count > 1 else []
+            rank, count = self._row_rank
+            own = [rank] if count > 1 else []
             seed = np.random.SeedSequence([self.settings.seed, index, *own]).generate_state(1, np.uint64)[0]
             torch.manual_seed(int(seed))
         # As in the JAX trainer's chain, a skipped step leaves the schedule where it was.
@@ -190,9 +161,15 @@ class TorchEngine:
 
     def _share(self, tokens_BxL1: np.ndarray, model: torch.nn.Module) -> np.ndarray:
         """This rank's rows, where the loss is the mean over the ranks' and there are enough; else all of them."""
-        count = self._ranks.count
-        alone = count == 1 or (self.settings.fsdp == 1 and model is not self._running)
-        return tokens_BxL1 if alone or len(tokens_BxL1) % count else np.split(tokens_BxL1, count)[self._ranks.rank]
+        rank, count = self._row_rank
+        alone = count == 1 or (model is not self._running and not torch_mesh.is_sharded(self.settings))
+        return tokens_BxL1 if alone or len(tokens_BxL1) % count else np.split(tokens_BxL1, count)[rank]
+
+    @property
+    def _row_rank(self) -> tuple[int, int]:
+        """(which part of a batch is this rank's, how many parts there are)."""
+        alike = self.settings.tensor_parallel
+        return self._ranks.rank // alike, self._ranks.count // alike
 
     def state_bytes(self) -> int:
         moments = [x for state in self.optimizer.state.values() for x in state.values()]

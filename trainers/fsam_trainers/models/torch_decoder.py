@@ -8,11 +8,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from fsam_core.torch import LinearHead, Staged
 from fsam_kernels.options import CROSS_ENTROPY, Loss
 from fsam_trainers.models.layout import ModelConfig, initial, shapes
+from fsam_trainers.torch_mesh import entering, leaving, looked_up, own, own_heads
 
 
 class Decoder(nn.Module):
@@ -53,6 +55,8 @@ class Decoder(nn.Module):
         (V = 32,768, D = 576, N = 1,024), where rows among zeros and a sum over V x D values take 9 ms, and 40 on new
         pages. On a GPU sparse gradients wait for the device; wrappers of several ranks do not know them.
         """
+        if isinstance(self.embedding, DTensor):
+            return looked_up(tokens_N, self.embedding)
         ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
         sparse = self.config.tied and self.embedding.device.type == "cpu" and not ranks
         return F.embedding(tokens_N, self.embedding, sparse=sparse and not torch.compiler.is_compiling())
@@ -85,15 +89,22 @@ class Block(nn.Module):
             return checkpoint(self._forward, x_NxD, L, use_reentrant=False)
         return self._forward(x_NxD, L)
 
+    def compile(self, **options: Any) -> None:
+        """As any module's, of what is checkpointed: a graph with checkpoints inside takes no DTensors."""
+        self._forward = torch.compile(self._forward, **options)  # type: ignore[method-assign]
+
     def _forward(self, x_NxD: Tensor, L: int) -> Tensor:
         N, D = x_NxD.shape
-        B, heads, drop = N // L, self.config.heads, self.config.dropout
-        qkv_Nx3D = layer_norm(x_NxD, self.attention_norm) @ self.qkv
-        q, k, v = qkv_Nx3D.view(B, L, 3, heads, D // heads).permute(2, 0, 3, 1, 4)
-        a_NxD = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(N, D)
-        x_NxD = x_NxD + F.dropout(a_NxD @ self.attention_out, drop, self.training)
-        h_NxF = F.gelu(layer_norm(x_NxD, self.mlp_norm) @ self.mlp_in, approximate="tanh")
-        return x_NxD + F.dropout(h_NxF @ self.mlp_out, drop, self.training)
+        B, d, drop = N // L, D // self.config.heads, self.config.dropout
+        h_NxD = entering(layer_norm(x_NxD, self.attention_norm), self.qkv)
+        qkv_Nx3D = h_NxD @ own_heads(self.qkv)
+        q, k, v = qkv_Nx3D.view(B, L, 3, -1, d).permute(2, 0, 3, 1, 4)
+        a_NxD = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(N, -1)
+        a_NxD = leaving(a_NxD @ own(self.attention_out), self.attention_out)
+        x_NxD = x_NxD + F.dropout(a_NxD, drop, self.training)
+        h_NxD = entering(layer_norm(x_NxD, self.mlp_norm), self.mlp_in)
+        h_NxF = F.gelu(h_NxD @ own(self.mlp_in), approximate="tanh")
+        return x_NxD + F.dropout(leaving(h_NxF @ own(self.mlp_out), self.mlp_out), drop, self.training)
 
 
 def layer_norm(x_NxD: Tensor, scale_D: Tensor) -> Tensor:
