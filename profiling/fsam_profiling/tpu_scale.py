@@ -31,6 +31,8 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
         name: (step_cost.METHOD, dict(step_cost.SAVINGS)[name])
         for name in ("1/4", "1/8", "cut hidden", "1/8 + cut hidden")
     },
+    "adamw + remat": ("adamw", {"remat": True}),
+    "exact + remat": (step_cost.METHOD, {"remat": True}),
 }
 
 

@@ -20,7 +20,7 @@ from fsam_trainers.settings import Settings
 
 T = TypeVar("T")
 # Seconds that a rank waits for the others in a step before it gives them up.
-PATIENCE = 60.0
+PATIENCE = 50.0
 # For what one rank does while the others wait, tokenising. One that dies is noticed all the same, since its connections
 # close.
 UNHURRIED = timedelta(days=1)
