@@ -51,6 +51,7 @@ CASES = {name: {"method": name} for name in NAMES} | {
     "dropout, part of micro-batches": {
         "method": FUNCTIONAL, "micro_batches": 4, "correction_fraction": 1 / 4, "model": {"dropout": 0.2},
     },
+    "checkpointed blocks": {"method": FUNCTIONAL, "micro_batches": 2, "remat": True, "model": {"dropout": 0.2}},
 }  # fmt: skip
 
 
