@@ -12,6 +12,7 @@ from small_runs import save
 
 from fsam_core import UserError
 from fsam_trainers import cost, engine
+from fsam_trainers.models import torch_decoder
 from fsam_trainers.models.layout import ModelConfig
 from fsam_trainers.options import Compare, Train
 from fsam_trainers.settings import Settings
@@ -124,19 +125,19 @@ def test_half_floats_over_masters_follow_float32_in_both_frameworks():
 
 @pytest.mark.parametrize("changes", [{"framework": "jax"}, {"framework": "torch", "fsdp": 2}])
 def test_float16_without_a_loss_scale_is_refused(changes):
-    with pytest.raises(UserError, match="--dtype must be float32 or bfloat16 there: the loss scale of float16 is"):
+    with pytest.raises(UserError, match="--dtype must be float32 or bfloat16 there: float16's loss scale is PyTorch's"):
         dataclasses.replace(BASE, dtype="float16", **changes)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_blocks_are_compiled_whole_and_train_the_same(dtype, monkeypatch):
-    compiled, real = [], torch.nn.Module.compile
+    compiled, real = [], torch_decoder.Block.compile
 
     def compile_(module, **options):
         compiled.append((type(module).__name__, options))
         real(module, backend="aot_eager", **options)
 
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_)
+    monkeypatch.setattr(torch_decoder.Block, "compile", compile_)
     torch._dynamo.reset()
     eager, found = (losses("torch", {"dtype": dtype, "rho": 0.05, "compile": x}) for x in (False, True))
     assert compiled == [("Block", {"fullgraph": True})] * BASE.model.layers
