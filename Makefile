@@ -25,11 +25,11 @@ train: install
 	  --max-tokens 100000 --batch 8 --steps 700 --weight-decay 0.3 --out $(RUN)
 
 test: install
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 # Minutes long: ten kills and resumptions of a run in each framework, and what else is marked slow.
 test-slow: install
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
 
 lint: install
 	$(BIN)/ruff check .

@@ -317,16 +317,17 @@ def test_torch_any_shape_any_labels_any_chunks_any_options(n, d, v, rows, data):
     y = np.array(data.draw(st.lists(st.integers(-2, v - 1), min_size=n, max_size=n)))
     loss = {"label_smoothing": data.draw(st.sampled_from([0, 0.3])), "z_loss": data.draw(st.sampled_from([0, 1e-2]))}
     p = problem(n=n, d=d, v=v, seed=n + 10 * d + 100 * v, bias=data.draw(st.booleans()), **loss)
-    assert_all_as_good(
-        "torch", "float32", p._replace(y=y), k=4, chunk_bytes=4 * v * rows, keep=data.draw(st.booleans())
-    )
+    options = {"chunk_bytes": 4 * v * rows, "keep": data.draw(st.booleans())}
+    assert_all_as_good("torch", "float32", p._replace(y=y), k=4, by_terms=True, **options)
 
 
 @settings(max_examples=8, deadline=None)
 @given(y=st.lists(st.integers(-2, 4), min_size=6, max_size=6), keep=st.booleans())
 def test_xla_any_labels(y, keep):
     p = problem(n=6, d=3, v=5, seed=563)
-    assert_all_as_good("xla", "float32", p._replace(y=np.array(y)), k=4, keep=keep, chunk_bytes=8 * 5 * 2)
+    assert_all_as_good(
+        "xla", "float32", p._replace(y=np.array(y)), k=4, by_terms=True, keep=keep, chunk_bytes=8 * 5 * 2
+    )
 
 
 @pytest.mark.parametrize("backend", ["xla", "torch"])

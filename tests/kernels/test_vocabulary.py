@@ -48,6 +48,7 @@ CASES["triton with all options, 9 columns"] = (4, "triton", "float32", True, wit
 CASES["triton, a closed part"] = (4, "triton", "float32", False, masked(problem(bias=True, scale=3, n=7), -np.inf))
 WRONG = problem()._replace(y=np.full(N, V))
 CASES["a label outside"] = (4, "torch", "float32", False, WRONG)
+pytestmark = pytest.mark.xdist_group("vocabulary")  # all cases run in one go of the ranks
 ORDINARY = [name for name in CASES if name not in ("a label outside", "all rows ignored")]
 
 

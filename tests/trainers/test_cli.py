@@ -86,11 +86,16 @@ def head_losses(text, tmp_path_factory):
     return found
 
 
+HEADS_ARE_TRAINED_ONCE = pytest.mark.xdist_group("the head's options")
+
+
+@HEADS_ARE_TRAINED_ONCE
 @pytest.mark.parametrize("name", HEADS)
 def test_the_heads_options_train_alike_in_both_frameworks(name, head_losses):
     np.testing.assert_allclose(head_losses[name, "jax"], head_losses[name, "torch"], rtol=3e-4)
 
 
+@HEADS_ARE_TRAINED_ONCE
 @pytest.mark.parametrize("framework", ["jax", "torch"])
 def test_the_heads_options_do_what_they_say(framework, head_losses):
     plain = np.array(head_losses["plain", framework])
