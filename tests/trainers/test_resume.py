@@ -56,12 +56,13 @@ def test_a_signal_finishes_the_step_saves_and_the_same_command_goes_on(uninterru
     assert_same_weights(final_weights(command), weights)
 
 
-def kills(uninterrupted, text, tmp_path, count, seed):
+@pytest.mark.slow
+def test_kill_9_at_ten_random_moments_and_the_weights_are_those_of_one_piece(uninterrupted, text, tmp_path):
     framework, weights, whole = uninterrupted
     out = tmp_path / "run"
     command = run_arguments(text, out, framework)
-    rng = random.Random(seed)
-    for _ in range(count):
+    rng = random.Random(1)
+    for _ in range(10):
         process = fsam_process(command)
         # Any moment: while it starts, in a step, in an evaluation, in the middle of a checkpoint.
         if rng.random() < 0.2:
@@ -75,16 +76,15 @@ def kills(uninterrupted, text, tmp_path, count, seed):
     assert process.wait() == 0, process.communicate()[1]
     assert_same_weights(final_weights(command), weights)
     assert not list((out / "checkpoints").glob(".writing-*"))
-    steps = [line.split(",")[0] for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [line.split(",")[0] for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert metrics_steps(out) == metrics_steps(whole)
 
 
-def test_kill_9_three_times_and_the_weights_are_those_of_one_piece(uninterrupted, text, tmp_path):
-    kills(uninterrupted, text, tmp_path, 3, seed=0)
+def metrics_steps(out):
+    return [line.split(",")[0] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_kill_9_while_a_checkpoint_is_written_leaves_the_one_before(uninterrupted, text, tmp_path, monkeypatch, capsys):
-    framework, weights, _ = uninterrupted
+    framework, weights, whole = uninterrupted
     out = tmp_path / "run"
     command = run_arguments(text, out, framework)
     monkeypatch.setenv("HINDERED_SECONDS", "0.5")
@@ -100,11 +100,7 @@ def test_kill_9_while_a_checkpoint_is_written_leaves_the_one_before(uninterrupte
     assert valid_steps(out) == [35, 40]
     assert not list((out / "checkpoints").glob(".writing-*"))
     assert_same_weights(final_weights(command), weights)
-
-
-@pytest.mark.slow
-def test_kill_9_at_ten_random_moments_and_the_weights_are_those_of_one_piece(uninterrupted, text, tmp_path):
-    kills(uninterrupted, text, tmp_path, 10, seed=1)
+    assert metrics_steps(out) == metrics_steps(whole)
 
 
 def test_a_second_process_in_the_same_folder_is_turned_away(text, tmp_path):

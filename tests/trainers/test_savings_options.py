@@ -158,11 +158,10 @@ def test_the_loss_scale_of_a_run_is_in_its_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"dtype": "bfloat16", "ema": 0.9},
+        {"dtype": "bfloat16", "ema": 0.9, "every": 3, "between": "reuse", "probability": 0.5},
         pytest.param({"ascent": "previous", "rho_schedule": "cosine"}, marks=pytest.mark.slow),
-        {"every": 3, "between": "reuse", "probability": 0.5},
     ],
-    ids=["bfloat16, average", "previous", "reused"],
+    ids=["bfloat16, average, reused", "previous"],
 )
 def test_a_restored_run_goes_on_to_the_same_bits(framework, changes, tmp_path):
     random = np.random.default_rng(0)
