@@ -32,7 +32,6 @@ from fsam_kernels import spec
 from fsam_kernels.shapes import WEIGHTS
 from fsam_kernels.torch import Adam, Rounding, perturb, preconditioned_norm
 from fsam_profiling import results
-from fsam_trainers.files import write_json
 
 ADAM: dict[str, Any] = {"b2": 0.95, "eps": 1e-8, "correction": 1 - 0.95**100}
 WAYS = ("float32", "bfloat16 from masters", "bfloat16 from masters, at random", "bfloat16 in place")
@@ -101,9 +100,7 @@ def main() -> None:
             raise UserError(f"--model: {options.model!r} is not known; use {', '.join(WEIGHTS)}")
         rows = measure(WEIGHTS[options.model], options.rho)
         if options.json is not None:
-            command = " ".join(["python -m fsam_profiling.arrival", *sys.argv[1:]])
-            content = results.content("arrival", rows, {"model": options.model})
-            write_json(options.json, content | {"command": command})
+            results.write(options.json, "arrival", rows, {"model": options.model}, "fsam_profiling.arrival")
     except UserError as error:
         sys.exit(f"arrival: error: {error}")
     table = Table("weights", *(f"ρ = {rho:g}" for rho in options.rho), title=f"{options.model}: projection (length)")

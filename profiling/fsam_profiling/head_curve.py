@@ -7,7 +7,6 @@ compiler, without one: see `tpu` for whose estimates these are.
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from rich.table import Table
 
 from fsam_core.errors import UserError
 from fsam_kernels.shapes import HEADS
+from fsam_profiling import results
 from fsam_profiling.tpu import Compiled, compile_for, to_json
 
 PROGRAMS = "fsam_profiling.head_programs:"
@@ -78,9 +78,10 @@ def main() -> None:
         rows = measure(options)
     except UserError as error:
         sys.exit(f"head_curve: error: {error}")
-    if options.json is not None:
-        options.json.write_text(json.dumps(rows, indent=1))
     size = HEADS[options.head]
+    if options.json is not None:
+        about = {"chip": options.chip, "head": options.head, **size._asdict()}
+        results.write(options.json, "tpu head", rows, about, "fsam_profiling.head_curve")
     title = f"TPU {options.chip}, {options.head}: N={size.N} D={size.D} V={size.V}, bfloat16"
     heads = ("program", "backend", "rows a chunk", "Mcycles", "of it kernels", "x products", "temporaries MB", "spills")
     table = Table(*heads, title=title)

@@ -38,6 +38,10 @@ def _widths(row: Row) -> str:
     return f"{narrowest('load_bytes')}/{narrowest('store_bytes')}"
 
 
+def _sent(*collectives: str) -> Callable[[Row], str]:
+    return lambda row: amount(sum(row["collectives"].get(x, {}).get("bytes", 0) for x in collectives) / 1e9)
+
+
 _STEP: Columns = {"method": _text("method"), "saving or peer": _text("saving")}
 _TPU: Columns = {
     "Mcycles": _mega("cycles"),
@@ -73,7 +77,17 @@ COLUMNS: dict[str, Columns] = {
         "× AdamW by schedule": _number("scheduled_ratio", ".3f"),
     }
     | _TPU,
-    "tpu head": {"program": _text("program")} | _TPU,
+    "tpu head": {"program": _text("program"), "backend": _text("backend")}
+    | {"rows a chunk": _number("rows", ",d"), "× products": _number("ratio", ".3f")}
+    | _TPU,
+    "tpu scale": {"step": _text("row")}
+    | {
+        "peak GiB a chip": lambda row: amount(row["peak_bytes"] / 2**30),
+        "× AdamW": _number("x_adamw", ".2f"),
+        "temporaries GiB": lambda row: amount(row["temporary_bytes"] / 2**30),
+        "GB gathered": _sent("all-gather"),
+        "GB reduced": _sent("all-reduce", "reduce-scatter"),
+    },
     "tpu parameters": {
         "operation": _text("operation"),
         "bytes a weight": _number("bytes_per_parameter"),
@@ -136,6 +150,7 @@ WHOSE = {
     "results once over the published bandwidth.",
     "tpu head": "Estimates, not timings: the TPU compiler's cost model for XLA's instructions, schedule or bytes over "
     "bandwidth for kernels; memory is the compiler's own account.",
+    "tpu scale": "The compiler's own account; what a sharded step gathers and reduces is counted in its program.",
     "tpu parameters": "Estimates, not timings: by schedule is the larger of a loop's bundles and its bytes over the "
     "published bandwidth, by cost model the compiler's own.",
     "gpu step": _GPU_WHOSE,

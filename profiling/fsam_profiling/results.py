@@ -13,6 +13,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +25,24 @@ from fsam_trainers.options import command_line
 LAYOUT = 1
 
 
-def write(path: Path, kind: str, rows: list[dict[str, Any]], about: dict[str, Any] | None = None) -> None:
-    """Write the file, whole or not at all.
+def write(
+    path: Path, kind: str, rows: list[dict[str, Any]], about: dict[str, Any] | None = None, module: str = ""
+) -> None:
+    """Write the file, whole or not at all; `module` is what runs by `python -m` where that is not the fsam command.
 
     Raises:
         UserError: when the disk refuses.
     """
-    write_json(path, content(kind, rows, about))
-
-
-def content(kind: str, rows: list[dict[str, Any]], about: dict[str, Any] | None = None) -> dict[str, Any]:
-    return {
+    command = shlex.join(["python", "-m", module, *sys.argv[1:]]) if module else command_line()
+    content = {
         "fsam_profile": LAYOUT,
         "kind": kind,
-        "command": command_line(),
+        "command": command,
         "machine": machine(),
         "about": about or {},
         "rows": rows,
     }
+    write_json(path, content)
 
 
 def read(path: Path) -> dict[str, Any]:

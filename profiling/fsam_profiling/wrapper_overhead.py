@@ -34,7 +34,6 @@ from fsam_core import UserError, backends
 from fsam_profiling import results, step_settings
 from fsam_profiling.step_cost import interleaved
 from fsam_trainers.cost import against
-from fsam_trainers.files import write_json
 from fsam_trainers.models import torch_decoder
 from fsam_trainers.models.layout import ModelConfig
 
@@ -164,8 +163,7 @@ def main() -> None:
         return
     if options.json is not None:
         about = {"preset": options.preset, "ranks": count, "repeats": options.repeats}
-        command = " ".join(["python -m fsam_profiling.wrapper_overhead", *sys.argv[1:]])
-        write_json(options.json, results.content("wrapper overhead", rows, about) | {"command": command})
+        results.write(options.json, "wrapper overhead", rows, about, "fsam_profiling.wrapper_overhead")
     table = Table("AdamW step", "ms", "x by hand (20–80 %)", title=f"{options.preset}, FSDP2 of {count} ranks")
     for row in rows:
         spread = f"{row['ratio']:.3f} ({row['ratio_p20']:.3f}–{row['ratio_p80']:.3f})"

@@ -47,7 +47,9 @@ def test_the_command_prints_a_table_and_writes_json(monkeypatch, tmp_path, capsy
     path = tmp_path / "arrival.json"
     monkeypatch.setattr("sys.argv", ["arrival", "--model", "small", "--rho", "0.01", "--json", str(path)])
     arrival.main()
-    rows = json.loads(path.read_text())["rows"]
+    written = json.loads(path.read_text())
+    assert written["command"] == f"python -m fsam_profiling.arrival --model small --rho 0.01 --json {path}"
+    rows = written["rows"]
     out = capsys.readouterr().out
     assert [row["way"] for row in rows] == list(arrival.WAYS)
     assert f"{rows[0]['projection']:.4f}" in out

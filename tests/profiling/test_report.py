@@ -84,6 +84,12 @@ def test_a_ratio_that_its_spread_hides_is_not_printed():
     assert cells[0][headings.index("base forward")] == ""
 
 
+def test_what_a_sharded_step_sends_is_summed_by_what_becomes_of_it():
+    sent = {"all-reduce": {"bytes": 1.5e9}, "reduce-scatter": {"bytes": 1e9}, "all-gather": {"bytes": 3e8}}
+    row = {"row": "exact", "peak_bytes": 2**31, "x_adamw": 1.06, "temporary_bytes": 2**30, "collectives": sent}
+    assert report_tables.table("tpu scale", [row])[1] == [["exact", "2", "1.06", "1", "0.3", "2.5"]]
+
+
 def test_a_kind_that_is_not_known_shows_its_plain_columns():
     rows = [{"variant": "ours", "ms": 1234.56, "of": {"a": 1}}, {"variant": "theirs", "ms": 2.0, "more": 3}]
     headings, cells = report_tables.table("somebody's", rows)
