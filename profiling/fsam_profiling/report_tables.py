@@ -61,7 +61,9 @@ COLUMNS: dict[str, Columns] = {
         "tokens/s": _number("tokens_per_s", ",.0f"),
         "× AdamW (20–80 %)": lambda row: ratio_text(row, "ratio"),
         "FLOP use": _number("utilisation", ".0%"),
-        "× PyTorch (20–80 %)": lambda row: "" if row["framework"] == "torch" else ratio_text(row, "to_torch"),
+        "× PyTorch (20–80 %)": lambda row: (
+            "" if row["framework"] == "torch" or row["to_torch"] is None else ratio_text(row, "to_torch")
+        ),
         "peak MiB": lambda row: "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}",
     },
     "trace": {

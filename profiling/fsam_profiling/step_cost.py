@@ -174,8 +174,9 @@ def measure(options: Options) -> tuple[list[dict[str, Any]], dict[str, float]]:
         row |= {"params": one.settings.model.parameters, "tokens": one.settings.tokens_per_step}
         row |= figures(milliseconds, means[framework, "adamw", ""], work, ceilings[framework])
         row["tokens_per_s"] = 1e3 * row["tokens"] / row["step_ms"]
-        other = against(milliseconds, means.get(("torch", method, saving), milliseconds))
-        row |= {f"to_torch{key.removeprefix('ratio')}": value for key, value in other.items()}
+        other = means.get(("torch", method, saving))
+        beside = against(milliseconds, milliseconds if other is None else other)
+        row |= {f"to_torch{x.removeprefix('ratio')}": None if other is None else y for x, y in beside.items()}
         row["peak_bytes"] = peak_bytes(one) if options.peak else None
         row["regions"] = _regions(one) if options.regions and not one.peer else None
         found.append(row)
@@ -294,7 +295,7 @@ def table(found: list[dict[str, Any]], options: Options) -> Table:
         is_base = row["method"] == "adamw" and not row["saving"]
         cells += ["1" if is_base else ratio_text(row, "ratio"), f"{row['utilisation']:.0%}"]
         if options.framework == "both":
-            alone = row["framework"] == "torch" or (row["peer"] and row["saving"] != "textbook")
+            alone = row["framework"] == "torch" or row["to_torch"] is None
             cells.append("" if alone else ratio_text(row, "to_torch"))
         result.add_row(*cells)
     return result

@@ -84,6 +84,12 @@ def test_a_ratio_that_its_spread_hides_is_not_printed():
     assert cells[0][headings.index("base forward")] == ""
 
 
+def test_frameworks_are_not_set_against_each_other_where_there_is_one():
+    alone = {f"to_torch{end}": None for end in ("", "_p20", "_p80", "_resolved")}
+    headings, _ = report_tables.table("step", [row | {"framework": "jax"} | alone for row in steps()])
+    assert "× PyTorch (20–80 %)" not in headings
+
+
 def test_what_a_sharded_step_sends_is_summed_by_what_becomes_of_it():
     sent = {"all-reduce": {"bytes": 1.5e9}, "reduce-scatter": {"bytes": 1e9}, "all-gather": {"bytes": 3e8}}
     row = {"row": "exact", "peak_bytes": 2**31, "x_adamw": 1.06, "temporary_bytes": 2**30, "collectives": sent}
