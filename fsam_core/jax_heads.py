@@ -16,7 +16,6 @@ from fsam_core.heads import check
 from fsam_kernels.memory import Memory
 from fsam_kernels.options import CROSS_ENTROPY, Layout, Loss
 from fsam_kernels.xla.chunks import shards
-from fsam_kernels.xla.device import traced_for
 
 
 @dataclass(frozen=True)
@@ -138,9 +137,8 @@ def keeps(head: LinearHead | Logits, micro_batches: int, memory: Memory) -> bool
     """Whether the cotangents of that many such micro-batches are kept for a second pass."""
     if isinstance(head, Logits):
         return False
-    (N, D), V = head.hidden.shape, len(head.weight)
-    N = N // shards(memory.row_axes) * micro_batches
-    return memory.keeps(N, D, V, head.hidden.dtype.itemsize, traced_for().kind)
+    N = len(head.hidden) // shards(memory.row_axes) * micro_batches
+    return memory.keeps(N, len(head.weight), head.hidden.dtype.itemsize)
 
 
 def _present(gradients: tuple[Any, ...]) -> tuple[jax.Array, ...]:

@@ -172,8 +172,8 @@ def keeps(head: FlatHead | Logits, micro_batches: int, memory: Memory) -> bool:
     """Whether the cotangents of that many such micro-batches are kept for a second pass."""
     if isinstance(head, Logits):
         return False
-    (N, D), V = head.hidden.shape, len(head.weight) if head.vocabulary is None else head.vocabulary.widest
-    return memory.keeps(N * micro_batches, D, V, head.hidden.element_size(), head.hidden.device.type)
+    V = len(head.weight) if head.vocabulary is None else head.vocabulary.widest
+    return memory.keeps(len(head.hidden) * micro_batches, V, head.hidden.element_size())
 
 
 def sums_in_place(head: FlatHead | Logits) -> bool:

@@ -67,19 +67,14 @@ def head_bytes(
     return always + max(chunk, narrow * V * D * itemsize)
 
 
-# Operations done in the time one byte of memory is moved, from published bfloat16 peaks. A GPU that is not told apart
-# counts as an H100, 989 T / 3.35 T; TPUs by JAX's names for them. A 2-core CPU: about 100 G / 10 G.
-_OPERATIONS_PER_BYTE = {"cpu": 10, "TPU v4": 229, "TPU v5 lite": 240, "TPU v5": 166, "TPU v6 lite": 560, "TPU7x": 312}
-
-
 @dataclass(frozen=True)
 class Memory:
     """What a step may spend on the head.
 
     Attributes:
         cotangent: how the logit cotangent waits for the second pass. "recompute" holds h and a few floats a row, and
-            makes the logits again, one matrix product; "keep" holds P itself, N·V values in the dtype of h; "auto"
-            keeps it when that fits in `keep_bytes` and `keeps` finds it faster.
+            makes the logits again, one matrix product; "keep" holds P itself, N·V values in the dtype of h, and is
+            faster; "auto" keeps it where that fits in `keep_bytes`.
         keep_bytes: what "auto" may hold, over all micro-batches of a step on a device.
         chunk_bytes: working memory of a chunk of rows; None for the platform's default.
         row_axes: in JAX, the axes of the mesh in use that the tokens are sharded over. Budgets are then for a device.
@@ -101,16 +96,14 @@ class Memory:
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be a number of bytes > 0, got {value!r}")
 
-    def keeps(self, N: int, D: int, V: int, itemsize: int, device: str) -> bool:
-        """Whether N rows' P is kept, on a "cpu", a GPU by any name, or a TPU by the name JAX has for it.
+    def keeps(self, N: int, V: int, itemsize: int) -> bool:
+        """Whether the P of N rows and V columns is kept, at `itemsize` bytes a value.
 
-        Keeping writes N·V values and reads them back, recomputing costs a matrix product of 2·N·D·V operations, so it
-        is faster where 2 · itemsize · (operations a byte) < 2 · D.
+        Keeping is the faster whatever D is, wherever it was tried. A product that is cheap beside the N·V values of P
+        would speak for recomputing if P were never in memory there; but no backend fuses P into both of its products,
+        so recomputing writes and reads as many bytes, and in the base pass a chunk's P is written in either case.
         """
-        if self.cotangent != "auto":
-            return self.cotangent == "keep"
-        faster = itemsize * _OPERATIONS_PER_BYTE.get(device, 295) < D
-        return faster and N * V * itemsize <= self.keep_bytes
+        return self.cotangent == "keep" or (self.cotangent == "auto" and N * V * itemsize <= self.keep_bytes)
 
 
 AUTO = Memory()

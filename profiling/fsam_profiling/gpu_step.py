@@ -50,13 +50,13 @@ class Calls(NamedTuple):
 
 
 def calls(shape: str, method: str, changes: dict[str, Any]) -> Calls:
-    """What a step of the trainer calls, with the cotangent kept or recomputed as on a GPU at that shape.
+    """What a step of the trainer calls, with the cotangent kept or recomputed as at that shape.
 
     Raises:
         UserError: for a step with an operation that `fsam_kernels.triton.parameters` does not list.
     """
-    N, D, V = HEADS[shape]
-    kept = AUTO.keeps(round(N * changes.get("correction_fraction", 1)), D, V, torch.bfloat16.itemsize, "cuda")
+    N, _, V = HEADS[shape]
+    kept = AUTO.keeps(round(N * changes.get("correction_fraction", 1)), V, torch.bfloat16.itemsize)
     changes = {"cotangent": "keep" if kept else "recompute", **changes}
     chosen = settings("tiny", method, framework="torch", backend="torch", dtype="bfloat16", changes=changes, **SMALL)
     trained, tokens_BxL1 = engine.make(chosen), random_tokens(chosen)

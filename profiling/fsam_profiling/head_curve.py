@@ -1,8 +1,8 @@
 """Cycles and memory of the head on a TPU as a curve over the rows of a chunk: `python -m fsam_profiling.head_curve`.
 
 Loss, both gradients and what is kept, by XLA alone and with the Pallas forward stage, against the three bare matrix
-products; and the second pass through a kept cotangent against its two. Everything is compiled for the chip by its own
-compiler, without one: see `tpu` for whose estimates these are.
+products; and the second pass through a cotangent that was kept, or is made again, against its two. Everything is
+compiled for the chip by its own compiler, without one: see `tpu` for whose estimates these are.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
     found.append(second)
     for backend, rows in chunks:
         found.append(figures("second pass, kept", "second_pass", two, backend, rows)[1])
+        found.append(figures("second pass, made again", "second_pass", two, backend, rows, keep=False)[1])
     return found
 
 

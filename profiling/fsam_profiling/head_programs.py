@@ -91,8 +91,10 @@ def first_pass(
     return function, arguments
 
 
-def second_pass(N: int, D: int, V: int, dtype: str = "bfloat16", *, backend: str, rows: int) -> Program:
-    """`logit_vjp` of a cotangent that was kept, in chunks of `rows` rows."""
+def second_pass(
+    N: int, D: int, V: int, dtype: str = "bfloat16", *, backend: str, rows: int, keep: bool = True
+) -> Program:
+    """`logit_vjp` of a cotangent that was kept, or is made again, in chunks of `rows` rows."""
     stages = importlib.import_module(f"fsam_kernels.{backend}.rows")
     h, w, labels, weights = arrays(N, D, V, dtype)
 
@@ -102,13 +104,13 @@ def second_pass(N: int, D: int, V: int, dtype: str = "bfloat16", *, backend: str
             w_VxD,
             labels_N,
             weights_N,
-            keep=True,
+            keep=keep,
             chunk_bytes=_chunk_bytes(backend, rows, V, dtype),
             stages=stages,
         )[2]
 
     def function(cotangent: Any, h_NxD: jax.Array, w_VxD: jax.Array) -> Any:
-        return logit_vjp(cotangent, h_NxD, w_VxD, stages=stages)
+        return logit_vjp(cotangent, h_NxD, w_VxD, chunk_bytes=_chunk_bytes(backend, rows, V, dtype), stages=stages)
 
     return function, (jax.eval_shape(cotangent_of, h, w, labels, weights), h, w)
 

@@ -24,6 +24,19 @@ def test_error_is_within_that_of_plain_code(dtype, keep):
     assert_all_as_good("pallas", dtype, problem(dtype, 30), keep=keep, chunk_bytes=SIXTEEN_ROWS)
 
 
+def test_what_is_made_again_is_what_would_have_been_kept():
+    p = problem("bfloat16", 30)
+    give = lambda *names: [to("pallas", getattr(p, x), "bfloat16") for x in names]
+    args = *give("h", "w"), to("pallas", p.y), to("pallas", p.weights, "float32")
+    moved = [to("pallas", x, "bfloat16") for x in p.moved[:2]]
+    kept, made = (
+        fsam_kernels.pallas.logit_vjp(fsam_kernels.pallas.linear_cross_entropy(*args, keep=keep)[2], *moved)
+        for keep in (True, False)
+    )
+    for x, y in zip(kept[:2], made[:2], strict=True):
+        assert np.array_equal(back(x), back(y))
+
+
 def test_all_options_together():
     p = with_options(tuple(OPTIONS), scale=3)
     assert_all_as_good("pallas", "float32", p, keep=True, chunk_bytes=SIXTEEN_ROWS)
@@ -43,8 +56,9 @@ def test_cross_entropy_and_its_gradients(reduction):
 
 # The interpreter of Pallas holds a device in a barrier for all others: on two cores under load four of them have
 # come to a standstill, which XLA ends after a while with the whole process.
+@pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("backend", ["xla", pytest.param("pallas", marks=pytest.mark.slow)])
-def test_on_a_mesh_it_is_the_same(backend):
+def test_on_a_mesh_it_is_the_same(backend, keep):
     p = problem(n=64, scale=2)
     plain = head("xla", "float32", p)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -55,7 +69,7 @@ def test_on_a_mesh_it_is_the_same(backend):
 
     @jax.jit
     def both(h, w, y, weights, h2, w2):
-        loss, lse, z, base = ops.linear_cross_entropy(h, w, y, weights, gradient=True, keep=True, **options)
+        loss, lse, z, base = ops.linear_cross_entropy(h, w, y, weights, gradient=True, keep=keep, **options)
         return loss, lse, base[:2], ops.logit_vjp(z, h2, w2, **options)[:2]
 
     with jax.set_mesh(mesh):

@@ -28,7 +28,6 @@ from fsam_trainers.presets import preset
 from fsam_trainers.settings import SAVINGS as TRAINED
 from fsam_trainers.settings import Settings
 
-_TPUS = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}
 STEPS = 1000  # of the run: schedules are averaged, so it says nothing
 
 
@@ -156,7 +155,7 @@ def figures(options: Cost) -> dict[str, Any]:
         sets = cost.within(options.budget, model, machine, asked, tokens=tokens, spare=options.spare)
         rows = [(_label(changes), one) for changes, one in sets]
     else:
-        chosen = _every_saving(settings, model, asked, platform) if options.all else [(options.method, asked)]
+        chosen = _every_saving(settings, model, asked) if options.all else [(options.method, asked)]
         rows = [(name, cost.of(model, o, tokens)) for name, o in chosen]
     title = f"{options.preset}, {model.parameters / 1e6:,.0f}M parameters, {tokens:,} tokens a step"
     if options.devices > 1:
@@ -172,10 +171,7 @@ def figures(options: Cost) -> dict[str, Any]:
 
 
 def options_of(settings: Settings, platform: str, *, devices: int = 1) -> cost.Options:
-    """A run of the trainers as the cost model sees it, with the batch and micro-batches of one device.
-
-    `platform` is "cpu", a GPU by any name, or a TPU by JAX's name for it: what `fsam_kernels.memory` decides by.
-    """
+    """A run of the trainers on "cpu" or elsewhere, as the cost model sees it: batch and micro-batches of one device."""
     method = settings.as_method()
     changes: dict[str, Any] = {"path": "base"}
     if isinstance(method, Perturbed):
@@ -191,13 +187,13 @@ def options_of(settings: Settings, platform: str, *, devices: int = 1) -> cost.O
         framework=settings.framework,
         chunk_bytes=default_chunk_bytes(platform),
     )
-    return _with_cotangent(found, settings, platform)
+    return _with_cotangent(found, settings)
 
 
-def _with_cotangent(o: cost.Options, settings: Settings, platform: str) -> cost.Options:
+def _with_cotangent(o: cost.Options, settings: Settings) -> cost.Options:
     """The cotangent as the step would decide about it."""
     rows, model = int(settings.tokens_per_step * o.fraction), settings.model
-    keeps = Memory(settings.cotangent).keeps(rows, model.width, model.vocab_size, o.itemsize, platform)
+    keeps = Memory(settings.cotangent).keeps(rows, model.vocab_size, o.itemsize)
     return dataclasses.replace(o, cotangent="keep" if keeps else "recompute")
 
 
@@ -222,9 +218,7 @@ def _settings(options: Cost) -> Settings:
     return Settings(**changes, model=model, steps=STEPS, batch=batch // options.devices, dtype=dtype)
 
 
-def _every_saving(
-    settings: Settings, model: cost.Model, asked: cost.Options, platform: str
-) -> list[tuple[str, cost.Options]]:
+def _every_saving(settings: Settings, model: cost.Model, asked: cost.Options) -> list[tuple[str, cost.Options]]:
     """The rows of `SAVINGS` that go with what was asked for."""
     found = []
     for name, row in SAVINGS:
@@ -233,14 +227,14 @@ def _every_saving(
             one = dataclasses.replace(asked, **changes)
         except UserError:
             continue
-        found.append((name, one if "cotangent" in changes else _with_cotangent(one, settings, platform)))
+        found.append((name, one if "cotangent" in changes else _with_cotangent(one, settings)))
     return found
 
 
 def _platform(options: Cost) -> str:
-    """What `fsam_kernels.memory` calls the machine."""
+    """Of the machine; of one by name all that matters is that it is no CPU."""
     if options.machine != "here":
-        return _TPUS.get(options.machine, "cuda")
+        return "accelerator"
     if options.framework == "torch":
         import torch
 
@@ -248,8 +242,7 @@ def _platform(options: Cost) -> str:
         return "cpu" if found is None else found.type
     import jax
 
-    device = jax.devices()[0]
-    return device.platform if device.platform == "cpu" else device.device_kind
+    return jax.default_backend()
 
 
 def _machine(options: Cost, model: cost.Model, o: cost.Options, tokens: float) -> cost.Machine:

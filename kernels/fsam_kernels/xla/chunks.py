@@ -35,7 +35,7 @@ def count(N: int, row_bytes: int, chunk_bytes: int | None) -> int:
     `chunk_bytes` None takes `memory.default_chunk_bytes` of the platform that is compiled for. A number of chunks that
     divides N is preferred, up to twice as many, because then nothing is padded.
     """
-    budget = default_chunk_bytes(traced_for().platform) if chunk_bytes is None else chunk_bytes
+    budget = default_chunk_bytes(traced_for()) if chunk_bytes is None else chunk_bytes
     rows = max(1, budget // row_bytes)
     least = -(-N // rows)
     return next((m for m in range(least, min(2 * least, N) + 1) if N % m == 0), least)

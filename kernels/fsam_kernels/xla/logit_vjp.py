@@ -27,7 +27,8 @@ def logit_vjp(
     """(h̄_NxD, w̄_VxD, b̄_V) of `spec.logit_vjp`; w̄ and b̄ are summed in float32, all in the dtypes of h, w and b.
 
     A cotangent that was kept costs the two matrix products and nothing else, unless there is a soft-cap, whose
-    derivative is taken at this head. One that was not is recomputed from its own head, chunk by chunk.
+    derivative is taken at this head. One that was not is made again from its own head, chunk by chunk, as the first
+    pass made it.
 
     Args:
         h_NxD, w_VxD, bias_V: the head to pull back through, of the shapes the cotangent was made from; `bias_V` if and
@@ -36,17 +37,19 @@ def logit_vjp(
     """
     base, N, V = cotangent, len(h_NxD), len(w_VxD)
     if base.kept is None:
-        m = plain.chunk_count(N // chunks.shards(row_axes), V, h_NxD.dtype.itemsize, chunk_bytes, keep=False)
+        m = stages.chunk_count(N // chunks.shards(row_axes), V, h_NxD.dtype.itemsize, chunk_bytes, keep=False)
     else:
         m = len(jax.tree.leaves(base.kept)[0])
-    strided = base.kept is None or stages is plain or bool(row_axes)  # as it was kept
+    strided = stages is plain or bool(row_axes)  # as in the first pass
+    forward = chunks.on_each_device(stages.forward, row_axes) if stages is not plain else stages.forward
     sums = Sums(h_NxD, w_VxD, bias_V, base.weights_N, wide_wbar, chunks.summing(N, m, row_axes))
 
     def one(total: Any, chunk: Any) -> Any:
         h_CxD, weights_C, labels_C, rows, base_CxD, kept = chunk
         if base.w_VxD is not None:
-            u_CxV = plain.logits(base_CxD, base.w_VxD, base.bias_V)
-            q_CxV, factor_C = plain.scaled_operand(u_CxV, rows, labels_C, base.loss, h_NxD.dtype)
+            # Figures of the rows come with the tiles: hidden behind a kernel's product, and in XLA dead code.
+            _, tiles = forward(base_CxD, base.w_VxD, base.bias_V, labels_C, base.loss, tiles=True)
+            q_CxV, factor_C = stages.scaled_operand(tiles, rows, labels_C, base.loss, h_NxD.dtype)
         else:
             q_CxV, factor_C = stages.scaled_kept(kept, rows, labels_C, base.loss, h_NxD.dtype)
         moved_CxV = plain.logits(h_CxD, w_VxD, bias_V) if base.loss.soft_cap is not None else q_CxV
