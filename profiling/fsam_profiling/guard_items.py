@@ -90,6 +90,8 @@ def programs() -> Iterator[Program]:
             options = large | pallas | {"backend": backend}
             yield Program(f"tpu {chip} head reference {backend}", chip, first, options)
         yield Program(f"tpu {chip} second pass reference pallas", chip, second, large | pallas)
+        name = f"tpu {chip} second pass made again reference pallas"
+        yield Program(name, chip, second, large | pallas | {"keep": False})
     for method, saving, changes in step_cost.programs(""):
         if method in ("adamw", "sam", step_cost.METHOD):
             options = _step("tiny", method, changes, "xla")
