@@ -344,7 +344,7 @@ class Tpu:
     head: str = "reference"
     """shape: tiny, 2m, 24m, 43m, 118m, 1208m, reference, gpt2, llama3-8b"""
     backend: Literal["all", "xla", "pallas"] = "all"
-    """whose loss and gradients: all of them, xla or pallas"""
+    """whose loss and gradients: all of them (of scale: xla), xla or pallas"""
     rows: int = 2048
     """rows of a chunk of the head"""
     preset: str = "24m"

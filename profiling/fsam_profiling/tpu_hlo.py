@@ -136,6 +136,8 @@ def instructions(text: str) -> dict[str, tuple[str, str]]:
 def each(text: str) -> Iterator[tuple[Instruction, int]]:
     """Every instruction of a compiled module, of any platform, those inside fusions too, and how often it runs.
 
+    What is inside a loop under `RARE` is left out.
+
     Raises:
         UserError: as `read`.
     """
@@ -145,6 +147,8 @@ def each(text: str) -> Iterator[tuple[Instruction, int]]:
         body = computations[name]
         for one in body.values():
             yield one, times
+            if one.opcode == "while" and RARE in _scope(one).split("/"):
+                continue
             trips = _trips(computations, body, one) if one.opcode == "while" else 1
             for called in re.findall(r"\b(?:body|to_apply|calls)=\{?%?([\w.\-]+)", one.text):
                 yield from inside(called, times * trips)

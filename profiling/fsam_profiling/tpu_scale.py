@@ -52,7 +52,7 @@ def run(options: tpu.Tpu) -> int:
         "vocab_size": options.vocab_size,
         "dtype": options.dtype,
         "micro_batches": options.micro_batches,
-        "backend": "xla",
+        "backend": "xla" if options.backend == "all" else options.backend,
         "fsdp": chips,
     }
     about = {"chip": options.chip, "topology": CHIPS[options.chip][0], **same}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from fsam_profiling import collectives, tpu_scale
+from fsam_profiling import collectives, tpu_hlo, tpu_scale
 
 
 def program(function, *shapes_and_specs) -> list[collectives.Collective]:
@@ -42,6 +42,16 @@ def test_kinds_shapes_bytes_and_loops():
     }
 
 
+def test_what_seldom_runs_is_left_out():
+    def function(a, b):
+        with jax.named_scope(tpu_hlo.RARE):
+            # How often it turns is not in the program; each turn reduces.
+            return jax.lax.while_loop(lambda x: (x > 1).any(), lambda x: x / (1 + jnp.abs(x).sum()), a) + b.sum()
+
+    found = program(function, ((8, 3), ROWS), ((16, 2), ROWS))
+    assert [(x.kind, x.times, x.bytes) for x in found] == [("all-reduce", 1, 4)]
+
+
 def test_a_program_of_one_device_has_none():
     assert collectives.totals(program(lambda a: a.sum(), ((8, 3), WHOLE))) == {}
 
@@ -54,9 +64,10 @@ def test_an_asynchronous_gather_gives_its_operand_too(start):
 
 
 @pytest.mark.slow
-def test_each_of_four_chips_holds_a_quarter_of_weights_and_moments():
+@pytest.mark.parametrize("backend", ["xla", "pallas"])
+def test_each_of_four_chips_holds_a_quarter_of_weights_and_moments(backend):
     pytest.importorskip("libtpu")
-    same = {"name": "tiny", "batch": 64, "dtype": "bfloat16", "micro_batches": 2, "backend": "xla", "fsdp": 4}
+    same = {"name": "tiny", "batch": 64, "dtype": "bfloat16", "micro_batches": 2, "backend": backend, "fsdp": 4}
     rows = {
         name: tpu_scale.compiled("v5e", same | {"method": method, "changes": changes})
         for name, (method, changes) in tpu_scale.ROWS.items()
