@@ -146,6 +146,8 @@ def test_every_parameter_kernel_on_every_target_and_model():
     [
         ("24m", {"cotangent": "recompute"}, 2),
         pytest.param("24m", {}, 1, marks=pytest.mark.slow),
+        pytest.param("118m", {}, 1, marks=pytest.mark.slow),
+        pytest.param("24m", {"cotangent": "keep"}, 1, marks=pytest.mark.slow),
         pytest.param("24m", {"correction_fraction": 0.25}, 1, marks=pytest.mark.slow),
         pytest.param("24m", {"correction_fraction": 0.25, "cotangent": "recompute"}, 1.25, marks=pytest.mark.slow),
         pytest.param("24m", {"correction_fraction": 0.125, "cut": "hidden"}, 1, marks=pytest.mark.slow),
