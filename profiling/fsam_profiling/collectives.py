@@ -56,3 +56,8 @@ def totals(program: list[Collective]) -> dict[str, dict[str, int]]:
         sums["operations"] += one.times
         sums["bytes"] += one.times * one.bytes
     return kinds
+
+
+def bytes_of(sums: dict[str, dict[str, int]], *kinds: str) -> int:
+    """The bytes of these kinds together, of what `totals` gives."""
+    return sum(sums.get(kind, {}).get("bytes", 0) for kind in kinds)

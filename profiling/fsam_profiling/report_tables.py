@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from fsam_profiling.collectives import bytes_of
 from fsam_profiling.step_cost import ratio_text
 from fsam_profiling.step_regions import in_order
 
@@ -38,8 +39,8 @@ def _widths(row: Row) -> str:
     return f"{narrowest('load_bytes')}/{narrowest('store_bytes')}"
 
 
-def _sent(*collectives: str) -> Callable[[Row], str]:
-    return lambda row: amount(sum(row["collectives"].get(x, {}).get("bytes", 0) for x in collectives) / 1e9)
+def _sent(*kinds: str) -> Callable[[Row], str]:
+    return lambda row: amount(bytes_of(row["collectives"], *kinds) / 1e9)
 
 
 _STEP: Columns = {"method": _text("method"), "saving or peer": _text("saving")}

@@ -147,7 +147,7 @@ def each(text: str) -> Iterator[tuple[Instruction, int]]:
         body = computations[name]
         for one in body.values():
             yield one, times
-            if one.opcode == "while" and RARE in _scope(one).split("/"):
+            if one.opcode == "while" and _is_rare(one):
                 continue
             trips = _trips(computations, body, one) if one.opcode == "while" else 1
             for called in re.findall(r"\b(?:body|to_apply|calls)=\{?%?([\w.\-]+)", one.text):
@@ -203,8 +203,7 @@ def _until_bracket(rest: str) -> str:
 def _count(computations: dict, name: str, times: int, rare: bool, program: Program) -> None:
     body = computations[name]
     for one in body.values():
-        scope = _scope(one)
-        one_rare = rare or RARE in scope.split("/")
+        one_rare = rare or _is_rare(one)
         if one.opcode == "while":
             inside = _called(one, "body")
             # A loop that turns now and then, under `RARE`, is counted as if it turned once.
@@ -212,7 +211,7 @@ def _count(computations: dict, name: str, times: int, rare: bool, program: Progr
             _count(computations, inside, times * trips, one_rare, program)
         elif one.opcode == "conditional":
             for branch in _branches(one):
-                branch_rare = any(RARE in _scope(x).split("/") for x in computations[branch].values())
+                branch_rare = any(_is_rare(x) for x in computations[branch].values())
                 _count(computations, branch, times, one_rare or branch_rare, program)
         elif one.opcode == "call":
             _count(computations, _called(one, "to_apply"), times, one_rare, program)
@@ -238,6 +237,10 @@ def _count(computations: dict, name: str, times: int, rare: bool, program: Progr
 def _scope(one: Instruction) -> str:
     match = _SCOPE.search(one.text)
     return match[1] if match else ""
+
+
+def _is_rare(one: Instruction) -> bool:
+    return RARE in _scope(one).split("/")
 
 
 def _region(computations: dict, body: dict[str, Instruction], one: Instruction, depth: int = 8) -> str:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from fsam_core.errors import UserError
 from fsam_profiling import results, step_cost, tpu
+from fsam_profiling.collectives import bytes_of
 from fsam_trainers.presets import preset
 
 # name -> (topology that libtpu knows, its chips, HBM of a chip in GiB as published)
@@ -111,7 +112,6 @@ def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> Table:
         result.add_column(name, justify="right")
     for row in rows:
         sent = row["collectives"]
-        bytes_of = lambda *kinds: sum(sent.get(kind, {}).get("bytes", 0) for kind in kinds)
         result.add_row(
             row["row"],
             f"{row['argument_bytes'] / 2**30:.2f}",
@@ -119,7 +119,7 @@ def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> Table:
             f"{row['peak_bytes'] / 2**30:.2f}",
             f"{row['x_adamw']:.2f}",
             f"{row['peak_bytes'] / 2**30 / hbm:.0%}",
-            f"{bytes_of('all-gather') / 1e9:.1f}",
-            f"{bytes_of('all-reduce', 'reduce-scatter') / 1e9:.1f}",
+            f"{bytes_of(sent, 'all-gather') / 1e9:.1f}",
+            f"{bytes_of(sent, 'all-reduce', 'reduce-scatter') / 1e9:.1f}",
         )
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
@@ -99,10 +100,8 @@ def linear_cross_entropy(
     """
     N, V = len(h_NxD), len(w_VxD)
     m = stages.chunk_count(N // chunks.shards(row_axes), V, h_NxD.dtype.itemsize, chunk_bytes, keep=keep)
-    # A backend's own kernels run on one device's rows, or on each device's through `row_axes`.
-    strided = stages is plain or bool(row_axes)
+    forward, strided = placed(stages, row_axes)
     split, join = partial(chunks.split, m=m, strided=strided), partial(chunks.join, N=N, strided=strided)
-    forward = chunks.on_each_device(stages.forward, row_axes) if stages is not plain else stages.forward
     dtype = wide(h_NxD)
     weights_N = jnp.where(labels_N >= 0, weights_N, 0).astype(dtype)
     sums = Sums(h_NxD, w_VxD, bias_V, weights_N, wide_wbar, chunks.summing(N, m, row_axes))
@@ -127,6 +126,16 @@ def linear_cross_entropy(
     cotangent = Cotangent(h, w, b, top_N, scale_N, target_N, labels_N, weights_N, kept, loss)
     gradients = sums.result(total, join(hbar)) if gradient else None
     return figures.loss_C, figures.lse_C, cotangent, gradients
+
+
+def placed(stages: ModuleType, row_axes: tuple[str, ...]) -> tuple[Callable[..., Any], bool]:
+    """(`stages.forward`, whether chunks take rows in strides), as the two passes of a head both have it.
+
+    A backend's own kernels run on one device's rows, or on each device's through `row_axes`.
+    """
+    if stages is plain:
+        return stages.forward, True
+    return chunks.on_each_device(stages.forward, row_axes), bool(row_axes)
 
 
 class Sums:

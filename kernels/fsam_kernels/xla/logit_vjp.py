@@ -9,7 +9,7 @@ import jax
 
 from fsam_kernels.xla import chunks
 from fsam_kernels.xla import rows as plain
-from fsam_kernels.xla.linear_cross_entropy import Cotangent, HeadGradients, Sums
+from fsam_kernels.xla.linear_cross_entropy import Cotangent, HeadGradients, Sums, placed
 from fsam_kernels.xla.rows import Rows
 
 
@@ -40,8 +40,7 @@ def logit_vjp(
         m = stages.chunk_count(N // chunks.shards(row_axes), V, h_NxD.dtype.itemsize, chunk_bytes, keep=False)
     else:
         m = len(jax.tree.leaves(base.kept)[0])
-    strided = stages is plain or bool(row_axes)  # as in the first pass
-    forward = chunks.on_each_device(stages.forward, row_axes) if stages is not plain else stages.forward
+    forward, strided = placed(stages, row_axes)
     sums = Sums(h_NxD, w_VxD, bias_V, base.weights_N, wide_wbar, chunks.summing(N, m, row_axes))
 
     def one(total: Any, chunk: Any) -> Any:
