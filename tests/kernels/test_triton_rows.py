@@ -200,6 +200,20 @@ def test_one_row_one_column_and_whole_tiles(c, v):
         np.testing.assert_allclose(x, o, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_padding_that_a_product_may_read_is_zero(dtype):
+    """As PyTorch's bfloat16 product does on a CPU with AMX; deterministic mode fills what is uninitialised with NaN."""
+    like = torch.empty(0, dtype=getattr(torch, dtype))
+    torch.use_deterministic_algorithms(True)
+    try:
+        chunk = stages.empty_chunk(C, V, like)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert chunk.isnan().all()
+    assert chunk.shape == (C, V)
+    assert (chunk.as_strided((C, chunk.stride(0) - V), chunk.stride(), V) == 0).all()
+
+
 def test_no_rows_at_all():
     u, y = np.zeros((0, V)), np.zeros(0, dtype=np.int64)
     assert run(u, y, loss=LOSSES["soft-cap"]).p_CxV.shape == (0, V)

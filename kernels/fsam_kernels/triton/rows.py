@@ -46,8 +46,14 @@ PAD = 16  # elements: Triton knows a stride to be aligned when it is a multiple 
 
 
 def empty_chunk(C: int, V: int, like: Tensor) -> Tensor:
-    """An uninitialised [C, V] of the dtype and device of `like`, with a row stride of V rounded up to 16 elements."""
-    return like.new_empty(C, triton.cdiv(V, PAD) * PAD)[:, :V]
+    """An uninitialised [C, V] of the dtype and device of `like`, with a row stride of V rounded up to 16 elements.
+
+    The padding is zero. PyTorch's bfloat16 product on a CPU with AMX reads past V columns of such an operand, and
+    multiplies what it finds by 0: with NaN in the padding half of its results were NaN.
+    """
+    chunk = like.new_empty(C, triton.cdiv(V, PAD) * PAD)
+    chunk[:, V:] = 0
+    return chunk[:, :V]
 
 
 def statistics(u_CxV: Tensor, labels_C: Tensor, loss: Loss) -> tuple[Rows, Tensor]:
