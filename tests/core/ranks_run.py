@@ -29,6 +29,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fsam_core import schedules
 from fsam_core import torch as fsam
 from fsam_core.torch import SAM, Ascent, FunctionalSAM, LinearHead, LogitSAM, Plain, Schedule, Step
 
@@ -45,7 +46,7 @@ class Case:
     method: Any
     micro: int = 1
     clip: float | None = None
-    schedule: Schedule = fsam.schedules.ALWAYS
+    schedule: Schedule = schedules.ALWAYS
     sync: str = "global"
     staged: bool = False
     foreign: bool = False  # torch.optim.AdamW in place of this project's

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from problems import FRAMEWORKS, batch_of, distance, gradient, joined, mlp, values
 
-from fsam_core import SAM, FunctionalSAM, LogitSAM, Plain, UserError, parts
+from fsam_core import SAM, FunctionalSAM, LogitSAM, Plain, UserError, split
 
 pytestmark = pytest.mark.parametrize("framework", FRAMEWORKS)
 METHODS = [
@@ -111,7 +111,7 @@ def test_bad_options_are_refused_where_the_method_is_made(framework, options):
 
 def test_rows_are_taken_evenly_and_scalars_go_to_both(framework):
     flatten = lambda batch: (list(batch.values()), lambda leaves: dict(zip(batch, leaves, strict=True)))
-    (part,), (rest,) = parts.split([{"x": np.arange(12).reshape(6, 2), "seed": 7}], 1 / 3, flatten)
+    (part,), (rest,) = split.split([{"x": np.arange(12).reshape(6, 2), "seed": 7}], 1 / 3, flatten)
     np.testing.assert_array_equal(part["x"], [[0, 1], [6, 7]])
     np.testing.assert_array_equal(rest["x"], [[2, 3], [4, 5], [8, 9], [10, 11]])
     assert part["seed"] == rest["seed"] == 7

@@ -15,9 +15,10 @@ from problems import B2, EPS, FRAMEWORKS, STEPS, Weights, adamw, as_torch, batch
 from savings import gradient_of, momenta, part_of
 from stacks import BLOCKS, LAYERS, D, I, V, got, hidden, model, prefix, staged, through, weights
 
-from fsam_core import SAM, Ascent, FunctionalSAM, LogitSAM, Plain, UserError, torch_random
+from fsam_core import SAM, Ascent, FunctionalSAM, LogitSAM, Plain, UserError
 from fsam_core import jax as in_jax
 from fsam_core import torch as in_torch
+from fsam_core.torch import rng
 
 
 @pytest.fixture(autouse=True)
@@ -256,7 +257,7 @@ def test_micro_gives_each_micro_batch_its_own_perturbation(framework, kind, prec
 def test_the_random_ascent_is_drawn_from_seed_and_step():
     values = weights()
     names = list(Weights(values).state_dict())
-    drawn = torch_random.normal([torch.from_numpy(values[k]) for k in names], 7, STEPS)
+    drawn = rng.normal([torch.from_numpy(values[k]) for k in names], 7, STEPS)
     method = FunctionalSAM(0.4, ascent="random", seed=7)
     expected, _ = gradient_of(hidden, values, ONE, method, drawn=dict(zip(names, map(np.asarray, drawn), strict=True)))
     assert distance(got("torch", method, ONE)[1], expected) < 1e-10

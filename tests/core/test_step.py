@@ -5,19 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
-from problems import (
-    FRAMEWORKS,
-    METHODS,
-    batch_of,
-    distance,
-    flat,
-    gradient,
-    joined,
-    linear,
-    mlp,
-    mlp_logits,
-    values,
-)
+from problems import FRAMEWORKS, METHODS, batch_of, distance, flat, gradient, joined, linear, mlp, mlp_logits, values
 
 from fsam_core import SAM, FunctionalSAM, LogitSAM, Plain, UserError
 

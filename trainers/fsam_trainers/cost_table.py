@@ -17,7 +17,7 @@ from rich.console import Console as Rich
 from rich.table import Table
 
 from fsam_core import cost
-from fsam_core.cost_steps import Step
+from fsam_core.cost.steps import Step
 from fsam_core.errors import UserError
 from fsam_core.methods import Perturbed
 from fsam_kernels.memory import Memory, default_chunk_bytes

@@ -14,7 +14,7 @@ import numpy as np
 
 from fsam_core import backends
 from fsam_core.cost import Machine, Model
-from fsam_core.cost_products import Framework
+from fsam_core.cost.products import Framework
 
 ROWS, KEPT_ROWS = 4096, 1024  # of products: enough for a library's full rate
 CHUNKS = 3

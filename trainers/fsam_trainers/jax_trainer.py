@@ -20,7 +20,7 @@ import optax  # noqa: E402
 import orbax.checkpoint as ocp  # noqa: E402
 
 import fsam_core.jax as fsam  # noqa: E402
-from fsam_core.jax_adamw import AdamW  # noqa: E402
+from fsam_core.jax.adamw import AdamW  # noqa: E402
 from fsam_core.regions import in_jax  # noqa: E402
 from fsam_trainers import jax_mesh, jax_saving  # noqa: E402
 from fsam_trainers.engine import StepReport, Writing  # noqa: E402

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fsam_core import jax_heads as heads
 from fsam_core import regions
 from fsam_core.errors import UserError
-from fsam_core.jax_heads import LinearHead, Logits
+from fsam_core.jax import heads
+from fsam_core.jax.heads import LinearHead, Logits
 from fsam_kernels.memory import Memory
 
 Params = Any

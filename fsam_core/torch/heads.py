@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fsam_core.errors import UserError
 from fsam_core.heads import check
-from fsam_core.torch_vocabulary import part
+from fsam_core.torch.vocabulary import part
 from fsam_kernels.memory import Memory
 from fsam_kernels.options import CROSS_ENTROPY, Layout, Loss
 from fsam_kernels.torch.linear_cross_entropy import compute_dtype

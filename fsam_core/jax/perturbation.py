@@ -11,7 +11,7 @@ import optax
 
 from fsam_core import regions, scopes
 from fsam_core.errors import UserError
-from fsam_core.jax_passes import Params, Run, wide
+from fsam_core.jax.passes import Params, Run, wide
 from fsam_core.methods import Perturbed
 from fsam_core.scopes import Blocks
 

@@ -1,15 +1,4 @@
-"""What a step of a method costs beside an AdamW step: counted from sizes and options, before anything is run.
-
-    model = decoder(layers=6, width=1280, mlp=5120, heads=20, seq_len=512, vocabulary=32768)
-    found = of(model, Options(fraction=1/8, cut="hidden"), tokens=256 * 512)
-    found.flops_ratio, found.time_ratio(published("h100")), found.peak_bytes
-
-A foreign model is a `Model` made by hand: for each token the operations of its trunk's forward pass, the sizes of its
-head, its number of parameters, and how many values it keeps for its backward pass. What is counted and what is
-approximated: `docs/cost.md`.
-
-Importing this imports neither framework.
-"""
+"""The cost of a run: its steps by kind, their shares, and which option sets fit a budget."""
 
 from __future__ import annotations
 
@@ -19,28 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fsam_core.cost_products import Model, Options, decoder
-from fsam_core.cost_steps import Collectives, Step, Work, step
+from fsam_core.cost.machines import Machine
+from fsam_core.cost.products import Model, Options
+from fsam_core.cost.steps import Collectives, Step, Work, step
 from fsam_core.errors import UserError
-from fsam_core.machines import PUBLISHED, Machine, published
 from fsam_core.regions import REGIONS, Region
 from fsam_core.schedules import Kind
-
-__all__ = [
-    "PRESETS",
-    "PUBLISHED",
-    "Collectives",
-    "Cost",
-    "Machine",
-    "Model",
-    "Options",
-    "Step",
-    "Work",
-    "decoder",
-    "of",
-    "published",
-    "within",
-]
 
 # Option sets by name, as fields of `Options`.
 PRESETS: dict[str, dict[str, Any]] = {

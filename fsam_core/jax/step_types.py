@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 
 from fsam_core import regions
-from fsam_core.jax_passes import Params, Run, wide
-from fsam_core.jax_perturbation import Adam, Seen, perturbed
+from fsam_core.jax.passes import Params, Run, wide
+from fsam_core.jax.perturbation import Adam, Seen, perturbed
 from fsam_core.methods import Perturbed
 
 

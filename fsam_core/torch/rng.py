@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fsam_core.torch_ranks import part
+from fsam_core.torch.parallel import part
 
 State = dict[Any, Tensor]
 

@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from fsam_core import parts, scopes
-from fsam_core import torch_heads as heads
-from fsam_core import torch_random as random
+from fsam_core import scopes, split
 from fsam_core.errors import UserError
 from fsam_core.methods import Method, Perturbed
 from fsam_core.regions import in_torch
 from fsam_core.scopes import Blocks
-from fsam_core.torch_passes import Kept, Passed, Passes, Staged, flatten, rescaled, shares, together
-from fsam_core.torch_perturbation import Seen, perturbed
-from fsam_core.torch_ranks import Sync, like, local, plain_name
+from fsam_core.torch import heads, rng
+from fsam_core.torch.parallel import Sync, like, local, plain_name
+from fsam_core.torch.passes import Kept, Passed, Passes, Staged, flatten, rescaled, shares, together
+from fsam_core.torch.perturbation import Seen, perturbed
 
 
 class Outcome(NamedTuple):
@@ -100,7 +99,7 @@ class Corrections:
         """ĝ = g_B + w (g'_S − g_S) into `.grad`."""
         passes, ascent, path = self.passes, method.direction, method.path
         share = method.share if ascent.source == "part" else method.fraction
-        first, others = parts.split(list(batches), share, flatten)
+        first, others = split.split(list(batches), share, flatten)
         if self._is_staged(method, first, others):
             return self._staged(first[0], others, method)
         cut = method.cut if path == "functional" else None
@@ -133,7 +132,7 @@ class Corrections:
         del g_S, ascends
         moved_pass: Passed | None = None
         # Where the second pass is the first to see the rest, what that draws counts.
-        draws = contextlib.nullcontext() if len(kept) < len(S) else random.kept(self.model)
+        draws = contextlib.nullcontext() if len(kept) < len(S) else rng.kept(self.model)
         with passes.statistics_kept(), draws:
             if path == "functional":  # J(θ+ε)ᵀ z̄(θ), and linear in z̄: it adds up on what is there
                 scaled = self._scaled(kept, method)
@@ -162,7 +161,7 @@ class Corrections:
         moved, length = self._moved(scope, method, None, None)
         if method.path == "functional":
             base = passes.base(batches, backward=False, cut=cut)
-            with passes.statistics_kept(), random.kept(self.model), passes.at(scope, moved):
+            with passes.statistics_kept(), rng.kept(self.model), passes.at(scope, moved):
                 passes.pull_back(batches, base.kept)
             self.checked()
             return Outcome(base.loss, None, base.weight, None, length)
@@ -171,7 +170,7 @@ class Corrections:
             base = passes.base(batches, backward=is_sam, cut=None if is_sam else "logits")
         if not is_sam:
             passes.refresh()
-            with passes.statistics_kept(), random.kept(self.model):
+            with passes.statistics_kept(), rng.kept(self.model):
                 passes.pull_back(batches, base.kept)
         self.checked()
         return Outcome(base.loss, base.loss, base.weight, None, length)
@@ -210,7 +209,7 @@ class Corrections:
         with in_torch("base forward"):
             x = features.prefix(self.model, batch)
         leaves = [leaf for leaf in _pytree.tree_leaves(x) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        begins = random.state(self.model)
+        begins = rng.state(self.model)
 
         def head(needs: bool) -> tuple[Any, list[Tensor]]:
             """The suffix at the present weights, and its inputs."""
@@ -250,8 +249,8 @@ class Corrections:
         del g_S, ascends
         passes.put(left if functional else {})
         moved_loss = None
-        with passes.statistics_kept(), random.kept(self.model), passes.at(scope, moved):
-            random.restore(begins)
+        with passes.statistics_kept(), rng.kept(self.model), passes.at(scope, moved):
+            rng.restore(begins)
             with in_torch("second forward"):
                 at_moved, inputs = head(needs=True)
             with in_torch("second backward"):
@@ -332,7 +331,7 @@ class Corrections:
         if ascent.source == "micro" or (others and method.fraction == 1):
             return False
         if self._shares_prefix is None:
-            with torch.enable_grad(), random.kept(self.model), self.passes.statistics_kept():
+            with torch.enable_grad(), rng.kept(self.model), self.passes.statistics_kept():
                 below = _leaves_of(features.prefix(self.model, first[0]))
             inside = [self._names[i] for i in below if i in self._names and i not in self._outside]
             self._shares_prefix = not inside

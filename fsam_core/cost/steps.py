@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from fsam_core.cost_products import PLAIN, Model, Options, Pass, passes
+from fsam_core.cost.products import PLAIN, Model, Options, Pass, passes
 from fsam_core.methods import Perturbed
 from fsam_core.regions import Region
 from fsam_core.schedules import Kind

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from fsam_core.errors import UserError
-from fsam_core.jax_perturbation import adam_state, clip_factor
+from fsam_core.jax.perturbation import adam_state, clip_factor
 from fsam_kernels.xla.adamw import adamw
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import jax
 from jax.interpreters import partial_eval
 
-from fsam_core import jax_passes as passes
 from fsam_core import regions
 from fsam_core.errors import UserError
-from fsam_core.jax_passes import Params, Staged, merged, wide
-from fsam_core.jax_perturbation import norm_of
-from fsam_core.jax_step import Outcome, Step, combined, moved_weights
+from fsam_core.jax import passes
+from fsam_core.jax.passes import Params, Staged, merged, wide
+from fsam_core.jax.perturbation import norm_of
+from fsam_core.jax.step_types import Outcome, Step, combined, moved_weights
 
 
 def is_shared(step: Step, S: list[Any], others: list[Any]) -> bool:

@@ -1,19 +1,4 @@
-"""The step in PyTorch: an object to put where forward, backward and `optimizer.step()` stand.
-
-    step = Step(model, optimizer, FunctionalSAM(rho=0.5, precondition="adam"), features=features, clip_norm=1.0)
-    loss = step(batch)             # or step([micro0, micro1, ...]); scheduler, logging and saving as usual
-
-`features(model, batch)` returns a `LinearHead` or `Logits`. The optimizer stays the user's own: its state and its
-checkpoints know nothing of fsam. Outside a call the model holds θ, never θ+ε, also when a pass raised.
-
-The model may be in DistributedDataParallel or under FSDP2's `fully_shard`: every rank calls the step with its part of
-the batch, and all take the step that one process would take with the whole, each target token weighing the same. Its
-head's vocabulary may be cut over ranks that have the same part of the batch (docs/scale.md).
-
-`AdamW` is torch.optim.AdamW in one pass over the state, clipping included. With `copies=masters(model, torch.bfloat16)`
-it updates float32 masters of a model whose own weights are bfloat16; the perturbation is then taken from the masters,
-and written once, over the model's weights.
-"""
+"""The step in PyTorch: `Step`, in place of forward, backward and `optimizer.step()`. Its use: `fsam_core.torch`."""
 
 from __future__ import annotations
 
@@ -21,52 +6,22 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
+import torch
+from torch import Tensor, nn
+
 from fsam_core import backends, schedules
-from fsam_core.ascents import Ascent
 from fsam_core.errors import UserError
-from fsam_core.methods import SAM, FunctionalSAM, LogitSAM, Method, Perturbed, Plain
+from fsam_core.methods import Method, Perturbed, Plain
 from fsam_core.regions import in_torch
 from fsam_core.schedules import ALWAYS, Schedule
 from fsam_core.scopes import Blocks
-
-backends.require("torch")
-
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-
-from fsam_core import torch_heads as heads  # noqa: E402
-from fsam_core import torch_ranks  # noqa: E402
-from fsam_core.torch_corrections import Corrections, Outcome  # noqa: E402
-from fsam_core.torch_heads import LinearHead, Logits  # noqa: E402
-from fsam_core.torch_loss_scale import LossScale, Scaling  # noqa: E402
-from fsam_core.torch_passes import Features, Passes, Staged  # noqa: E402
-from fsam_core.torch_ranks import Sync, local, reduce_wide  # noqa: E402
-from fsam_kernels.memory import AUTO, Memory  # noqa: E402
-from fsam_kernels.options import Loss  # noqa: E402
-from fsam_kernels.torch.adamw import AdamW  # noqa: E402
-
-__all__ = [
-    "SAM",
-    "AdamW",
-    "Ascent",
-    "Blocks",
-    "FunctionalSAM",
-    "Info",
-    "LinearHead",
-    "LogitSAM",
-    "Logits",
-    "Loss",
-    "LossScale",
-    "Memory",
-    "Plain",
-    "Schedule",
-    "Staged",
-    "Step",
-    "UserError",
-    "masters",
-    "mean_loss",
-    "reduce_wide",
-]
+from fsam_core.torch import heads, parallel
+from fsam_core.torch.correction import Corrections, Outcome
+from fsam_core.torch.loss_scale import LossScale, Scaling
+from fsam_core.torch.parallel import Sync, local
+from fsam_core.torch.passes import Features, Passes
+from fsam_kernels.memory import AUTO, Memory
+from fsam_kernels.torch.adamw import AdamW
 
 
 class Info(NamedTuple):
@@ -149,7 +104,7 @@ class Step:
         if clip_norm is not None and not clip_norm > 0:
             raise UserError(f"clip_norm must be > 0, or None for no clipping; got {clip_norm!r}")
         schedules.check(schedule, method)
-        ranks = torch_ranks.of(model)
+        ranks = parallel.of(model)
         if sync not in get_args(Sync):
             raise UserError(f"sync: {sync!r} is not known; use 'global' or 'local'")
         if sync == "local" and ranks.no_local:
@@ -338,7 +293,7 @@ def mean_loss(
 
     @torch.no_grad()
     def loss(model: nn.Module, batch: Any) -> Tensor:
-        ranks = torch_ranks.of(model)
+        ranks = parallel.of(model)
         head = heads.flat(ranks.head(features, batch))
         weight = ranks.mean(heads.weight(head))
         unit = torch.where(weight > 0, weight, 1)

@@ -1,73 +1,25 @@
-"""The step in JAX: a gradient function to put where `jax.value_and_grad` stands.
-
-    method = FunctionalSAM(rho=0.5, precondition="adam")
-    grad = value_and_grad(features, method, b2=0.95)          # features(params, batch) -> LinearHead or Logits
-    (loss, info), grads = grad(params, batch, opt_state)      # pure: jit, shard and donate it as usual
-    updates, opt_state = tx.update(grads, opt_state, params)
-
-Nothing here keeps state. Randomness comes in with the batch (put the key in it), so both passes see the same dropout.
-Steps without a correction are another program, not a branch of the same one: give `kind` as a static argument,
-
-    step = jax.jit(step, static_argnames="kind")              # it calls grad(params, batch, opt_state, kind=kind)
-    for i in range(steps):
-        state = step(state, batch, kind=schedule.kind(i))
-
-A scope that moves the upper part of a model alone drops what only the gradient at θ would need of the lower part; give
-`features` as `Staged`, and the lower part is also run once for both passes.
-"""
+"""The step in JAX: `value_and_grad`, in place of `jax.value_and_grad`. How to use it: `fsam_core.jax`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
+import jax
+import jax.numpy as jnp
+import optax
+
 from fsam_core import backends, regions, schedules
-from fsam_core.ascents import Ascent
 from fsam_core.errors import UserError
-from fsam_core.methods import SAM, FunctionalSAM, LogitSAM, Method, Perturbed, Plain
+from fsam_core.jax import heads, local_sync, passes
+from fsam_core.jax.correction import corrected
+from fsam_core.jax.passes import Features, Params, Run
+from fsam_core.jax.perturbation import Adam, mask_of, norm_of
+from fsam_core.jax.step_types import Step
+from fsam_core.methods import Method, Perturbed, Plain
 from fsam_core.schedules import ALWAYS, Kind, Schedule
 from fsam_core.scopes import Blocks
-
-backends.require("jax")
-backends.require("optax")
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import optax  # noqa: E402
-
-from fsam_core import jax_heads as heads  # noqa: E402
-from fsam_core import jax_local as local  # noqa: E402
-from fsam_core import jax_passes as passes  # noqa: E402
-from fsam_core.jax_corrections import corrected  # noqa: E402
-from fsam_core.jax_heads import LinearHead, Logits  # noqa: E402
-from fsam_core.jax_passes import Features, Params, Run, Staged  # noqa: E402
-from fsam_core.jax_perturbation import Adam, adam_state, mask_of, norm_of  # noqa: E402
-from fsam_core.jax_step import Step  # noqa: E402
-from fsam_kernels.memory import AUTO, Memory  # noqa: E402
-from fsam_kernels.options import Loss  # noqa: E402
-
-__all__ = [
-    "SAM",
-    "Ascent",
-    "Blocks",
-    "Carry",
-    "FunctionalSAM",
-    "Info",
-    "LinearHead",
-    "LogitSAM",
-    "Logits",
-    "Loss",
-    "Memory",
-    "Plain",
-    "Schedule",
-    "Staged",
-    "UserError",
-    "adam_state",
-    "carry_of",
-    "mean_loss",
-    "skip_nonfinite",
-    "value_and_grad",
-]
+from fsam_kernels.memory import AUTO, Memory
 
 Sync = Literal["global", "local"]
 
@@ -209,7 +161,7 @@ def value_and_grad(
             mask = mask_of(method, params, blocks)
             reuses = correction is not None
             step = Step(run, method, params, opt_state, before.previous, adam, mask, reuses, pass_axis)
-            found = corrected(step, batches) if sync == "global" else local.corrected(step, batches, axis)
+            found = corrected(step, batches) if sync == "global" else local_sync.corrected(step, batches, axis)
             loss, moved_loss, weight, length = found.loss, found.moved_loss, found.weight, found.length
             g_hat, base_norm = found.g_hat, found.base_norm
             if reuses:

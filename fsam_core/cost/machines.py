@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fsam_core.cost_steps import Step, Work
+from fsam_core.cost.steps import Step, Work
 from fsam_core.errors import UserError
 
 

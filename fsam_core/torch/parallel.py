@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fsam_core.errors import UserError
-from fsam_core.torch_heads import LinearHead, Logits
+from fsam_core.torch.heads import LinearHead, Logits
 
 Sync = Literal["global", "local"]
 MEAN_BYTES = 2**28  # that `Ranks.mean_` copies together, so that small tensors share a reduction

@@ -7,12 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fsam_core import jax_passes as passes
-from fsam_core import jax_staged as staged
-from fsam_core import parts, regions
-from fsam_core.jax_passes import Params, Passed, merged, wide
-from fsam_core.jax_perturbation import norm_of
-from fsam_core.jax_step import Outcome, Step, combined, moved_weights
+from fsam_core import regions, split
+from fsam_core.jax import passes, staged
+from fsam_core.jax.passes import Params, Passed, merged, wide
+from fsam_core.jax.perturbation import norm_of
+from fsam_core.jax.step_types import Outcome, Step, combined, moved_weights
 
 
 def corrected(step: Step, batches: list[Any]) -> Outcome:
@@ -24,7 +23,7 @@ def _corrected(step: Step, batches: list[Any]) -> Outcome:
     run, method, params = step.run, step.method, step.params
     ascent, functional, exact = method.direction, method.path == "functional", method.exact
     share = method.share if ascent.source == "part" else method.fraction
-    S, others = parts.split(batches, share, passes.flatten)
+    S, others = split.split(batches, share, passes.flatten)
     if staged.is_shared(step, S, others):
         return staged.corrected(step, S[0], others)
     groups = [passes.stacked(x) for x in (S, others) if x]

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from fsam_core import torch_heads as heads
-from fsam_core import torch_random as random
 from fsam_core.errors import UserError
 from fsam_core.regions import in_torch
-from fsam_core.torch_heads import FlatHead, LinearHead, Logits
-from fsam_core.torch_ranks import Ranks, like, local
+from fsam_core.torch import heads, rng
+from fsam_core.torch.heads import FlatHead, LinearHead, Logits
+from fsam_core.torch.parallel import Ranks, like, local
 from fsam_kernels.memory import Memory
 
 Features = Callable[[nn.Module, Any], "LinearHead | Logits"]
@@ -48,7 +47,7 @@ class Kept(NamedTuple):
 
     cotangent: Any
     unit: Tensor
-    random: random.State
+    rng_state: rng.State
 
 
 class Passed(NamedTuple):
@@ -152,8 +151,8 @@ class Passes:
         unit = replay[0].unit if replay and self.ranks.count > 1 else onto.kept[0].unit if onto else None
         for i, batch in enumerate(batches):
             if replay is not None and i < len(replay):
-                random.restore(replay[i].random)
-            before = random.state(self.model)
+                rng.restore(replay[i].rng_state)
+            before = rng.state(self.model)
             with self._accumulating(i, len(batches), backward):
                 with torch.set_grad_enabled(backward), in_torch(_named(region, "forward")):
                     head = heads.flat(self.ranks.head(self.features, batch))
@@ -178,7 +177,7 @@ class Passes:
         *,
         cut: str | None,
         backward: bool,
-        before: random.State,
+        before: rng.State,
     ) -> tuple[Tensor, Tensor, Kept]:
         """(loss, weight, z̄) of one micro-batch; with `backward`, pulled back into `.grad`."""
         weight = heads.weight(head)
@@ -247,7 +246,7 @@ class Passes:
         """
         self.put(onto or {})
         for i, (batch, base) in enumerate(zip(batches, kept, strict=True)):
-            random.restore(base.random)
+            rng.restore(base.rng_state)
             with self._accumulating(i, len(batches)):
                 with in_torch("second forward"):
                     head = heads.flat(self.ranks.head(self.features, batch))
@@ -393,7 +392,7 @@ def rescaled(kept: Kept, factor: Tensor) -> Kept:
         z = z * factor.to(z)
     elif z is not None:
         z = dataclasses.replace(z, weights_N=z.weights_N * factor.to(z.weights_N))
-    return Kept(z, kept.unit / factor, kept.random)
+    return Kept(z, kept.unit / factor, kept.rng_state)
 
 
 def shares(first: Passed, rest: Passed) -> tuple[Tensor, Tensor]:

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from fsam_core import jax_corrections
 from fsam_core.errors import UserError
-from fsam_core.jax_passes import wide
-from fsam_core.jax_step import Outcome, Step
+from fsam_core.jax import correction
+from fsam_core.jax.passes import wide
+from fsam_core.jax.step_types import Outcome, Step
 
 
 def corrected(step: Step, batches: list[Any], axis: str) -> Outcome:
@@ -48,7 +48,7 @@ def corrected(step: Step, batches: list[Any], axis: str) -> Outcome:
         index = jax.lax.axis_index(axis)
         own = jax.tree.map(lambda x: jax.random.fold_in(x, index) if _is_key(x) else x, batches)
         here = step._replace(run=run, params=params, opt_state=opt_state, previous=previous)
-        found = jax_corrections.corrected(here, own)
+        found = correction.corrected(here, own)
         if not step.reuses:
             found = found._replace(g_B=None)
         weight = jax.lax.psum(found.weight, axis)

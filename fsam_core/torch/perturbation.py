@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fsam_core import torch_random as random
 from fsam_core.errors import UserError
 from fsam_core.methods import Perturbed, check_rho
 from fsam_core.regions import in_torch
-from fsam_core.torch_passes import Passes
-from fsam_core.torch_ranks import like, local
+from fsam_core.torch import rng
+from fsam_core.torch.parallel import like, local
+from fsam_core.torch.passes import Passes
 
 
 class Seen:
@@ -51,7 +51,7 @@ class Seen:
         return [_or_zero(self._previous.get(p), p) for p in self._params]
 
     def random(self) -> list[Tensor]:
-        return random.normal(self._params, self._seed, self._step)
+        return rng.normal(self._params, self._seed, self._step)
 
     def map(self, function: Callable[..., Tensor], *lists: Sequence[Tensor]) -> list[Tensor]:
         return [function(*row) for row in zip(*lists, strict=True)]

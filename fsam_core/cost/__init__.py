@@ -1,0 +1,33 @@
+"""What a step of a method costs beside an AdamW step: counted from sizes and options, before anything is run.
+
+    model = decoder(layers=6, width=1280, mlp=5120, heads=20, seq_len=512, vocabulary=32768)
+    found = of(model, Options(fraction=1/8, cut="hidden"), tokens=256 * 512)
+    found.flops_ratio, found.time_ratio(published("h100")), found.peak_bytes
+
+A foreign model is a `Model` made by hand: for each token the operations of its trunk's forward pass, the sizes of its
+head, its number of parameters, and how many values it keeps for its backward pass. What is counted and what is
+approximated: `docs/cost.md`.
+
+Importing this imports neither framework.
+"""
+
+from fsam_core.cost.estimate import PRESETS, Cost, of, within
+from fsam_core.cost.machines import PUBLISHED, Machine, published
+from fsam_core.cost.products import Model, Options, decoder
+from fsam_core.cost.steps import Collectives, Step, Work
+
+__all__ = [
+    "PRESETS",
+    "PUBLISHED",
+    "Collectives",
+    "Cost",
+    "Machine",
+    "Model",
+    "Options",
+    "Step",
+    "Work",
+    "decoder",
+    "of",
+    "published",
+    "within",
+]

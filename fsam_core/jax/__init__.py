@@ -1,0 +1,58 @@
+"""The step in JAX: a gradient function to put where `jax.value_and_grad` stands.
+
+    method = FunctionalSAM(rho=0.5, precondition="adam")
+    grad = value_and_grad(features, method, b2=0.95)          # features(params, batch) -> LinearHead or Logits
+    (loss, info), grads = grad(params, batch, opt_state)      # pure: jit, shard and donate it as usual
+    updates, opt_state = tx.update(grads, opt_state, params)
+
+Nothing here keeps state. Randomness comes in with the batch (put the key in it), so both passes see the same dropout.
+Steps without a correction are another program, not a branch of the same one: give `kind` as a static argument,
+
+    step = jax.jit(step, static_argnames="kind")              # it calls grad(params, batch, opt_state, kind=kind)
+    for i in range(steps):
+        state = step(state, batch, kind=schedule.kind(i))
+
+A scope that moves the upper part of a model alone drops what only the gradient at θ would need of the lower part; give
+`features` as `Staged`, and the lower part is also run once for both passes.
+"""
+
+from fsam_core import backends
+
+backends.require("jax")
+backends.require("optax")
+
+
+from fsam_core.ascents import Ascent
+from fsam_core.errors import UserError
+from fsam_core.jax.heads import LinearHead, Logits
+from fsam_core.jax.passes import Staged
+from fsam_core.jax.perturbation import adam_state
+from fsam_core.jax.step import Carry, Info, carry_of, mean_loss, skip_nonfinite, value_and_grad
+from fsam_core.methods import SAM, FunctionalSAM, LogitSAM, Plain
+from fsam_core.schedules import Schedule
+from fsam_core.scopes import Blocks
+from fsam_kernels.memory import Memory
+from fsam_kernels.options import Loss
+
+__all__ = [
+    "SAM",
+    "Ascent",
+    "Blocks",
+    "Carry",
+    "FunctionalSAM",
+    "Info",
+    "LinearHead",
+    "LogitSAM",
+    "Logits",
+    "Loss",
+    "Memory",
+    "Plain",
+    "Schedule",
+    "Staged",
+    "UserError",
+    "adam_state",
+    "carry_of",
+    "mean_loss",
+    "skip_nonfinite",
+    "value_and_grad",
+]
