@@ -51,9 +51,9 @@ baseline: install
 
 # What each saving gives up: some 270 short runs, tuned, three seeds. Two hours or more on two cores; stopped, it goes on.
 study: install
-	$(BIN)/python -m fsam_profiling.study --out runs/study --jobs 2
-	$(BIN)/python -m fsam_profiling.study_cosines --study runs/study
-	$(BIN)/python -m fsam_profiling.study_report --study runs/study --out docs/results
+	$(BIN)/python profiling/experiments/study.py --out runs/study --jobs 2
+	$(BIN)/python profiling/experiments/study_cosines.py --study runs/study
+	$(BIN)/python profiling/experiments/study_report.py --study runs/study --out docs/results
 
 # What each chip of a TPU slice holds in a sharded step, by its compiler; there need be no TPU. Hours on two cores.
 scale: install

@@ -6,17 +6,20 @@ from typing import Annotated, Any
 
 import tyro
 
-from fsam_profiling import gpu, guard, parameter_step, report, step_cost, tpu, trace
+from fsam_profiling import guard, report
+from fsam_profiling.gpu import cli as gpu
+from fsam_profiling.timing import parameters, step, trace
+from fsam_profiling.tpu import cli as tpu
 from fsam_trainers.files import writable
 
 Command = (
-    Annotated[step_cost.Options, tyro.conf.subcommand("step")]
+    Annotated[step.Options, tyro.conf.subcommand("step")]
     | Annotated[tpu.Tpu, tyro.conf.subcommand("tpu")]
     | Annotated[gpu.Gpu, tyro.conf.subcommand("gpu")]
     | Annotated[trace.Trace, tyro.conf.subcommand("trace")]
     | Annotated[report.Report, tyro.conf.subcommand("report")]
     | Annotated[guard.Check, tyro.conf.subcommand("check")]
-    | Annotated[parameter_step.Options, tyro.conf.subcommand("parameters")]
+    | Annotated[parameters.Options, tyro.conf.subcommand("parameters")]
 )
 
 
@@ -30,12 +33,12 @@ def main(arguments: list[str]) -> int:
     if options.json is not None:
         writable("--json", options.json)
     run: Any = {
-        step_cost.Options: step_cost.run,
+        step.Options: step.run,
         tpu.Tpu: tpu.run,
         gpu.Gpu: gpu.run,
         report.Report: report.run,
         guard.Check: guard.run,
-        parameter_step.Options: parameter_step.run,
+        parameters.Options: parameters.run,
         trace.Trace: trace.run,
     }
     return run[type(options)](options)

@@ -14,7 +14,7 @@ from jax.extend.core import ClosedJaxpr
 from jax.interpreters import partial_eval
 
 from fsam_core.errors import UserError
-from fsam_profiling.tpu_hlo import RARE
+from fsam_profiling.tpu.hlo import RARE
 
 
 def of_step(function: Any, arguments: tuple[Any, ...]) -> int:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from fsam_profiling import step_cost
-from fsam_profiling.step_settings import random_tokens, settings
+from fsam_profiling import rows
+from fsam_profiling.settings import random_tokens, settings
 
 Figures = dict[str, float]
 
@@ -21,7 +21,7 @@ MODELS = ("118m", "gpt2")
 FEW = ("preconditioned_norm", "perturb", "adamw")  # parameter operations that CI compiles
 ROWS = 2048  # of a chunk of the head on a TPU
 BATCH = 16  # sequences of a step
-QUICK_FLOPS = (f"flops jax tiny {step_cost.METHOD}", f"flops jax tiny {step_cost.METHOD} 1/8 + cut hidden")
+QUICK_FLOPS = (f"flops jax tiny {rows.METHOD}", f"flops jax tiny {rows.METHOD} 1/8 + cut hidden")
 QUICK_HEAD = "tpu v5e head 2048x128x32768 pallas"
 SMALL = {"N": 2048, "D": 128, "V": 32768}  # the least work whose logits do not fit on the chip
 
@@ -55,7 +55,7 @@ class Program:
     quick: bool = False
 
     def measure(self) -> dict[str, Figures]:
-        from fsam_profiling.tpu import compile_for
+        from fsam_profiling.tpu.compiler import compile_for
 
         kernels: Any = True if self.options.get("backend") == "pallas" else "if any"
         one = compile_for(self.chip, self.function, options=self.options, donate=self.donate, kernels=kernels)
@@ -80,8 +80,8 @@ def items() -> list[Item]:
 
 def programs() -> Iterator[Program]:
     """The programs compiled for TPUs: heads alone, and whole steps."""
-    step = "fsam_profiling.step_programs:step"
-    first, second = "fsam_profiling.head_programs:first_pass", "fsam_profiling.head_programs:second_pass"
+    step = "fsam_profiling.tpu.step_programs:step"
+    first, second = "fsam_profiling.tpu.head_programs:first_pass", "fsam_profiling.tpu.head_programs:second_pass"
     pallas = {"backend": "pallas", "rows": ROWS}
     yield Program(QUICK_HEAD, "v5e", first, SMALL | {"backend": "pallas", "rows": 512}, quick=True)
     large = {"N": 8192, "D": 1024, "V": 32768}
@@ -92,13 +92,13 @@ def programs() -> Iterator[Program]:
         yield Program(f"tpu {chip} second pass reference pallas", chip, second, large | pallas)
         name = f"tpu {chip} second pass made again reference pallas"
         yield Program(name, chip, second, large | pallas | {"keep": False})
-    for method, saving, changes in step_cost.programs(""):
-        if method in ("adamw", "sam", step_cost.METHOD):
+    for method, saving, changes in rows.programs(""):
+        if method in ("adamw", "sam", rows.METHOD):
             options = _step("tiny", method, changes, "xla")
             name = " ".join(filter(None, ("tpu v5e step tiny xla", method, saving)))
             yield Program(name, "v5e", step, options, donate=(0,))
     # On v6e the compiler takes four times as long, so a small step has to do.
-    mine = step_cost.METHOD
+    mine = rows.METHOD
     whole = (("tiny", "v5e", mine), ("tiny", "v6e", mine), ("24m", "v5e", "adamw"), ("24m", "v5e", mine))
     for preset, chip, method in whole:
         options = _step(preset, method, {}, "pallas")
@@ -119,7 +119,7 @@ def _tpu_parameters() -> Iterator[Item]:
 def tpu_parameters(name: str, chip: str, model: str) -> dict[str, Figures]:
     """Every parameter operation over all tensors of a model."""
     from fsam_kernels.shapes import WEIGHTS
-    from fsam_profiling.tpu_parameters import OPERATIONS, read
+    from fsam_profiling.tpu.parameters import OPERATIONS, read
 
     found = {}
     for operation in OPERATIONS:
@@ -144,13 +144,13 @@ def _gpu() -> Iterator[Item]:
 
 def gpu_head(archs: tuple[str, ...], shapes: tuple[str, ...]) -> dict[str, Figures]:
     """Every stage of the head's Triton kernels, each set of options, bfloat16 logits."""
-    from fsam_profiling.gpu import Gpu, read
+    from fsam_profiling.gpu.kernels import read
 
     return {
         f"gpu {arch} head {shape} {row['stage']}, {row['options']}": _figures(row)
         for arch in archs
         for shape in shapes
-        for row in read(Gpu(arch=arch, shape=shape))
+        for row in read([arch], shape)
     }
 
 
@@ -158,8 +158,8 @@ def gpu_parameters(
     archs: tuple[str, ...], models: tuple[str, ...], operations: tuple[str, ...] = ()
 ) -> dict[str, Figures]:
     """The parameter operations' Triton kernels over all tensors of the models; all operations where none is named."""
-    from fsam_kernels.triton.parameters import OPERATIONS
-    from fsam_profiling.gpu_parameters import read
+    from fsam_profiling.gpu.parameter_launches import OPERATIONS
+    from fsam_profiling.gpu.parameters import read
 
     chosen = [x for x in OPERATIONS if not operations or x.name in operations]
     return {
@@ -186,18 +186,19 @@ def _figures(row: dict[str, Any]) -> Figures:
 
 
 def _flops() -> Iterator[Item]:
-    for method, saving, changes in step_cost.programs(""):
+    for method, saving, changes in rows.programs(""):
         name = " ".join(filter(None, ("flops jax tiny", method, saving)))
         measure = partial(jax_flops, name, method, changes)
         yield Item(name, ("jax",), measure, quick=name in QUICK_FLOPS)
-    for method in ("adamw", "sam", step_cost.METHOD):
+    for method in ("adamw", "sam", rows.METHOD):
         name = f"flops torch tiny {method}"
         yield Item(name, ("torch",), partial(torch_flops, name, method))
 
 
 def jax_flops(name: str, method: str, changes: dict[str, Any]) -> dict[str, Figures]:
     """Matrix products of a step as it is traced."""
-    from fsam_profiling import flops, step_programs
+    from fsam_profiling import flops
+    from fsam_profiling.tpu import step_programs
 
     chosen = settings("tiny", method, changes=changes, backend="xla")
     return {name: {"product_flops": flops.of_step(*step_programs.of(chosen))}}
@@ -205,7 +206,7 @@ def jax_flops(name: str, method: str, changes: dict[str, Any]) -> dict[str, Figu
 
 def torch_flops(name: str, method: str) -> dict[str, Figures]:
     """Matrix products of a step as it runs."""
-    from fsam_profiling.torch_flops import count
+    from fsam_profiling.timing.torch_flops import count
     from fsam_trainers import engine
 
     chosen = settings("tiny", method, framework="torch", backend="torch")

@@ -9,9 +9,9 @@ from typing import Any
 
 from fsam_core import backends
 from fsam_core.regions import REGIONS
+from fsam_profiling.regions import IDLE, OTHER
 from fsam_profiling.report_tables import amount
-from fsam_profiling.step_cost import METHOD
-from fsam_profiling.step_regions import IDLE, OTHER
+from fsam_profiling.rows import METHOD
 
 backends.require("matplotlib")
 

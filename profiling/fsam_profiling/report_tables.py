@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fsam_profiling.collectives import bytes_of
-from fsam_profiling.step_cost import ratio_text
-from fsam_profiling.step_regions import in_order
+from fsam_profiling.regions import in_order
+from fsam_profiling.timing.step import ratio_text
+from fsam_profiling.tpu.collectives import bytes_of
 
 Row = dict[str, Any]
 Columns = dict[str, Callable[[Row], str]]

@@ -18,7 +18,7 @@ from fsam_core import Method, Plain, Schedule, cost
 from fsam_core import jax as in_jax
 from fsam_core import torch as in_torch
 from fsam_kernels.memory import Memory
-from fsam_profiling import torch_flops
+from fsam_profiling.timing import torch_flops
 from fsam_trainers.cost_table import counted
 from fsam_trainers.models import flax_decoder, torch_decoder
 from fsam_trainers.models.layout import ModelConfig, blocks

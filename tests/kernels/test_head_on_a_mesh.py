@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from fsam_kernels.xla import linear_cross_entropy, logit_vjp
-from fsam_profiling import collectives
+from fsam_profiling.tpu import collectives
 
 N, D, V, CHUNKS = 64, 16, 128, 4
 ROWS, WORDS = PartitionSpec("data"), PartitionSpec("tensor")

@@ -19,8 +19,8 @@ from operations import assert_as_good, back
 
 from fsam_kernels import spec
 from fsam_kernels.options import Loss
-from fsam_kernels.pallas import rows as pallas
-from fsam_kernels.xla import rows as xla
+from fsam_kernels.pallas import softmax_stats as pallas
+from fsam_kernels.xla import softmax_stats as xla
 
 C, D, V = 37, 130, 300
 BLOCKS = pallas.Blocks(rows=24, vocabulary=256, slab=16)
@@ -217,7 +217,7 @@ def test_compiled_for_a_chip_it_takes_little_more_than_its_matrix_product(chip, 
     from fsam_profiling import tpu
 
     n, d, v = 2048, 1024, 8192
-    compiled = tpu.compile_for(chip, "fsam_profiling.head_programs:row_figures", options={"N": n, "D": d, "V": v})
+    compiled = tpu.compile_for(chip, "fsam_profiling.tpu.head_programs:row_figures", options={"N": n, "D": d, "V": v})
     (kernel,) = (x for x in compiled.kernels if not x.rare)
     assert kernel.schedule.mxu_cycles == pytest.approx(2 * n * d * v / compiled.chip.flops_per_cycle)
     assert kernel.schedule.cycles <= most * kernel.schedule.mxu_cycles

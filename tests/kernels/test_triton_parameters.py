@@ -29,10 +29,11 @@ from fsam_kernels.torch.rounding import Rounding
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed: pip install 'fsam[triton]'", allow_module_level=True)
 
-from fsam_kernels.triton import parameters, tables
+from fsam_kernels.triton import tables
 from fsam_kernels.triton.adamw import AdamW, adamw
 from fsam_kernels.triton.perturb import perturb
 from fsam_kernels.triton.preconditioned_norm import preconditioned_norm
+from fsam_profiling.gpu import parameter_launches
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -97,7 +98,7 @@ def test_sums_of_each_tensor_and_tensors_left_out():
 
 
 def test_more_partial_sums_than_one_program_reads_at_once(monkeypatch):
-    module = parameters.KERNELS["sum_partials"]
+    module = parameter_launches.KERNELS["sum_partials"]
     monkeypatch.setattr(module, "SUM_BLOCK", 4)
     _, g, v, adam = problem()
     got = preconditioned_norm(g, v, adam=adam)
@@ -300,14 +301,14 @@ def test_what_is_given_in_another_dtype_or_number_is_refused():
 # --- what is launched -------------------------------------------------------------------------------------------------
 
 
-def operation(name: str) -> parameters.Operation:
-    return next(each for each in parameters.OPERATIONS if each.name == name)
+def operation(name: str) -> parameter_launches.Operation:
+    return next(each for each in parameter_launches.OPERATIONS if each.name == name)
 
 
-@pytest.mark.parametrize("each", parameters.OPERATIONS, ids=lambda each: each.name)
+@pytest.mark.parametrize("each", parameter_launches.OPERATIONS, ids=lambda each: each.name)
 def test_two_launches_at_most_for_148_tensors_and_the_same_code_for_others(each, monkeypatch):
     monkeypatch.setattr(tables, "BLOCK", 2048)
-    many, few = (parameters.launches(each, shapes) for shapes in (WEIGHTS["gpt2"], [(3,), (16384,)]))
+    many, few = (parameter_launches.launches(each, shapes) for shapes in (WEIGHTS["gpt2"], [(3,), (16384,)]))
     assert len(WEIGHTS["gpt2"]) == 148
     assert len(many) <= 2
     assert [x.specialisation for x in many] == [x.specialisation for x in few]
@@ -315,12 +316,12 @@ def test_two_launches_at_most_for_148_tensors_and_the_same_code_for_others(each,
 
 
 def test_the_tables_of_a_launch_say_where_everything_is():
-    launch = parameters.launches(operation("perturb to bfloat16"), [(40,), (), (16,)])[0]
+    launch = parameter_launches.launches(operation("perturb to bfloat16"), [(40,), (), (16,)])[0]
     assert launch.grid == 3 + 1 + 1
     assert launch.tables["chunks_ptr"].tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [2, 0]]
     table = launch.tables["table_ptr"]
     assert table[:, tables.LENGTH].tolist() == [40, 1, 16]
-    assert (table[:, :4] // parameters.REGION - table[0, 0] // parameters.REGION == np.arange(4)).all()
+    assert (table[:, :4] // parameter_launches.REGION - table[0, 0] // parameter_launches.REGION == np.arange(4)).all()
 
 
 def test_a_table_holds_addresses_settings_and_keys():

@@ -24,7 +24,7 @@ from fsam_kernels.options import CROSS_ENTROPY, Loss
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed: pip install 'fsam[triton]'", allow_module_level=True)
 
-from fsam_kernels.triton import rows as stages
+from fsam_kernels.triton import softmax_stats as stages
 
 # Rows beyond C, which nobody reads, come out of the interpreter as anything.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")

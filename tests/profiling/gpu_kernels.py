@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 
 from fsam_kernels.options import CROSS_ENTROPY
-from fsam_kernels.triton.catalogue import Launch
-from fsam_profiling import gpu_code, gpu_traffic
-from fsam_profiling.gpu_llvm import Unreadable
+from fsam_profiling.gpu import code as gpu_code
+from fsam_profiling.gpu import traffic
+from fsam_profiling.gpu.launches import Launch
+from fsam_profiling.gpu.llvm import Unreadable
 
 N, BLOCK = 10_000, 1024
 
@@ -122,7 +123,7 @@ def read(arch: str, case: Launch) -> dict[str, Any]:
         text = gpu_code.compile_launch(case, arch).asm["amdgcn"]
         found["compiler's own occupancy"] = int(re.findall(r"; Occupancy: (\d+)", text)[0]) / 8
     try:
-        found.update(gpu_traffic.count(case, code.llvm, gpu_code.CARDS[arch].warp)._asdict())
+        found.update(traffic.count(case, code.llvm, gpu_code.CARDS[arch].warp)._asdict())
     except Unreadable as error:
         found["unreadable"] = str(error)
     return found

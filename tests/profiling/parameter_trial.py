@@ -1,7 +1,7 @@
 """Pallas kernels of the norm and of AdamW that were tried and lost: `python tests/profiling/parameter_trial.py`.
 
 A leaf of two axes is one call over blocks of its rows; all smaller leaves are packed into one array and one call. They
-are compiled for a TPU and set beside what XLA makes of the plain operations (`fsam_profiling.tpu_parameters`).
+are compiled for a TPU and set beside what XLA makes of the plain operations (`fsam_profiling.tpu.parameters`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fsam_core.errors import UserError
 from fsam_kernels.shapes import WEIGHTS
 from fsam_kernels.xla.adamw import Updated
 from fsam_kernels.xla.direction import Adam
-from fsam_profiling import tpu_parameters
+from fsam_profiling.tpu import parameters
 
 BLOCK_BYTES = 2**19  # of each array; a v5e holds 14 of them twice in a quarter of its VMEM
 PACKED = 1024  # columns of the array of small leaves
@@ -137,15 +137,15 @@ def program(operation: str, shapes: Sequence[Sequence[int]]) -> Any:
         run = lambda g, v, clip, correction: norm(g, v, clip=clip, adam=Adam(0.95, 1e-8, correction))
     else:
         run = lambda theta, g, m, v, step, lr, clip: adamw(theta, g, m, v, step=step, lr=lr, clip=clip)
-    return run, tpu_parameters.program(operation, shapes)[1]
+    return run, parameters.program(operation, shapes)[1]
 
 
 def compare(chip: str, shapes: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
     """The figures of `tpu_parameters.read` of XLA's loops and of the trial's kernels, for the norm and for AdamW."""
     found = []
     for operation in ("preconditioned norm", "adamw"):
-        found.append(tpu_parameters.read(chip, operation, shapes))
-        found.append(tpu_parameters.read(chip, operation, shapes, "parameter_trial:program"))
+        found.append(parameters.read(chip, operation, shapes))
+        found.append(parameters.read(chip, operation, shapes, "parameter_trial:program"))
         found[-1]["operation"] += ", Pallas"
     return found
 
@@ -168,7 +168,7 @@ def main() -> None:
         found = compare(options.chip, WEIGHTS[options.model])
     except UserError as error:
         sys.exit(f"parameter_trial: error: {error}")
-    Console(width=150).print(tpu_parameters.table(found, options.model))
+    Console(width=150).print(parameters.table(found, options.model))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ import math
 
 import pytest
 
+import arrival
 from fsam_kernels.shapes import WEIGHTS
-from fsam_profiling import arrival
 
 
 def count(shapes) -> int:
@@ -48,7 +48,7 @@ def test_the_command_prints_a_table_and_writes_json(monkeypatch, tmp_path, capsy
     monkeypatch.setattr("sys.argv", ["arrival", "--model", "small", "--rho", "0.01", "--json", str(path)])
     arrival.main()
     written = json.loads(path.read_text())
-    assert written["command"] == f"python -m fsam_profiling.arrival --model small --rho 0.01 --json {path}"
+    assert written["command"] == f"python profiling/experiments/arrival.py --model small --rho 0.01 --json {path}"
     rows = written["rows"]
     out = capsys.readouterr().out
     assert [row["way"] for row in rows] == list(arrival.WAYS)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from fsam_profiling import collectives, tpu_hlo, tpu_scale
+from fsam_profiling.tpu import collectives, hlo, scale
 
 
 def program(function, *shapes_and_specs) -> list[collectives.Collective]:
@@ -44,7 +44,7 @@ def test_kinds_shapes_bytes_and_loops():
 
 def test_what_seldom_runs_is_left_out():
     def function(a, b):
-        with jax.named_scope(tpu_hlo.RARE):
+        with jax.named_scope(hlo.RARE):
             # How often it turns is not in the program; each turn reduces.
             return jax.lax.while_loop(lambda x: (x > 1).any(), lambda x: x / (1 + jnp.abs(x).sum()), a) + b.sum()
 
@@ -69,8 +69,8 @@ def test_each_of_four_chips_holds_a_quarter_of_weights_and_moments(backend):
     pytest.importorskip("libtpu")
     same = {"name": "tiny", "batch": 64, "dtype": "bfloat16", "micro_batches": 2, "backend": backend, "fsdp": 4}
     rows = {
-        name: tpu_scale.compiled("v5e", same | {"method": method, "changes": changes})
-        for name, (method, changes) in tpu_scale.ROWS.items()
+        name: scale.compiled("v5e", same | {"method": method, "changes": changes})
+        for name, (method, changes) in scale.ROWS.items()
         if name in ("adamw", "exact")
     }
     weights = 1_327_232
@@ -78,4 +78,4 @@ def test_each_of_four_chips_holds_a_quarter_of_weights_and_moments(backend):
         assert row["argument_bytes"] == pytest.approx(12 * weights / 4, rel=0.05)
         assert row["aliased_bytes"] > 0.9 * row["argument_bytes"]
         assert row["collectives"]["all-gather"]["operations"] > 0
-    assert tpu_scale.peak_bytes(rows["exact"]) > tpu_scale.peak_bytes(rows["adamw"])
+    assert scale.peak_bytes(rows["exact"]) > scale.peak_bytes(rows["adamw"])

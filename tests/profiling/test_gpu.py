@@ -25,8 +25,10 @@ import torch
 from fsam_core import UserError
 from fsam_kernels.options import CROSS_ENTROPY, Loss
 from fsam_kernels.shapes import HEADS, WEIGHTS, Head
-from fsam_kernels.triton import catalogue, parameters, tiles
-from fsam_profiling import gpu, gpu_code, gpu_llvm, gpu_parameters, gpu_programs, gpu_step
+from fsam_kernels.triton import tiles
+from fsam_profiling import gpu
+from fsam_profiling.gpu import code, launches, llvm, parameter_launches, parameters, step
+from fsam_profiling.gpu import programs as gpu_programs
 
 KERNELS = Path(__file__).with_name("gpu_kernels.py")
 N, BLOCK = 10_000, 1024  # as in gpu_kernels.py
@@ -48,9 +50,9 @@ PARAMETERS = """
 import json, sys
 from fsam_kernels.shapes import WEIGHTS
 from fsam_kernels.triton import tables
-from fsam_kernels.triton.parameters import OPERATIONS, launches
+from fsam_profiling.gpu.parameter_launches import OPERATIONS, launches
 from fsam_profiling import gpu_code
-from fsam_profiling.gpu_parameters import count, read
+from fsam_profiling.gpu.parameters import count, read
 few = ("preconditioned_norm", "perturb to bfloat16 at random", "adamw, bfloat16 copy")
 rows = list(read(models=["gpt2"], operations=[each for each in OPERATIONS if each.name in few]))
 launch = launches(OPERATIONS[0], WEIGHTS["gpt2"])[0]
@@ -59,12 +61,12 @@ json.dump([rows, count(launch, gpu_code.read(launch, "sm_90").llvm, 32).load_wid
 """
 STEP = """
 import json, sys
-from fsam_profiling.gpu_step import read
+from fsam_profiling.gpu.step import read
 json.dump(list(read(["sm_90"], "24m", "adamw,1/8")), sys.stdout)
 """
 ALL_PARAMETERS = """
 import json, sys
-from fsam_profiling.gpu_parameters import read
+from fsam_profiling.gpu.parameters import read
 json.dump(list(read()), sys.stdout)
 """
 
@@ -97,9 +99,9 @@ def assert_sound(rows: list[dict[str, Any]]) -> None:
 def test_every_kernel_compiles_for_every_target_and_moves_little_more_than_it_must():
     rows = compiled("-c", ENOUGH)
     assert_sound(rows)
-    assert {row["arch"] for row in rows} == set(gpu_code.CARDS)
-    for arch in gpu_code.CARDS:
-        assert {k["kernel"] for row in rows for k in row["kernels"] if row["arch"] == arch} == set(catalogue.KERNELS)
+    assert {row["arch"] for row in rows} == set(code.CARDS)
+    for arch in code.CARDS:
+        assert {k["kernel"] for row in rows for k in row["kernels"] if row["arch"] == arch} == set(launches.KERNELS)
     assert {shape for row in rows for shape in row["shapes"]} == set(HEADS)
 
 
@@ -107,7 +109,7 @@ def test_every_kernel_compiles_for_every_target_and_moves_little_more_than_it_mu
 def test_every_kernel_compiles_for_every_target_shape_and_dtype():
     rows = compiled("-c", ALL)
     assert_sound(rows)
-    assert len({(row["arch"], row["dtype"]) for row in rows}) == 3 * len(gpu_code.CARDS)
+    assert len({(row["arch"], row["dtype"]) for row in rows}) == 3 * len(code.CARDS)
 
 
 def assert_parameters_sound(rows: list[dict[str, Any]]) -> None:
@@ -129,16 +131,16 @@ def test_the_parameter_kernels_move_little_more_than_they_must_on_every_target()
     rows, of_unaligned = compiled("-c", PARAMETERS)
     assert_parameters_sound(rows)
     assert of_unaligned == 4  # the negative control: the same code, told that nothing is aligned
-    assert {row["arch"] for row in rows} == set(gpu_code.CARDS)
+    assert {row["arch"] for row in rows} == set(code.CARDS)
     assert {(row["tensors"], row["parameters"]) for row in rows} == {(148, 124_439_808)}
-    assert {k["kernel"] for row in rows for k in row["kernels"]} == set(parameters.KERNELS)
+    assert {k["kernel"] for row in rows for k in row["kernels"]} == set(parameter_launches.KERNELS)
 
 
 @pytest.mark.slow
 def test_every_parameter_kernel_on_every_target_and_model():
     rows = compiled("-c", ALL_PARAMETERS)
     assert_parameters_sound(rows)
-    assert len(rows) == len(gpu_code.CARDS) * len(parameters.OPERATIONS) * len(WEIGHTS)
+    assert len(rows) == len(code.CARDS) * len(parameter_launches.OPERATIONS) * len(WEIGHTS)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +156,7 @@ def test_every_parameter_kernel_on_every_target_and_model():
     ],
 )
 def test_a_step_calls_each_operation_as_often_as_its_method_needs(shape, changes, cotangent):
-    found = gpu_step.calls(shape, "precond-functional-sam", changes)
+    found = step.calls(shape, "precond-functional-sam", changes)
     assert found.head == {"statistics": 1, "cotangent": cotangent}
     once = ("preconditioned_norm", "perturb to bfloat16", "adamw, bfloat16 copy")
     assert found.parameters == dict.fromkeys(once, 1)
@@ -162,12 +164,12 @@ def test_a_step_calls_each_operation_as_often_as_its_method_needs(shape, changes
 
 def test_a_step_of_what_is_no_model_is_refused():
     with pytest.raises(UserError, match="shape: 'llama3-8b' is not a whole model: use 24m, 118m, 1208m, gpt2"):
-        next(gpu_step.read(["sm_90"], "llama3-8b", "adamw"))
+        next(step.read(["sm_90"], "llama3-8b", "adamw"))
 
 
 def test_a_step_with_an_operation_that_is_not_compiled_is_refused():
     with pytest.raises(UserError, match="gpu: preconditioned_norm of float32 is not among the operations"):
-        gpu_step.calls("24m", "sam", {})
+        step.calls("24m", "sam", {})
 
 
 def test_a_step_moves_what_its_operations_move():
@@ -185,15 +187,15 @@ def test_a_step_moves_what_its_operations_move():
 
 
 def test_chunks_are_counted_by_what_is_left_of_their_tensor():
-    operation = parameters.OPERATIONS[0]
-    chunk, partials = parameters.launches(operation, [(5000,), (2048,), (3,), (904,), ()])
-    assert gpu_parameters._kinds(chunk) == {1: (6, 1), 3: (4, 1), 904: (2, 2), 2048: (0, 3)}
-    assert gpu_parameters._kinds(partials) == {0: (0, 1), -1: (1, 1)}
+    operation = parameter_launches.OPERATIONS[0]
+    chunk, partials = parameter_launches.launches(operation, [(5000,), (2048,), (3,), (904,), ()])
+    assert parameters._kinds(chunk) == {1: (6, 1), 3: (4, 1), 904: (2, 2), 2048: (0, 3)}
+    assert parameters._kinds(partials) == {0: (0, 1), -1: (1, 1)}
 
 
 def test_the_parameter_kernels_are_not_compiled_under_the_interpreter():
     with pytest.raises(UserError, match="TRITON_INTERPRET is set"):
-        next(gpu_parameters.read())
+        next(parameters.read())
 
 
 def test_figures_of_kernels_that_are_known():
@@ -244,12 +246,12 @@ def test_figures_of_kernels_that_are_known():
     ],
 )
 def test_occupancy_is_what_the_published_limits_give(arch, registers, shared, warps, expected):
-    assert gpu_code.occupancy(gpu_code.CARDS[arch], registers, shared, warps) == expected
+    assert code.occupancy(code.CARDS[arch], registers, shared, warps) == expected
 
 
 def test_a_launch_is_recorded_as_it_is_made():
     head, before = Head(100, 8, 50257), tiles.cotangent
-    statistics, combine = catalogue.launches(catalogue.STAGES[0], head, torch.bfloat16, Loss(label_smoothing=0.1))
+    statistics, combine = launches.launches(launches.STAGES[0], head, torch.bfloat16, Loss(label_smoothing=0.1))
     assert (statistics.kernel, combine.kernel) == ("tile_statistics", "combine")
     assert statistics.grid == 100 * 13
     assert statistics.signature["u_ptr"] == "*bf16"
@@ -264,11 +266,11 @@ def test_a_launch_is_recorded_as_it_is_made():
     assert tiles.cotangent is before
 
 
-@pytest.mark.parametrize("loss", catalogue.LOSSES.values(), ids=catalogue.LOSSES)
-@pytest.mark.parametrize("stage", catalogue.STAGES, ids=lambda stage: stage.name)
+@pytest.mark.parametrize("loss", launches.LOSSES.values(), ids=launches.LOSSES)
+@pytest.mark.parametrize("stage", launches.STAGES, ids=lambda stage: stage.name)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 def test_what_is_timed_on_a_card_runs(stage, loss):
-    u_CxV, labels_C = catalogue.chunk(Head(3, 8, 20), torch.bfloat16, "cpu")
+    u_CxV, labels_C = launches.chunk(Head(3, 8, 20), torch.bfloat16, "cpu")
     before = u_CxV.clone()
     stage.call(u_CxV, labels_C, loss)()
     assert torch.equal(u_CxV, before) == (stage.name != "cotangent")
@@ -276,15 +278,15 @@ def test_what_is_timed_on_a_card_runs(stage, loss):
 
 def test_the_kernels_are_put_back_after_an_error():
     before = tiles.cotangent
-    breaks = catalogue.Stage("breaks", lambda *of_chunk: lambda: 1 / int(tiles.cotangent is before), lambda *sizes: 0)
+    breaks = launches.Stage("breaks", lambda *of_chunk: lambda: 1 / int(tiles.cotangent is before), lambda *sizes: 0)
     with pytest.raises(ZeroDivisionError):
-        catalogue.launches(breaks, Head(4, 8, 16), torch.bfloat16)
+        launches.launches(breaks, Head(4, 8, 16), torch.bfloat16)
     assert tiles.cotangent is before
 
 
 def test_rows_of_a_ragged_last_chunk_run_the_same_machine_code():
     full, ragged = (
-        catalogue.launches(catalogue.STAGES[0], Head(n, 8, 4096), torch.bfloat16, CROSS_ENTROPY)[1] for n in (256, 37)
+        launches.launches(launches.STAGES[0], Head(n, 8, 4096), torch.bfloat16, CROSS_ENTROPY)[1] for n in (256, 37)
     )
     assert full.specialisation == ragged.specialisation
 
@@ -304,17 +306,17 @@ def test_what_cannot_be_done_is_said_in_one_sentence(options, message):
 
 def test_a_compiler_whose_output_is_not_understood_is_named_with_what_would_work(monkeypatch):
     with pytest.raises(UserError, match=r"cannot read the assembly that Triton .* made: use Triton 3"):
-        gpu_code._amd(SimpleNamespace(asm={"amdgcn": ".vgpr_count: 8"}))
-    monkeypatch.setattr(gpu_code, "_tool", lambda *arguments: "Function k: REGISTERS=12")
+        code._amd(SimpleNamespace(asm={"amdgcn": ".vgpr_count: 8"}))
+    monkeypatch.setattr(code, "_tool", lambda *arguments: "Function k: REGISTERS=12")
     with pytest.raises(UserError, match=r"cannot read the machine code that Triton .* made: use Triton 3"):
-        gpu_code._nvidia(SimpleNamespace(asm={"cubin": b""}))
+        code._nvidia(SimpleNamespace(asm={"cubin": b""}))
     with pytest.raises(UserError, match="should define one function, and defines 0"):
-        gpu_llvm.parse("; nothing")
+        llvm.parse("; nothing")
 
 
 def test_a_tool_that_is_missing_is_named(monkeypatch):
     with pytest.raises(UserError, match="nosuchtool is not where Triton"):
-        gpu_code._tool("nosuchtool")
+        code._tool("nosuchtool")
 
 
 # Threads below 20 store 4 bytes at x + 4 t, the others 8 bytes at x + 1024 + 8 t; all join again and load one label.
@@ -348,7 +350,7 @@ define ptx_kernel void @k(ptr addrspace(1) %0, ptr addrspace(1) %1, i32 %2) {
 
 def accesses(text: str) -> list[gpu_programs.Access]:
     region = gpu_programs.REGION
-    kernel = gpu_llvm.parse(text)
+    kernel = llvm.parse(text)
     return gpu_programs.run(kernel, [region, 2 * region, 20], 0, 32, 32, lambda argument, offsets: None)
 
 
@@ -375,5 +377,5 @@ def test_threads_that_part_are_counted_apart_and_join_again():
 )
 def test_text_that_is_not_understood_is_never_a_number(line, instead):
     assert line in BRANCHES
-    with pytest.raises(gpu_llvm.Unreadable, match="not counted"):
+    with pytest.raises(llvm.Unreadable, match="not counted"):
         accesses(BRANCHES.replace(line, instead))

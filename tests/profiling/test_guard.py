@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from fsam_core.errors import UserError
-from fsam_profiling import guard, guard_items, step_cost
+from fsam_profiling import guard, guard_items, rows
 from fsam_profiling.guard_items import Item, Program
-from fsam_profiling.step_cost import METHOD, SAVINGS
+from fsam_profiling.timing.step import METHOD, SAVINGS
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
@@ -126,22 +126,22 @@ def test_every_item_has_a_name_of_its_own_and_every_saving_is_among_them():
     names = [item.name for item in guard_items.items()]
     assert len(names) == len(set(names))
     for saving, changes in SAVINGS:
-        own = bool(set(changes) - step_cost.SCHEDULES)
+        own = bool(set(changes) - rows.SCHEDULES)
         assert (f"flops jax tiny {METHOD} {saving}" in names) == own
         assert (f"tpu v5e step tiny xla {METHOD} {saving}" in names) == own
 
 
 def test_a_schedule_is_no_program_of_its_own(monkeypatch):
-    before = step_cost.programs("")
-    monkeypatch.setattr(step_cost, "SAVINGS", (*SAVINGS, ("every 4", {"every": 4}), ("late", {"start": 0.9})))
-    assert step_cost.programs("") == before
+    before = rows.programs("")
+    monkeypatch.setattr(rows, "SAVINGS", (*SAVINGS, ("every 4", {"every": 4}), ("late", {"start": 0.9})))
+    assert rows.programs("") == before
 
 
 # Kernels of the guard's own items, made slower in one way each.
 PLANTS = """
 import dataclasses, json, sys
 from fsam_kernels.triton import parameters, tables
-from fsam_profiling import guard, guard_items, step_cost
+from fsam_profiling import guard, guard_items, rows
 ask = lambda: guard_items.gpu_parameters(("sm_90",), ("gpt2",), ("adamw",))
 launches = parameters.launches
 found = {}
@@ -187,7 +187,9 @@ def against_baseline(program: Program) -> set[str]:
 def test_a_logit_tensor_that_is_stored_is_caught():
     head = next(x for x in guard_items.programs() if x.name == guard_items.QUICK_HEAD)
     assert against_baseline(head) == set()
-    stored = dataclasses.replace(head, function="fsam_profiling.head_programs:log_softmax", options=guard_items.SMALL)
+    stored = dataclasses.replace(
+        head, function="fsam_profiling.tpu.head_programs:log_softmax", options=guard_items.SMALL
+    )
     assert {"temporary_bytes", "peak_bytes", "cycles", "bytes"} <= against_baseline(stored)
 
 

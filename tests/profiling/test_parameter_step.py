@@ -11,7 +11,7 @@ import torch
 from fsam_core.errors import UserError
 from fsam_kernels import spec
 from fsam_kernels.shapes import WEIGHTS
-from fsam_profiling import parameter_step as steps
+from fsam_profiling.timing import parameters as steps
 
 SHAPES = [(60, 40), (7,), (40, 120)]
 TRACE = 50 * 2**-24

@@ -15,32 +15,35 @@ import torch
 
 from fsam_core import NAMES
 from fsam_core.errors import UserError
-from fsam_profiling import flops, matmul_rate, step_cost, step_variants, torch_flops, tpu_inserted, tpu_step
-from fsam_profiling.step_settings import random_tokens, settings
-from fsam_profiling.step_variants import Variant
+from fsam_profiling import flops, rows
+from fsam_profiling.settings import random_tokens, settings
+from fsam_profiling.timing import matmul_rate, step, torch_flops, variants
+from fsam_profiling.timing.variants import Variant
+from fsam_profiling.tpu import inserted
+from fsam_profiling.tpu import step as tpu_step
 
 SMALL = {"batch": 2, "seq_len": 8, "vocab_size": 64}
 
 
 def test_rows_are_found_by_name_and_adamw_is_always_there():
-    names = lambda only: [saving or method for method, saving, _ in step_cost.rows(only)]
-    everything = [*NAMES, *(name for name, _ in step_cost.SAVINGS)]
+    names = lambda only: [saving or method for method, saving, _ in rows.rows(only)]
+    everything = [*NAMES, *(name for name, _ in rows.SAVINGS)]
     assert names("") == names("all") == everything
     assert names("1/8") == ["adamw", "1/8"]
-    assert set(names("common,logit-sam")) == {*step_cost.COMMON, "logit-sam"}
+    assert set(names("common,logit-sam")) == {*rows.COMMON, "logit-sam"}
     with pytest.raises(UserError, match=r"--only: half is no row; use all, common, or some of adamw, sam"):
         names("half")
     with pytest.raises(UserError, match=r"--repeats must be at least 10 .* got 3"):
-        step_cost.measure(step_cost.Options(repeats=3))
+        step.measure(step.Options(repeats=3))
 
 
 def test_a_schedule_is_a_row_of_times_and_no_program():
-    names = [saving for _, saving, _ in step_cost.programs("all")]
+    names = [saving for _, saving, _ in rows.programs("all")]
     assert "every 4 reused" in names
     assert not {"every 4", "start 0.9", "no correction"} & set(names)
-    assert step_cost.programs("1/8") == step_cost.rows("1/8")
+    assert rows.programs("1/8") == rows.rows("1/8")
     with pytest.raises(UserError, match=r"--only: every 4, no correction is a schedule, with steps as of adamw and of"):
-        step_cost.programs("1/8,every 4,no correction")
+        rows.programs("1/8,every 4,no correction")
 
 
 @pytest.mark.parametrize(
@@ -49,15 +52,15 @@ def test_a_schedule_is_a_row_of_times_and_no_program():
 )
 def test_a_ratio_is_told_from_one_where_it_is_further_from_it_than_its_percentiles_are_apart(ratios, resolved):
     base = np.array([100.0, 200.0, 50.0])
-    found = step_cost.against(np.array(ratios) * base, base)
+    found = step.against(np.array(ratios) * base, base)
     assert found["ratio"] == pytest.approx(ratios[1])
     assert found["ratio_resolved"] is resolved
-    text = step_cost.ratio_text(found, "ratio")
+    text = step.ratio_text(found, "ratio")
     assert text.startswith(f"{ratios[1]:.2f} (") == resolved
 
 
 def test_the_figures_of_a_step_follow_from_its_times():
-    found = step_cost.figures(np.full(10, 200.0), np.full(10, 100.0), work=3e9, ceiling=60e9)
+    found = step.figures(np.full(10, 200.0), np.full(10, 100.0), work=3e9, ceiling=60e9)
     assert (found["step_ms"], found["ratio"], found["ratio_resolved"]) == (200, 2, True)
     assert (found["flops_per_s"], found["utilisation"]) == pytest.approx((15e9, 0.25))
 
@@ -65,7 +68,7 @@ def test_the_figures_of_a_step_follow_from_its_times():
 def test_a_schedules_average_step_is_its_kinds_by_their_shares(monkeypatch):
     kinds = {"corrected": (0.25, None)}
     of = {("jax", "adamw", "", ""): [100.0, 200.0], ("jax", "m", "every", "corrected"): [300.0, 400.0]}
-    assert step_cost._mean(("jax", "m", "every"), kinds, of).tolist() == [150, 250]
+    assert step._mean(("jax", "m", "every"), kinds, of).tolist() == [150, 250]
 
 
 def test_products_are_counted_through_loops_branches_and_kernels_and_dead_ones_are_not():
@@ -110,8 +113,8 @@ def test_both_frameworks_count_the_same_products_for_a_step():
     counted = {}
     for framework in ("jax", "torch"):
         one = Variant(dataclasses.replace(chosen, framework=framework))
-        run = step_variants.make(one) if framework == "torch" else lambda index: None
-        counted[framework] = step_variants.flops(one, run)
+        run = variants.make(one) if framework == "torch" else lambda index: None
+        counted[framework] = variants.flops(one, run)
     model = chosen.model
     N = chosen.batch * model.seq_len
     scores = 2 * N * model.seq_len * model.width * model.layers  # one of attention's products
@@ -123,11 +126,11 @@ def test_both_frameworks_count_the_same_products_for_a_step():
 @pytest.mark.parametrize("framework", ["jax", "torch"])
 def test_a_step_that_reuses_its_correction_counts_as_adamws(framework):
     changes = {"every": 4, "between": "reuse", "correction_fraction": 0.5}
-    one = Variant(settings("tiny", step_cost.METHOD, framework=framework, changes=changes, **SMALL))
+    one = Variant(settings("tiny", rows.METHOD, framework=framework, changes=changes, **SMALL))
     plain = Variant(settings("tiny", "adamw", framework=framework, **SMALL))
     counted = {
-        kind: (share, step_variants.flops(variant, step_variants.make(variant) if framework == "torch" else len))
-        for kind, (share, variant) in {**step_cost._kinds(one), "plain": (0.0, plain)}.items()
+        kind: (share, variants.flops(variant, variants.make(variant) if framework == "torch" else len))
+        for kind, (share, variant) in {**step._kinds(one), "plain": (0.0, plain)}.items()
     }
     assert counted["corrected"][0] == 0.25
     assert counted["reused"] == (0.75, counted["plain"][1])
@@ -155,7 +158,7 @@ def test_the_textbook_in_pytorch_takes_the_step_that_ours_does(method, monkeypat
     made = torch_decoder.Decoder
     monkeypatch.setattr(torch_decoder, "Decoder", lambda *args: models.append(made(*args)) or models[-1])
     plain = dataclasses.replace(chosen, method="adamw")
-    step_variants.make(Variant(plain, f"textbook {method}"))(0)
+    variants.make(Variant(plain, f"textbook {method}"))(0)
     theirs = torch_decoder.as_numpy(models[0])
     assert_close(ours, theirs)
 
@@ -163,7 +166,7 @@ def test_the_textbook_in_pytorch_takes_the_step_that_ours_does(method, monkeypat
 @pytest.mark.slow
 @pytest.mark.parametrize("peer", ["textbook adamw", "textbook sam", "textbook functional-sam", "optax.contrib sam"])
 def test_the_peers_in_jax_take_the_step_that_ours_does(peer):
-    from fsam_profiling import step_programs
+    from fsam_profiling.tpu import step_programs
     from fsam_trainers.models import flax_decoder
     from fsam_trainers.models.layout import flattened
 
@@ -188,9 +191,9 @@ def assert_close(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> 
 def test_peers_are_those_that_are_installed(monkeypatch):
     chosen = settings("tiny", "adamw", framework="torch", **SMALL)
     with monkeypatch.context() as patch:
-        patch.setattr(step_variants.importlib.util, "find_spec", lambda name: None)
-        assert set(step_variants.peers(chosen)) == {(x, "textbook") for x in ("adamw", "sam", "functional-sam")}
-    jax_peers = step_variants.peers(dataclasses.replace(chosen, framework="jax"))
+        patch.setattr(variants.importlib.util, "find_spec", lambda name: None)
+        assert set(variants.peers(chosen)) == {(x, "textbook") for x in ("adamw", "sam", "functional-sam")}
+    jax_peers = variants.peers(dataclasses.replace(chosen, framework="jax"))
     assert ("sam", "optax.contrib") in jax_peers
 
 
@@ -225,14 +228,14 @@ window_params = [{transform_indices = @left, window_bounds = array<i64: 8, 16>},
 def test_a_kernel_that_the_tpu_compiler_put_there_says_what_its_blocks_move():
     body = lambda code: f'custom-call(...), backend_config={{"body":"{base64.b64encode(code).decode()}"}}'
     shapes = ["f32[30,16]", "bf16[16,64]", "f32[30,64]"]
-    found = tpu_inserted.read(body(KERNEL.encode()), shapes)
+    found = inserted.read(body(KERNEL.encode()), shapes)
     assert found is not None
     assert found.grid == (4, 2)
     # The left block changes four times, ragged at the end; the right one eight times; the last index is computed.
     assert found.moved == (30 * 16 * 4, 8 * 16 * 32 * 2, None)
-    assert tpu_inserted.read(body(KERNEL.encode()), shapes[:2]) is None
-    assert tpu_inserted.read(body(b"\x00\xff\xfe"), shapes) is None
-    assert tpu_inserted.read("custom-call(...)", shapes) is None
+    assert inserted.read(body(KERNEL.encode()), shapes[:2]) is None
+    assert inserted.read(body(b"\x00\xff\xfe"), shapes) is None
+    assert inserted.read("custom-call(...)", shapes) is None
 
 
 def test_a_steps_floor_is_its_products_or_its_arguments_whichever_takes_longer():
@@ -245,9 +248,9 @@ def test_variants_of_a_step_are_ours_in_each_backend_and_then_the_textbooks():
     found = tpu_step.variants("1/8,textbook", ("xla", "pallas"), preset="tiny", batch=4)
     assert [(x.method, x.saving, x.backend) for x in found] == [
         ("adamw", "", "xla"),
-        (step_cost.METHOD, "1/8", "xla"),
+        (rows.METHOD, "1/8", "xla"),
         ("adamw", "", "pallas"),
-        (step_cost.METHOD, "1/8", "pallas"),
+        (rows.METHOD, "1/8", "pallas"),
         *((kind, "textbook", "xla") for kind in tpu_step.TEXTBOOK),
     ]
     assert found[1].options["changes"] == {"correction_fraction": 0.125}

@@ -8,9 +8,10 @@ import json
 import pytest
 from rich.console import Console as Rich
 
+import study
+import study_report
 from fsam_core.errors import UserError
-from fsam_profiling import study, study_report
-from fsam_profiling.study import BEST_RIVAL, RIVALS, SAME_TIME, VARIANTS, Study
+from study import BEST_RIVAL, RIVALS, SAME_TIME, VARIANTS, Study
 
 TUNED = {"learning_rate": 1e-3, "weight_decay": 1.0, "dropout": 0.1, "rho": 0.2, "sam_rho": 0.05}
 TUNED |= {"rival": {"weight_decay": 1.0}, "rival_row": RIVALS[0], "swept": {"rate": {"0.001": 6.5, "0.002": 6.75}}}
@@ -57,7 +58,7 @@ def test_every_row_is_beside_adamw_of_the_same_seed(tmp_path):
 
 
 def test_a_study_that_is_under_way_says_so(tmp_path):
-    with pytest.raises(UserError, match=r"results.json is not there; python -m fsam_profiling.study makes it"):
+    with pytest.raises(UserError, match=r"results.json is not there; python profiling/experiments/study.py makes it"):
         study_report.gathered(tmp_path)
     results(tmp_path, complete=False, without=SAME_TIME)
     study_report.write(study_report.Report(tmp_path, tmp_path / "out"))

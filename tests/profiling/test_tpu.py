@@ -8,7 +8,9 @@ import json
 import pytest
 
 from fsam_core.errors import UserError
-from fsam_profiling import tpu, tpu_dumps, tpu_hlo
+from fsam_profiling import tpu
+from fsam_profiling.tpu import dumps as tpu_dumps
+from fsam_profiling.tpu import hlo
 
 needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 CHIPS = ("v5e", "v6e")
@@ -209,11 +211,11 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 
 def test_a_module_without_estimates_is_refused():
     text = MODULE.replace("WHAT", '"estimated_cycles":"12"')
-    assert tpu_hlo.read(text).cycles == 12
+    assert hlo.read(text).cycles == 12
     with pytest.raises(UserError, match="no instruction of the compiled module carries estimated_cycles"):
-        tpu_hlo.read(MODULE.replace("WHAT", ""))
+        hlo.read(MODULE.replace("WHAT", ""))
     with pytest.raises(UserError, match="not a scheduled one"):
-        tpu_hlo.read(text.replace("is_scheduled=true", ""))
+        hlo.read(text.replace("is_scheduled=true", ""))
 
 
 @pytest.mark.slow

@@ -13,9 +13,8 @@ import pytest
 from fsam_core.errors import UserError
 from fsam_kernels import spec, xla
 from fsam_kernels.shapes import WEIGHTS
-from fsam_profiling import tpu_parameters
-from fsam_profiling.tpu import Chip, Compiled
-from fsam_profiling.tpu_loops import Loop
+from fsam_profiling.tpu import Chip, Compiled, parameters
+from fsam_profiling.tpu.loops import Loop
 
 needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 SHAPES = [(2048, 640), (640,), (640, 1920), (640,)]
@@ -42,12 +41,12 @@ def test_a_loop_takes_its_bundles_or_its_bytes_and_a_program_no_less_than_all_by
 
 def test_an_unknown_model_is_refused():
     with pytest.raises(UserError, match="--model: 'huge' is not known; use 24m"):
-        tpu_parameters.run("v5e", "huge", None)
+        parameters.run("v5e", "huge", None)
 
 
 @needs_compiler
 def test_adamw_reads_and_writes_each_array_once_and_in_place():
-    found = tpu_parameters.read("v5e", "adamw", SHAPES)
+    found = parameters.read("v5e", "adamw", SHAPES)
     assert found["parameters"] == 2048 * 640 + 640 * 1920 + 2 * 640
     assert found["ratio"] == pytest.approx(1, abs=0.01)
     assert found["loops"] == len(SHAPES)
@@ -59,9 +58,9 @@ def test_adamw_reads_and_writes_each_array_once_and_in_place():
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["24m", "118m"])
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
-@pytest.mark.parametrize("operation", tpu_parameters.OPERATIONS)
+@pytest.mark.parametrize("operation", parameters.OPERATIONS)
 def test_every_operation_moves_the_least_bytes_and_is_bound_by_them(operation, chip, model):
-    found = tpu_parameters.read(chip, operation, WEIGHTS[model])
+    found = parameters.read(chip, operation, WEIGHTS[model])
     assert found["ratio"] <= 1.05
     assert found["scheduled_ratio"] <= 1.05
     assert found["temporary_bytes"] < 0.1 * 4 * found["parameters"]

@@ -10,8 +10,9 @@ import pytest
 
 from fsam_core.errors import UserError
 from fsam_core.regions import REGIONS
-from fsam_profiling import step_regions, trace, trace_events
-from fsam_profiling.trace_events import STEP, Span
+from fsam_profiling import regions
+from fsam_profiling.timing import trace, trace_events
+from fsam_profiling.timing.trace_events import STEP, Span
 
 
 @pytest.mark.parametrize(
@@ -29,7 +30,7 @@ from fsam_profiling.trace_events import STEP, Span
     ],
 )
 def test_an_operation_belongs_to_the_outermost_region_it_was_traced_under(op_name, expected):
-    assert step_regions.region(op_name) == expected
+    assert regions.region(op_name) == expected
 
 
 def event(name: str, start: float, duration: float, cat: str = "", **args: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 
-COMMAND = [sys.executable, "-m", "fsam_profiling.wrapper_overhead", "--batch", "1"]
+COMMAND = [sys.executable, "-m", "wrapper_overhead", "--batch", "1"]
 
 
 def test_the_steps_do_the_same_work_and_are_set_against_the_one_by_hand(tmp_path):

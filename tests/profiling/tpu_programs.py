@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from fsam_profiling import step_programs
-from fsam_profiling.tpu_hlo import RARE
+from fsam_profiling.tpu import step_programs
+from fsam_profiling.tpu.hlo import RARE
 
 
 def matmul(x, y):

@@ -16,9 +16,9 @@ import numpy as np
 from rank_runs import FLAGS
 from small_runs import save
 
-from fsam_trainers.jax_trainer import JaxEngine
+from fsam_trainers.config import PLACEMENT, Settings
+from fsam_trainers.jax.engine import JaxEngine
 from fsam_trainers.models.layout import ModelConfig
-from fsam_trainers.settings import PLACEMENT, Settings
 
 STEPS = 20
 MODEL = {"layers": 2, "width": 16, "heads": 4, "seq_len": 8, "vocab_size": 64}

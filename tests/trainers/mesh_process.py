@@ -15,7 +15,7 @@ import numpy as np
 from mesh_child import settings, train
 from rank_runs import FLAGS
 
-from fsam_trainers.jax_trainer import JaxEngine
+from fsam_trainers.jax.engine import JaxEngine
 
 SHAPE, STEPS, SAVED = (2, 2, 1), 6, 3
 CHANGES = {"method": "precond-functional-sam", "steps": STEPS, "model": {"dropout": 0.1}}

@@ -9,11 +9,11 @@ import math
 import pytest
 
 from fsam_core import UserError, cost
-from fsam_trainers import cost_table, here
+from fsam_trainers import cost_table, machine_probe
+from fsam_trainers.config import SAVINGS as TRAINED
+from fsam_trainers.config import Settings
 from fsam_trainers.cost_table import SAVINGS, Cost, counted, figures, run
 from fsam_trainers.presets import PRESETS
-from fsam_trainers.settings import SAVINGS as TRAINED
-from fsam_trainers.settings import Settings
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -94,7 +94,7 @@ def test_a_run_of_the_trainers_as_options():
 @pytest.mark.parametrize("framework", ["jax", "torch"])
 def test_the_machine_at_hand(framework, monkeypatch):
     for name, small in (("LARGE", 2**20), ("NORMALS", 2**14), ("REPEATS", 2), ("ROWS", 64)):
-        monkeypatch.setattr(here, name, small)
+        monkeypatch.setattr(machine_probe, name, small)
     found = figures(Cost(preset="tiny", machine="here", framework=framework, batch=2))
     rates = [x for name, x in found["machine"].items() if name != "name" and x is not None]
     assert len(rates) == 7

@@ -15,11 +15,11 @@ import pytest
 from small_runs import arguments, fsam, save, steps_done
 
 from fsam_core import NAMES, UserError
-from fsam_profiling import collectives
-from fsam_trainers import jax_mesh
-from fsam_trainers.jax_trainer import JaxEngine
+from fsam_profiling.tpu import collectives
+from fsam_trainers.config import PLACEMENT, Settings, difference
+from fsam_trainers.jax import mesh as jax_mesh
+from fsam_trainers.jax.engine import JaxEngine
 from fsam_trainers.models.layout import ModelConfig
-from fsam_trainers.settings import PLACEMENT, Settings, difference
 
 CHILD = Path(__file__).with_name("mesh_child.py")
 SHAPES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]

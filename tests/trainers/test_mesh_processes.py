@@ -20,7 +20,7 @@ from mesh_process import CHANGES, SHAPE, STEPS
 from rank_runs import figures, free_port, jax_processes
 from small_runs import arguments, final_weights, fsam, steps_done, valid_steps
 
-from fsam_trainers.jax_trainer import JaxEngine
+from fsam_trainers.jax.engine import JaxEngine
 
 PROCESS = Path(__file__).with_name("mesh_process.py")
 

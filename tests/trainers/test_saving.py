@@ -15,8 +15,8 @@ from small_runs import arguments, fsam, hindered_process, steps_done, valid_step
 from fsam_core import UserError
 from fsam_trainers import checkpoints, engine, saving
 from fsam_trainers.options import Train, parse
-from fsam_trainers.ranks import Ranks, SaidByMain
-from fsam_trainers.torch_trainer import TorchEngine
+from fsam_trainers.processes import Ranks, SaidByMain
+from fsam_trainers.torch.engine import TorchEngine
 
 STEPS, EVERY = 9, 3
 

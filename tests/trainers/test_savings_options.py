@@ -11,11 +11,11 @@ import torch
 from small_runs import save
 
 from fsam_core import UserError
-from fsam_trainers import cost, engine
+from fsam_trainers import engine, timing
+from fsam_trainers.config import Settings
 from fsam_trainers.models import torch_decoder
 from fsam_trainers.models.layout import ModelConfig
 from fsam_trainers.options import Compare, Train
-from fsam_trainers.settings import Settings
 
 MODEL = ModelConfig(layers=3, width=32, heads=2, seq_len=16, vocab_size=64)
 BASE = Settings("jax", "precond-functional-sam", MODEL, steps=8, batch=8, warmup=2, rho=0.2)
@@ -101,14 +101,14 @@ def test_options_of_a_comparison_that_are_wrong_are_said(text, says):
 
 def test_a_run_costs_what_its_kinds_of_steps_do():
     late = dataclasses.replace(BASE, steps=100, start=0.9, every=2, between="reuse")
-    kinds = cost.kinds_of(late)
+    kinds = timing.kinds_of(late)
     assert {kind: share for kind, (share, _) in kinds.items()} == pytest.approx({"corrected": 0.05, "reused": 0.05})
     assert {one.kind(50) for _, one in kinds.values()} == {"corrected", "reused"}
-    assert cost.kinds_of(cost.as_adamw(late)) == {}
+    assert timing.kinds_of(timing.as_adamw(late)) == {}
     never = dataclasses.replace(BASE, probability=0.0)
-    assert cost.kinds_of(never) == {"plain": (1.0, never)}  # timed too: what stands by is not AdamW's code
+    assert timing.kinds_of(never) == {"plain": (1.0, never)}  # timed too: what stands by is not AdamW's code
     tokens = np.zeros((8, 17), np.int32)
-    found = cost.measure({"late": late}, tokens, repeats=3)
+    found = timing.measure({"late": late}, tokens, repeats=3)
     assert found["adamw"].ratio == 1
     assert 0.5 < found["late"].ratio < 2
 

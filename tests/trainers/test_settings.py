@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from fsam_core import UserError
-from fsam_trainers.jax_trainer import learning_rate
+from fsam_trainers.config import Settings, difference, steps_for
+from fsam_trainers.jax.engine import learning_rate
 from fsam_trainers.models.layout import ModelConfig
-from fsam_trainers.settings import Settings, difference, steps_for
 
 MODEL = ModelConfig(layers=1, width=8, heads=2, seq_len=4, vocab_size=16)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fsam_core import UserError
-from fsam_trainers import ranks
+from fsam_trainers import processes
 from fsam_trainers.files import begin_folder, checksum, disk_errors, is_full, publish, sweep, write_json
 
 
@@ -74,7 +74,7 @@ def one_sentence(target: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if ranks.is_lost(error):
+        if processes.is_lost(error):
             raise
         full = any(text in str(error) for text in ("No space left", "File too large", "Disk quota exceeded"))
         # PyTorch closes its archive over the disk's error: "enforce fail … unexpected pos".

@@ -14,14 +14,14 @@ import numpy as np
 
 from fsam_core import UserError
 from fsam_core import cost as counting
-from fsam_trainers import cost, metrics, ranks
+from fsam_trainers import metrics, processes, timing
+from fsam_trainers.config import Pace, Settings
 from fsam_trainers.console import Console
 from fsam_trainers.cost_table import counted, options_of
 from fsam_trainers.data import Corpus, StreamedCorpus
 from fsam_trainers.files import write_json
 from fsam_trainers.loop import train
 from fsam_trainers.report import write_plot, write_report
-from fsam_trainers.settings import Pace, Settings
 
 COLUMNS = (
     "method",
@@ -89,7 +89,7 @@ def compare(
     return comparison
 
 
-def _ratio(budget: str, measured: cost.Cost, settings: Settings) -> float:
+def _ratio(budget: str, measured: timing.Cost, settings: Settings) -> float:
     """What the average step of a run takes of the budget, in steps of AdamW."""
     if budget == "flops":
         return _counted(settings).flops_ratio
@@ -109,7 +109,7 @@ def _file_name(variant: str) -> str:
 
 def _costs(
     variants: Mapping[str, Settings], corpus: Corpus | StreamedCorpus, out: Path, repeats: int, console: Console
-) -> dict[str, cost.Cost]:
+) -> dict[str, timing.Cost]:
     """The cost of every variant, measured once for a folder: a time budget must not change when a run goes on."""
     path = out / "costs.json"
     settings = next(iter(variants.values()))
@@ -118,14 +118,14 @@ def _costs(
         try:
             known = json.loads(path.read_text(encoding="utf-8"))
             if known["asked"] == json.loads(json.dumps(asked)):
-                return {name: cost.Cost(*values) for name, values in known["costs"].items()}
+                return {name: timing.Cost(*values) for name, values in known["costs"].items()}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"--out: {path} is damaged; delete it, or give another --out") from error
         raise UserError(f"--out: {out} holds a comparison with other settings or methods; give another --out")
-    with contextlib.closing(ranks.batches(settings, corpus)) as batches:
+    with contextlib.closing(processes.batches(settings, corpus)) as batches:
         tokens = batches.at(0)
-    with console.counting("timing the methods turn about", (repeats + 2) * cost.timed_steps(variants)) as tick:
-        costs = cost.measure(variants, tokens, repeats, tick)
+    with console.counting("timing the methods turn about", (repeats + 2) * timing.timed_steps(variants)) as tick:
+        costs = timing.measure(variants, tokens, repeats, tick)
     write_json(path, {"asked": asked, "costs": costs})
     return costs
 
@@ -134,7 +134,7 @@ def _summary(
     settings: Settings,
     runs: dict[str, list[dict[str, Any]]],
     curves: dict[str, list[list[dict[str, Any]]]],
-    costs: dict[str, cost.Cost],
+    costs: dict[str, timing.Cost],
     corpus: Corpus | StreamedCorpus,
     budget: str,
     seeds: int,

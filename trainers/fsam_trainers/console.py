@@ -10,7 +10,7 @@ from typing import Any
 import rich.console
 import rich.progress
 
-from fsam_trainers.settings import Settings
+from fsam_trainers.config import Settings
 
 SECONDS_BETWEEN_LINES = 10.0
 

@@ -21,12 +21,12 @@ from fsam_core.cost.steps import Step
 from fsam_core.errors import UserError
 from fsam_core.methods import Perturbed
 from fsam_kernels.memory import Memory, default_chunk_bytes
+from fsam_trainers.config import SAVINGS as TRAINED
+from fsam_trainers.config import Settings
 from fsam_trainers.console import Console
 from fsam_trainers.files import write_json
 from fsam_trainers.models.layout import ModelConfig
 from fsam_trainers.presets import preset
-from fsam_trainers.settings import SAVINGS as TRAINED
-from fsam_trainers.settings import Settings
 
 STEPS = 1000  # of the run: schedules are averaged, so it says nothing
 
@@ -253,12 +253,12 @@ def _machine(options: Cost, model: cost.Model, o: cost.Options, tokens: float) -
         return cost.published(options.machine)
     if o.dtype != "float32":
         raise UserError(f"--dtype: rates are measured here in float32, got {o.dtype!r}; name a --machine for others")
-    from fsam_trainers import here
+    from fsam_trainers import machine_probe
 
     Console().say("measuring this machine's rates")
     rows = tokens / o.devices / o.micro_batches
     chunk = max(1, o.chunk_bytes // (model.vocabulary * (4 if o.framework == "torch" else 8)))
-    return here.measure(o.framework, model, int(rows), int(min(rows, chunk)))
+    return machine_probe.measure(o.framework, model, int(rows), int(min(rows, chunk)))
 
 
 def _number(option: str, text: str) -> float:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from fsam_trainers.settings import Settings
+from fsam_trainers.config import Settings
 
 
 class StepReport(NamedTuple):
@@ -76,9 +76,9 @@ def make(settings: Settings) -> Engine:
         UserError: when the framework is not installed or the backend does not fit.
     """
     if settings.framework == "jax":
-        from fsam_trainers.jax_trainer import JaxEngine
+        from fsam_trainers.jax.engine import JaxEngine
 
         return JaxEngine(settings)
-    from fsam_trainers.torch_trainer import TorchEngine
+    from fsam_trainers.torch.engine import TorchEngine
 
     return TorchEngine(settings)

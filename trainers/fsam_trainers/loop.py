@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from fsam_core import UserError
-from fsam_trainers import checkpoints, engine, metrics, ranks
+from fsam_trainers import checkpoints, engine, metrics, processes
+from fsam_trainers.config import Pace, Settings, difference
 from fsam_trainers.console import Console
-from fsam_trainers.cost import base_step_ms
 from fsam_trainers.data import Batches, Corpus, StreamedBatches, StreamedCorpus, merged, validation_batches
 from fsam_trainers.engine import Engine, StepReport
 from fsam_trainers.files import disk_errors
 from fsam_trainers.saving import Saver
-from fsam_trainers.settings import Pace, Settings, difference
+from fsam_trainers.timing import base_step_ms
 
 LAUNCHER_SECONDS = 5.0  # in which a launcher passes on what its ranks have got themselves
 SKIPPED_IN_A_ROW = 50  # then the run has diverged, and going on only burns time
@@ -75,7 +75,7 @@ def train(
     with (
         _locked(out),
         _signals() as stop,
-        contextlib.closing(ranks.batches(settings, corpus)) as batches,
+        contextlib.closing(processes.batches(settings, corpus)) as batches,
         Saver(root, pace.keep) as saver,
     ):
         held_out = validation_batches(
@@ -90,7 +90,7 @@ def train(
                 _same_run(run, found.run, out)
             return found
 
-        found = ranks.current().from_main(newest)
+        found = processes.current().from_main(newest)
         if found:
             batches.restore(found.run.get("stream"))
             now = Progress(**found.run["progress"])
@@ -101,12 +101,12 @@ def train(
         if found:
             model.restore(found.state)
             console.say(f"resuming {out} at step {now.step} of {settings.steps}")
-        main = ranks.current().is_main
+        main = processes.current().is_main
         lines = metrics.JsonLines(out / "metrics.jsonl", now.step) if main else _Nowhere()
 
         def checkpoint() -> None:
             began = time.perf_counter()
-            where = {"progress": vars(now), "stream": merged(ranks.current().gathered(batches.state(now.step)))}
+            where = {"progress": vars(now), "stream": merged(processes.current().gathered(batches.state(now.step)))}
             saver.save(now.step, {**run, **where}, model)
             now.checkpoints += 1
             now.checkpoint_seconds += time.perf_counter() - began
@@ -140,7 +140,7 @@ def train(
             if stop.signal and first < now.step < settings.steps and not _due(now.step, pace.checkpoint_every, 0):
                 checkpoint()
             saver.wait()
-        return ranks.current().from_main(lambda: _figures(settings, corpus, model, now, out, stop))
+        return processes.current().from_main(lambda: _figures(settings, corpus, model, now, out, stop))
 
 
 def _steps(
@@ -266,7 +266,7 @@ def _locked(out: Path) -> Iterator[None]:
         def lock() -> None:
             stack.enter_context(_lock(out))
 
-        ranks.current().from_main(lock)
+        processes.current().from_main(lock)
         yield
 
 
@@ -297,7 +297,7 @@ def _signals() -> Iterator[Stop]:
         again = stop.signal and time.monotonic() - began > LAUNCHER_SECONDS
         if not stop.signal:
             stop.signal, began = number, time.monotonic()
-        if again or ranks.current().count == 1:
+        if again or processes.current().count == 1:
             for one, previous in stop.previous.items():  # a second signal means now
                 signal.signal(one, previous)
         if again:

@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from fsam_core import NAMES, UserError
+from fsam_trainers.config import HOW, SAVINGS, Pace, Settings, steps_for
 from fsam_trainers.cost_table import Cost
 from fsam_trainers.presets import preset
-from fsam_trainers.settings import HOW, SAVINGS, Pace, Settings, steps_for
 
 DEFAULT_STEPS = 300
 

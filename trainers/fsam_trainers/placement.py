@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from fsam_core.errors import UserError
-from fsam_trainers.settings import Settings
+from fsam_trainers.config import Settings
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # what the sequences of a batch are spread over

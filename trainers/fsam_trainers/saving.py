@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from fsam_core import UserError
-from fsam_trainers import checkpoints, ranks
+from fsam_trainers import checkpoints, processes
 from fsam_trainers.engine import Engine, Writing
 
 T = TypeVar("T")
@@ -59,7 +59,7 @@ class Saver:
             UserError: when the disk refuses this checkpoint or the one before; older ones stay.
         """
         self.wait()
-        here = ranks.current()
+        here = processes.current()
         folder, target = here.from_main(lambda: checkpoints.begin(self.root, step, model.state_bytes()))
         try:
             with checkpoints.one_sentence(target):
@@ -79,7 +79,7 @@ class Saver:
         Raises:
             UserError: when the disk has refused the checkpoint.
         """
-        largest, state = ranks.current().most(value, self._state())
+        largest, state = processes.current().most(value, self._state())
         if self._pending and state != BUSY:
             self._advance(self._pending)
         return largest
@@ -96,7 +96,7 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         if kind is None:
             self.wait()
-        elif ranks.current().count == 1 and issubclass(kind, Exception):
+        elif processes.current().count == 1 and issubclass(kind, Exception):
             with contextlib.suppress(UserError):  # the first error is the one to tell
                 self.wait()
         else:
@@ -120,7 +120,7 @@ class Saver:
             return pending.task.result() if pending.task and pending.task.done() else None
 
         try:
-            results = ranks.current().from_all(outcome)
+            results = processes.current().from_all(outcome)
         except UserError:
             self._pending = None
             self._discard(pending.folder)
@@ -130,7 +130,7 @@ class Saver:
             self._pending = None
             return
         pending.sealing = True
-        if ranks.current().is_main:
+        if processes.current().is_main:
             pending.task = _in_background(lambda: self._seal(pending, results), pending.target)
 
     def _seal(self, pending: _Pending, results: list[Any]) -> None:
@@ -138,7 +138,7 @@ class Saver:
         checkpoints.seal(pending.folder, pending.target, pending.run, self.keep)
 
     def _discard(self, folder: Path) -> None:
-        if ranks.current().is_main:
+        if processes.current().is_main:
             shutil.rmtree(folder, ignore_errors=True)
 
 

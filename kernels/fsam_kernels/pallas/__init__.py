@@ -4,10 +4,16 @@ The parameter operations are those of the plain `xla` backend: its loops move th
 and kernels that were tried for the norm and AdamW gained nothing (docs/parameters.md).
 """
 
-from fsam_kernels.pallas.cross_entropy import cross_entropy
-from fsam_kernels.pallas.linear_cross_entropy import linear_cross_entropy
-from fsam_kernels.pallas.logit_vjp import logit_vjp
+from functools import partial
+
+from fsam_kernels import xla
+from fsam_kernels.pallas import softmax_stats
 from fsam_kernels.xla import Adam, Cotangent, HeadGradients, Updated, adamw, perturb, preconditioned_norm
+
+# Chunks and the gradients' products are those of the `xla` backend; the forward pass is in Pallas.
+linear_cross_entropy = partial(xla.linear_cross_entropy, softmax=softmax_stats)
+logit_vjp = partial(xla.logit_vjp, softmax=softmax_stats)
+cross_entropy = partial(xla.cross_entropy, softmax=softmax_stats)
 
 __all__ = [
     "Adam",

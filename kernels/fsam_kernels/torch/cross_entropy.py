@@ -13,7 +13,7 @@ from torch import Tensor
 from fsam_kernels.options import CROSS_ENTROPY, Layout, Loss, Reduction, check_reduction
 from fsam_kernels.torch.linear_cross_entropy import Cotangent, HeadGradients, compute_dtype, linear_cross_entropy, wide
 from fsam_kernels.torch.logit_vjp import logit_vjp
-from fsam_kernels.torch.rows import stages_called
+from fsam_kernels.torch.softmax_stats import softmax_ops
 
 
 def cross_entropy(
@@ -29,7 +29,7 @@ def cross_entropy(
     ignore_index: int | None = None,
     layout: Layout = "VD",
     chunk_bytes: int | None = None,
-    stages: str = "torch",
+    softmax: str = "torch",
 ) -> Tensor:
     """Cross entropy of the logits h Wᵀ + b, differentiable in h, w and bias; no N×V tensor is ever whole.
 
@@ -47,7 +47,7 @@ def cross_entropy(
         reduction: "none" for [...], "sum" of the weighted losses, or "mean": that over the sum of the weights.
         count: what a "mean" divides by instead (the tokens of all micro-batches and ranks, say).
         chunk_bytes: as in `linear_cross_entropy`.
-        stages: what is done between the matrix products: "torch" or "triton".
+        softmax: what is done between the matrix products: "torch" or "triton".
 
     Raises:
         ValueError: for an unknown reduction, or weights or a count that the reduction has no use for.
@@ -58,7 +58,7 @@ def cross_entropy(
     y_N = labels.reshape(-1)
     if ignore_index is not None:
         y_N = y_N.masked_fill(y_N == ignore_index, -1)
-    options = (loss.label_smoothing, loss.z_loss, loss.soft_cap, chunk_bytes, stages)
+    options = (loss.label_smoothing, loss.z_loss, loss.soft_cap, chunk_bytes, softmax)
     if reduction == "none":
         return _rows(h_NxD, w_VxD, bias_V, y_N, *options)[0].reshape(labels.shape)
     dtype = wide(h_NxD)
@@ -84,7 +84,7 @@ def _total(
     z_loss: float,
     soft_cap: float | None,
     chunk_bytes: int | None,
-    stages: str,
+    softmax: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(Σ_n weight_n loss_n, h̄, w̄, b̄), the last three empty without `gradient`."""
     loss_N, *_, gradients = linear_cross_entropy(
@@ -96,7 +96,7 @@ def _total(
         loss=Loss(label_smoothing, z_loss, soft_cap),
         gradient=gradient,
         chunk_bytes=chunk_bytes,
-        stages=stages_called(stages),
+        softmax=softmax_ops(softmax),
     )
     total = (loss_N * weights_N).sum()
     if gradients is None:
@@ -141,7 +141,7 @@ def _rows(
     z_loss: float,
     soft_cap: float | None,
     chunk_bytes: int | None,
-    stages: str,
+    softmax: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss_N, and top_N, scale_N, target_N to recompute the cotangent from)."""
     loss_N, _, z, _ = linear_cross_entropy(
@@ -152,7 +152,7 @@ def _rows(
         bias_V=bias_V,
         loss=Loss(label_smoothing, z_loss, soft_cap),
         chunk_bytes=chunk_bytes,
-        stages=stages_called(stages),
+        softmax=softmax_ops(softmax),
     )
     return loss_N, z.top_N, z.scale_N, z.target_N
 
@@ -194,13 +194,13 @@ def _pull_back(
     z_loss: float,
     soft_cap: float | None,
     chunk_bytes: int | None,
-    stages: str,
+    softmax: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(h̄, w̄, b̄) for per-row losses whose cotangents are g_N."""
     weights_N = torch.where(labels_N >= 0, g_N, 0).to(wide(h_NxD))
     loss = Loss(label_smoothing, z_loss, soft_cap)
     z = Cotangent(h_NxD, w_VxD, bias_V, top_N, scale_N, target_N, labels_N, weights_N, None, loss)
-    gradients = logit_vjp(z, h_NxD, w_VxD, bias_V=bias_V, chunk_bytes=chunk_bytes, stages=stages_called(stages))
+    gradients = logit_vjp(z, h_NxD, w_VxD, bias_V=bias_V, chunk_bytes=chunk_bytes, softmax=softmax_ops(softmax))
     return _without_none(gradients)
 
 

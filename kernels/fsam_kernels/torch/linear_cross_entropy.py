@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -13,8 +12,8 @@ from torch import Tensor
 
 from fsam_kernels.memory import BLOCK, chunk_rows, default_chunk_bytes
 from fsam_kernels.options import CROSS_ENTROPY, Loss
-from fsam_kernels.torch import rows as plain
-from fsam_kernels.torch.rows import Rows, wide
+from fsam_kernels.torch import softmax_stats as plain
+from fsam_kernels.torch.softmax_stats import Rows, SoftmaxOps, wide
 from fsam_kernels.torch.vocabulary import Vocabulary
 
 P = ParamSpec("P")
@@ -92,7 +91,7 @@ def linear_cross_entropy(
     onto_VxD: Tensor | None = None,
     vocabulary: Vocabulary | None = None,
     chunk_bytes: int | None = None,
-    stages: ModuleType = plain,
+    softmax: SoftmaxOps = plain,
 ) -> tuple[Tensor, Tensor, Cotangent, HeadGradients | None]:
     """(loss_N, lse_N, the cotangent of Σ_n weight_n loss_n, it pulled back through this same head or None).
 
@@ -116,7 +115,7 @@ def linear_cross_entropy(
             smoothing) in each chunk, and h̄ once. None for the whole of W here.
         chunk_bytes: rows are taken in chunks whose working tensors fill at most this much (one row at the least), so
             that no N×V tensor is ever whole; None for the device's default. It changes nothing beyond rounding.
-        stages: what is done to the logits between the matrix products, a module like `fsam_kernels.torch.rows`.
+        softmax: the work between the matrix products: the `softmax_stats` module of a backend.
 
     Returns:
         loss_N and lse_N in float32 (float64 for float64 input); h̄, w̄ and b̄ in the dtypes of h, w and b, each summed
@@ -132,16 +131,16 @@ def linear_cross_entropy(
         labels_N, here = vocabulary.labels(labels_N, len(w_VxD)), vocabulary.of_part(loss, len(w_VxD))
     weights_N = torch.where(labels_N >= 0, weights_N, 0).to(wide(h_NxD))
     figures = Rows(*(h_NxD.new_empty(len(h_NxD), dtype=wide(h_NxD)) for _ in Rows._fields))
-    kept_NxV = stages.empty_chunk(len(h_NxD), len(w_VxD), h_NxD) if keep else None
+    kept_NxV = softmax.empty_chunk(len(h_NxD), len(w_VxD), h_NxD) if keep else None
     total = Sums(h_NxD, w_VxD, bias_V, weights_N, wide_wbar, onto_VxD, vocabulary) if gradient else None
-    base = product(w_VxD, bias_V, h_NxD.dtype, stages)
+    base = product(w_VxD, bias_V, h_NxD.dtype, softmax)
 
     def one(rows: slice) -> None:  # a function, so that a chunk's tensors are gone before the next one's are made
         u_CxV, labels_C = base(h_NxD[rows]), labels_N[rows]
         if vocabulary is None:
-            row, e_CxV = stages.statistics(u_CxV, labels_C, loss)
+            row, e_CxV = softmax.statistics(u_CxV, labels_C, loss)
         else:
-            part, e_CxV = stages.part(u_CxV, labels_C, loss)
+            part, e_CxV = softmax.part(u_CxV, labels_C, loss)
             row = vocabulary.rows(part, labels_C, loss)
         for of_all, of_chunk in zip(figures, row, strict=True):
             of_all[rows] = of_chunk
@@ -150,13 +149,13 @@ def linear_cross_entropy(
         else:
             p_CxV = e_CxV if e_CxV.dtype == u_CxV.dtype else u_CxV
             if p_CxV is u_CxV and loss.soft_cap is not None:
-                p_CxV = stages.empty_chunk(*u_CxV.shape, u_CxV)
+                p_CxV = softmax.empty_chunk(len(u_CxV), u_CxV.shape[1], u_CxV)
         if keep or total is not None:
-            stages.cotangent(e_CxV, row, labels_C, here, p_CxV)
+            softmax.cotangent(e_CxV, row, labels_C, here, p_CxV)
         if total is not None:
             if loss.soft_cap is not None:
                 p_CxV = p_CxV.clone() if keep else p_CxV
-                stages.through_cap_(p_CxV, u_CxV, loss.soft_cap)
+                softmax.through_cap_(p_CxV, u_CxV, loss.soft_cap)
             total.add(p_CxV, rows)
 
     for rows in chunks(h_NxD, w_VxD, loss, chunk_bytes, vocabulary):
@@ -177,12 +176,14 @@ def chunks(
     return [slice(start, start + rows) for start in range(0, len(h_NxD), rows)]
 
 
-def product(w_VxD: Tensor, bias_V: Tensor | None, dtype: torch.dtype, stages: ModuleType) -> Callable[[Tensor], Tensor]:
+def product(
+    w_VxD: Tensor, bias_V: Tensor | None, dtype: torch.dtype, softmax: SoftmaxOps
+) -> Callable[[Tensor], Tensor]:
     """h -> u = h Wᵀ + b in `dtype`; the weight is cast once, however many chunks there are."""
     w_DxV, bias_V = w_VxD.to(dtype).T, None if bias_V is None else bias_V.to(dtype)
 
     def logits(h_CxD: Tensor) -> Tensor:
-        u_CxV = stages.empty_chunk(len(h_CxD), w_DxV.shape[1], h_CxD)
+        u_CxV = softmax.empty_chunk(len(h_CxD), w_DxV.shape[1], h_CxD)
         if bias_V is None:
             return torch.mm(h_CxD, w_DxV, out=u_CxV)
         return torch.addmm(bias_V, h_CxD, w_DxV, out=u_CxV)

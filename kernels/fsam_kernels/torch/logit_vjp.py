@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 from torch import Tensor
 
-from fsam_kernels.torch import rows as plain
+from fsam_kernels.torch import softmax_stats as plain
 from fsam_kernels.torch.linear_cross_entropy import Cotangent, HeadGradients, Sums, chunks, outside_autograd, product
+from fsam_kernels.torch.softmax_stats import SoftmaxOps
 
 
 @outside_autograd
@@ -20,7 +19,7 @@ def logit_vjp(
     wide_wbar: bool = False,
     onto_VxD: Tensor | None = None,
     chunk_bytes: int | None = None,
-    stages: ModuleType = plain,
+    softmax: SoftmaxOps = plain,
 ) -> HeadGradients:
     """(h̄_NxD, w̄_VxD, b̄_V) of `spec.logit_vjp`; w̄ and b̄ are summed in float32, all in the dtypes of h, w and b.
 
@@ -40,9 +39,9 @@ def logit_vjp(
     if base.kept_NxV is not None and soft_cap is None:
         total.add(base.kept_NxV, slice(None))
         return total.result()
-    moved = product(w_VxD, bias_V, h_NxD.dtype, stages)
+    moved = product(w_VxD, bias_V, h_NxD.dtype, softmax)
     if base.h_NxD is not None and base.w_VxD is not None:
-        logits = product(base.w_VxD, base.bias_V, base.h_NxD.dtype, stages)
+        logits = product(base.w_VxD, base.bias_V, base.h_NxD.dtype, softmax)
 
     def one(rows: slice) -> None:  # a function, so that a chunk's tensors are gone before the next one's are made
         if base.kept_NxV is not None:
@@ -50,11 +49,11 @@ def logit_vjp(
         else:
             assert base.h_NxD is not None
             u_CxV = logits(base.h_NxD[rows])
-            e_CxV = stages.exponentials(u_CxV, base.top_N[rows], base.loss)
+            e_CxV = softmax.exponentials(u_CxV, base.top_N[rows], base.loss)
             p_CxV = e_CxV if e_CxV.dtype == u_CxV.dtype else u_CxV
-            stages.cotangent(e_CxV, base.rows(rows), base.labels_N[rows], base.loss, p_CxV)
+            softmax.cotangent(e_CxV, base.rows(rows), base.labels_N[rows], base.loss, p_CxV)
         if soft_cap is not None:
-            stages.through_cap_(p_CxV, moved(h_NxD[rows]), soft_cap)
+            softmax.through_cap_(p_CxV, moved(h_NxD[rows]), soft_cap)
         total.add(p_CxV, rows)
 
     for rows in chunks(h_NxD, w_VxD, base.loss, chunk_bytes, base.vocabulary):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fsam_kernels.options import Loss
-from fsam_kernels.torch.rows import Part, Rows, combined, finite, wide
+from fsam_kernels.torch.softmax_stats import Part, Rows, combined, finite, wide
 
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before PyTorch 2.13
 

@@ -1,12 +1,18 @@
 """Triton on NVIDIA and AMD GPUs: the head's work between the matrix products, the parameters' in a launch or two."""
 
+from functools import partial
+
+from fsam_kernels import torch as plain
 from fsam_kernels.torch import Adam, Cotangent, HeadGradients, Rounding, Update
+from fsam_kernels.triton import softmax_stats
 from fsam_kernels.triton.adamw import AdamW, adamw
-from fsam_kernels.triton.cross_entropy import cross_entropy
-from fsam_kernels.triton.linear_cross_entropy import linear_cross_entropy
-from fsam_kernels.triton.logit_vjp import logit_vjp
 from fsam_kernels.triton.perturb import perturb
 from fsam_kernels.triton.preconditioned_norm import preconditioned_norm
+
+# Chunks and matrix products are those of the `torch` backend; what is between them is in Triton.
+linear_cross_entropy = partial(plain.linear_cross_entropy, softmax=softmax_stats)
+logit_vjp = partial(plain.logit_vjp, softmax=softmax_stats)
+cross_entropy = partial(plain.cross_entropy, softmax="triton")
 
 __all__ = [
     "Adam",

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import functools
-from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from fsam_kernels.options import CROSS_ENTROPY, Layout, Loss, Reduction, check_reduction
-from fsam_kernels.xla import rows as plain
+from fsam_kernels.xla import softmax_stats as plain
 from fsam_kernels.xla.linear_cross_entropy import linear_cross_entropy
 from fsam_kernels.xla.logit_vjp import logit_vjp
-from fsam_kernels.xla.rows import wide
+from fsam_kernels.xla.softmax_stats import SoftmaxOps, wide
 
 
 def cross_entropy(
@@ -30,7 +29,7 @@ def cross_entropy(
     layout: Layout = "VD",
     chunk_bytes: int | None = None,
     row_axes: tuple[str, ...] = (),
-    stages: ModuleType = plain,
+    softmax: SoftmaxOps = plain,
 ) -> jax.Array:
     """Cross entropy of the logits h Wᵀ + b, differentiable in h, w and bias; no N×V array is ever whole.
 
@@ -46,7 +45,7 @@ def cross_entropy(
         loss: label smoothing, z-loss, soft-cap.
         reduction: "none" for [...], "sum" of the weighted losses, or "mean": that over the sum of the weights.
         count: what a "mean" divides by instead (the tokens of all micro-batches and devices, say).
-        chunk_bytes, row_axes, stages: as in `linear_cross_entropy`.
+        chunk_bytes, row_axes, softmax: as in `linear_cross_entropy`.
 
     Raises:
         ValueError: for an unknown reduction, or weights or a count that the reduction has no use for.
@@ -57,7 +56,7 @@ def cross_entropy(
     if ignore_index is not None:
         y_N = jnp.where(y_N == ignore_index, -1, y_N)
     h_NxD = h.reshape(-1, h.shape[-1])
-    statics = (("loss", loss), ("chunk_bytes", chunk_bytes), ("row_axes", row_axes), ("stages", stages))
+    statics = (("loss", loss), ("chunk_bytes", chunk_bytes), ("row_axes", row_axes), ("softmax", softmax))
     if reduction == "none":
         return _rows(statics, h_NxD, w_VxD, bias_V, y_N).reshape(labels.shape)
     ones_N = jnp.ones(y_N.shape, wide(h))

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -14,8 +13,8 @@ import jax.numpy as jnp
 
 from fsam_kernels.options import CROSS_ENTROPY, Loss
 from fsam_kernels.xla import chunks
-from fsam_kernels.xla import rows as plain
-from fsam_kernels.xla.rows import Rows, wide
+from fsam_kernels.xla import softmax_stats as plain
+from fsam_kernels.xla.softmax_stats import Rows, SoftmaxOps, wide
 
 
 @jax.tree_util.register_dataclass
@@ -71,7 +70,7 @@ def linear_cross_entropy(
     wide_wbar: bool = False,
     chunk_bytes: int | None = None,
     row_axes: tuple[str, ...] = (),
-    stages: ModuleType = plain,
+    softmax: SoftmaxOps = plain,
 ) -> tuple[jax.Array, jax.Array, Cotangent, HeadGradients | None]:
     """(loss_N, lse_N, the cotangent of Σ_n weight_n loss_n, it pulled back through this same head or None).
 
@@ -92,15 +91,15 @@ def linear_cross_entropy(
             None for the platform's default. Their number changes nothing beyond rounding.
         row_axes: axes of the mesh in use (`jax.set_mesh`) that N is sharded over; chunks are then counted for each
             device, and a backend's own kernels run on each device's rows.
-        stages: how logits become row figures and P, a module like `fsam_kernels.xla.rows`.
+        softmax: how logits become row figures and P: the `softmax_stats` module of a backend.
 
     Returns:
         loss_N and lse_N in float32 (float64 for float64 input); h̄, w̄ and b̄ in the dtypes of h, w and b, each summed
         over chunks in float32.
     """
     N, V = len(h_NxD), len(w_VxD)
-    m = stages.chunk_count(N // chunks.shards(row_axes), V, h_NxD.dtype.itemsize, chunk_bytes, keep=keep)
-    forward, strided = placed(stages, row_axes)
+    m = softmax.chunk_count(N // chunks.shards(row_axes), V, h_NxD.dtype.itemsize, chunk_bytes, keep=keep)
+    forward, strided = placed(softmax, row_axes)
     split, join = partial(chunks.split, m=m, strided=strided), partial(chunks.join, N=N, strided=strided)
     dtype = wide(h_NxD)
     weights_N = jnp.where(labels_N >= 0, weights_N, 0).astype(dtype)
@@ -112,11 +111,11 @@ def linear_cross_entropy(
         held = (tiles, rows, labels_C, loss, h_NxD.dtype)
         hbar_CxD = None
         if gradient:
-            q_CxV, factor_C = stages.scaled_operand(*held)
+            q_CxV, factor_C = softmax.scaled_operand(*held)
             moved_CxV = plain.logits(h_CxD, w_VxD, bias_V) if loss.soft_cap is not None else q_CxV
             q_CxV = plain.through_cap(q_CxV, moved_CxV, loss)
             total, hbar_CxD = sums.add(total, q_CxV, factor_C, h_CxD, weights_C)
-        return total, (rows, hbar_CxD, stages.keep(*held) if keep else None)
+        return total, (rows, hbar_CxD, softmax.keep(*held) if keep else None)
 
     pieces = split(h_NxD), split(labels_N, fill=-1), split(weights_N)
     total, (rows, hbar, kept) = chunks.each(one, sums.zero() if gradient else (), pieces)
@@ -128,14 +127,14 @@ def linear_cross_entropy(
     return figures.loss_C, figures.lse_C, cotangent, gradients
 
 
-def placed(stages: ModuleType, row_axes: tuple[str, ...]) -> tuple[Callable[..., Any], bool]:
-    """(`stages.forward`, whether chunks take rows in strides), as the two passes of a head both have it.
+def placed(softmax: SoftmaxOps, row_axes: tuple[str, ...]) -> tuple[Callable[..., Any], bool]:
+    """(`softmax.forward`, whether chunks take rows in strides), as the two passes of a head both have it.
 
     A backend's own kernels run on one device's rows, or on each device's through `row_axes`.
     """
-    if stages is plain:
-        return stages.forward, True
-    return chunks.on_each_device(stages.forward, row_axes), bool(row_axes)
+    if softmax is plain:
+        return softmax.forward, True
+    return chunks.on_each_device(softmax.forward, row_axes), bool(row_axes)
 
 
 class Sums:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import jax
 
 from fsam_kernels.xla import chunks
-from fsam_kernels.xla import rows as plain
+from fsam_kernels.xla import softmax_stats as plain
 from fsam_kernels.xla.linear_cross_entropy import Cotangent, HeadGradients, Sums, placed
-from fsam_kernels.xla.rows import Rows
+from fsam_kernels.xla.softmax_stats import Rows, SoftmaxOps
 
 
 def logit_vjp(
@@ -22,7 +21,7 @@ def logit_vjp(
     wide_wbar: bool = False,
     chunk_bytes: int | None = None,
     row_axes: tuple[str, ...] = (),
-    stages: ModuleType = plain,
+    softmax: SoftmaxOps = plain,
 ) -> HeadGradients:
     """(h̄_NxD, w̄_VxD, b̄_V) of `spec.logit_vjp`; w̄ and b̄ are summed in float32, all in the dtypes of h, w and b.
 
@@ -33,14 +32,14 @@ def logit_vjp(
     Args:
         h_NxD, w_VxD, bias_V: the head to pull back through, of the shapes the cotangent was made from; `bias_V` if and
             only if that had one.
-        wide_wbar, chunk_bytes, row_axes, stages: as in `linear_cross_entropy`, and the same as there.
+        wide_wbar, chunk_bytes, row_axes, softmax: as in `linear_cross_entropy`, and the same as there.
     """
     base, N, V = cotangent, len(h_NxD), len(w_VxD)
     if base.kept is None:
-        m = stages.chunk_count(N // chunks.shards(row_axes), V, h_NxD.dtype.itemsize, chunk_bytes, keep=False)
+        m = softmax.chunk_count(N // chunks.shards(row_axes), V, h_NxD.dtype.itemsize, chunk_bytes, keep=False)
     else:
         m = len(jax.tree.leaves(base.kept)[0])
-    forward, strided = placed(stages, row_axes)
+    forward, strided = placed(softmax, row_axes)
     sums = Sums(h_NxD, w_VxD, bias_V, base.weights_N, wide_wbar, chunks.summing(N, m, row_axes))
 
     def one(total: Any, chunk: Any) -> Any:
@@ -48,9 +47,9 @@ def logit_vjp(
         if base.w_VxD is not None:
             # Figures of the rows come with the tiles: hidden behind a kernel's product, and in XLA dead code.
             _, tiles = forward(base_CxD, base.w_VxD, base.bias_V, labels_C, base.loss, tiles=True)
-            q_CxV, factor_C = stages.scaled_operand(tiles, rows, labels_C, base.loss, h_NxD.dtype)
+            q_CxV, factor_C = softmax.scaled_operand(tiles, rows, labels_C, base.loss, h_NxD.dtype)
         else:
-            q_CxV, factor_C = stages.scaled_kept(kept, rows, labels_C, base.loss, h_NxD.dtype)
+            q_CxV, factor_C = softmax.scaled_kept(kept, rows, labels_C, base.loss, h_NxD.dtype)
         moved_CxV = plain.logits(h_CxD, w_VxD, bias_V) if base.loss.soft_cap is not None else q_CxV
         return sums.add(total, plain.through_cap(q_CxV, moved_CxV, base.loss), factor_C, h_CxD, weights_C)
 

@@ -4,11 +4,11 @@ Of a stored corpus the position in the data is the step index alone; of a stream
 hold. Either way a run resumes bit for bit.
 """
 
-from .batches import Batches, validation_batches
-from .corpus import Corpus
-from .pipeline import prepare
-from .stream import StreamedBatches, merged
-from .streaming import StreamedCorpus, load, training_batches
+from fsam_trainers.data.batches import Batches, validation_batches
+from fsam_trainers.data.corpus import Corpus
+from fsam_trainers.data.pipeline import prepare
+from fsam_trainers.data.stream import StreamedBatches, merged
+from fsam_trainers.data.streaming import StreamedCorpus, load, training_batches
 
 __all__ = [
     "Batches",

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from fsam_core.errors import UserError
-
-from .corpus import check_at_least, check_length
+from fsam_trainers.data.corpus import check_at_least, check_length
 
 
 class Batches:

@@ -18,10 +18,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fsam_core.errors import UserError
+from fsam_trainers.data.corpus import DTYPES, Corpus, checksum, fingerprint, map_tokens
+from fsam_trainers.data.documents import extra
 from fsam_trainers.files import sync
-
-from .corpus import DTYPES, Corpus, checksum, fingerprint, map_tokens
-from .documents import extra
 
 _BUILDING = ".building-"
 _DAY = 86400.0  # seconds

@@ -7,8 +7,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from .documents import Piece, Split, Stream
-from .vocabulary import end_id
+from fsam_trainers.data.documents import Piece, Split, Stream
+from fsam_trainers.data.vocabulary import end_id
 
 _BATCH = 1 << 21  # characters encoded at a time
 _SMALL = 1 << 12  # characters read at least, where few tokens are wanted

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from fsam_core.errors import UserError
-
-from .batches import permutation
-from .documents import encodable
-from .sharded import ShardedText
-from .workers import Chunk, Encoded, Place, Workers
+from fsam_trainers.data.batches import permutation
+from fsam_trainers.data.documents import encodable
+from fsam_trainers.data.sharded import ShardedText
+from fsam_trainers.data.workers import Chunk, Encoded, Place, Workers
 
 CHUNK = 1 << 16  # characters encoded together, about; a single longer row is a chunk of its own
 _ROWS = 1 << 10  # rows of a chunk at most: a data set of very short ones

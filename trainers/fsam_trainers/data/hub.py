@@ -6,8 +6,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fsam_core.errors import UserError
-
-from .documents import Row, Source, Stream, content_digest, extra, file_digest, one_line, row_pieces, row_split
+from fsam_trainers.data.documents import (
+    Row,
+    Source,
+    Stream,
+    content_digest,
+    extra,
+    file_digest,
+    one_line,
+    row_pieces,
+    row_split,
+)
 
 _DEFAULT_CONFIG = {"allenai/c4": "en"}
 

@@ -11,18 +11,17 @@ from typing import Any
 import numpy as np
 
 from fsam_core.errors import UserError
-
-from . import cache as store
-from .corpus import Corpus, check_at_least, check_length, fingerprint, token_dtype
-from .documents import Source, Split, reading
-from .encoding import Sink, encode_streams, take_head
-from .hub import hub_source
-from .progress import status
-from .records import is_records, records_source
-from .shards import open_shards
-from .specs import existing, is_glob, matches, path_of
-from .text import file_source, files_source, folder_source, python_source
-from .vocabulary import TRAINING_CHARACTERS, load_tokenizer, size, train_tokenizer
+from fsam_trainers.data import cache as store
+from fsam_trainers.data.corpus import Corpus, check_at_least, check_length, fingerprint, token_dtype
+from fsam_trainers.data.documents import Source, Split, reading
+from fsam_trainers.data.encoding import Sink, encode_streams, take_head
+from fsam_trainers.data.hub import hub_source
+from fsam_trainers.data.progress import status
+from fsam_trainers.data.records import is_records, records_source
+from fsam_trainers.data.shards import open_shards
+from fsam_trainers.data.specs import existing, is_glob, matches, path_of
+from fsam_trainers.data.text import file_source, files_source, folder_source, python_source
+from fsam_trainers.data.vocabulary import TRAINING_CHARACTERS, load_tokenizer, size, train_tokenizer
 
 _FORMAT = 1  # raise it when the same documents and settings are to give other tokens
 HELD_OUT_TOKENS = 1 << 16  # tokens that are held out, if there are as many, however few are trained on

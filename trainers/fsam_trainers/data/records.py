@@ -8,8 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fsam_core.errors import UserError
-
-from .documents import Row, Source, Stream, content_digest, extra, file_digest, one_line, reading, row_pieces, row_split
+from fsam_trainers.data.documents import (
+    Row,
+    Source,
+    Stream,
+    content_digest,
+    extra,
+    file_digest,
+    one_line,
+    reading,
+    row_pieces,
+    row_split,
+)
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet")
 

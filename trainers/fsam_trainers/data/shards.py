@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from fsam_core.errors import UserError
-
-from .corpus import CHUNK, DTYPES, Corpus, checksum, fingerprint, map_tokens
-from .documents import HELD_OUT, reading
+from fsam_trainers.data.corpus import CHUNK, DTYPES, Corpus, checksum, fingerprint, map_tokens
+from fsam_trainers.data.documents import HELD_OUT, reading
 
 
 def open_shards(path: Path, *, vocab_size: int, max_train: int | None, max_validation: int | None) -> Corpus:

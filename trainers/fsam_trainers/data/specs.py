@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fsam_core.errors import UserError
-
-from .documents import reading
-from .records import is_records
-from .text import standard_library, text_names
+from fsam_trainers.data.documents import reading
+from fsam_trainers.data.records import is_records
+from fsam_trainers.data.text import standard_library, text_names
 
 WHAT_WORKS = (
     "python, a text file, folder or glob, a .jsonl, .jsonl.gz, .jsonl.zst or .parquet file (or a folder or glob of "

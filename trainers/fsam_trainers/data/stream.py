@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 
 from fsam_core.errors import UserError
-
-from .batches import check_rows, permutation, windows_of
-from .corpus import check_at_least
-from .feed import CHUNK, Feed, Tokens, chunks
-from .sharded import ShardedText
-from .workers import Place, Workers
+from fsam_trainers.data.batches import check_rows, permutation, windows_of
+from fsam_trainers.data.corpus import check_at_least
+from fsam_trainers.data.feed import CHUNK, Feed, Tokens, chunks
+from fsam_trainers.data.sharded import ShardedText
+from fsam_trainers.data.workers import Place, Workers
 
 _CHARACTERS_PER_TOKEN = 4  # about
 _WINDOWS = 1  # of the seed's draws: which one is for the order within a buffer (0: of shards, see `feed`)

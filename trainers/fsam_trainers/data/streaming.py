@@ -11,18 +11,17 @@ from typing import Any, Literal
 import numpy as np
 
 from fsam_core.errors import UserError
-
-from . import cache as store
-from .batches import Batches
-from .corpus import Corpus, check_at_least, check_length, fingerprint, token_dtype
-from .documents import Piece, Row, Split, Stream, encodable
-from .encoding import Sink, encode_streams
-from .pipeline import entry_name, given_tokenizer, is_shard, learn_tokenizer, prepare
-from .progress import status
-from .sharded import ShardedText, open_sharded
-from .specs import find_files
-from .stream import Recipe, StreamedBatches
-from .vocabulary import TRAINING_CHARACTERS
+from fsam_trainers.data import cache as store
+from fsam_trainers.data.batches import Batches
+from fsam_trainers.data.corpus import Corpus, check_at_least, check_length, fingerprint, token_dtype
+from fsam_trainers.data.documents import Piece, Row, Split, Stream, encodable
+from fsam_trainers.data.encoding import Sink, encode_streams
+from fsam_trainers.data.pipeline import entry_name, given_tokenizer, is_shard, learn_tokenizer, prepare
+from fsam_trainers.data.progress import status
+from fsam_trainers.data.sharded import ShardedText, open_sharded
+from fsam_trainers.data.specs import find_files
+from fsam_trainers.data.stream import Recipe, StreamedBatches
+from fsam_trainers.data.vocabulary import TRAINING_CHARACTERS
 
 STREAMED_BYTES = 1_000_000_000  # files with more than this are streamed where nothing else is asked for
 HELD_OUT_TOKENS = 1 << 20  # tokens of the held-out rows that are kept

@@ -10,8 +10,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fsam_core.errors import UserError
-
-from .documents import HELD_OUT, Piece, Source, Split, Stream, content_digest, file_pieces, held_out, rank, reading
+from fsam_trainers.data.documents import (
+    HELD_OUT,
+    Piece,
+    Source,
+    Split,
+    Stream,
+    content_digest,
+    file_pieces,
+    held_out,
+    rank,
+    reading,
+)
 
 # What distributions strip, patch or generate: without it, a Python version has the same text wherever it runs.
 # The last line is what Debian's 3.11 adds, drops, or patches in a way that names Debian; it may patch more.

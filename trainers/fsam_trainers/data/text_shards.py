@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fsam_core.errors import UserError
-
-from .documents import Row, reading
+from fsam_trainers.data.documents import Row, reading
 
 PIECE = 1 << 14  # bytes
 REACH = 1 << 12  # bytes a piece may grow by to end with a line

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fsam_core.errors import UserError
-
-from .documents import extra, one_line
+from fsam_trainers.data.documents import extra, one_line
 
 END = "<|endoftext|>"
 _ENDS = (END, "</s>", "<eos>", "<|end_of_text|>")

@@ -8,9 +8,9 @@ import signal
 import sys
 from multiprocessing.connection import Connection
 
-from .documents import one_line
-from .encoding import encode_rows
-from .vocabulary import end_id, load_tokenizer
+from fsam_trainers.data.documents import one_line
+from fsam_trainers.data.encoding import encode_rows
+from fsam_trainers.data.vocabulary import end_id, load_tokenizer
 
 
 def main() -> None:

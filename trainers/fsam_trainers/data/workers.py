@@ -13,9 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from fsam_core.errors import UserError
-
-from .encoding import encode_rows
-from .vocabulary import end_id, load_tokenizer
+from fsam_trainers.data.encoding import encode_rows
+from fsam_trainers.data.vocabulary import end_id, load_tokenizer
 
 
 class Place(NamedTuple):

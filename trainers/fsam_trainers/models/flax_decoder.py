@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from fsam_core.jax import LinearHead, Staged
 from fsam_kernels.options import CROSS_ENTROPY, Loss
-from fsam_trainers.jax_mesh import by_rows, in_use
+from fsam_trainers.jax.mesh import by_rows, in_use
 from fsam_trainers.models.flax_mixed import product, rows_of
 from fsam_trainers.models.layout import EMBEDDING_STD, ModelConfig, initial, nested
 

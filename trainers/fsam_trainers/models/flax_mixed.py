@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fsam_trainers.jax_mesh import in_use
+from fsam_trainers.jax.mesh import in_use
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

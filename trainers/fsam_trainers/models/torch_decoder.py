@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from fsam_core.torch import LinearHead, Staged
 from fsam_kernels.options import CROSS_ENTROPY, Loss
 from fsam_trainers.models.layout import ModelConfig, initial, shapes
-from fsam_trainers.torch_mesh import entering, leaving, looked_up, own, own_heads
+from fsam_trainers.torch.mesh import entering, leaving, looked_up, own, own_heads
 
 
 class Decoder(nn.Module):

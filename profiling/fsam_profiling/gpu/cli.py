@@ -1,0 +1,59 @@
+"""`fsam profile gpu`: what the compilers make of the Triton kernels, for a card that need not be here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from fsam_core.errors import UserError
+from fsam_kernels.shapes import WEIGHTS
+from fsam_profiling import results
+from fsam_profiling.gpu import kernels, parameters, step
+from fsam_profiling.gpu.code import CARDS
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the compilers make of every Triton kernel, on a machine without the card."""
+
+    arch: str = "sm_90"
+    """sm_80, sm_90, sm_100, sm_120, gfx942, or all of them: all"""
+    what: Literal["head", "parameters", "step"] = "head"
+    """the head's kernels, those of the parameter operations over all tensors of a model, or all of a step's together"""
+    shape: str | None = None
+    """one of the heads (or models) in `fsam_kernels.shapes`; all without it, of a step 24m"""
+    only: str = "adamw,precond-functional-sam"
+    """of a step: methods and savings as in `fsam profile step --only`, or all"""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """of the logits"""
+    json: Path | None = None
+    """also write the figures here"""
+
+
+def run(options: Gpu) -> int:
+    """Print the table, write the file; the process's exit code.
+
+    Raises:
+        UserError: for an architecture or shape that is not known, under TRITON_INTERPRET, and for a compiler whose
+            output cannot be read.
+    """
+    if options.arch not in ("all", *CARDS):
+        raise UserError(f"arch: {options.arch!r} is not known: use all, {', '.join(CARDS)}")
+    archs = list(CARDS) if options.arch == "all" else [options.arch]
+    shape = options.shape
+    if options.what == "step":
+        found, table = list(step.read(archs, shape or "24m", options.only)), step.table
+    elif options.what == "head":
+        found, table = list(kernels.read(archs, shape, options.dtype)), kernels.table
+    else:
+        if shape is not None and shape not in WEIGHTS:
+            raise UserError(f"shape: {shape!r} is not known: use {', '.join(WEIGHTS)}")
+        found, table = list(parameters.read(archs, WEIGHTS if shape is None else [shape])), parameters.table
+    for arch in archs:
+        Console(width=140).print(table([row for row in found if row["arch"] == arch]))
+    if options.json is not None:
+        results.write(options.json, f"gpu {options.what}", found, {"arch": options.arch, "shape": shape})
+    return 0

@@ -1,0 +1,157 @@
+"""Bytes that the Triton kernels of a whole PyTorch step move, and their floor: `fsam profile gpu --what step`.
+
+Which operations a step calls, and on what part of the rows, is recorded from a real step of the trainer, taken here by
+the plain backend on a small model (bfloat16 over float32 masters). What each of them moves at the preset's size is
+counted in the kernels' compiled code, as `--what head` and `--what parameters` do. Matrix products, attention and the
+rest of the trunk are the libraries' and not in these figures; neither are PyTorch's own passes over the gradients.
+
+The rows of the file, one for each architecture, method and saving:
+
+    arch, card, triton, shape, method, saving
+    head                 (operation -> share of the step's rows it is called on, summed over calls)
+    parameters           (operation -> calls)
+    head_bytes, parameter_bytes, bytes, least_bytes, ratio, floor_us
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from types import ModuleType
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from rich import box
+from rich.table import Table
+from torch import Tensor
+
+from fsam_core.errors import UserError
+from fsam_kernels import torch as plain
+from fsam_kernels.memory import AUTO
+from fsam_kernels.shapes import HEADS, WEIGHTS
+from fsam_kernels.torch import softmax_stats as plain_rows
+from fsam_profiling.gpu import kernels, parameter_launches, parameters
+from fsam_profiling.gpu.code import CARDS
+from fsam_profiling.rows import programs
+from fsam_profiling.settings import random_tokens, settings
+from fsam_trainers import engine
+
+SMALL = {"batch": 8, "seq_len": 16, "vocab_size": 256}  # rows, of which an eighth is whole sequences
+STAGES = ("statistics", "cotangent")
+
+
+class Calls(NamedTuple):
+    """Of one step: operation of the head -> calls times share of the rows; operation on the parameters -> calls."""
+
+    head: dict[str, float]
+    parameters: dict[str, int]
+
+
+def calls(shape: str, method: str, changes: dict[str, Any]) -> Calls:
+    """What a step of the trainer calls, with the cotangent kept or recomputed as at that shape.
+
+    Raises:
+        UserError: for a step with an operation that `fsam_profiling.gpu.parameter_launches` does not list.
+    """
+    N, _, V = HEADS[shape]
+    kept = AUTO.keeps(round(N * changes.get("correction_fraction", 1)), V, torch.bfloat16.itemsize)
+    changes = {"cotangent": "keep" if kept else "recompute", **changes}
+    chosen = settings("tiny", method, framework="torch", backend="torch", dtype="bfloat16", changes=changes, **SMALL)
+    trained, tokens_BxL1 = engine.make(chosen), random_tokens(chosen)
+    total = chosen.batch * chosen.model.seq_len
+    rows: Counter[str] = Counter()
+    operations: Counter[str] = Counter()
+    with ExitStack() as stack:
+        for name in STAGES:
+            count: Any = lambda u_CxV, *_, name=name, **__: rows.update({name: len(u_CxV)})
+            stack.enter_context(_watched(plain_rows, name, count))
+        for name in ("preconditioned_norm", "perturb"):
+            count = lambda *args, name=name, **options: operations.update([_listed(name, args, options)])
+            stack.enter_context(_watched(plain, name, count))
+        count = lambda *args, **options: operations.update([_listed("adamw", args, options)])
+        stack.enter_context(_watched(plain.AdamW, "update", count))
+        trained.step(tokens_BxL1, 0)()
+    return Calls({name: n / total for name, n in rows.items()}, dict(operations))
+
+
+def read(archs: list[str], shape: str, only: str) -> Iterator[dict[str, Any]]:
+    """The objects of the file, in order.
+
+    Raises:
+        UserError: for a shape that is not both a head and a model, a row that is not known, and as `kernels.read`.
+    """
+    both = [name for name in HEADS if name in WEIGHTS]
+    if shape not in both:
+        raise UserError(f"shape: {shape!r} is not a whole model: use {', '.join(both)}")
+    steps = [(name, saving, calls(shape, name, changes)) for name, saving, changes in programs(only)]
+    N = HEADS[shape].N
+    for arch in archs:
+        stages = {row["stage"]: row for row in kernels.read([arch], shape) if row["options"] == "plain"}
+        used = {name for *_, step in steps for name in step.parameters}
+        listed = [one for one in parameter_launches.OPERATIONS if one.name in used]
+        models = {row["operation"]: row for row in parameters.read([arch], [shape], listed)}
+        for name, saving, step in steps:
+            of_head = [(stages[x], share * N / stages[x]["rows"]) for x, share in step.head.items()]
+            of_parameters = [(models[x], times) for x, times in step.parameters.items()]
+            head, own = (sum(row["bytes"] * times for row, times in x) for x in (of_head, of_parameters))
+            least = sum(row["least_bytes"] * times for row, times in (*of_head, *of_parameters))
+            yield {
+                "arch": arch,
+                "card": CARDS[arch].name,
+                "triton": next(iter(stages.values()))["triton"],
+                "shape": shape,
+                "method": name,
+                "saving": saving,
+                "head": step.head,
+                "parameters": step.parameters,
+                "head_bytes": round(head),
+                "parameter_bytes": own,
+                "bytes": round(head + own),
+                "least_bytes": round(least),
+                "ratio": (head + own) / least,
+                "floor_us": 1e6 * least / CARDS[arch].bandwidth,
+            }
+
+
+def table(found: list[dict[str, Any]]) -> Table:
+    """One line a step of one architecture."""
+    first = found[0]
+    N, D, V = HEADS[first["shape"]]
+    title = (
+        f"{first['arch']} ({first['card']}, {CARDS[first['arch']].bandwidth / 1e12:g} TB/s), Triton {first['triton']}: "
+        f"{first['shape']}, {N:,} tokens, D={D}, V={V}. A floor is least bytes / bandwidth, not a timing."
+    )
+    result = Table(title=title, box=box.SIMPLE, pad_edge=False)
+    for name in ("method", "saving"):
+        result.add_column(name, no_wrap=True)
+    for name in ("head MB", "parameters MB", "MB", "bytes/least", "floor us"):
+        result.add_column(name, justify="right")
+    for row in found:
+        sizes = [f"{row[x] / 1e6:,.0f}" for x in ("head_bytes", "parameter_bytes", "bytes")]
+        result.add_row(row["method"], row["saving"], *sizes, f"{row['ratio']:.3f}", f"{row['floor_us']:,.0f}")
+    return result
+
+
+def _watched(owner: ModuleType | type, name: str, count: Callable[..., None]) -> Any:
+    own = getattr(owner, name)
+
+    def counted(*args: Any, **options: Any) -> Any:
+        count(*args, **options)
+        return own(*args, **options)
+
+    return mock.patch.object(owner, name, staticmethod(counted) if isinstance(owner, type) else counted)
+
+
+def _listed(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> str:
+    """The name in `parameter_launches.OPERATIONS` of one call, by the tensors that it reads and writes."""
+    lists = [x for x in args if isinstance(x, list | tuple) and x and isinstance(x[0], Tensor)]
+    written = options.get("copy") if name == "adamw" else options.get("out") if name == "perturb" else None
+    arrays = tuple(x[0].dtype for x in (*lists, *([written] if written else [])))
+    prefix = f"{name}, of g too" if options.get("gradient") else name
+    for one in parameter_launches.OPERATIONS:
+        if one.name.startswith(prefix) and one.arrays == arrays:
+            return one.name
+    dtypes = ", ".join(str(x).removeprefix("torch.") for x in arrays)
+    raise UserError(f"gpu: {prefix} of {dtypes} is not among the operations that are compiled without a card")

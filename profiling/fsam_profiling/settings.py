@@ -1,0 +1,40 @@
+"""Settings of one step of a preset, and a batch for it: what the commands that time, trace and count steps share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fsam_trainers.config import Settings
+from fsam_trainers.presets import preset
+
+STEPS = 1000  # of the run that the step is one of, for its schedules
+
+
+def settings(
+    name: str,
+    method: str,
+    *,
+    batch: int | None = None,
+    seq_len: int | None = None,
+    vocab_size: int | None = None,
+    changes: dict[str, Any] | None = None,
+    **more: Any,
+) -> Settings:
+    """Settings of a step of the preset called `name`; `changes` and `more` are other fields of `Settings`.
+
+    Raises:
+        UserError: for an unknown preset, and from `Settings`.
+    """
+    size = preset(name)
+    model = size.model(seq_len=seq_len, vocab_size=vocab_size, tied=True, dropout=0.0)
+    rates = {"learning_rate": size.learning_rate, "rho": size.rho}
+    same: dict[str, Any] = {"framework": "jax", "steps": STEPS, **rates, **(changes or {}), **more}
+    return Settings(method=method, model=model, batch=batch or size.batch, **same)
+
+
+def random_tokens(chosen: Settings) -> np.ndarray:
+    """tokens_BxL1 int32, the same each time."""
+    size = (chosen.batch, chosen.model.seq_len + 1)
+    return np.random.default_rng(0).integers(0, chosen.model.vocab_size, size, dtype=np.int32)

@@ -1,0 +1,159 @@
+"""The steps that `fsam profile step` times: ours, and the peers beside them, each as a function to call repeatedly.
+
+A peer is what a user would write or install instead: SAM and Functional-SAM by the textbook, with full logits and two
+backward passes; `optax.contrib.sam`; the SAM of `pytorch_optimizer`. Same model, same batch, same AdamW settings.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from fsam_core.schedules import Kind
+from fsam_profiling.settings import random_tokens
+from fsam_trainers import engine
+from fsam_trainers.config import Framework, Settings
+
+# Framework -> (method, whose) of each peer.
+PEERS: dict[str, tuple[tuple[str, str], ...]] = {
+    "jax": (
+        ("adamw", "textbook"),
+        ("sam", "textbook"),
+        ("functional-sam", "textbook"),
+        ("sam", "optax.contrib"),
+    ),
+    "torch": (
+        ("adamw", "textbook"),
+        ("sam", "textbook"),
+        ("functional-sam", "textbook"),
+        ("sam", "pytorch_optimizer"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One step: whose code, and under which settings. `peer` is empty for ours.
+
+    `kind` is what all steps after the first are, by the settings' schedule: "corrected", "reused" or "plain".
+    """
+
+    settings: Settings
+    peer: str = ""
+    kind: Kind = "corrected"
+
+    @property
+    def framework(self) -> Framework:
+        return self.settings.framework
+
+
+def peers(adamw: Settings) -> dict[tuple[str, str], Variant]:
+    """(method, whose) -> variant, of the peers that are installed, with the settings of an AdamW step."""
+    return {
+        (method, whose): Variant(adamw, f"{whose} {method}")
+        for method, whose in PEERS[adamw.framework]
+        if whose != "pytorch_optimizer" or importlib.util.find_spec("pytorch_optimizer")
+    }
+
+
+def make(variant: Variant) -> Callable[[int], Any]:
+    """Take step 0, 1, … on the same random tokens and wait for it; compiled where the framework compiles."""
+    tokens_BxL1 = random_tokens(variant.settings)
+    if variant.peer:
+        whose, kind = variant.peer.split()
+        return (_jax if variant.framework == "jax" else _torch)(variant.settings, whose, kind, tokens_BxL1)
+    trained = engine.make(variant.settings)
+    trained.prepare(tokens_BxL1)
+    return lambda index: trained.step(tokens_BxL1, index)()
+
+
+def flops(variant: Variant, run: Callable[[int], Any]) -> int:
+    """Matrix products of one step, counted: in JAX as it is traced, in PyTorch as it runs."""
+    if variant.framework == "torch":
+        from fsam_profiling.timing import torch_flops
+
+        run(0)
+        return torch_flops.count(partial(run, 1))
+    from fsam_profiling import flops
+    from fsam_profiling.tpu import step_programs
+
+    if not variant.peer:
+        return flops.of_step(*step_programs.of(variant.settings, variant.kind))
+    whose, kind = variant.peer.split()
+    return flops.of_step(*step_programs.peer(variant.settings, whose, kind))
+
+
+def _jax(chosen: Settings, whose: str, kind: str, tokens_BxL1: np.ndarray) -> Callable[[int], Any]:
+    import jax
+
+    from fsam_profiling.tpu import step_programs
+    from fsam_trainers.models import flax_decoder
+
+    function, (state, batches) = step_programs.peer(chosen, whose, kind)
+    compiled = jax.jit(function, donate_argnums=0).lower(state, batches).compile()
+    params = flax_decoder.parameters(chosen.model, chosen.seed)
+    held = [(params, step_programs.optimizer_of(chosen, whose, kind).init(params))]
+
+    def run(index: int) -> None:
+        state, loss = compiled(held.pop(), [{"tokens": tokens_BxL1}])
+        held.append(state)
+        jax.block_until_ready((state, loss))
+
+    return run
+
+
+def _torch(chosen: Settings, whose: str, kind: str, tokens_BxL1: np.ndarray) -> Callable[[int], Any]:
+    import torch
+
+    from fsam_profiling.timing import textbook_torch
+    from fsam_trainers.models import torch_decoder
+
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    model = torch_decoder.Decoder(chosen.model, chosen.seed).to(device or "cpu")
+    tokens = torch.from_numpy(tokens_BxL1).to(device or "cpu", torch.int64)
+    groups = [
+        {"params": [p for p in model.parameters() if (p.ndim > 1) == matrix], "weight_decay": decay}
+        for matrix, decay in ((True, chosen.weight_decay), (False, 0.0))
+    ]
+    rates: Any = {"lr": chosen.learning_rate, "betas": (chosen.b1, chosen.b2), "eps": chosen.eps}
+
+    def logits(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # What one writes for bfloat16: autocast, and the loss of float32 logits.
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=chosen.dtype == "bfloat16"):
+            h_NxD, w_VxD = model(tokens[:, :-1])
+            z_NxV = h_NxD @ w_VxD.T
+        return z_NxV.float(), tokens[:, 1:].reshape(-1)
+
+    if whose == "pytorch_optimizer":
+        return _pytorch_optimizer(model, groups, rates, partial(logits, model, tokens), chosen)
+    optimizer = torch.optim.AdamW(groups, **rates)
+    step = textbook_torch.step(kind, model, optimizer, logits, chosen.rho, chosen.clip_norm)
+    # As our steps do, wait for the loss.
+    return lambda index: float(step(tokens))
+
+
+def _pytorch_optimizer(model: Any, groups: Any, rates: Any, logits: Any, chosen: Settings) -> Callable[[int], Any]:
+    import torch
+    from pytorch_optimizer import SAM
+
+    optimizer = SAM(groups, torch.optim.AdamW, rho=chosen.rho, **rates)
+
+    def closure() -> Any:
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(*logits())
+        loss.backward()
+        if chosen.clip_norm:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), chosen.clip_norm)
+        return loss
+
+    def run(index: int) -> float:
+        loss = closure()
+        optimizer.step(closure)
+        return float(loss.detach())
+
+    return run

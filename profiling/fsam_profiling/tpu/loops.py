@@ -1,0 +1,107 @@
+"""The schedules of the loops that XLA itself makes of element-wise work and sums, read as those of Pallas kernels are.
+
+XLA's own estimate of such a loop and the figure of a Pallas kernel (`tpu.Kernel.cycles`) are not of one kind: the
+estimate grants a bare copy 1.2 to 1.3 times its bytes over the bandwidth, and a kernel is taken to hide its copies
+completely. Here a loop is judged as a kernel is, by the larger of its schedule and its bytes over the bandwidth, so
+that the two can be set against each other.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fsam_core.errors import UserError
+from fsam_profiling.tpu import dumps as tpu_dumps
+from fsam_profiling.tpu import hlo
+
+_BOUNDS = re.compile(r'"iteration_bounds":\[([^\]]*)\]')
+# Loops that were fused with nothing.
+_ALONE = frozenset(("copy", "convert", "negate", "reshape", "reduce", "broadcast", "transpose"))
+_TILE = re.compile(r'"output_window_bounds":\[([^\]]*)\]')
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One fused loop; cycles and bytes are of one run.
+
+    Attributes:
+        region: the part of a step it belongs to, as `tpu_hlo.Counted.region`.
+        bounds: the grid XLA gave it.
+        issued: bundles of its schedule; None where that has a loop whose turns depend on data (copies of a window's
+            ragged end) or was not left by the compiler, and XLA's estimate stands for it.
+        estimate: XLA's own cycles.
+        bytes: between HBM and the core; what was copied to VMEM beforehand is not in it.
+        bytes_cycles: those over the bandwidth.
+    """
+
+    name: str
+    region: str
+    bounds: tuple[int, ...]
+    issued: int | None
+    estimate: int
+    bytes: int
+    bytes_cycles: int
+
+    @property
+    def cycles(self) -> int:
+        return max(self.estimate if self.issued is None else self.issued, self.bytes_cycles)
+
+
+def read(text: str, dumps: Path, bytes_per_cycle: float) -> tuple[Loop, ...]:
+    """The loops of a compiled program's entry computation, in the order they run.
+
+    Products are not among them, whatever is fused into them, nor is what runs inside a `while`: for those XLA's
+    estimate has to do.
+
+    Args:
+        text: `compiled.as_text()`.
+        dumps: where the compiler left its dumps.
+
+    Raises:
+        UserError: where a dump is of another format, or there is none of any loop.
+    """
+    computations, entry = hlo._computations(text)
+    body = computations[entry]
+    counted = {x.name: x for x in hlo.read(text).counted if not x.rare}
+    is_loop = lambda x: x.opcode in _ALONE or (x.opcode == "fusion" and "kind=kLoop" in x.text)
+    loops = [x for x in body.values() if x.name in counted and is_loop(x) and _BOUNDS.search(x.text)]
+    # Of loops that are the same but for their names the compiler dumps one.
+    dumped = {_kind(computations, body, x): x.name for x in loops if tpu_dumps.has(dumps, x.name)}
+    if loops and not dumped:
+        raise UserError(f"tpu: the compiler left no schedule of {loops[0].name}, nor of any loop in {dumps}")
+    found = []
+    schedules: dict[tuple[str, tuple[int, ...]], int | None] = {}
+    for one in loops:
+        source, bounds = dumped.get(_kind(computations, body, one)), _numbers(_BOUNDS, one.text)
+        if source is not None and (source, bounds) not in schedules:
+            schedules[source, bounds] = _issued(tpu_dumps._file(dumps, source, "final_bundles"), bounds, source)
+        issued = None if source is None else schedules[source, bounds]
+        it = counted[one.name]
+        found.append(
+            Loop(one.name, it.region, bounds, issued, it.cycles or 0, it.bytes, round(it.bytes / bytes_per_cycle))
+        )
+    return tuple(found)
+
+
+def _issued(text: str, bounds: tuple[int, ...], name: str) -> int | None:
+    bundles = tpu_dumps._bundles(text, name)
+    try:
+        issued, assumed = tpu_dumps._issued(bundles, bounds, name)
+    except UserError:
+        return None
+    return None if assumed else int(issued.sum())
+
+
+def _kind(computations: dict, body: dict, one: hlo.Instruction) -> Any:
+    inside = computations[hlo._called(one, "calls")].values() if one.opcode == "fusion" else ()
+    operands = tuple(body[x].type for x in one.operands if x in body)
+    steps = tuple((x.opcode, x.type) for x in inside)
+    return one.opcode, one.type, operands, steps, _numbers(_BOUNDS, one.text), _numbers(_TILE, one.text)
+
+
+def _numbers(pattern: re.Pattern[str], text: str) -> tuple[int, ...]:
+    match = pattern.search(text)
+    return tuple(int(x) for x in re.findall(r"\d+", match[1])) if match else ()

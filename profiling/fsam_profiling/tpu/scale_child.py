@@ -1,0 +1,51 @@
+"""The process that compiles a sharded step for all chips of a TPU topology: `… REQUEST.json ANSWER.json`.
+
+A process of its own, as `tpu_child`. It answers with what each chip holds and what the chips send each other.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from fsam_profiling import settings
+from fsam_profiling.tpu import collectives, step_programs
+from fsam_trainers.jax import mesh as jax_mesh
+
+
+def main() -> None:
+    request = json.loads(Path(sys.argv[1]).read_text())
+    Path(sys.argv[2]).write_text(json.dumps(answer(request)))
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Compile the step of request["settings"] for request["topology"], the whole of it one program."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=request["topology"]).devices
+    chosen = settings.settings(**request["settings"])
+    mesh = jax_mesh.make(chosen, devices)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        function, (state, batches) = step_programs.of(chosen)
+        places = jax_mesh.places(mesh, state)
+        rows = NamedSharding(mesh, PartitionSpec(jax_mesh.ROWS))
+        at = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+        args = jax.tree.map(at, state, places), jax.tree.map(lambda x: at(x, rows), batches)
+        jitted = jax.jit(function, donate_argnums=0, out_shardings=(places, None))
+        compiled = jitted.trace(*args).lower(lowering_platforms=("tpu",)).compile()
+    memory = compiled.memory_analysis()
+    return {
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "aliased_bytes": memory.alias_size_in_bytes,
+        "collectives": collectives.totals(collectives.read(compiled.as_text())),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Whole training steps compiled for one core of a TPU that need not be here: `fsam profile tpu --what step`.
+
+Whose figures these are: temporaries, arguments and results are the compiler's own account of HBM; cycles are its cost
+model's for XLA's instructions, and the schedule's or the bytes' for kernels (`tpu`), bytes are counted in the compiled
+program, FLOPs in the traced one (`flops`). The floor is this program's own: its matrix products at the chip's published
+peak, or every argument read and every result written once at its published bandwidth, whichever takes longer. None of
+it is a measurement.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fsam_core.errors import UserError
+from fsam_profiling import regions as step_regions
+from fsam_profiling import results
+from fsam_profiling.rows import programs
+from fsam_profiling.tpu.compiler import TOPOLOGIES, Compiled, compile_for, to_json
+
+PROGRAMS = "fsam_profiling.tpu.step_programs:"
+BATCH = 16  # sequences of a core, where none are asked for
+TEXTBOOK = ("adamw", "sam", "functional-sam")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row: what the table calls it, and how `step_programs` makes its program."""
+
+    method: str
+    saving: str
+    backend: str
+    function: str
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return " ".join(filter(None, (self.method, self.saving, self.backend)))
+
+
+def variants(only: str, backends: tuple[str, ...], **same: Any) -> list[Variant]:
+    """The rows asked for, by method or saving as in `fsam profile step`, in each backend; then the textbook's.
+
+    Args:
+        only: names separated by commas; "textbook" for its three; "all" for everything.
+        same: options of all programs.
+
+    Raises:
+        UserError: for a name that no row has.
+    """
+    names = {name.strip() for name in only.split(",") if name.strip()}
+    textbook = bool(names & {"textbook", "all"})
+    wanted = "" if "all" in names else ",".join(sorted(names - {"textbook"})) or "adamw"
+    found = [
+        Variant(method, saving, backend, "step", same | {"method": method, "changes": changes, "backend": backend})
+        for backend in backends
+        for method, saving, changes in programs(wanted)
+    ]
+    for kind in TEXTBOOK if textbook else ():
+        found.append(Variant(kind, "textbook", "xla", "textbook", same | {"kind": kind}))
+    return found
+
+
+def compile_variant(chip: str, variant: Variant, loops: bool = False) -> Compiled:
+    """The program of one row, its state donated as the trainer donates it; with `loops`, their schedules too.
+
+    Raises:
+        UserError: as `compiler.compile_for`.
+    """
+    kernels: Any = True if loops or variant.backend == "pallas" else "if any"
+    function = PROGRAMS + variant.function
+    return compile_for(chip, function, options=variant.options, donate=(0,), kernels=kernels, loops=loops)
+
+
+def row(chip: str, variant: Variant, one: Compiled, base: Compiled) -> dict[str, Any]:
+    """The figures of a step, and its ratio to the AdamW step `base`."""
+    products, moved = floors(one)
+    return {
+        "chip_name": chip,
+        "method": variant.method,
+        "saving": variant.saving,
+        "backend": variant.backend,
+        "options": variant.options.get("changes"),
+        "ratio": one.cycles / base.cycles,
+        "floor_cycles": max(products, moved),
+        "floor_products_cycles": products,
+        "floor_bytes_cycles": moved,
+        "x_floor": one.cycles / max(products, moved),
+        "scheduled_ratio": one.scheduled_cycles / base.scheduled_cycles,
+        **to_json(one),
+    }
+
+
+def floors(one: Compiled) -> tuple[float, float]:
+    """Cycles that the products take at the peak, and that arguments and results take at the published bandwidth."""
+    least = one.argument_bytes + one.output_bytes
+    return one.product_flops / one.chip.flops_per_cycle, least / one.chip.bytes_per_cycle
+
+
+def run(
+    chip: str,
+    only: str,
+    backends: tuple[str, ...],
+    path: Path | None,
+    *,
+    preset: str,
+    batch: int | None,
+    seq_len: int | None,
+    vocab_size: int | None,
+    dtype: str,
+) -> int:
+    """Compile, print, write; 0.
+
+    Raises:
+        UserError: for an unknown chip, preset or row, and as `compiler.compile_for`.
+    """
+    if chip not in TOPOLOGIES:
+        raise UserError(f"--chip: {chip!r} is not known; use {', '.join(TOPOLOGIES)}")
+    same = {
+        "preset": preset,
+        "batch": batch or BATCH,
+        "seq_len": seq_len,
+        "vocab_size": vocab_size,
+        "dtype": dtype,
+    }
+    rows: list[dict[str, Any]] = []
+    bases: dict[str, Compiled] = {}
+    for variant in variants(only, backends, **same):
+        one = compile_variant(chip, variant, loops=True)
+        # The textbook is held against the AdamW step of the first backend.
+        base = bases.setdefault(variant.backend if variant.function == "step" else backends[0], one)
+        rows.append(row(chip, variant, one, base))
+        print(f"compiled {variant.name}: {one.cycles / 1e6:,.1f} Mcycles", file=sys.stderr)
+        if path is not None:  # as it grows: what was compiled before an interruption is not lost
+            results.write(path, "tpu step", rows, {"chip": chip, **same})
+    console = Console() if sys.stdout.isatty() else Console(width=150)
+    console.print(table(rows, f"{preset}, {same['batch']} sequences, compute in {dtype}"))
+    console.print(regions(rows))
+    console.print(NOTE, markup=False)
+    return 0
+
+
+NOTE = (
+    "Estimates, not timings: Mcycles are of XLA's instructions by the compiler's cost model, of kernels by their "
+    "schedule or by bytes over bandwidth; by schedule, XLA's element-wise loops, sums and copies are judged as kernels "
+    "are, and its products by the cost model. Memory is the compiler's own account. A floor is this program's products "
+    "at the published peak, or its arguments and results once over the published bandwidth."
+)
+
+
+def table(rows: list[dict[str, Any]], title: str) -> Table:
+    """One line a program."""
+    chip = rows[0]["chip"]
+    result = Table(title=f"{title}: TPU {chip['name']}, one core at {chip['hertz'] / 1e9:.2f} GHz")
+    for name in ("method", "saving", "backend"):
+        result.add_column(name, no_wrap=True)
+    ours = ("Mcycles", "x AdamW", "by schedule", "x AdamW", "x floor")
+    for name in (*ours, "GFLOP", "MB moved", "temporaries MB", "peak MB", "spills"):
+        result.add_column(name, justify="right")
+    for row in rows:
+        spills = sum(x["schedule"]["spills"] for x in row["kernels"] if not x["rare"])
+        result.add_row(
+            row["method"],
+            row["saving"],
+            row["backend"],
+            f"{row['cycles'] / 1e6:,.2f}",
+            f"{row['ratio']:.2f}",
+            f"{row['scheduled_cycles'] / 1e6:,.2f}",
+            f"{row['scheduled_ratio']:.2f}",
+            f"{row['x_floor']:.2f}",
+            f"{row['product_flops'] / 1e9:,.0f}",
+            f"{row['bytes'] / 1e6:,.0f}",
+            f"{row['temporary_bytes'] / 1e6:,.0f}",
+            f"{row['peak_bytes'] / 1e6:,.0f}",
+            str(spills) if row["kernels"] else "–",
+        )
+    return result
+
+
+def regions(rows: list[dict[str, Any]]) -> Table:
+    """Where the cycles go."""
+    names = list(step_regions.in_order({name: 0.0 for row in rows for name in row["scheduled_regions"]}))
+    result = Table("program", title="Mcycles by region, by schedule")
+    for name in names:
+        result.add_column(name, justify="right")
+    for row in rows:
+        found = row["scheduled_regions"]
+        cells = [f"{found[name] / 1e6:,.2f}" if name in found else "–" for name in names]
+        result.add_row(" ".join(filter(None, (row["method"], row["saving"], row["backend"]))), *cells)
+    return result

@@ -1,0 +1,85 @@
+"""Whole training steps for `tpu.compile_for`: the trainers' decoder, `fsam_core.jax` and optax, by shape alone.
+
+No weight is made. The peers are what one writes without this package: two backward passes and logits that are stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fsam_core.schedules import Kind
+from fsam_profiling.settings import settings
+from fsam_profiling.timing import textbook_jax
+from fsam_trainers.config import Settings
+from fsam_trainers.jax import engine
+from fsam_trainers.models import flax_decoder
+from fsam_trainers.models.layout import ModelConfig, nested, shapes
+
+Program = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+def step(*, preset: str, method: str, **of_settings: Any) -> Program:
+    """`of` with `settings` as JSON can hold them."""
+    return of(settings(preset, method, **of_settings))
+
+
+def of(chosen: Settings, kind: Kind = "corrected") -> Program:
+    """(state, micro-batches) -> (state, info): one optimizer step of a kind, as the JAX trainer compiles it."""
+    step = engine.step_of(chosen)
+    state = jax.eval_shape(partial(engine.state_of, chosen), weights_of(chosen.model))
+    return partial(step, kind=kind), (state, batches_of(chosen))
+
+
+def textbook(*, preset: str, kind: str, **of_settings: Any) -> Program:
+    """The textbook's step ("adamw", "sam" or "functional-sam") with `settings` as JSON can hold them."""
+    return peer(settings(preset, "adamw", **of_settings), "textbook", kind)
+
+
+def peer(chosen: Settings, whose: str, kind: str) -> Program:
+    """The step of the settings as "textbook" or "optax.contrib" has it; of one micro-batch."""
+    tx = optimizer_of(chosen, whose, kind)
+    make = textbook_jax.step if whose == "textbook" else textbook_jax.contrib_step
+    step = make(kind, _logits(chosen), tx, chosen.rho)
+
+    def function(state: Any, batches: list[Any]) -> Any:
+        (batch,) = batches
+        return step(state, batch["tokens"])
+
+    params = weights_of(chosen.model)
+    return function, ((params, jax.eval_shape(tx.init, params)), batches_of(chosen))
+
+
+def optimizer_of(chosen: Settings, whose: str, kind: str) -> Any:
+    """The optax optimizer of a peer."""
+    tx = textbook_jax.optimizer(chosen.learning_rate, chosen.b2, chosen.weight_decay, chosen.clip_norm)
+    return textbook_jax.contrib(tx, chosen.rho) if whose == "optax.contrib" else tx
+
+
+def weights_of(model: ModelConfig) -> Any:
+    """Shapes of the weights, a Flax tree."""
+    found: Any = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes(model).items()}
+    return nested(found)
+
+
+def batches_of(chosen: Settings) -> list[dict[str, Any]]:
+    rows = chosen.batch // chosen.micro_batches
+    tokens = jax.ShapeDtypeStruct((rows, chosen.model.seq_len + 1), jnp.int32)
+    return [{"tokens": tokens} for _ in range(chosen.micro_batches)]
+
+
+def _logits(chosen: Settings) -> Any:
+    """(params, tokens_BxL1) -> (logits_NxV, labels_N)."""
+    model = flax_decoder.Decoder(chosen.model)
+
+    def logits(params: Any, tokens_BxL1: jax.Array) -> tuple[jax.Array, jax.Array]:
+        cast = jax.tree.map(lambda x: x.astype(chosen.dtype), params)
+        out: Any = model.apply({"params": cast}, tokens_BxL1[:, :-1])
+        h_NxD, w_VxD = out
+        return h_NxD @ w_VxD.T, tokens_BxL1[:, 1:].reshape(-1)
+
+    return logits

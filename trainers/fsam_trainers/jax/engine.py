@@ -1,0 +1,192 @@
+"""Training in JAX: Flax model, AdamW in one loop a leaf, jitted and donated steps on a mesh, orbax checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fsam_core import backends
+
+for module in ("jax", "flax", "optax", "orbax"):
+    backends.require(module)
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import optax  # noqa: E402
+import orbax.checkpoint as ocp  # noqa: E402
+
+import fsam_core.jax as fsam  # noqa: E402
+from fsam_core.jax.adamw import AdamW  # noqa: E402
+from fsam_core.regions import in_jax  # noqa: E402
+from fsam_trainers.config import Settings  # noqa: E402
+from fsam_trainers.engine import StepReport, Writing  # noqa: E402
+from fsam_trainers.jax import mesh, saving  # noqa: E402
+from fsam_trainers.models import flax_decoder  # noqa: E402
+from fsam_trainers.models.layout import blocks, flattened, initial, nested  # noqa: E402
+
+
+class State(NamedTuple):
+    """Everything a step reads and writes; `average` is None without --ema."""
+
+    params: Any
+    opt_state: Any
+    carry: fsam.Carry
+    average: Any
+
+
+def optimizer(settings: Settings) -> AdamW:
+    """AdamW with decoupled weight decay on the matrices; a step that is not finite is skipped."""
+    return AdamW(
+        learning_rate(settings),
+        b1=settings.b1,
+        b2=settings.b2,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+        clip_norm=settings.clip_norm or None,
+    )
+
+
+def learning_rate(settings: Settings) -> optax.Schedule:
+    """`Settings.learning_rate_at` as an optax schedule."""
+    peak, steps = settings.learning_rate, max(settings.steps - settings.warmup, 1)
+    cosine = optax.cosine_decay_schedule(peak, steps, settings.final_learning_rate)
+    warmup = optax.linear_schedule(0, peak, settings.warmup)
+    return optax.join_schedules([warmup, cosine], [settings.warmup]) if settings.warmup else cosine
+
+
+def gradient_of(settings: Settings) -> Callable[..., Any]:
+    """The method's gradient function, as `fsam_core.jax.value_and_grad` returns it."""
+    return fsam.value_and_grad(
+        _features(settings, trained=True),
+        settings.as_method(learning_rate(settings)),
+        b2=settings.b2,
+        eps=settings.eps,
+        clip_norm=settings.clip_norm or None,
+        blocks=blocks(settings.model),
+        memory=_memory(settings),
+        backend=mesh.backend(settings),
+        sync=settings.sync if settings.data_parallel > 1 else "global",
+        axis="data",
+    )
+
+
+def state_of(settings: Settings, params: Any) -> State:
+    """The state before the first step with these params."""
+    # A copy: a buffer cannot be donated twice.
+    average = jax.tree.map(jnp.copy, params) if settings.ema else None
+    carry = fsam.carry_of(settings.as_method(), params, settings.schedule())
+    return State(params, optimizer(settings).init(params), carry, average)
+
+
+def step_of(settings: Settings) -> Callable[..., tuple[State, fsam.Info]]:
+    """(state, micro-batches, kind) -> (state, info): one step, pure; `kind` as in `fsam_core.schedules`, static."""
+    gradient, adamw = gradient_of(settings), optimizer(settings)
+
+    def step(state: State, batch: Any, kind: Any) -> tuple[State, fsam.Info]:
+        (_, info), grads, carry = gradient(state.params, batch, state.opt_state, state.carry, kind=kind)
+        with in_jax("update"):
+            params, opt_state = adamw.step(state.params, grads, state.opt_state, info)
+        average = state.average
+        if average is not None:
+            # As PyTorch's AveragedModel, whose first step copies the weights.
+            rate = jnp.where(state.opt_state.count == 0, 1.0, jnp.where(info.finite, 1 - settings.ema, 0.0))
+            average = optax.incremental_update(params, average, rate)
+        return State(params, opt_state, carry, average), info
+
+    return step
+
+
+def _memory(settings: Settings) -> fsam.Memory:
+    return fsam.Memory(settings.cotangent, row_axes=mesh.row_axes(settings))
+
+
+def _features(settings: Settings, *, trained: bool) -> Callable[..., fsam.LinearHead | fsam.Logits]:
+    """The model's, with the loss that is trained or the one that is reported."""
+    loss = settings.losses()[0 if trained else 1]
+    model = flax_decoder.Decoder(settings.model, remat=settings.remat)
+    if trained and settings.scope.startswith("top:"):
+        below = settings.model.layers - int(settings.scope.removeprefix("top:"))
+        return flax_decoder.staged(model, below, loss, jnp.dtype(settings.dtype))
+    return partial(flax_decoder.features, model, loss=loss, dtype=jnp.dtype(settings.dtype))
+
+
+class JaxEngine:
+    """See `engine.Engine`."""
+
+    asynchronous = True
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.backend = mesh.backend(settings)
+        self.device = jax.devices()[0].device_kind
+        self.mesh = mesh.make(settings)
+        params = mesh.placed(self.mesh, nested(initial(settings.model, settings.seed)))
+        self._key = jax.random.key(settings.seed)
+        init = partial(state_of, settings)
+        with jax.set_mesh(self.mesh):
+            self._places = mesh.places(self.mesh, jax.eval_shape(init, params))
+            self.state = jax.jit(init, out_shardings=self._places)(params)
+        self._jitted = jax.jit(
+            step_of(settings),
+            donate_argnums=0,
+            static_argnames="kind",
+            out_shardings=(self._places, mesh.everywhere(self.mesh)),
+        )
+        self._compiled: dict[str, Callable[..., Any]] = {}
+        loss = fsam.mean_loss(_features(settings, trained=False), memory=_memory(settings), backend=self.backend)
+        self._loss = jax.jit(loss)
+
+    def prepare(self, tokens_BxL1: np.ndarray) -> None:
+        with jax.set_mesh(self.mesh):
+            for kind in sorted({self.settings.kind(i) for i in range(self.settings.steps)}):
+                self._compiled[kind] = self._jitted.lower(self.state, self._parts(tokens_BxL1, 0), kind=kind).compile()
+
+    def step(self, tokens_BxL1: np.ndarray, index: int) -> Callable[[], StepReport]:
+        kind = self.settings.kind(index)
+        if kind not in self._compiled:
+            self._compiled[kind] = partial(self._jitted, kind=kind)
+        with jax.set_mesh(self.mesh):
+            self.state, info = self._compiled[kind](self.state, self._parts(tokens_BxL1, index))
+
+        def report() -> StepReport:
+            got = jax.device_get(info)
+            base, final, epsilon = (float(x) for x in (got.base_norm, got.grad_norm, got.perturbation_norm))
+            return StepReport(float(got.loss), base, final, epsilon, skipped=not got.finite)
+
+        return report
+
+    def evaluate(self, batches: Sequence[np.ndarray]) -> float:
+        params = self.state.params if self.state.average is None else self.state.average
+        with jax.set_mesh(self.mesh):
+            losses = [self._loss(params, {"tokens": mesh.rows(self.mesh, x)}) for x in batches]
+            return float(np.mean([float(x) for x in losses]))
+
+    def state_bytes(self) -> int:
+        return sum(x.nbytes for x in jax.tree.leaves(self.state))
+
+    def save(self, folder: Path) -> Writing:
+        return saving.begin(self.state._asdict(), folder)
+
+    def restore(self, folder: Path) -> None:
+        # With the shardings of this mesh, whichever the checkpoint was written on.
+        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, self.state._asdict())
+        with ocp.StandardCheckpointer() as checkpointer:
+            # Without the copy a restored buffer may be memory that XLA does not own and cannot take as a donation.
+            self.state = State(**jax.tree.map(jnp.copy, checkpointer.restore(folder.absolute(), like)))
+
+    def weights(self) -> dict[str, np.ndarray]:
+        return flattened(jax.tree.map(mesh.whole, self.state.params))
+
+    def _parts(self, tokens_BxL1: np.ndarray, index: int) -> list[dict[str, Any]]:
+        split = np.split(tokens_BxL1, self.settings.micro_batches)
+        parts: list[dict[str, Any]] = [{"tokens": mesh.own_rows(self.mesh, x)} for x in split]
+        if self.settings.model.dropout:
+            key = jax.random.fold_in(self._key, index)
+            for i, part in enumerate(parts):
+                part["key"] = jax.random.fold_in(key, i)
+        return parts

@@ -1,0 +1,203 @@
+"""Training in PyTorch: the same model and settings, AdamW in one pass, torch.distributed.checkpoint.
+
+Of several ranks each takes its part of every micro-batch, in DistributedDataParallel or, where --fsdp or
+--tensor-parallel share weights out, under FSDP2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fsam_core import backends
+
+backends.require("torch")
+
+import torch  # noqa: E402
+import torch.distributed.checkpoint as dcp  # noqa: E402
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict  # noqa: E402
+
+import fsam_core.torch as fsam  # noqa: E402
+from fsam_trainers import processes  # noqa: E402
+from fsam_trainers.config import Settings  # noqa: E402
+from fsam_trainers.engine import StepReport, Writing  # noqa: E402
+from fsam_trainers.models import torch_decoder  # noqa: E402
+from fsam_trainers.models.layout import blocks  # noqa: E402
+from fsam_trainers.torch import mesh, saving  # noqa: E402
+
+
+def optimizer(model: torch.nn.Module, settings: Settings, copies: Any = None) -> fsam.AdamW:
+    """AdamW with decoupled weight decay on the matrices, one pass over the state; its checkpoints are torch.optim's.
+
+    `copies` are the model's parameters -> those of another that computes with them, rounded.
+    """
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    made = backends.load("torch", settings.backend).AdamW
+    betas = (settings.b1, settings.b2)
+    adamw = made(groups, lr=settings.learning_rate, betas=betas, eps=settings.eps, copies=copies)
+    # Made now, because get_state_dict makes missing state by taking a step, which would count as one in a checkpoint.
+    for p in model.parameters():
+        zeros = {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in ("exp_avg", "exp_avg_sq")}
+        adamw.state[p] = {"step": torch.tensor(0.0), **zeros}
+    return adamw
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Loading with or without a process group: no warning that there is none, and plain exceptions.
+
+    A `CheckpointException` holds one exception a rank, and is not an `Exception`.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        try:
+            yield
+        except dcp.CheckpointException as error:
+            cause, _ = next(iter(error.failures.values()))
+            raise cause from None
+
+
+def _compile(model: torch.nn.Module) -> None:
+    """Each block in place, so that parameters keep their names; all blocks are one graph, of both passes."""
+    for block in model.children():
+        block.compile(fullgraph=True)
+
+
+def _whole(p: Any) -> torch.Tensor:
+    return p.full_tensor() if hasattr(p, "full_tensor") else p
+
+
+class TorchEngine:
+    """See `engine.Engine`."""
+
+    asynchronous = False
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.backend = backends.choose("torch", settings.backend).name
+        self._ranks = processes.current()
+        mesh.check(settings, self._ranks.count)
+        is_sharded = mesh.is_sharded(settings)
+        self._device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        self._device = self._device or torch.device("cpu")
+        self.device = str(self._device)
+        if self._ranks.count > 1 and self._device.type != "cpu":
+            self._device = torch.device(self._device.type, self._ranks.local_rank)
+        self.model = torch_decoder.Decoder(settings.model, settings.seed, remat=settings.remat).to(self._device)
+        self._average: torch.optim.swa_utils.AveragedModel | None = None
+        if settings.ema:
+            decay = torch.optim.swa_utils.get_ema_multi_avg_fn(settings.ema)
+            self._average = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=decay)
+        # What the passes run: the model itself, or a copy of it in half floats over the model as its masters.
+        self._running: torch.nn.Module = self.model
+        copies: dict[torch.Tensor, torch.nn.Parameter] = {}
+        if not is_sharded and settings.dtype != "float32":
+            self._running = copy.deepcopy(self.model).to(getattr(torch, settings.dtype))
+            copies = dict(zip(self.model.parameters(), self._running.parameters(), strict=True))
+        if settings.compile:
+            _compile(self._running)
+        if is_sharded:
+            for model in (self.model, *([] if self._average is None else [self._average.module])):
+                mesh.shard(model, settings, self._device.type, self._ranks.count)
+        elif self._ranks.count > 1:
+            self._running = torch.nn.parallel.DistributedDataParallel(self._running)
+            if copies:
+                self._running.register_comm_hook(None, fsam.reduce_wide)
+        self.optimizer = optimizer(self.model, settings, copies)
+        trained, reported = settings.losses()
+        self._loss = fsam.mean_loss(partial(torch_decoder.features, loss=reported), backend=settings.backend)
+        features: Any = partial(torch_decoder.features, loss=trained)
+        if settings.scope.startswith("top:"):
+            below = settings.model.layers - int(settings.scope.removeprefix("top:"))
+            features = torch_decoder.staged(below, trained)
+        self._step = fsam.Step(
+            self._running,
+            self.optimizer,
+            settings.as_method(),
+            features=features,
+            clip_norm=settings.clip_norm or None,
+            schedule=settings.schedule(),
+            blocks=blocks(settings.model),
+            memory=fsam.Memory(settings.cotangent),
+            backend=settings.backend,
+            sync=settings.sync,
+            loss_scale=fsam.LossScale() if settings.dtype == "float16" else None,
+        )
+
+    def prepare(self, tokens_BxL1: np.ndarray) -> None:
+        """Nothing is compiled."""
+
+    def step(self, tokens_BxL1: np.ndarray, index: int) -> Callable[[], StepReport]:
+        if self.settings.model.dropout:
+            rank, count = self._row_rank
+            own = [rank] if count > 1 else []
+            seed = np.random.SeedSequence([self.settings.seed, index, *own]).generate_state(1, np.uint64)[0]
+            torch.manual_seed(int(seed))
+        # As in the JAX trainer's chain, a skipped step leaves the schedule where it was.
+        rate = self.settings.learning_rate_at(self._step.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self._running.train()
+        self._step([self._tokens(one) for one in np.split(tokens_BxL1, self.settings.micro_batches)])
+        info = self._step.info
+        assert info is not None
+        if self._average is not None and not info.skipped:
+            self._average.update_parameters(self.model)
+        report = StepReport(info.loss, info.base_norm, info.grad_norm, info.perturbation_norm, info.skipped)
+        return lambda: report
+
+    def evaluate(self, batches: Sequence[np.ndarray]) -> float:
+        model = self._running if self._average is None else self._average.module
+        model.eval()
+        return float(np.mean([float(self._loss(model, self._tokens(self._share(x, model)))) for x in batches]))
+
+    def _share(self, tokens_BxL1: np.ndarray, model: torch.nn.Module) -> np.ndarray:
+        """This rank's rows, where the loss is the mean over the ranks' and there are enough; else all of them."""
+        rank, count = self._row_rank
+        alone = count == 1 or (model is not self._running and not mesh.is_sharded(self.settings))
+        return tokens_BxL1 if alone or len(tokens_BxL1) % count else np.split(tokens_BxL1, count)[rank]
+
+    @property
+    def _row_rank(self) -> tuple[int, int]:
+        """(which part of a batch is this rank's, how many parts there are)."""
+        alike = self.settings.tensor_parallel
+        return self._ranks.rank // alike, self._ranks.count // alike
+
+    def state_bytes(self) -> int:
+        moments = [x for state in self.optimizer.state.values() for x in state.values()]
+        average = [] if self._average is None else self._average.parameters()
+        return sum(x.nbytes for x in [*self.model.parameters(), *moments, *average])
+
+    def save(self, folder: Path) -> Writing:
+        return saving.begin(self._state(), folder)
+
+    def restore(self, folder: Path) -> None:
+        state = self._state()
+        with _plain_errors():
+            dcp.load(state, checkpoint_id=folder)
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        for master, p in self.optimizer.copies.items():
+            p.data.copy_(master.detach())
+        self._step.load_state_dict(state["step"])
+        if self._average is not None:
+            self._average.load_state_dict(state["average"])
+
+    def weights(self) -> dict[str, np.ndarray]:
+        return {name: _whole(p).detach().cpu().numpy() for name, p in self.model.named_parameters()}
+
+    def _state(self) -> dict[str, Any]:
+        model, optim = get_state_dict(self.model, self.optimizer)
+        average = {} if self._average is None else {"average": self._average.state_dict()}
+        return {"model": model, "optimizer": optim, "step": self._step.state_dict(), **average}
+
+    def _tokens(self, tokens: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(tokens).to(self._device, torch.int64)

@@ -1,0 +1,113 @@
+"""Where a run's tensors lie on a mesh of ranks: FSDP2 along "data" and "fsdp", DTensors along "tensor".
+
+A parameter that is cut over the tensor axis is a DTensor, also while a block computes; activations are plain tensors,
+of which a rank has its own heads, or hidden units, between `entering` and `leaving`. The ranks of a tensor group are
+neighbours, so that they share a host.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+from fsam_core import UserError
+from fsam_trainers import placement
+from fsam_trainers.config import Settings
+from fsam_trainers.data.batches import check_rows
+
+# The dimension of a parameter that the tensor axis cuts. qkv is [D, 3 D], three matrices side by side: cut along 3 D
+# its shards would not be whole heads, so it rests cut along D, and `own_heads` makes shards of heads of it.
+_CUTS = {"embedding": 0, "head": 0, "qkv": 0, "attention_out": 0, "mlp_in": 1, "mlp_out": 0}
+
+
+def is_sharded(settings: Settings) -> bool:
+    """Whether a rank may hold but a part of a weight."""
+    return settings.fsdp > 1 or settings.tensor_parallel > 1
+
+
+def check(settings: Settings, count: int) -> None:
+    """
+    Raises:
+        UserError: for a mesh or a batch that does not go with that many ranks.
+    """
+    placement.check_ranks(settings, count)
+    if settings.sync == "local" and math.prod(placement.sizes(settings).values()) != count:
+        raise UserError(f"--sync local: the number of replicas is part of the method; give --data-parallel {count}")
+    if settings.tensor_parallel > 1:
+        placement.check_model(settings)
+    check_rows(settings.batch, settings.micro_batches, count // settings.tensor_parallel)
+
+
+def shard(model: nn.Module, settings: Settings, device: str, count: int) -> None:
+    """Lay the model out in place: its matrices cut over the tensor axis, then FSDP2 of each block and of the rest.
+
+    With `--tensor-parallel` alone FSDP2 has groups of one rank: it then keeps float32 weights beside rounded ones.
+    """
+    policy = MixedPrecisionPolicy()
+    if settings.dtype != "float32":
+        policy = MixedPrecisionPolicy(param_dtype=getattr(torch, settings.dtype), reduce_dtype=torch.float32)
+    fsdp, tensor = settings.fsdp, settings.tensor_parallel
+    sizes = {"data": count // (fsdp * tensor), "fsdp": fsdp, "tensor": tensor}
+    axes = tuple(axis for axis, size in sizes.items() if size > 1 or axis == "fsdp")
+    mesh = init_device_mesh(device, tuple(sizes[axis] for axis in axes), mesh_dim_names=axes)
+    if tensor > 1:
+        _cut(model, mesh["tensor"])
+    rows = mesh[tuple(axis for axis in axes if axis in placement.ROWS)] if len(axes) > 1 else mesh
+    for block in model.children():
+        fully_shard(block, mesh=rows, mp_policy=policy)
+    fully_shard(model, mesh=rows, mp_policy=policy)
+
+
+def _cut(model: nn.Module, mesh: Any) -> None:
+    for module in (model, *model.children()):
+        for name, p in list(module.named_parameters(recurse=False)):
+            if name in _CUTS:  # every rank has drawn the same weights, so that nothing is sent
+                part = distribute_tensor(p.detach(), mesh, [Shard(_CUTS[name])], src_data_rank=None)
+                setattr(module, name, nn.Parameter(part))
+
+
+# --- inside the model -------------------------------------------------------------------------------------------------
+
+
+def looked_up(tokens_N: Tensor, embedding_VxD: DTensor) -> Tensor:
+    """Rows of an embedding of which each tensor rank has its part of the vocabulary."""
+    whole = DTensor.from_local(tokens_N, embedding_VxD.device_mesh, [Replicate()], run_check=False)
+    rows: Any = F.embedding(whole, embedding_VxD)
+    return rows.redistribute(placements=[Replicate()]).to_local()
+
+
+def entering(x_NxD: Tensor, w: Tensor) -> Tensor:
+    """What every tensor rank has alike, before each multiplies it by its own part of w: x̄ is summed over them."""
+    if not isinstance(w, DTensor):
+        return x_NxD
+    whole = DTensor.from_local(x_NxD, w.device_mesh, [Replicate()], run_check=False)
+    return whole.to_local(grad_placements=[Partial()])
+
+
+def leaving(x_NxD: Tensor, w: Tensor) -> Tensor:
+    """The sum over the tensor ranks of what each has made with its own part of w."""
+    if not isinstance(w, DTensor):
+        return x_NxD
+    part = DTensor.from_local(x_NxD, w.device_mesh, [Partial()], run_check=False)
+    return part.redistribute(placements=[Replicate()]).to_local()
+
+
+def own(w: Tensor) -> Tensor:
+    """This tensor rank's part of a parameter, as it is cut."""
+    return w.to_local() if isinstance(w, DTensor) else w
+
+
+def own_heads(qkv_Dx3D: Tensor) -> Tensor:
+    """Queries', keys' and values' columns of this tensor rank's heads, side by side."""
+    if not isinstance(qkv_Dx3D, DTensor):
+        return qkv_Dx3D
+    D = qkv_Dx3D.shape[0]
+    by_matrix: Any = qkv_Dx3D.view(D, 3, D)
+    return by_matrix.redistribute(placements=[Shard(2)]).to_local().reshape(D, -1)
