@@ -150,7 +150,7 @@ def finite(top_C: Tensor) -> Tensor:
 
 def softmax_ops(name: str) -> SoftmaxOps:
     """The `softmax_stats` module of backend "torch" or "triton"."""
-    return importlib.import_module(f"fsam_kernels.{name}.rows")
+    return importlib.import_module(f"fsam_kernels.{name}.softmax_stats")
 
 
 def _capped(u_CxV: Tensor, loss: Loss) -> Tensor:

@@ -50,7 +50,7 @@ def row_figures(
     N: int, D: int, V: int, dtype: str = "bfloat16", *, backend: str = "pallas", tiles: bool = True
 ) -> Program:
     """The forward stage alone: a pass over the logits that leaves row figures, and what P is made of under `tiles`."""
-    softmax = importlib.import_module(f"fsam_kernels.{backend}.rows")
+    softmax = importlib.import_module(f"fsam_kernels.{backend}.softmax_stats")
 
     def function(h_NxD: jax.Array, w_VxD: jax.Array, labels_N: jax.Array) -> Any:
         return softmax.forward(h_NxD, w_VxD, None, labels_N, CROSS_ENTROPY, tiles=tiles)
@@ -70,7 +70,7 @@ def first_pass(
     wide_wbar: bool = False,
 ) -> Program:
     """Loss, both gradients and the cotangent of `linear_cross_entropy`, in chunks of `rows` rows."""
-    softmax = importlib.import_module(f"fsam_kernels.{backend}.rows")
+    softmax = importlib.import_module(f"fsam_kernels.{backend}.softmax_stats")
     arguments = arrays(N, D, V, dtype)
 
     def function(h_NxD: jax.Array, w_VxD: jax.Array, labels_N: jax.Array, weights_N: jax.Array) -> Any:
@@ -95,7 +95,7 @@ def second_pass(
     N: int, D: int, V: int, dtype: str = "bfloat16", *, backend: str, rows: int, keep: bool = True
 ) -> Program:
     """`logit_vjp` of a cotangent that was kept, or is made again, in chunks of `rows` rows."""
-    softmax = importlib.import_module(f"fsam_kernels.{backend}.rows")
+    softmax = importlib.import_module(f"fsam_kernels.{backend}.softmax_stats")
     h, w, labels, weights = arrays(N, D, V, dtype)
 
     def cotangent_of(h_NxD: jax.Array, w_VxD: jax.Array, labels_N: jax.Array, weights_N: jax.Array) -> Any:
