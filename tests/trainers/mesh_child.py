@@ -13,8 +13,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from rank_runs import FLAGS
 from small_runs import save
+from spawn import ONE_DEVICE
 
 from fsam_trainers.config import PLACEMENT, Settings
 from fsam_trainers.jax.engine import JaxEngine
@@ -99,9 +99,8 @@ def largest_share(engine: JaxEngine) -> float:
 
 
 def main() -> None:
-    os.environ["XLA_FLAGS"] = (
-        f"{FLAGS} --xla_force_host_platform_device_count=8"  # read when a device is first asked for
-    )
+    # Read when a device is first asked for.
+    os.environ["XLA_FLAGS"] = f"{ONE_DEVICE} --xla_force_host_platform_device_count=8"
     request = json.loads(Path(sys.argv[1]).read_text())
     answer = {name: moved(case) if "moved" in case else distances(case) for name, case in request.items()}
     Path(sys.argv[2]).write_text(json.dumps(answer))

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from mesh_child import settings, train
-from rank_runs import FLAGS
+from spawn import ONE_DEVICE
 
 from fsam_trainers.jax.engine import JaxEngine
 
@@ -23,7 +23,7 @@ CHANGES = {"method": "precond-functional-sam", "steps": STEPS, "model": {"dropou
 
 def main() -> None:
     rank, count, port, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
-    os.environ["XLA_FLAGS"] = f"{FLAGS} --xla_force_host_platform_device_count=2"
+    os.environ["XLA_FLAGS"] = f"{ONE_DEVICE} --xla_force_host_platform_device_count=2"
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"localhost:{port}", count, rank)
     engine = JaxEngine(settings(SHAPE, **CHANGES))

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import spawn
 
 from fsam_trainers import checkpoints, cli, engine
 from fsam_trainers.options import Train, parse
@@ -31,24 +29,14 @@ def fsam(*arguments: object) -> int:
     raise AssertionError("main must exit")
 
 
-def hindered_process(arguments: list[str]) -> subprocess.Popen:
+def hindered_process(arguments: list[str]) -> subprocess.Popen[str]:
     """The command on a disk as `hindered_run.py` has it."""
-    return fsam_process(arguments, start=[str(Path(__file__).with_name("hindered_run.py"))])
+    return spawn.start(Path(__file__).with_name("hindered_run.py"), *arguments)
 
 
-def fsam_process(
-    arguments: list[str], *, start: Sequence[str] = ("-m", "fsam_trainers.cli"), **options
-) -> subprocess.Popen:
+def fsam_process(arguments: list[str], **options) -> subprocess.Popen[str]:
     """The command in a process of its own."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(
-        [sys.executable, *start, *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
+    return spawn.start("-m", "fsam_trainers.cli", *arguments, **options)
 
 
 def final_weights(arguments: list[str]) -> dict[str, np.ndarray]:

@@ -3,10 +3,9 @@
 import json
 import resource
 import shutil
-import subprocess
-import sys
 
 import pytest
+import spawn
 from small_runs import arguments, final_weights, fsam, steps_done
 
 from fsam_core import UserError
@@ -133,8 +132,7 @@ def test_a_disk_that_refuses_a_checkpoint_costs_only_that_checkpoint(framework, 
     command = arguments(text, out, "--framework", framework, "--method", "adamw", "--steps", 6, "--probe-steps", 0)
     # The tokens are cached first: it is the checkpoint that must not fit.
     assert fsam(*command, "--out", tmp_path / "first", "--steps", 1) == 0
-    limit = str(200_000)
-    done = subprocess.run([sys.executable, "-c", LIMITED, limit, *command], capture_output=True, text=True, check=False)
+    done = spawn.run("-c", LIMITED, 200_000, *command, check=False)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     (line,) = [x for x in done.stderr.splitlines() if x.startswith("fsam: error")]

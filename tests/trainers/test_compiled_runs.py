@@ -1,9 +1,11 @@
 """`fsam train --framework torch --compile` under torchrun: the run without it, from graphs that do not break."""
 
 import json
+from pathlib import Path
 
 import pytest
-from rank_runs import figures, torchrun
+import spawn
+from rank_runs import figures
 from small_runs import arguments
 
 STEPS, BLOCKS = 6, 4
@@ -22,7 +24,7 @@ def trained(text, folder, *more):
     folder.mkdir()
     pace = ("--steps", STEPS, "--evaluate-every", 3, "--evaluation-batches", 2, "--probe-steps", 0)
     command = arguments(text, folder / "run", "--framework", "torch", "--batch", 8, *pace, *more)
-    process = torchrun(2, [str(folder), *command], "compiled_run.py")
+    process = spawn.torchrun(2, Path(__file__).with_name("compiled_run.py"), folder, *command)
     said, _ = process.communicate(timeout=600)
     assert process.returncode == 0, said
     names = ("loss", "val_loss", "base_norm", "grad_norm", "perturbation_norm")

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from small_runs import arguments, fsam, save, steps_done
+import spawn
+from small_runs import arguments, fsam, fsam_process, save, steps_done
 
 from fsam_core import NAMES, UserError
 from fsam_profiling.tpu import collectives
@@ -36,7 +35,7 @@ def settings(shape=(1, 1, 1), method=FUNCTIONAL, **changes) -> Settings:
 def child(tmp_path: Path, case: dict, seconds: int = 1500) -> dict:
     request, answer = tmp_path / "request.json", tmp_path / "answer.json"
     request.write_text(json.dumps({"case": case}))
-    subprocess.run([sys.executable, str(CHILD), str(request), str(answer)], check=True, timeout=seconds)
+    spawn.run(CHILD, request, answer, timeout=seconds)
     return json.loads(answer.read_text())["case"]
 
 
@@ -231,7 +230,7 @@ def test_the_command_goes_on_on_another_mesh_after_a_signal(text, tmp_path):
     for name, before, after in (("one", (), ()), ("moved", ("--fsdp", 2, "--tensor-parallel", 2), ("--fsdp", 4))):
         out = tmp_path / name
         command = lambda *mesh: arguments(text, out, *pace, *mesh)
-        process = subprocess.Popen([sys.executable, "-m", "fsam_trainers.cli", *command(*before)])
+        process = fsam_process(command(*before))
         while steps_done(out) < 8:
             assert process.poll() is None
             time.sleep(0.01)

@@ -8,16 +8,15 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import spawn
 from mesh_child import norm, settings, train
 from mesh_process import CHANGES, SHAPE, STEPS
-from rank_runs import figures, free_port, jax_processes
+from rank_runs import figures, jax_processes
 from small_runs import arguments, final_weights, fsam, steps_done, valid_steps
 
 from fsam_trainers.jax.engine import JaxEngine
@@ -27,14 +26,10 @@ PROCESS = Path(__file__).with_name("mesh_process.py")
 
 @pytest.mark.slow
 def test_two_processes_train_save_and_go_on_as_one_does(tmp_path):
-    port = str(free_port())
-    command = lambda rank: [sys.executable, str(PROCESS), str(rank), "2", port, str(tmp_path)]
-    processes = [subprocess.Popen(command(rank)) for rank in range(2)]
-    try:
-        assert [process.wait(timeout=900) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    port = spawn.free_port()
+    processes = [spawn.start(PROCESS, rank, 2, port, tmp_path) for rank in range(2)]
+    said = [process.communicate(timeout=900) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
     alone = JaxEngine(settings(**CHANGES))
     start = alone.weights()
     expected = train(alone, 0, STEPS)

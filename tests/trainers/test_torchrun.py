@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rank_runs import alive, figures, rank_pids, torchrun
+from rank_runs import figures, torchrun
 from small_runs import arguments, final_weights, fsam, steps_done, valid_steps
+from spawn import alive, rank_pids
 
 STEPS = 40
 MINUTE = 60

@@ -1,12 +1,11 @@
 """A cache of its own for every test, and child processes."""
 
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import spawn
 
 
 @pytest.fixture(autouse=True)
@@ -17,19 +16,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def child() -> Callable[..., subprocess.Popen]:
-    """Starts `code` in a Python of its own, which finds the same packages."""
-
-    def start(code: str, *arguments: object, **environment: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, arguments)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    return start
+def child() -> Callable[..., subprocess.Popen[str]]:
+    """Starts `code` in a Python of its own."""
+    return lambda code, *arguments, **environment: spawn.start("-c", code, *arguments, env=environment)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 import errno
 import json
-import multiprocessing
 import os
 import signal
 import time
@@ -131,30 +130,31 @@ def test_a_killed_build_leaves_no_entry_and_is_swept_after_a_day(data, tmp_path,
     assert not left.exists()
 
 
-def meet_and_build(data: str, folder: str, barrier, results) -> None:
-    write = store.write_meta
-
-    def wait_for_the_other(*arguments) -> None:
-        barrier.wait(timeout=60)
+MEET = """if True:
+    import pathlib, sys, time
+    from fsam_trainers.data import cache, prepare
+    data, mine, other = sys.argv[1], *map(pathlib.Path, sys.argv[2:])
+    write = cache.write_meta
+    def wait_for_the_other(*arguments):
+        mine.touch()
+        end = time.monotonic() + 60
+        while not other.exists():
+            assert time.monotonic() < end
+            time.sleep(0.01)
         write(*arguments)
+    cache.write_meta = wait_for_the_other
+    corpus = prepare(data, vocab_size=300, seq_len=8)
+    print(corpus.fingerprint, corpus.folder, int(corpus.train.astype(int).sum()))
+"""
 
-    store.write_meta = wait_for_the_other
-    corpus = build(data, cache=Path(folder))
-    results.put((corpus.fingerprint, str(corpus.folder), int(corpus.train.astype(np.int64).sum())))
 
-
-def test_two_builds_at_once_both_end_with_the_one_entry(data, cache):
-    context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(2), context.Queue()
-    workers = [context.Process(target=meet_and_build, args=(data, str(cache), barrier, results)) for _ in range(2)]
-    for worker in workers:
-        worker.start()
-    found = [results.get(timeout=60) for _ in workers]
-    for worker in workers:
-        worker.join(60)
-    assert [worker.exitcode for worker in workers] == [0, 0]
-    assert found[0] == found[1]
-    assert [path.name for path in cache.iterdir()] == [Path(found[0][1]).name]
+def test_two_builds_at_once_both_end_with_the_one_entry(data, cache, child, tmp_path):
+    marks = [tmp_path / "first", tmp_path / "second"]
+    workers = [child(MEET, data, *pair) for pair in (marks, marks[::-1])]
+    found = [worker.communicate(timeout=120) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], found
+    assert found[0][0] == found[1][0]
+    assert [path.name for path in cache.iterdir()] == [Path(found[0][0].split()[1]).name]
 
 
 def test_a_file_that_cannot_grow_is_a_user_error_and_nothing_stays(data, cache, child):
