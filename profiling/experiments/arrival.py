@@ -40,7 +40,7 @@ WAYS = ("float32", "bfloat16 from masters", "bfloat16 from masters, at random", 
 
 
 @dataclass(frozen=True)
-class Options:
+class ArrivalOptions:
     """Measure what arrives of a preconditioned perturbation in float32 and in bfloat16 weights."""
 
     model: str = "24m"
@@ -96,7 +96,7 @@ def _written(
 
 
 def main() -> None:
-    options = tyro.cli(Options, prog="python profiling/experiments/arrival.py")
+    options = tyro.cli(ArrivalOptions, prog="python profiling/experiments/arrival.py")
     try:
         if options.model not in WEIGHTS:
             raise UserError(f"--model: {options.model!r} is not known; use {', '.join(WEIGHTS)}")

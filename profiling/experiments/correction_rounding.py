@@ -35,7 +35,7 @@ BF16 = jnp.bfloat16
 
 
 @dataclass(frozen=True)
-class Rounding:
+class RoundingOptions:
     """Measure what bfloat16 does to the correction."""
 
     steps: int = 200
@@ -57,7 +57,7 @@ def rounded(tree: Any) -> Any:
     return jax.tree.map(lambda x: x + jax.lax.stop_gradient(x.astype(BF16).astype(x.dtype) - x), tree)
 
 
-def measure(options: Rounding) -> list[dict[str, Any]]:
+def measure(options: RoundingOptions) -> list[dict[str, Any]]:
     """One row for each ρ and each place where bfloat16 is used."""
     study = Study(steps=options.steps + options.batches, batch=options.batch, preset=options.preset)
     settings = settings_of(study, "adamw")
@@ -130,7 +130,7 @@ def _off(found: Any, exact: Any) -> jax.Array:
 
 def main() -> None:
     """The command."""
-    options = tyro.cli(Rounding, prog="python profiling/experiments/correction_rounding.py")
+    options = tyro.cli(RoundingOptions, prog="python profiling/experiments/correction_rounding.py")
     try:
         rows = measure(options)
         if options.json is not None:

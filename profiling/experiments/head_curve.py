@@ -27,7 +27,7 @@ PROGRAMS = "fsam_profiling.tpu.head_programs:"
 
 
 @dataclass(frozen=True)
-class Options:
+class HeadCurveOptions:
     """Compile the head in chunks of several sizes for a TPU, and print cycles and temporaries of each."""
 
     chip: str = "v5e"
@@ -42,7 +42,7 @@ class Options:
     """also write the figures here"""
 
 
-def measure(options: Options) -> list[dict[str, Any]]:
+def measure(options: HeadCurveOptions) -> list[dict[str, Any]]:
     """One row a program: its name, backend and chunk, the figures of `tpu.to_json`, its ratio to the products.
 
     Raises:
@@ -67,16 +67,16 @@ def measure(options: Options) -> list[dict[str, Any]]:
     chunks = [(backend, rows) for backend in options.backends for rows in options.rows]
     for backend, rows in chunks:
         found.append(figures("first pass", "first_pass", three, backend, rows)[1])
-        found.append(figures("first pass, w̄ in float32", "first_pass", three, backend, rows, wide_wbar=True)[1])
+        found.append(figures("first pass, w̄ in float32", "first_pass", three, backend, rows, upcast_wbar=True)[1])
     found.append(second)
     for backend, rows in chunks:
         found.append(figures("second pass, kept", "second_pass", two, backend, rows)[1])
-        found.append(figures("second pass, made again", "second_pass", two, backend, rows, keep=False)[1])
+        found.append(figures("second pass, recomputed", "second_pass", two, backend, rows, keep=False)[1])
     return found
 
 
 def main() -> None:
-    options = tyro.cli(Options, prog="python profiling/experiments/head_curve.py")
+    options = tyro.cli(HeadCurveOptions, prog="python profiling/experiments/head_curve.py")
     try:
         rows = measure(options)
     except UserError as error:
@@ -89,7 +89,7 @@ def main() -> None:
     heads = ("program", "backend", "rows a chunk", "Mcycles", "of it kernels", "x products", "temporaries MB", "spills")
     table = Table(*heads, title=title)
     for row in rows:
-        kernels = [x for x in row["kernels"] if not x["rare"]]
+        kernels = [x for x in row["kernels"] if not x["excluded"]]
         table.add_row(
             row["program"],
             row["backend"],

@@ -30,10 +30,12 @@ from rich.console import Console as Rich
 
 from fsam_core import UserError
 from fsam_trainers import metrics, timing
+from fsam_trainers.cli.compare import Compare
+from fsam_trainers.cli.options import parse
+from fsam_trainers.cli.variants import variants
 from fsam_trainers.config import Settings
 from fsam_trainers.data import Batches, prepare
 from fsam_trainers.files import disk_errors, write_json
-from fsam_trainers.options import Compare
 
 METHOD = "precond-functional-sam"
 SMALL = 8_000
@@ -150,10 +152,15 @@ def _rows(study: Study, plan: Iterator[tuple[str, list[Run]]], rich: Rich) -> di
 
 def settings_of(study: Study, variant: str, **options: Any) -> Settings:
     """Of a variant as `fsam compare --methods` writes it; options that stand in it go before these."""
-    common = Compare(
-        methods=variant, data=study.data, preset=study.preset, steps=study.steps, batch=study.batch, **options
-    )
-    (found,) = common.variants().values()
+    common = {
+        "methods": variant,
+        "data": study.data,
+        "preset": study.preset,
+        "steps": study.steps,
+        "batch": study.batch,
+    }
+    given = [x for name, value in (common | options).items() for x in (f"--{name.replace('_', '-')}", str(value))]
+    (found,) = variants(parse(Compare, given, "fsam compare"), variant).values()
     return found
 
 

@@ -35,7 +35,7 @@ REGIME = "many passes"
 
 
 @dataclass(frozen=True)
-class Cosines:
+class CosinesOptions:
     """Compare every variant's correction with the exact one along a run."""
 
     study: Path = Path("runs/study")
@@ -44,7 +44,7 @@ class Cosines:
     """steps between comparisons"""
 
 
-def measure(options: Cosines) -> list[dict[str, Any]]:
+def measure(options: CosinesOptions) -> list[dict[str, Any]]:
     """One row for each variant and step of comparison."""
     try:
         done = json.loads((options.study / "results.json").read_text(encoding="utf-8"))
@@ -101,7 +101,7 @@ def _compared(found: Any, exact: Any, g: Any) -> dict[str, Any]:
 
 def main() -> None:
     """The command."""
-    options = tyro.cli(Cosines, prog="python profiling/experiments/study_cosines.py")
+    options = tyro.cli(CosinesOptions, prog="python profiling/experiments/study_cosines.py")
     try:
         rows = [{k: float(v) if isinstance(v, jax.Array) else v for k, v in row.items()} for row in measure(options)]
         write_json(options.study / "cosines.json", {"every": options.every, "regime": REGIME, "rows": rows})

@@ -26,7 +26,7 @@ COMMANDS = "make study"
 
 
 @dataclass(frozen=True)
-class Report:
+class StudyReportOptions:
     """Tables, plots and figures of a study that is done."""
 
     study: Path = Path("runs/study")
@@ -37,7 +37,7 @@ class Report:
 
 def main() -> None:
     """The command."""
-    options = tyro.cli(Report, prog="python profiling/experiments/study_report.py")
+    options = tyro.cli(StudyReportOptions, prog="python profiling/experiments/study_report.py")
     try:
         write(options)
     except UserError as error:
@@ -45,7 +45,7 @@ def main() -> None:
         sys.exit(2)
 
 
-def write(options: Report) -> None:
+def write(options: StudyReportOptions) -> None:
     """All three.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from fsam_trainers import metrics
-from fsam_trainers.config import Pace, Settings
+from fsam_trainers.config import Intervals, Settings
 from fsam_trainers.console import Console
 from fsam_trainers.data import prepare
 from fsam_trainers.files import write_json
@@ -27,7 +27,7 @@ def main(path: Path) -> None:
     model = ModelConfig(**asked["settings"].pop("model"))
     settings = Settings(model=model, **asked["settings"])
     corpus = prepare(asked["data"], vocab_size=model.vocab_size, seq_len=model.seq_len, max_tokens=asked["max_tokens"])
-    pace = Pace(
+    pace = Intervals(
         evaluate_every=max(1, settings.steps // asked["evaluations"]), checkpoint_every=settings.steps, probe_steps=0
     )
     figures = train(settings, corpus, out, pace, Console(quiet=True))

@@ -1,7 +1,7 @@
 """What `Step` itself costs under FSDP2: an AdamW step by it, beside the same step written by hand.
 
     python profiling/experiments/wrapper_overhead.py --preset tiny
-    torchrun --nproc-per-node 4 -m wrapper_overhead
+    torchrun --nproc-per-node 4 profiling/experiments/wrapper_overhead.py
 
 Both run the same decoder under `fully_shard`, the same head and the same optimizer; by hand the loss is formed inside
 the model's forward pass, `clip_grad_norm_` clips and the loss is read on the host, as a pretraining loop does. What is
@@ -10,9 +10,10 @@ left between them is bookkeeping: calls through the wrapper, DTensor dispatch, n
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from torch.distributed.fsdp import fully_shard
 import fsam_core.torch as fsam
 from fsam_core import UserError, backends
 from fsam_profiling import results
-from fsam_profiling import settings as step_settings
+from fsam_profiling.settings import random_tokens, step_settings
 from fsam_trainers import timing
 from fsam_trainers.models import torch_decoder
 from fsam_trainers.models.layout import ModelConfig
@@ -43,7 +44,7 @@ BY_HAND = "by hand"
 
 
 @dataclass(frozen=True)
-class Options:
+class OverheadOptions:
     """Time an AdamW step of `Step` under FSDP2 beside the same by hand."""
 
     preset: str = "tiny"
@@ -124,7 +125,7 @@ def steps(config: ModelConfig) -> dict[str, Callable[[Tensor], Any]]:
     return found
 
 
-def measure(options: Options) -> list[dict[str, Any]]:
+def measure(options: OverheadOptions) -> list[dict[str, Any]]:
     """One row a step: its milliseconds and its ratio to the one by hand, median with the 20th and 80th percentile.
 
     Raises:
@@ -132,8 +133,8 @@ def measure(options: Options) -> list[dict[str, Any]]:
     """
     if options.repeats < 10:
         raise UserError(f"--repeats must be at least 10 for a median worth printing, got {options.repeats}")
-    chosen = step_settings.settings(options.preset, "adamw", batch=options.batch)
-    tokens_BxL1 = torch.from_numpy(step_settings.random_tokens(chosen)).long()
+    chosen = step_settings(options.preset, "adamw", batch=options.batch)
+    tokens_BxL1 = torch.from_numpy(random_tokens(chosen)).long()
     all_steps = steps(chosen.model)
     losses = {name: [float(step(tokens_BxL1)) for _ in range(2)] for name, step in all_steps.items()}
     for values in losses.values():  # the same work, or there is nothing to compare
@@ -147,19 +148,26 @@ def _on(step: Callable[[Tensor], Any], tokens_BxL1: Tensor, index: int) -> Any:
     return step(tokens_BxL1)
 
 
-def main() -> None:
-    options = tyro.cli(Options, prog="python profiling/experiments/wrapper_overhead.py")
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """The ranks of torchrun, or one without it."""
     with TemporaryDirectory() as folder:
-        if "RANK" in os.environ:
-            dist.init_process_group("gloo")
-        else:
-            dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        alone = {} if "RANK" in os.environ else {"init_method": f"file://{folder}/store", "rank": 0, "world_size": 1}
+        dist.init_process_group("gloo", **alone)
         try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+
+def main() -> None:
+    options = tyro.cli(OverheadOptions, prog="python profiling/experiments/wrapper_overhead.py")
+    try:
+        with process_group():
             rows = measure(options)
-        except UserError as error:
-            sys.exit(f"wrapper_overhead: error: {error}")
-        is_main, count = dist.get_rank() == 0, dist.get_world_size()
-        dist.destroy_process_group()
+            is_main, count = dist.get_rank() == 0, dist.get_world_size()
+    except UserError as error:
+        sys.exit(f"wrapper_overhead: error: {error}")
     if not is_main:
         return
     if options.json is not None:

@@ -1,4 +1,4 @@
-"""`fsam profile`: the subcommands, each a module of this package."""
+"""`fsam profile`: one module a subcommand, which holds its options and imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from fsam_profiling.tpu import cli as tpu
 from fsam_trainers.files import writable
 
 Command = (
-    Annotated[step.Options, tyro.conf.subcommand("step")]
-    | Annotated[tpu.Tpu, tyro.conf.subcommand("tpu")]
-    | Annotated[gpu.Gpu, tyro.conf.subcommand("gpu")]
-    | Annotated[trace.Trace, tyro.conf.subcommand("trace")]
-    | Annotated[report.Report, tyro.conf.subcommand("report")]
-    | Annotated[guard.Check, tyro.conf.subcommand("check")]
-    | Annotated[parameters.Options, tyro.conf.subcommand("parameters")]
+    Annotated[step.StepOptions, tyro.conf.subcommand("step")]
+    | Annotated[tpu.TpuOptions, tyro.conf.subcommand("tpu")]
+    | Annotated[gpu.GpuOptions, tyro.conf.subcommand("gpu")]
+    | Annotated[trace.TraceOptions, tyro.conf.subcommand("trace")]
+    | Annotated[report.ReportOptions, tyro.conf.subcommand("report")]
+    | Annotated[guard.CheckOptions, tyro.conf.subcommand("check")]
+    | Annotated[parameters.ParametersOptions, tyro.conf.subcommand("parameters")]
 )
 
 
@@ -33,12 +33,12 @@ def main(arguments: list[str]) -> int:
     if options.json is not None:
         writable("--json", options.json)
     run: Any = {
-        step.Options: step.run,
-        tpu.Tpu: tpu.run,
-        gpu.Gpu: gpu.run,
-        report.Report: report.run,
-        guard.Check: guard.run,
-        parameters.Options: parameters.run,
-        trace.Trace: trace.run,
+        step.StepOptions: step.run,
+        tpu.TpuOptions: tpu.run,
+        gpu.GpuOptions: gpu.run,
+        trace.TraceOptions: trace.run,
+        report.ReportOptions: report.run,
+        guard.CheckOptions: guard.run,
+        parameters.ParametersOptions: parameters.run,
     }
     return run[type(options)](options)

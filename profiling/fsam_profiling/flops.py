@@ -14,35 +14,35 @@ from jax.extend.core import ClosedJaxpr
 from jax.interpreters import partial_eval
 
 from fsam_core.errors import UserError
-from fsam_profiling.tpu.hlo import RARE
+from fsam_profiling.tpu.hlo import CONDITIONAL
 
 
 def of_step(function: Any, arguments: tuple[Any, ...]) -> int:
     """`of_trace` of function(*arguments), without what runs once in a blue moon."""
-    return of_trace(jax.jit(function).trace(*arguments).jaxpr, RARE)
+    return of_trace(jax.jit(function).trace(*arguments).jaxpr, CONDITIONAL)
 
 
-def of_trace(closed: Any, rare: str | None = None) -> int:
+def of_trace(closed: Any, excluded: str | None = None) -> int:
     """2 · multiply-adds of every `dot_general` and convolution that a result depends on.
 
     Args:
         closed: a closed jaxpr, `jax.jit(f).trace(*args).jaxpr`.
-        rare: a `jax.named_scope` whose operations do not count.
+        excluded: a `jax.named_scope` whose operations do not count.
 
     Raises:
         UserError: for a product in a loop whose turns are not known.
     """
     jaxpr = closed.jaxpr
     alive, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
-    return _jaxpr(alive, rare)
+    return _jaxpr(alive, excluded)
 
 
-def _jaxpr(jaxpr: Any, rare: str | None) -> int:
-    return sum(_equation(eqn, rare) for eqn in jaxpr.eqns)
+def _jaxpr(jaxpr: Any, excluded: str | None) -> int:
+    return sum(_equation(eqn, excluded) for eqn in jaxpr.eqns)
 
 
-def _equation(eqn: Any, rare: str | None) -> int:
-    if rare is not None and rare in str(eqn.source_info.name_stack).split("/"):
+def _equation(eqn: Any, excluded: str | None) -> int:
+    if excluded is not None and excluded in str(eqn.source_info.name_stack).split("/"):
         return 0
     name, params = eqn.primitive.name, eqn.params
     if name == "dot_general":
@@ -52,7 +52,7 @@ def _equation(eqn: Any, rare: str | None) -> int:
     if name == "conv_general_dilated":
         numbers, kernel = params["dimension_numbers"], eqn.invars[1].aval.shape
         return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // kernel[numbers.rhs_spec[0]]
-    inner = [_jaxpr(x, rare) for x in _inside(params)]
+    inner = [_jaxpr(x, excluded) for x in _inside(params)]
     if name == "cond":
         return max(inner)
     if name == "while" and any(inner):

@@ -31,7 +31,7 @@ Found = dict[str, Figures]
 
 
 @dataclass(frozen=True)
-class Check:
+class CheckOptions:
     """Measure the hardware-free figures again and compare them with the baseline: exit code 1 where one is worse."""
 
     quick: bool = False
@@ -70,7 +70,7 @@ class Change(NamedTuple):
         return f"{self.item}: {self.figure} {_plain(self.before)} -> {_plain(self.after)} ({share})"
 
 
-def run(options: Check) -> int:
+def run(options: CheckOptions) -> int:
     """Measure, compare, print; 0 where nothing worsened, 1 otherwise.
 
     Raises:
@@ -99,7 +99,7 @@ def run(options: Check) -> int:
     console = Console() if sys.stdout.isatty() else Console(width=150)
     if options.update:
         write(options.baseline, versions, kept | found)
-        return _report_update(console, options, changes, new, gone)
+        return _report_update(console, options.baseline, changes, new, gone)
     return _report(console, len(found), changes, new, gone)
 
 
@@ -200,8 +200,8 @@ def _report(console: Console, count: int, changes: list[Change], new: list[str],
     return 0
 
 
-def _report_update(console: Console, options: Check, changes: list[Change], new: list[str], gone: list[str]) -> int:
-    table = Table("item", "figure", "before", "after", "change", title=str(options.baseline))
+def _report_update(console: Console, path: Path, changes: list[Change], new: list[str], gone: list[str]) -> int:
+    table = Table("item", "figure", "before", "after", "change", title=str(path))
     for change in changes:
         share = f"{100 * change.by:+.1f} % worse" if change.by > 0 else f"{-100 * change.by:.1f} % better"
         table.add_row(change.item, change.figure, _plain(change.before), _plain(change.after), share)

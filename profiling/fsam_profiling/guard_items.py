@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from fsam_profiling import rows
-from fsam_profiling.settings import random_tokens, settings
+from fsam_profiling.settings import random_tokens, step_settings
 
 Figures = dict[str, float]
 
@@ -44,7 +44,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Program:
+class TpuProgram:
     """A JAX program compiled for one core of a TPU; `function` and `options` as `tpu.compile_for` takes them."""
 
     name: str
@@ -66,7 +66,7 @@ class Program:
                 "temporary_bytes": one.temporary_bytes,
                 "peak_bytes": one.peak_bytes,
                 "product_flops": one.product_flops,
-                "spills": sum(x.schedule.spills for x in one.kernels if not x.rare),
+                "spills": sum(x.schedule.spills for x in one.kernels if not x.excluded),
             }
         }
 
@@ -78,31 +78,31 @@ def items() -> list[Item]:
     return sorted(found, key=lambda item: not item.quick)
 
 
-def programs() -> Iterator[Program]:
+def programs() -> Iterator[TpuProgram]:
     """The programs compiled for TPUs: heads alone, and whole steps."""
     step = "fsam_profiling.tpu.step_programs:step"
     first, second = "fsam_profiling.tpu.head_programs:first_pass", "fsam_profiling.tpu.head_programs:second_pass"
     pallas = {"backend": "pallas", "rows": ROWS}
-    yield Program(QUICK_HEAD, "v5e", first, SMALL | {"backend": "pallas", "rows": 512}, quick=True)
+    yield TpuProgram(QUICK_HEAD, "v5e", first, SMALL | {"backend": "pallas", "rows": 512}, quick=True)
     large = {"N": 8192, "D": 1024, "V": 32768}
     for chip in CHIPS:
         for backend in ("xla", "pallas"):
             options = large | pallas | {"backend": backend}
-            yield Program(f"tpu {chip} head reference {backend}", chip, first, options)
-        yield Program(f"tpu {chip} second pass reference pallas", chip, second, large | pallas)
-        name = f"tpu {chip} second pass made again reference pallas"
-        yield Program(name, chip, second, large | pallas | {"keep": False})
+            yield TpuProgram(f"tpu {chip} head reference {backend}", chip, first, options)
+        yield TpuProgram(f"tpu {chip} second pass reference pallas", chip, second, large | pallas)
+        name = f"tpu {chip} second pass recomputed reference pallas"
+        yield TpuProgram(name, chip, second, large | pallas | {"keep": False})
     for method, saving, changes in rows.programs(""):
         if method in ("adamw", "sam", rows.METHOD):
             options = _step("tiny", method, changes, "xla")
             name = " ".join(filter(None, ("tpu v5e step tiny xla", method, saving)))
-            yield Program(name, "v5e", step, options, donate=(0,))
+            yield TpuProgram(name, "v5e", step, options, donate=(0,))
     # On v6e the compiler takes four times as long, so a small step has to do.
     mine = rows.METHOD
     whole = (("tiny", "v5e", mine), ("tiny", "v6e", mine), ("24m", "v5e", "adamw"), ("24m", "v5e", mine))
     for preset, chip, method in whole:
         options = _step(preset, method, {}, "pallas")
-        yield Program(f"tpu {chip} step {preset} pallas {method}", chip, step, options, donate=(0,))
+        yield TpuProgram(f"tpu {chip} step {preset} pallas {method}", chip, step, options, donate=(0,))
 
 
 def _step(preset: str, method: str, changes: dict[str, Any], backend: str) -> dict[str, Any]:
@@ -200,16 +200,16 @@ def jax_flops(name: str, method: str, changes: dict[str, Any]) -> dict[str, Figu
     from fsam_profiling import flops
     from fsam_profiling.tpu import step_programs
 
-    chosen = settings("tiny", method, changes=changes, backend="xla")
+    chosen = step_settings("tiny", method, changes=changes, backend="xla")
     return {name: {"product_flops": flops.of_step(*step_programs.of(chosen))}}
 
 
 def torch_flops(name: str, method: str) -> dict[str, Figures]:
     """Matrix products of a step as it runs."""
     from fsam_profiling.timing.torch_flops import count
-    from fsam_trainers import engine
+    from fsam_trainers import registry
 
-    chosen = settings("tiny", method, framework="torch", backend="torch")
-    trained, tokens = engine.make(chosen), random_tokens(chosen)
+    chosen = step_settings("tiny", method, framework="torch", backend="torch")
+    trained, tokens = registry.make(chosen), random_tokens(chosen)
     trained.prepare(tokens)
     return {name: {"product_flops": count(lambda: trained.step(tokens, 0)())}}

@@ -45,7 +45,7 @@ TITLES = {
 
 
 @dataclass(frozen=True)
-class Report:
+class ReportOptions:
     """Gather files that --json wrote into one HTML page with tables and plots."""
 
     files: Annotated[tuple[Path, ...], tyro.conf.Positional]
@@ -58,7 +58,7 @@ class Report:
     """also write what the page holds, without its pictures, here"""
 
 
-def run(options: Report) -> int:
+def run(options: ReportOptions) -> int:
     """Write the page; 0.
 
     Raises:

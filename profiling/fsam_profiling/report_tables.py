@@ -26,7 +26,7 @@ def _number(name: str, form: str = ",.4g") -> Callable[[Row], str]:
 
 
 def _spills(row: Row) -> str:
-    kernels = [x for x in row["kernels"] if not x.get("rare")]
+    kernels = [x for x in row["kernels"] if not x.get("excluded")]
     return f"{sum(x['schedule']['spills'] for x in kernels):,}" if kernels else "–"
 
 

@@ -19,21 +19,21 @@ from pathlib import Path
 from typing import Any
 
 from fsam_core import UserError
+from fsam_trainers.console import command_line
 from fsam_trainers.files import write_json
-from fsam_trainers.options import command_line
 
 LAYOUT = 1
 
 
 def write(
-    path: Path, kind: str, rows: list[dict[str, Any]], about: dict[str, Any] | None = None, module: str = ""
+    path: Path, kind: str, rows: list[dict[str, Any]], about: dict[str, Any] | None = None, script: str = ""
 ) -> None:
-    """Write the file, whole or not at all; `module` is what runs by `python -m` where that is not the fsam command.
+    """Write the file, whole or not at all; `script` is the name of one of `profiling/experiments/`, where one made it.
 
     Raises:
         UserError: when the disk refuses.
     """
-    command = shlex.join(["python", "-m", module, *sys.argv[1:]]) if module else command_line()
+    command = shlex.join(["python", f"profiling/experiments/{script}.py", *sys.argv[1:]]) if script else command_line()
     content = {
         "fsam_profile": LAYOUT,
         "kind": kind,

@@ -29,7 +29,7 @@ SCHEDULES = {"every", "start", "probability"}  # settings that leave a corrected
 COMMON = ("adamw", "sam", METHOD, "1/4", "1/8", "1/8 + cut hidden")
 
 
-def rows(only: str) -> list[tuple[str, str, dict[str, Any]]]:
+def table_rows(only: str) -> list[tuple[str, str, dict[str, Any]]]:
     """(method, saving, changed settings) of each row that was asked for; all of them for "" and "all".
 
     Raises:
@@ -48,19 +48,19 @@ def rows(only: str) -> list[tuple[str, str, dict[str, Any]]]:
 
 
 def programs(only: str) -> list[tuple[str, str, dict[str, Any]]]:
-    """Those of `rows` that are a program of their own, as the corrected steps of a schedule are not.
+    """Those of `table_rows` that are a program of their own, as the corrected steps of a schedule are not.
 
     Raises:
-        UserError: as `rows`, and for a schedule that was asked for by name.
+        UserError: as `table_rows`, and for a schedule that was asked for by name.
     """
     schedules = {saving for saving, changes in SAVINGS if not set(changes) - SCHEDULES}
     if named := sorted(schedules & {name.strip() for name in only.split(",")}):
         text = ", ".join(named)
         raise UserError(f"--only: {text} is a schedule, with steps as of adamw and of {METHOD}: ask for those")
-    return [row for row in rows(only) if row[1] not in schedules]
+    return [row for row in table_rows(only) if row[1] not in schedules]
 
 
-def asked(options: Any) -> tuple[tuple[Framework, ...], dict[str, Any]]:
+def frameworks_and_sizes(options: Any) -> tuple[tuple[Framework, ...], dict[str, Any]]:
     """The frameworks of an `Options` or a `trace.Trace`, and what of it is the same for every row."""
     frameworks: tuple[Framework, ...] = ("jax", "torch") if options.framework == "both" else (options.framework,)
     return frameworks, {name: getattr(options, name) for name in ("batch", "seq_len", "vocab_size", "dtype")}

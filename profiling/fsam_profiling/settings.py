@@ -12,7 +12,7 @@ from fsam_trainers.presets import preset
 STEPS = 1000  # of the run that the step is one of, for its schedules
 
 
-def settings(
+def step_settings(
     name: str,
     method: str,
     *,

@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 
 from fsam_kernels.options import CROSS_ENTROPY
-from fsam_profiling.gpu import code as gpu_code
-from fsam_profiling.gpu import traffic
+from fsam_profiling.gpu import code, traffic
 from fsam_profiling.gpu.launches import Launch
 from fsam_profiling.gpu.llvm import Unreadable
 
@@ -117,13 +116,13 @@ def cases(arch: str) -> dict[str, Launch]:
 
 
 def read(arch: str, case: Launch) -> dict[str, Any]:
-    code = gpu_code.read(case, arch)
-    found = {**code._asdict(), "llvm": None}
+    one = code.read(case, arch)
+    found = {**one._asdict(), "llvm": None}
     if arch == "gfx942":
-        text = gpu_code.compile_launch(case, arch).asm["amdgcn"]
+        text = code.compile_launch(case, arch).asm["amdgcn"]
         found["compiler's own occupancy"] = int(re.findall(r"; Occupancy: (\d+)", text)[0]) / 8
     try:
-        found.update(traffic.count(case, code.llvm, gpu_code.CARDS[arch].warp)._asdict())
+        found.update(traffic.count(case, one.llvm, code.CARDS[arch].warp)._asdict())
     except Unreadable as error:
         found["unreadable"] = str(error)
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import pytest
+from compilers import needs_libtpu
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from fsam_profiling.tpu import collectives, hlo, scale
@@ -42,9 +43,9 @@ def test_kinds_shapes_bytes_and_loops():
     }
 
 
-def test_what_seldom_runs_is_left_out():
+def test_conditional_branch_is_excluded():
     def function(a, b):
-        with jax.named_scope(hlo.RARE):
+        with jax.named_scope(hlo.CONDITIONAL):
             # How often it turns is not in the program; each turn reduces.
             return jax.lax.while_loop(lambda x: (x > 1).any(), lambda x: x / (1 + jnp.abs(x).sum()), a) + b.sum()
 
@@ -52,21 +53,21 @@ def test_what_seldom_runs_is_left_out():
     assert [(x.kind, x.times, x.bytes) for x in found] == [("all-reduce", 1, 4)]
 
 
-def test_a_program_of_one_device_has_none():
+def test_single_device_program_has_no_collectives():
     assert collectives.totals(program(lambda a: a.sum(), ((8, 3), WHOLE))) == {}
 
 
 @pytest.mark.parametrize("start", ["-start", ""])
-def test_an_asynchronous_gather_gives_its_operand_too(start):
+def test_asynchronous_gather_counts_its_result_only(start):
     pair = "(bf16[4,8]{1,0:T(8,128)}, bf16[16,8]{1,0})" if start else "bf16[16,8]{1,0}"
     text = f"ENTRY %main.1 (p: bf16[4,8]) -> bf16[16,8] {{\n  %a = {pair} all-gather{start}(%p), dimensions={{0}}\n}}\n"
     assert collectives.totals(collectives.read(text)) == {"all-gather": {"operations": 1, "bytes": 256}}
 
 
 @pytest.mark.slow
+@needs_libtpu
 @pytest.mark.parametrize("backend", ["xla", "pallas"])
-def test_each_of_four_chips_holds_a_quarter_of_weights_and_moments(backend):
-    pytest.importorskip("libtpu")
+def test_each_of_four_chips_holds_a_quarter_of_the_state(backend):
     same = {"name": "tiny", "batch": 64, "dtype": "bfloat16", "micro_batches": 2, "backend": backend, "fsdp": 4}
     rows = {
         name: scale.compiled("v5e", same | {"method": method, "changes": changes})

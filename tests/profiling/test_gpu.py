@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import spawn
+from compilers import needs_triton
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed: pip install 'fsam[triton]'", allow_module_level=True)
@@ -26,23 +25,23 @@ from fsam_core import UserError
 from fsam_kernels.options import CROSS_ENTROPY, Loss
 from fsam_kernels.shapes import HEADS, WEIGHTS, Head
 from fsam_kernels.triton import tiles
-from fsam_profiling import gpu
-from fsam_profiling.gpu import code, launches, llvm, parameter_launches, parameters, step
-from fsam_profiling.gpu import programs as gpu_programs
+from fsam_profiling.gpu import cli, code, launches, llvm, parameter_launches, parameters, programs, step
 
 KERNELS = Path(__file__).with_name("gpu_kernels.py")
 N, BLOCK = 10_000, 1024  # as in gpu_kernels.py
 ENOUGH = """
 import json, sys
-from fsam_profiling.gpu import Gpu, read
-jobs = [("all", "gpt2", "bfloat16"), ("gfx942", None, "bfloat16"), ("gfx942", "gpt2", "float32")]
-json.dump([row for arch, shape, dtype in jobs for row in read(Gpu(arch, shape=shape, dtype=dtype))], sys.stdout)
+from fsam_profiling.gpu.code import CARDS
+from fsam_profiling.gpu.kernels import read
+jobs = [(list(CARDS), "gpt2", "bfloat16"), (["gfx942"], None, "bfloat16"), (["gfx942"], "gpt2", "float32")]
+json.dump([row for archs, shape, dtype in jobs for row in read(archs, shape, dtype)], sys.stdout)
 """
 ALL = """
 import json, sys
-from fsam_profiling.gpu import Gpu, read
+from fsam_profiling.gpu.code import CARDS
+from fsam_profiling.gpu.kernels import read
 dtypes = ("bfloat16", "float16", "float32")
-json.dump([row for dtype in dtypes for row in read(Gpu("all", dtype=dtype))], sys.stdout)
+json.dump([row for dtype in dtypes for row in read(list(CARDS), dtype=dtype)], sys.stdout)
 """
 
 
@@ -51,13 +50,13 @@ import json, sys
 from fsam_kernels.shapes import WEIGHTS
 from fsam_kernels.triton import tables
 from fsam_profiling.gpu.parameter_launches import OPERATIONS, launches
-from fsam_profiling import gpu_code
+from fsam_profiling.gpu import code
 from fsam_profiling.gpu.parameters import count, read
 few = ("preconditioned_norm", "perturb to bfloat16 at random", "adamw, bfloat16 copy")
 rows = list(read(models=["gpt2"], operations=[each for each in OPERATIONS if each.name in few]))
 launch = launches(OPERATIONS[0], WEIGHTS["gpt2"])[0]
 launch.tables["table_ptr"][:, tables.ALIGNED] = 0
-json.dump([rows, count(launch, gpu_code.read(launch, "sm_90").llvm, 32).load_width], sys.stdout)
+json.dump([rows, count(launch, code.read(launch, "sm_90").llvm, 32).load_width], sys.stdout)
 """
 STEP = """
 import json, sys
@@ -71,11 +70,8 @@ json.dump(list(read()), sys.stdout)
 """
 
 
-def compiled(*command: str) -> Any:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def compiled(*command: object) -> Any:
+    return json.loads(spawn.run(*command, env={"TRITON_INTERPRET": None}).stdout)
 
 
 def assert_sound(rows: list[dict[str, Any]]) -> None:
@@ -96,7 +92,8 @@ def assert_sound(rows: list[dict[str, Any]]) -> None:
                 assert kernel["widest_store_bytes"] >= 16, where
 
 
-def test_every_kernel_compiles_for_every_target_and_moves_little_more_than_it_must():
+@needs_triton
+def test_head_kernels_are_sound_on_every_target():
     rows = compiled("-c", ENOUGH)
     assert_sound(rows)
     assert {row["arch"] for row in rows} == set(code.CARDS)
@@ -106,7 +103,8 @@ def test_every_kernel_compiles_for_every_target_and_moves_little_more_than_it_mu
 
 
 @pytest.mark.slow
-def test_every_kernel_compiles_for_every_target_shape_and_dtype():
+@needs_triton
+def test_head_kernels_are_sound_in_every_shape_and_dtype():
     rows = compiled("-c", ALL)
     assert_sound(rows)
     assert len({(row["arch"], row["dtype"]) for row in rows}) == 3 * len(code.CARDS)
@@ -127,7 +125,8 @@ def assert_parameters_sound(rows: list[dict[str, Any]]) -> None:
         assert first["store_bytes"] >= 16 or row["operation"].startswith("preconditioned_norm"), where
 
 
-def test_the_parameter_kernels_move_little_more_than_they_must_on_every_target():
+@needs_triton
+def test_parameter_kernels_are_sound_on_every_target():
     rows, of_unaligned = compiled("-c", PARAMETERS)
     assert_parameters_sound(rows)
     assert of_unaligned == 4  # the negative control: the same code, told that nothing is aligned
@@ -137,7 +136,8 @@ def test_the_parameter_kernels_move_little_more_than_they_must_on_every_target()
 
 
 @pytest.mark.slow
-def test_every_parameter_kernel_on_every_target_and_model():
+@needs_triton
+def test_parameter_kernels_are_sound_for_every_model():
     rows = compiled("-c", ALL_PARAMETERS)
     assert_parameters_sound(rows)
     assert len(rows) == len(code.CARDS) * len(parameter_launches.OPERATIONS) * len(WEIGHTS)
@@ -155,24 +155,25 @@ def test_every_parameter_kernel_on_every_target_and_model():
         pytest.param("24m", {"correction_fraction": 0.125, "cut": "hidden"}, 1, marks=pytest.mark.slow),
     ],
 )
-def test_a_step_calls_each_operation_as_often_as_its_method_needs(shape, changes, cotangent):
+def test_step_calls_each_operation_as_often_as_needed(shape, changes, cotangent):
     found = step.calls(shape, "precond-functional-sam", changes)
     assert found.head == {"statistics": 1, "cotangent": cotangent}
     once = ("preconditioned_norm", "perturb to bfloat16", "adamw, bfloat16 copy")
     assert found.parameters == dict.fromkeys(once, 1)
 
 
-def test_a_step_of_what_is_no_model_is_refused():
+def test_step_of_a_head_without_model_is_refused():
     with pytest.raises(UserError, match="shape: 'llama3-8b' is not a whole model: use 24m, 118m, 1208m, gpt2"):
         next(step.read(["sm_90"], "llama3-8b", "adamw"))
 
 
-def test_a_step_with_an_operation_that_is_not_compiled_is_refused():
+def test_step_with_an_unlisted_operation_is_refused():
     with pytest.raises(UserError, match="gpu: preconditioned_norm of float32 is not among the operations"):
         step.calls("24m", "sam", {})
 
 
-def test_a_step_moves_what_its_operations_move():
+@needs_triton
+def test_step_bytes_are_the_sum_of_its_operations():
     adamw, eighth = compiled("-c", STEP)
     logits, weights = 8192 * 32768, 43_064_640
     # Two bytes to read, two to read and two to write a logit again; 30 bytes a weight. P of an eighth is kept; the norm
@@ -186,20 +187,21 @@ def test_a_step_moves_what_its_operations_move():
         assert row["floor_us"] == pytest.approx(row["least_bytes"] / 3350e9 * 1e6)
 
 
-def test_chunks_are_counted_by_what_is_left_of_their_tensor():
+def test_chunks_are_grouped_by_their_remaining_elements():
     operation = parameter_launches.OPERATIONS[0]
     chunk, partials = parameter_launches.launches(operation, [(5000,), (2048,), (3,), (904,), ()])
     assert parameters._kinds(chunk) == {1: (6, 1), 3: (4, 1), 904: (2, 2), 2048: (0, 3)}
     assert parameters._kinds(partials) == {0: (0, 1), -1: (1, 1)}
 
 
-def test_the_parameter_kernels_are_not_compiled_under_the_interpreter():
+def test_interpreter_is_refused_for_parameter_kernels():
     with pytest.raises(UserError, match="TRITON_INTERPRET is set"):
         next(parameters.read())
 
 
-def test_figures_of_kernels_that_are_known():
-    found = compiled(str(KERNELS))
+@needs_triton
+def test_known_kernels_have_their_known_figures():
+    found = compiled(KERNELS)
     for arch, kernels in found.items():
         whole, programs = N // BLOCK * BLOCK, -(-N // BLOCK)
         assert kernels["copy"]["bytes"] == 8 * whole, arch
@@ -245,11 +247,11 @@ def test_figures_of_kernels_that_are_known():
         ("gfx942", 32, 32 * 1024, 8, 16 / 32),
     ],
 )
-def test_occupancy_is_what_the_published_limits_give(arch, registers, shared, warps, expected):
+def test_occupancy_follows_from_published_limits(arch, registers, shared, warps, expected):
     assert code.occupancy(code.CARDS[arch], registers, shared, warps) == expected
 
 
-def test_a_launch_is_recorded_as_it_is_made():
+def test_recorded_launch_is_what_would_be_launched():
     head, before = Head(100, 8, 50257), tiles.cotangent
     statistics, combine = launches.launches(launches.STAGES[0], head, torch.bfloat16, Loss(label_smoothing=0.1))
     assert (statistics.kernel, combine.kernel) == ("tile_statistics", "combine")
@@ -269,14 +271,14 @@ def test_a_launch_is_recorded_as_it_is_made():
 @pytest.mark.parametrize("loss", launches.LOSSES.values(), ids=launches.LOSSES)
 @pytest.mark.parametrize("stage", launches.STAGES, ids=lambda stage: stage.name)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
-def test_what_is_timed_on_a_card_runs(stage, loss):
+def test_timed_calls_run(stage, loss):
     u_CxV, labels_C = launches.chunk(Head(3, 8, 20), torch.bfloat16, "cpu")
     before = u_CxV.clone()
     stage.call(u_CxV, labels_C, loss)()
     assert torch.equal(u_CxV, before) == (stage.name != "cotangent")
 
 
-def test_the_kernels_are_put_back_after_an_error():
+def test_kernels_are_restored_after_an_error():
     before = tiles.cotangent
     breaks = launches.Stage("breaks", lambda *of_chunk: lambda: 1 / int(tiles.cotangent is before), lambda *sizes: 0)
     with pytest.raises(ZeroDivisionError):
@@ -284,7 +286,7 @@ def test_the_kernels_are_put_back_after_an_error():
     assert tiles.cotangent is before
 
 
-def test_rows_of_a_ragged_last_chunk_run_the_same_machine_code():
+def test_ragged_chunk_shares_the_machine_code():
     full, ragged = (
         launches.launches(launches.STAGES[0], Head(n, 8, 4096), torch.bfloat16, CROSS_ENTROPY)[1] for n in (256, 37)
     )
@@ -294,17 +296,17 @@ def test_rows_of_a_ragged_last_chunk_run_the_same_machine_code():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (gpu.Gpu(arch="sm_75"), "arch: 'sm_75' is not known: use all, sm_80"),
-        (gpu.Gpu(shape="5b"), "shape: '5b' is not known: use tiny"),
-        (gpu.Gpu(), "TRITON_INTERPRET is set"),
+        (cli.GpuOptions(arch="sm_75"), "arch: 'sm_75' is not known: use all, sm_80"),
+        (cli.GpuOptions(shape="5b"), "shape: '5b' is not known: use tiny"),
+        (cli.GpuOptions(), "TRITON_INTERPRET is set"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_one_sentence(options, message):
+def test_bad_gpu_options_are_refused(options, message):
     with pytest.raises(UserError, match=message):
-        gpu.run(options)
+        cli.run(options)
 
 
-def test_a_compiler_whose_output_is_not_understood_is_named_with_what_would_work(monkeypatch):
+def test_unreadable_compiler_output_names_known_versions(monkeypatch):
     with pytest.raises(UserError, match=r"cannot read the assembly that Triton .* made: use Triton 3"):
         code._amd(SimpleNamespace(asm={"amdgcn": ".vgpr_count: 8"}))
     monkeypatch.setattr(code, "_tool", lambda *arguments: "Function k: REGISTERS=12")
@@ -314,7 +316,7 @@ def test_a_compiler_whose_output_is_not_understood_is_named_with_what_would_work
         llvm.parse("; nothing")
 
 
-def test_a_tool_that_is_missing_is_named(monkeypatch):
+def test_missing_tool_is_named(monkeypatch):
     with pytest.raises(UserError, match="nosuchtool is not where Triton"):
         code._tool("nosuchtool")
 
@@ -348,15 +350,15 @@ define ptx_kernel void @k(ptr addrspace(1) %0, ptr addrspace(1) %1, i32 %2) {
 """  # noqa: E501
 
 
-def accesses(text: str) -> list[gpu_programs.Access]:
-    region = gpu_programs.REGION
+def accesses(text: str) -> list[programs.Access]:
+    region = programs.REGION
     kernel = llvm.parse(text)
-    return gpu_programs.run(kernel, [region, 2 * region, 20], 0, 32, 32, lambda argument, offsets: None)
+    return programs.run(kernel, [region, 2 * region, 20], 0, 32, 32, lambda argument, offsets: None)
 
 
-def test_threads_that_part_are_counted_apart_and_join_again():
+def test_divergent_threads_are_counted_apart_and_rejoin():
     first, second, third = accesses(BRANCHES)
-    region = gpu_programs.REGION
+    region = programs.REGION
     assert (first.argument, first.store, first.width) == (0, True, 4)
     assert np.array_equal(first.addresses, region + 4 * np.arange(20))
     assert (second.argument, second.store, second.width) == (0, True, 8)
@@ -375,7 +377,7 @@ def test_threads_that_part_are_counted_apart_and_join_again():
         ("store float 1.000000e+00, ptr addrspace(1) %8", "call void @llvm.memcpy.p1.p1.i64(ptr addrspace(1) %8)"),
     ],
 )
-def test_text_that_is_not_understood_is_never_a_number(line, instead):
+def test_unknown_llvm_text_is_an_error(line, instead):
     assert line in BRANCHES
     with pytest.raises(llvm.Unreadable, match="not counted"):
         accesses(BRANCHES.replace(line, instead))

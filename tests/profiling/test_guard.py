@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 from functools import partial
 from typing import Any
 
 import pytest
+import spawn
+from compilers import needs_libtpu, needs_triton
 
 from fsam_core.errors import UserError
 from fsam_profiling import guard, guard_items, rows
-from fsam_profiling.guard_items import Item, Program
-from fsam_profiling.timing.step import METHOD, SAVINGS
+from fsam_profiling.guard_items import Item, TpuProgram
+from fsam_profiling.rows import METHOD, SAVINGS
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-
-
-def process(*command: str) -> subprocess.CompletedProcess[str]:
-    """Without Triton's interpreter, which `tests/conftest.py` switches on."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, check=False)
+COMPILED = {"TRITON_INTERPRET": None}  # tests/conftest.py switches Triton's interpreter on
 
 
 @needs_triton
 @needs_libtpu
-def test_the_quick_figures_are_those_of_the_baseline():
-    done = process("-m", "fsam_trainers.cli", "profile", "check", "--quick")
+def test_quick_figures_match_the_baseline():
+    done = spawn.run("-m", "fsam_trainers.cli", "profile", "check", "--quick", env=COMPILED, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no figure is worse by more than 3%" in done.stdout
 
@@ -53,12 +44,12 @@ def test_the_quick_figures_are_those_of_the_baseline():
         ("bytes_over_least", 1.01, 1.05, True),
     ],
 )
-def test_a_figure_is_worse_where_it_costs_three_per_cent_more(figure, before, after, worse):
+def test_figure_is_worse_beyond_three_per_cent(figure, before, after, worse):
     changes = guard.compare({"it": {figure: before}}, {"it": {figure: after}})
     assert [change.worse for change in changes] == ([worse] if before != after else [])
 
 
-def test_the_worst_change_comes_first_and_says_by_how_much():
+def test_changes_are_sorted_and_state_their_size():
     before = {"a": {"cycles": 1000, "bytes": 10.0}, "b": {"spills": 0}}
     after = {"a": {"cycles": 1100, "bytes": 9.0}, "b": {"spills": 3}}
     assert list(map(str, guard.compare(before, after))) == [
@@ -79,13 +70,13 @@ def checked(tmp_path, monkeypatch, capsys):
             for name in figures
         ]
         monkeypatch.setattr(guard_items, "items", lambda: items)
-        code = guard.run(guard.Check(baseline=path, **options))
+        code = guard.run(guard.CheckOptions(baseline=path, **options))
         return code, capsys.readouterr().out
 
     return run, path
 
 
-def test_the_guard_fails_naming_what_is_worse_new_or_gone_and_the_update_takes_it_over(checked):
+def test_guard_fails_on_worse_new_or_gone_until_updated(checked):
     run, path = checked
     code, out = run({"quick a": {"cycles": 100}, "b": {"spills": 0}}, update=True)
     assert (code, "new: quick a" in out) == (0, True)
@@ -108,7 +99,7 @@ def test_the_guard_fails_naming_what_is_worse_new_or_gone_and_the_update_takes_i
     assert run({"quick a": {"cycles": 110}, "b": {"spills": 0}}, update=True) == (0, "the baseline is as it was\n")
 
 
-def test_what_cannot_be_compared_is_said_in_one_sentence(checked):
+def test_unusable_baseline_is_refused(checked):
     run, path = checked
     with pytest.raises(UserError, match=r"--baseline: .*baseline\.json cannot be read .*make one with `make baseline`"):
         run({"a": {"cycles": 1}})
@@ -122,7 +113,7 @@ def test_what_cannot_be_compared_is_said_in_one_sentence(checked):
         run({"a": {"cycles": 1}}, only="nothing")
 
 
-def test_every_item_has_a_name_of_its_own_and_every_saving_is_among_them():
+def test_item_names_are_unique_and_cover_every_saving():
     names = [item.name for item in guard_items.items()]
     assert len(names) == len(set(names))
     for saving, changes in SAVINGS:
@@ -131,7 +122,7 @@ def test_every_item_has_a_name_of_its_own_and_every_saving_is_among_them():
         assert (f"tpu v5e step tiny xla {METHOD} {saving}" in names) == own
 
 
-def test_a_schedule_is_no_program_of_its_own(monkeypatch):
+def test_schedules_are_not_compiled(monkeypatch):
     before = rows.programs("")
     monkeypatch.setattr(rows, "SAVINGS", (*SAVINGS, ("every 4", {"every": 4}), ("late", {"start": 0.9})))
     assert rows.programs("") == before
@@ -140,20 +131,20 @@ def test_a_schedule_is_no_program_of_its_own(monkeypatch):
 # Kernels of the guard's own items, made slower in one way each.
 PLANTS = """
 import dataclasses, json, sys
-from fsam_kernels.triton import parameters, tables
-from fsam_profiling import guard, guard_items, rows
+from fsam_kernels.triton import tables
+from fsam_profiling import guard, guard_items
+from fsam_profiling.gpu import parameter_launches
 ask = lambda: guard_items.gpu_parameters(("sm_90",), ("gpt2",), ("adamw",))
-launches = parameters.launches
+launches = parameter_launches.launches
 found = {}
 def planted(name, change):
-    parameters.launches = lambda *args, **options: change(launches(*args, **options))
+    parameter_launches.launches = lambda *args, **options: change(launches(*args, **options))
     found[name] = [str(x) for x in guard.compare(sound, ask()) if x.worse]
 def narrow(all):
     for x in all:
         x.tables["table_ptr"][:, tables.ALIGNED] = 0
     return all
-few = lambda all: [x._replace(options={**x.options, "maxnreg": 40}) for x in all] if hasattr(all[0], "_replace") else [
-    dataclasses.replace(x, options={**x.options, "maxnreg": 40}) for x in all]
+few = lambda all: [dataclasses.replace(x, options={**x.options, "maxnreg": 40}) for x in all]
 sound = ask()
 planted("nothing", lambda all: all)
 planted("an extra pass over the parameters", lambda all: [*all, *all])
@@ -164,10 +155,8 @@ json.dump(found, sys.stdout)
 
 
 @needs_triton
-def test_a_planted_slowdown_of_a_kernel_is_caught():
-    done = process("-c", PLANTS)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+def test_planted_slowdown_of_a_kernel_is_found():
+    found = json.loads(spawn.run("-c", PLANTS, env=COMPILED).stdout)
     assert found["nothing"] == []
     named = lambda plant: {line.split(": ")[1].split()[0] for line in found[plant]}
     assert {"bytes_over_least", "launches"} <= named("an extra pass over the parameters")
@@ -176,7 +165,7 @@ def test_a_planted_slowdown_of_a_kernel_is_caught():
     assert "gpu sm_90 parameters gpt2 adamw: load_bytes 16 -> 4 (+75.0 % worse)" in found["4-byte loads"]
 
 
-def against_baseline(program: Program) -> set[str]:
+def against_baseline(program: TpuProgram) -> set[str]:
     _, before = guard.read(guard.BASELINE)
     assert program.name in before
     return {change.figure for change in guard.compare(before, program.measure()) if change.worse}
@@ -184,7 +173,7 @@ def against_baseline(program: Program) -> set[str]:
 
 @pytest.mark.slow
 @needs_libtpu
-def test_a_logit_tensor_that_is_stored_is_caught():
+def test_stored_logits_are_found():
     head = next(x for x in guard_items.programs() if x.name == guard_items.QUICK_HEAD)
     assert against_baseline(head) == set()
     stored = dataclasses.replace(
@@ -195,7 +184,7 @@ def test_a_logit_tensor_that_is_stored_is_caught():
 
 @pytest.mark.slow
 @needs_libtpu
-def test_an_extra_pass_over_the_parameters_of_a_step_is_caught():
+def test_extra_pass_over_the_parameters_is_found():
     step = next(x for x in guard_items.programs() if x.name == "tpu v5e step tiny xla adamw")
     slower = dataclasses.replace(step, function="tpu_programs:step_with_another_pass")
     assert "cycles" in against_baseline(slower)
@@ -203,9 +192,9 @@ def test_an_extra_pass_over_the_parameters_of_a_step_is_caught():
 
 @pytest.mark.slow
 @needs_libtpu
-def test_a_spill_of_a_pallas_kernel_is_caught():
+def test_spill_of_a_pallas_kernel_is_found():
     few, many = (
-        Program("kernel", "v5e", "tpu_programs:chain_kernel", {"parts": parts}).measure()["kernel"]
+        TpuProgram("kernel", "v5e", "tpu_programs:chain_kernel", {"parts": parts}).measure()["kernel"]
         for parts in (4, 160)
     )
     assert few["spills"] == 0
@@ -215,11 +204,10 @@ def test_a_spill_of_a_pallas_kernel_is_caught():
 @pytest.mark.slow
 @needs_triton
 @needs_libtpu
-def test_the_same_figures_come_out_twice(tmp_path):
+def test_figures_are_deterministic(tmp_path):
     files = [tmp_path / "first.json", tmp_path / "second.json"]
     for path in files:
-        done = process("-m", "fsam_trainers.cli", "profile", "check", "--quick", "--json", str(path))
-        assert done.returncode == 0, done.stdout + done.stderr
+        spawn.run("-m", "fsam_trainers.cli", "profile", "check", "--quick", "--json", path, env=COMPILED)
     first, second = (json.loads(path.read_text())["rows"] for path in files)
     assert first == second
     assert len(first) > 10

@@ -23,7 +23,7 @@ TPU = {
     "scheduled_cycles": 1_000_000, "scheduled_ratio": 1.0,
     "scheduled_regions": {"base forward": 400_000, "update": 600_000},
     "seconds": 0.001, "temporary_bytes": 5e6, "peak_bytes": 9e6, "bytes": 4e6, "product_flops": 3e9,
-    "kernels": [{"rare": False, "schedule": SCHEDULE}], "regions": {"base forward": 500_000, "update": 1_500_000},
+    "kernels": [{"excluded": False, "schedule": SCHEDULE}], "regions": {"base forward": 500_000, "update": 1_500_000},
     "chip": {"name": "v5e", "hertz": 1.5e9, "flops_per_second": 197e12, "bytes_per_second": 820e9},
 }  # fmt: skip
 
@@ -54,13 +54,13 @@ def files(tmp_path):
     return made
 
 
-def test_the_page_holds_tables_plots_and_commands_and_needs_nothing_else(files, tmp_path, capsys):
+def test_page_is_complete_and_self_contained(files, tmp_path, capsys):
     moved = TPU | {"method": "precond-functional-sam", "ratio": 1.97}
     check = [{"item": "flops jax", "product_flops": 17716740096}]
     unknown = [{"variant": "ours", "ms": 1.5, "nested": [1]}]
     given = files(check=check, step=steps(), tpu_step=[TPU, moved], someones=unknown)
     out = tmp_path / "page.html"
-    assert report.run(report.Report(given, out=out, json=tmp_path / "page.json")) == 0
+    assert report.run(report.ReportOptions(given, out=out, json=tmp_path / "page.json")) == 0
     assert str(out) in capsys.readouterr().out
     page = out.read_text()
     titles = re.findall(r"<h2>(.*?)</h2>", page)
@@ -75,7 +75,7 @@ def test_the_page_holds_tables_plots_and_commands_and_needs_nothing_else(files, 
     assert [one["kind"] for one in written["rows"]] == ["step", "tpu step", "check", "someones"]
 
 
-def test_a_ratio_that_its_spread_hides_is_not_printed():
+def test_ratio_not_distinguishable_from_1_is_omitted():
     headings, cells = report_tables.table("step", steps())
     column = headings.index("× AdamW (20–80 %)")
     assert [line[column] for line in cells] == ["1.00 (1.00–1.00)", "1.90 (1.80–2.00)", "(0.90–1.30)"]
@@ -84,26 +84,26 @@ def test_a_ratio_that_its_spread_hides_is_not_printed():
     assert cells[0][headings.index("base forward")] == ""
 
 
-def test_frameworks_are_not_set_against_each_other_where_there_is_one():
+def test_no_framework_comparison_with_one_framework():
     alone = {f"to_torch{end}": None for end in ("", "_p20", "_p80", "_resolved")}
     headings, _ = report_tables.table("step", [row | {"framework": "jax"} | alone for row in steps()])
     assert "× PyTorch (20–80 %)" not in headings
 
 
-def test_what_a_sharded_step_sends_is_summed_by_what_becomes_of_it():
+def test_collectives_are_summed_by_kind():
     sent = {"all-reduce": {"bytes": 1.5e9}, "reduce-scatter": {"bytes": 1e9}, "all-gather": {"bytes": 3e8}}
     row = {"row": "exact", "peak_bytes": 2**31, "x_adamw": 1.06, "temporary_bytes": 2**30, "collectives": sent}
     assert report_tables.table("tpu scale", [row])[1] == [["exact", "2", "1.06", "1", "0.3", "2.5"]]
 
 
-def test_a_kind_that_is_not_known_shows_its_plain_columns():
+def test_unknown_kind_shows_its_plain_columns():
     rows = [{"variant": "ours", "ms": 1234.56, "of": {"a": 1}}, {"variant": "theirs", "ms": 2.0, "more": 3}]
     headings, cells = report_tables.table("somebody's", rows)
     assert headings == ["variant", "ms", "more"]
     assert cells == [["ours", "1,235", ""], ["theirs", "2", "3"]]
 
 
-def test_the_command_knows_every_subcommand(files, tmp_path, capsys):
+def test_command_dispatches_to_every_subcommand(files, tmp_path, capsys):
     (path,) = files(step=steps())
     out = tmp_path / "page.html"
     assert cli.main(["report", str(path), "--out", str(out), "--title", "A machine"]) == 0
@@ -120,13 +120,13 @@ def test_the_command_knows_every_subcommand(files, tmp_path, capsys):
         cli.main(["trace", "--preset", "huge"])
 
 
-def test_what_is_no_file_of_ours_is_refused_in_one_sentence(tmp_path):
+def test_foreign_file_is_refused(tmp_path):
     with pytest.raises(UserError, match="no files given"):
-        report.run(report.Report(()))
+        report.run(report.ReportOptions(()))
     with pytest.raises(UserError, match=r"nowhere\.json: cannot be read: No such file"):
-        report.run(report.Report((tmp_path / "nowhere.json",), out=tmp_path / "page.html"))
+        report.run(report.ReportOptions((tmp_path / "nowhere.json",), out=tmp_path / "page.html"))
     path = tmp_path / "other.json"
     for text, why in (("{", "is no JSON"), ("[]", "is not of fsam profile's layout 1"), ('{"a": 1}', "is not of fsam")):
         path.write_text(text)
         with pytest.raises(UserError, match=rf"other\.json: {why}"):
-            report.run(report.Report((path,), out=tmp_path / "page.html"))
+            report.run(report.ReportOptions((path,), out=tmp_path / "page.html"))

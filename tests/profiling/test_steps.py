@@ -16,7 +16,7 @@ import torch
 from fsam_core import NAMES
 from fsam_core.errors import UserError
 from fsam_profiling import flops, rows
-from fsam_profiling.settings import random_tokens, settings
+from fsam_profiling.settings import random_tokens, step_settings
 from fsam_profiling.timing import matmul_rate, step, torch_flops, variants
 from fsam_profiling.timing.variants import Variant
 from fsam_profiling.tpu import inserted
@@ -25,8 +25,8 @@ from fsam_profiling.tpu import step as tpu_step
 SMALL = {"batch": 2, "seq_len": 8, "vocab_size": 64}
 
 
-def test_rows_are_found_by_name_and_adamw_is_always_there():
-    names = lambda only: [saving or method for method, saving, _ in rows.rows(only)]
+def test_rows_are_selected_by_name_with_adamw():
+    names = lambda only: [saving or method for method, saving, _ in rows.table_rows(only)]
     everything = [*NAMES, *(name for name, _ in rows.SAVINGS)]
     assert names("") == names("all") == everything
     assert names("1/8") == ["adamw", "1/8"]
@@ -34,14 +34,14 @@ def test_rows_are_found_by_name_and_adamw_is_always_there():
     with pytest.raises(UserError, match=r"--only: half is no row; use all, common, or some of adamw, sam"):
         names("half")
     with pytest.raises(UserError, match=r"--repeats must be at least 10 .* got 3"):
-        step.measure(step.Options(repeats=3))
+        step.measure(step.StepOptions(repeats=3))
 
 
-def test_a_schedule_is_a_row_of_times_and_no_program():
+def test_schedule_is_a_timed_row_but_no_program():
     names = [saving for _, saving, _ in rows.programs("all")]
     assert "every 4 reused" in names
     assert not {"every 4", "start 0.9", "no correction"} & set(names)
-    assert rows.programs("1/8") == rows.rows("1/8")
+    assert rows.programs("1/8") == rows.table_rows("1/8")
     with pytest.raises(UserError, match=r"--only: every 4, no correction is a schedule, with steps as of adamw and of"):
         rows.programs("1/8,every 4,no correction")
 
@@ -50,28 +50,28 @@ def test_a_schedule_is_a_row_of_times_and_no_program():
     ("ratios", "resolved"),
     [([1.9, 2.0, 2.1], True), ([0.9, 1.1, 1.3], False), ([0.5, 0.6, 0.7], True), ([1.0, 1.0, 1.0], True)],
 )
-def test_a_ratio_is_told_from_one_where_it_is_further_from_it_than_its_percentiles_are_apart(ratios, resolved):
+def test_ratio_is_distinguishable_from_1_by_its_percentiles(ratios, resolved):
     base = np.array([100.0, 200.0, 50.0])
-    found = step.against(np.array(ratios) * base, base)
+    found = step.ratio_figures(np.array(ratios) * base, base)
     assert found["ratio"] == pytest.approx(ratios[1])
     assert found["ratio_resolved"] is resolved
     text = step.ratio_text(found, "ratio")
     assert text.startswith(f"{ratios[1]:.2f} (") == resolved
 
 
-def test_the_figures_of_a_step_follow_from_its_times():
+def test_figures_follow_from_step_times():
     found = step.figures(np.full(10, 200.0), np.full(10, 100.0), work=3e9, ceiling=60e9)
     assert (found["step_ms"], found["ratio"], found["ratio_resolved"]) == (200, 2, True)
     assert (found["flops_per_s"], found["utilisation"]) == pytest.approx((15e9, 0.25))
 
 
-def test_a_schedules_average_step_is_its_kinds_by_their_shares(monkeypatch):
+def test_average_step_weighs_kinds_by_their_share(monkeypatch):
     kinds = {"corrected": (0.25, None)}
     of = {("jax", "adamw", "", ""): [100.0, 200.0], ("jax", "m", "every", "corrected"): [300.0, 400.0]}
     assert step._mean(("jax", "m", "every"), kinds, of).tolist() == [150, 250]
 
 
-def test_products_are_counted_through_loops_branches_and_kernels_and_dead_ones_are_not():
+def test_live_products_are_counted_through_control_flow():
     x = jax.ShapeDtypeStruct((8, 16), jnp.float32)
     w = jax.ShapeDtypeStruct((16, 16), jnp.float32)
     one = 2 * 8 * 16 * 16
@@ -84,11 +84,11 @@ def test_products_are_counted_through_loops_branches_and_kernels_and_dead_ones_a
     assert flops.of_step(lambda x, w: looped(x, w)[0], (x, w)) == (5 + 2) * one
     assert flops.of_step(lambda x, w: jax.grad(lambda w: jnp.sum(jnp.tanh(x @ w)))(w), (x, w)) == 2 * one
 
-    def rare(x, w):
-        with jax.named_scope("rare"):
+    def excluded(x, w):
+        with jax.named_scope("conditional branch"):
             return (x @ w) @ w
 
-    assert flops.of_step(lambda x, w: x @ w + rare(x, w), (x, w)) == one
+    assert flops.of_step(lambda x, w: x @ w + excluded(x, w), (x, w)) == one
     image = jax.ShapeDtypeStruct((1, 3, 8, 8), jnp.float32)
     kernel = jax.ShapeDtypeStruct((4, 3, 3, 3), jnp.float32)
     convolution = lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), "SAME")
@@ -98,7 +98,7 @@ def test_products_are_counted_through_loops_branches_and_kernels_and_dead_ones_a
         flops.of_step(unbounded, (x, w))
 
 
-def test_pytorch_products_are_counted_where_its_own_table_has_gaps():
+def test_torch_products_missing_from_its_table_are_counted():
     a, b, out = torch.ones(8, 16), torch.ones(16, 4), torch.zeros(8, 4)
     assert torch_flops.count(lambda: out.addmm_(a, b)) == 2 * 8 * 16 * 4
     q = torch.ones(2, 3, 16, 8, requires_grad=True)
@@ -108,8 +108,8 @@ def test_pytorch_products_are_counted_where_its_own_table_has_gaps():
     assert torch_flops.count(lambda: attend().sum().backward()) == 3.5 * attention
 
 
-def test_both_frameworks_count_the_same_products_for_a_step():
-    chosen = settings("tiny", "adamw", **SMALL)
+def test_both_frameworks_count_the_same_products():
+    chosen = step_settings("tiny", "adamw", **SMALL)
     counted = {}
     for framework in ("jax", "torch"):
         one = Variant(dataclasses.replace(chosen, framework=framework))
@@ -124,10 +124,10 @@ def test_both_frameworks_count_the_same_products_for_a_step():
 
 
 @pytest.mark.parametrize("framework", ["jax", "torch"])
-def test_a_step_that_reuses_its_correction_counts_as_adamws(framework):
+def test_reused_correction_counts_as_an_adamw_step(framework):
     changes = {"every": 4, "between": "reuse", "correction_fraction": 0.5}
-    one = Variant(settings("tiny", rows.METHOD, framework=framework, changes=changes, **SMALL))
-    plain = Variant(settings("tiny", "adamw", framework=framework, **SMALL))
+    one = Variant(step_settings("tiny", rows.METHOD, framework=framework, changes=changes, **SMALL))
+    plain = Variant(step_settings("tiny", "adamw", framework=framework, **SMALL))
     counted = {
         kind: (share, variants.flops(variant, variants.make(variant) if framework == "torch" else len))
         for kind, (share, variant) in {**step._kinds(one), "plain": (0.0, plain)}.items()
@@ -139,9 +139,9 @@ def test_a_step_that_reuses_its_correction_counts_as_adamws(framework):
 
 def weights_after_a_step(variant: Variant) -> dict[str, np.ndarray]:
     """Of our engine."""
-    from fsam_trainers import engine
+    from fsam_trainers import registry
 
-    trained = engine.make(variant.settings)
+    trained = registry.make(variant.settings)
     tokens = random_tokens(variant.settings)
     trained.prepare(tokens)
     trained.step(tokens, 0)()
@@ -149,10 +149,10 @@ def weights_after_a_step(variant: Variant) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("method", ["adamw", "sam", "functional-sam"])
-def test_the_textbook_in_pytorch_takes_the_step_that_ours_does(method, monkeypatch):
+def test_torch_textbook_step_equals_ours(method, monkeypatch):
     from fsam_trainers.models import torch_decoder
 
-    chosen = settings("tiny", method, framework="torch", **SMALL)
+    chosen = step_settings("tiny", method, framework="torch", **SMALL)
     ours = weights_after_a_step(Variant(chosen))
     models = []
     made = torch_decoder.Decoder
@@ -165,13 +165,13 @@ def test_the_textbook_in_pytorch_takes_the_step_that_ours_does(method, monkeypat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("peer", ["textbook adamw", "textbook sam", "textbook functional-sam", "optax.contrib sam"])
-def test_the_peers_in_jax_take_the_step_that_ours_does(peer):
+def test_jax_peer_step_equals_ours(peer):
     from fsam_profiling.tpu import step_programs
     from fsam_trainers.models import flax_decoder
     from fsam_trainers.models.layout import flattened
 
     whose, method = peer.split()
-    chosen = settings("tiny", method, **SMALL)
+    chosen = step_settings("tiny", method, **SMALL)
     ours = weights_after_a_step(Variant(chosen))
     function, _ = step_programs.peer(chosen, whose, method)
     params = flax_decoder.parameters(chosen.model, chosen.seed)
@@ -188,8 +188,8 @@ def assert_close(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> 
         assert np.mean(difference > 2e-5) < 1e-3, name  # a gradient near 0 may round to the other sign
 
 
-def test_peers_are_those_that_are_installed(monkeypatch):
-    chosen = settings("tiny", "adamw", framework="torch", **SMALL)
+def test_only_installed_peers_are_listed(monkeypatch):
+    chosen = step_settings("tiny", "adamw", framework="torch", **SMALL)
     with monkeypatch.context() as patch:
         patch.setattr(variants.importlib.util, "find_spec", lambda name: None)
         assert set(variants.peers(chosen)) == {(x, "textbook") for x in ("adamw", "sam", "functional-sam")}
@@ -198,7 +198,7 @@ def test_peers_are_those_that_are_installed(monkeypatch):
 
 
 @pytest.mark.parametrize("framework", ["jax", "torch"])
-def test_the_ceiling_is_a_rate_of_products(framework, monkeypatch):
+def test_ceiling_is_a_matmul_rate(framework, monkeypatch):
     monkeypatch.setattr(matmul_rate, "SIZES", {"cpu": (64, 128)})
     assert 1e6 < matmul_rate.flops_per_second(framework) < 1e15
 
@@ -225,26 +225,26 @@ window_params = [{transform_indices = @left, window_bounds = array<i64: 8, 16>},
 """  # noqa: E501
 
 
-def test_a_kernel_that_the_tpu_compiler_put_there_says_what_its_blocks_move():
+def test_inserted_kernel_states_the_bytes_of_its_blocks():
     body = lambda code: f'custom-call(...), backend_config={{"body":"{base64.b64encode(code).decode()}"}}'
     shapes = ["f32[30,16]", "bf16[16,64]", "f32[30,64]"]
-    found = inserted.read(body(KERNEL.encode()), shapes)
+    found = inserted.inserted_kernel(body(KERNEL.encode()), shapes)
     assert found is not None
     assert found.grid == (4, 2)
     # The left block changes four times, ragged at the end; the right one eight times; the last index is computed.
     assert found.moved == (30 * 16 * 4, 8 * 16 * 32 * 2, None)
-    assert inserted.read(body(KERNEL.encode()), shapes[:2]) is None
-    assert inserted.read(body(b"\x00\xff\xfe"), shapes) is None
-    assert inserted.read("custom-call(...)", shapes) is None
+    assert inserted.inserted_kernel(body(KERNEL.encode()), shapes[:2]) is None
+    assert inserted.inserted_kernel(body(b"\x00\xff\xfe"), shapes) is None
+    assert inserted.inserted_kernel("custom-call(...)", shapes) is None
 
 
-def test_a_steps_floor_is_its_products_or_its_arguments_whichever_takes_longer():
+def test_floor_is_the_longer_of_products_and_arguments():
     chip: Any = SimpleNamespace(flops_per_cycle=100.0, bytes_per_cycle=10.0)
     one: Any = SimpleNamespace(product_flops=5000, argument_bytes=300, output_bytes=100, chip=chip)
     assert tpu_step.floors(one) == (50, 40)
 
 
-def test_variants_of_a_step_are_ours_in_each_backend_and_then_the_textbooks():
+def test_tpu_variants_list_backends_then_textbook():
     found = tpu_step.variants("1/8,textbook", ("xla", "pallas"), preset="tiny", batch=4)
     assert [(x.method, x.saving, x.backend) for x in found] == [
         ("adamw", "", "xla"),

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 
-import jax.numpy as jnp
-import numpy as np
-import parameter_trial
 import pytest
+from compilers import needs_libtpu
 
 from fsam_core.errors import UserError
-from fsam_kernels import spec, xla
 from fsam_kernels.shapes import WEIGHTS
-from fsam_profiling.tpu import Chip, Compiled, parameters
+from fsam_profiling.tpu import parameters
+from fsam_profiling.tpu.compiler import Chip, Compiled
 from fsam_profiling.tpu.loops import Loop
 
-needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 SHAPES = [(2048, 640), (640,), (640, 1920), (640,)]
 
 
@@ -27,7 +23,7 @@ def program(loops: tuple[Loop, ...], xla_cycles: int, xla_bytes: int) -> Compile
     return Compiled(**given)
 
 
-def test_a_loop_takes_its_bundles_or_its_bytes_and_a_program_no_less_than_all_bytes():
+def test_scheduled_cycles_are_bundles_or_bytes():
     busy = Loop("a", "norm", (4,), issued=100, estimate=300, bytes=50 * 8, bytes_cycles=50)
     waiting = Loop("b", "update", (4,), issued=10, estimate=70, bytes=60 * 8, bytes_cycles=60)
     assert (busy.cycles, waiting.cycles) == (100, 60)
@@ -39,13 +35,13 @@ def test_a_loop_takes_its_bundles_or_its_bytes_and_a_program_no_less_than_all_by
     assert seen.scheduled_regions == {"norm": 105, "update": 60}
 
 
-def test_an_unknown_model_is_refused():
+def test_unknown_model_is_refused():
     with pytest.raises(UserError, match="--model: 'huge' is not known; use 24m"):
         parameters.run("v5e", "huge", None)
 
 
-@needs_compiler
-def test_adamw_reads_and_writes_each_array_once_and_in_place():
+@needs_libtpu
+def test_adamw_moves_each_array_once_and_in_place():
     found = parameters.read("v5e", "adamw", SHAPES)
     assert found["parameters"] == 2048 * 640 + 640 * 1920 + 2 * 640
     assert found["ratio"] == pytest.approx(1, abs=0.01)
@@ -54,42 +50,13 @@ def test_adamw_reads_and_writes_each_array_once_and_in_place():
     assert found["temporary_bytes"] == 0
 
 
-@needs_compiler
+@needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["24m", "118m"])
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 @pytest.mark.parametrize("operation", parameters.OPERATIONS)
-def test_every_operation_moves_the_least_bytes_and_is_bound_by_them(operation, chip, model):
+def test_every_operation_is_bound_by_its_least_bytes(operation, chip, model):
     found = parameters.read(chip, operation, WEIGHTS[model])
     assert found["ratio"] <= 1.05
     assert found["scheduled_ratio"] <= 1.05
     assert found["temporary_bytes"] < 0.1 * 4 * found["parameters"]
-
-
-@needs_compiler
-@pytest.mark.slow
-@pytest.mark.parametrize("model", ["24m", "118m"])
-def test_the_kernels_that_were_tried_gain_nothing(model):
-    for ours, trial in zip(*[iter(parameter_trial.compare("v5e", WEIGHTS[model]))] * 2, strict=True):
-        assert trial["kernels"] > 0
-        assert trial["scheduled_cycles"] >= 0.99 * ours["scheduled_cycles"]
-
-
-@pytest.mark.slow
-def test_the_kernels_that_were_tried_compute_the_same(monkeypatch):
-    monkeypatch.setattr(parameter_trial, "BLOCK_BYTES", 2**16)
-    random = np.random.default_rng(0)
-    shapes = [(300, 130), (7,), (1000, 576), (8, 8), (513,)]
-    theta, g, m, v = ([random.normal(size=shape).astype(np.float32) for shape in shapes] for _ in range(4))
-    v = [x * x for x in v]
-    sums = parameter_trial.norm(
-        *([jnp.asarray(x) for x in xs] for xs in (g, v)), clip=0.5, adam=xla.Adam(0.95, 1e-8, 0.3), interpret=True
-    )
-    want = spec.preconditioned_norm(g, v, clip=0.5, b2=0.95, eps=1e-8, correction=0.3)
-    np.testing.assert_allclose([float(x) for x in sums], want, rtol=1e-5)
-    lists = [[jnp.asarray(x) for x in xs] for xs in (theta, g, m, v)]
-    new = parameter_trial.adamw(*lists, step=3, lr=0.01, clip=0.5, interpret=True)
-    for i, row in enumerate(zip(theta, g, m, v, strict=True)):
-        oracle = spec.adamw(*row, step=3, lr=0.01, b1=0.9, b2=0.95, eps=1e-8, weight_decay=1e-4, clip=0.5)
-        for x, o in zip(new[:3], oracle, strict=True):
-            assert np.abs(x[i] - o).max() <= 40 * 2**-24 * np.abs(o).max()

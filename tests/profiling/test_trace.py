@@ -29,7 +29,7 @@ from fsam_profiling.timing.trace_events import STEP, Span
         ("", None),
     ],
 )
-def test_an_operation_belongs_to_the_outermost_region_it_was_traced_under(op_name, expected):
+def test_operation_belongs_to_outermost_region(op_name, expected):
     assert regions.region(op_name) == expected
 
 
@@ -40,7 +40,7 @@ def event(name: str, start: float, duration: float, cat: str = "", **args: Any) 
 STEPS = [event(STEP, 0, 1000), event(STEP, 1000, 1000)]
 
 
-def test_ranges_of_the_host_are_summed_by_region_and_the_rest_is_idle():
+def test_host_ranges_are_summed_and_the_rest_is_idle():
     ranges = [event("base forward", 1000 * i + 100, 300, "user_annotation") for i in range(2)]
     ranges.append(event("update", 1500, 250, "user_annotation"))
     events = [*STEPS, *ranges, event("aten::mm", 120, 200, "cpu_op"), event("something else", 0, 9, "user_annotation")]
@@ -49,7 +49,7 @@ def test_ranges_of_the_host_are_summed_by_region_and_the_rest_is_idle():
     assert list(found) == ["base forward", "update", "idle"]
 
 
-def test_a_kernel_belongs_to_the_region_it_was_launched_in_whenever_it_runs():
+def test_kernel_belongs_to_the_region_that_launched_it():
     events = [
         *STEPS,
         event("base forward", 100, 50, "user_annotation"),
@@ -75,7 +75,7 @@ PROGRAMS = {
 }
 
 
-def test_a_moment_that_instructions_share_is_divided_and_a_loop_counts_by_what_is_in_it():
+def test_shared_time_is_divided_and_containers_are_skipped():
     ran = lambda name, start, duration, module="jit_step": event(name, start, duration, hlo_op=name, hlo_module=module)
     events = [
         *STEPS,
@@ -93,13 +93,13 @@ def test_a_moment_that_instructions_share_is_divided_and_a_loop_counts_by_what_i
     assert found == pytest.approx({"base forward": 0.15, "base backward": 0.2, "other": 0.005, "idle": 0.645})
 
 
-def test_the_track_of_regions_joins_neighbours_and_never_overlaps():
+def test_region_track_joins_neighbours_without_overlap():
     spans = [Span(0, 10, "a"), Span(20, 30, "a"), Span(25, 60, "b"), Span(26, 28, "a"), Span(200, 210, "b")]
     track = trace_events.merged(spans)
     assert track == [Span(0, 30, "a"), Span(30, 60, "b"), Span(200, 210, "b")]
 
 
-def test_a_trace_keeps_its_events_and_gains_the_track(tmp_path):
+def test_written_trace_keeps_its_events(tmp_path):
     path = tmp_path / "deep" / "trace.json.gz"
     trace_events.write(path, {"traceEvents": STEPS, "displayTimeUnit": "ns"}, [Span(0, 10, "norm")])
     found = json.loads(gzip.decompress(path.read_bytes()))
@@ -109,7 +109,7 @@ def test_a_trace_keeps_its_events_and_gains_the_track(tmp_path):
     assert trace_events.read(path) == found
 
 
-def test_a_trace_that_is_not_as_known_is_refused_in_one_sentence(tmp_path):
+def test_unknown_trace_format_is_refused(tmp_path):
     path = tmp_path / "trace.json"
     path.write_text("[]")
     with pytest.raises(UserError, match="left no traceEvents"):
@@ -121,13 +121,13 @@ def test_a_trace_that_is_not_as_known_is_refused_in_one_sentence(tmp_path):
     with pytest.raises(UserError, match="no event names an instruction"):
         trace_events.jax_spans([event("dot.9", 0, 1, hlo_op="dot.9", hlo_module="jit_step")], PROGRAMS)
     with pytest.raises(UserError, match="--steps must be at least 1, got 0"):
-        trace.run(trace.Trace(steps=0))
+        trace.run(trace.TraceOptions(steps=0))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("framework", ["jax", "torch"])
-def test_a_real_step_has_every_region_and_they_fill_it(framework, tmp_path):
-    options = trace.Trace(
+def test_regions_of_a_real_step_fill_it(framework, tmp_path):
+    options = trace.TraceOptions(
         framework=framework, batch=4, seq_len=16, vocab_size=256, out=tmp_path, json=tmp_path / "trace.json"
     )
     assert trace.run(options) == 0

@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from fsam_profiling.tpu import step_programs
-from fsam_profiling.tpu.hlo import RARE
+from fsam_profiling.tpu.hlo import CONDITIONAL
 
 
 def matmul(x, y):
@@ -47,12 +47,12 @@ def three_products(h, w, p):
 
 
 def sometimes(x, y):
-    """A branch that is not counted, because it is marked as rare."""
+    """A branch that is not counted, because it is marked as excluded."""
     with jax.named_scope("head"):
         z = x @ y
 
     def again(z):
-        with jax.named_scope(RARE):
+        with jax.named_scope(CONDITIONAL):
             return (z @ y) @ y
 
     return jax.lax.cond(jnp.isinf(z[0, 0]), again, lambda z: z, z)

@@ -8,15 +8,14 @@ from typing import Literal
 
 from rich.console import Console
 
+from fsam_core import backends
 from fsam_core.errors import UserError
 from fsam_kernels.shapes import WEIGHTS
 from fsam_profiling import results
-from fsam_profiling.gpu import kernels, parameters, step
-from fsam_profiling.gpu.code import CARDS
 
 
 @dataclass(frozen=True)
-class Gpu:
+class GpuOptions:
     """What the compilers make of every Triton kernel, on a machine without the card."""
 
     arch: str = "sm_90"
@@ -33,13 +32,18 @@ class Gpu:
     """also write the figures here"""
 
 
-def run(options: Gpu) -> int:
+def run(options: GpuOptions) -> int:
     """Print the table, write the file; the process's exit code.
 
     Raises:
-        UserError: for an architecture or shape that is not known, under TRITON_INTERPRET, and for a compiler whose
-            output cannot be read.
+        UserError: for a package that is missing, an architecture or shape that is not known, under TRITON_INTERPRET,
+            and for a compiler whose output cannot be read.
     """
+    for module in ("torch", "triton"):
+        backends.require(module)
+    from fsam_profiling.gpu import kernels, parameters, step
+    from fsam_profiling.gpu.code import CARDS
+
     if options.arch not in ("all", *CARDS):
         raise UserError(f"arch: {options.arch!r} is not known: use all, {', '.join(CARDS)}")
     archs = list(CARDS) if options.arch == "all" else [options.arch]

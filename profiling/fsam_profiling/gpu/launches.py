@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fsam_kernels.options import CROSS_ENTROPY, Loss
 from fsam_kernels.shapes import Head
-from fsam_kernels.torch.softmax_stats import Rows
+from fsam_kernels.torch.softmax_stats import RowStats
 from fsam_kernels.triton import softmax_stats as rows
 from fsam_kernels.triton import tiles
 
@@ -100,8 +100,8 @@ class Launch:
         return (self.kernel, self.num_warps, self.aligned, self.within_2_gib, *(tuple(x.items()) for x in parts))
 
 
-def _figures(u_CxV: Tensor) -> Rows:
-    return Rows(*u_CxV.new_zeros(len(Rows._fields), len(u_CxV), dtype=torch.float32))
+def _figures(u_CxV: Tensor) -> RowStats:
+    return RowStats(*u_CxV.new_zeros(len(RowStats._fields), len(u_CxV), dtype=torch.float32))
 
 
 def _cotangent(u_CxV: Tensor, labels_C: Tensor, loss: Loss) -> Callable[[], object]:

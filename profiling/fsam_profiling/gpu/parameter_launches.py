@@ -1,6 +1,6 @@
-"""The kernels that walk over a model's parameters, at the shapes of real models: what `catalogue` is for the head's.
+"""The kernels that walk over a model's parameters, at the shapes of real models: what `launches` is for the head's.
 
-`launches` runs an operation on tensors without storage, as `catalogue.launches` does, and adds to each launch what its
+`launches` runs an operation on tensors without storage, as `launches.launches` does, and adds to each launch what its
 tables would hold, with addresses that tell a reader whose array is touched: array k of a tensor lies in the stretch of
 memory REGION · (arguments + 1 + k), behind one stretch for each of the kernel's own arguments, and so does the scale.
 """
@@ -21,8 +21,7 @@ from fsam_kernels.torch.adamw import Update
 from fsam_kernels.torch.direction import Adam
 from fsam_kernels.torch.rounding import Rounding
 from fsam_kernels.triton import tables
-from fsam_profiling.gpu import launches as catalogue
-from fsam_profiling.gpu.launches import Launch
+from fsam_profiling.gpu.launches import Launch, recording
 
 # By path: the package has functions of the same names.
 _MODULES = {name: import_module(f"fsam_kernels.triton.{name}") for name in ("preconditioned_norm", "perturb", "adamw")}
@@ -105,7 +104,7 @@ def launches(operation: Operation, shapes: Sequence[tuple[int, ...]], *, lanes: 
     own = tables.WARPS
     try:
         tables.WARPS = tables.BLOCK // (8 * lanes)
-        with catalogue.recording(KERNELS, described) as found:
+        with recording(KERNELS, described) as found:
             operation.call(*lists)
     finally:
         tables.WARPS = own

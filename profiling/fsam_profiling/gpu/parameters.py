@@ -18,9 +18,7 @@ from rich.table import Table
 from fsam_core.errors import UserError
 from fsam_kernels.shapes import WEIGHTS
 from fsam_kernels.triton import tables
-from fsam_profiling.gpu import code as gpu_code
-from fsam_profiling.gpu import llvm as gpu_llvm
-from fsam_profiling.gpu import parameter_launches, programs, traffic
+from fsam_profiling.gpu import code, llvm, parameter_launches, programs, traffic
 from fsam_profiling.gpu.code import CARDS, Code
 from fsam_profiling.gpu.launches import Launch
 from fsam_profiling.gpu.parameter_launches import Operation
@@ -95,29 +93,29 @@ def table(found: list[dict[str, Any]]) -> Table:
 def _kernel(arch: str, launch: Launch, compiled: dict[Any, Code]) -> dict[str, Any]:
     key = (arch, launch.specialisation)
     if key not in compiled:
-        compiled[key] = gpu_code.read(launch, arch)
-    code = compiled[key]
-    moved, load, store = count(launch, code.llvm, CARDS[arch].warp)
+        compiled[key] = code.read(launch, arch)
+    found = compiled[key]
+    moved, load, store = count(launch, found.llvm, CARDS[arch].warp)
     return {
         "kernel": launch.kernel,
         "grid": launch.grid,
         "warps": launch.num_warps,
-        "registers": code.registers,
-        "spills": code.spills,
-        "occupancy": code.occupancy,
+        "registers": found.registers,
+        "spills": found.spills,
+        "occupancy": found.occupancy,
         "load_bytes": load,
         "store_bytes": store,
         "bytes": moved,
     }
 
 
-def count(launch: Launch, llvm: str, wavefront: int) -> traffic.Traffic:
+def count(launch: Launch, text: str, wavefront: int) -> traffic.Traffic:
     """Bytes of the launch, and the widths of the tensors' arrays on the path of full chunks; 0 where there are none.
 
     Raises:
-        Unreadable: from `gpu_programs`.
+        Unreadable: from `programs`.
     """
-    kernel = gpu_llvm.parse(llvm)
+    kernel = llvm.parse(text)
     names = [name for name in launch.fn.arg_names if name not in launch.constants]
     pointers = {name for name in names if launch.signature[name].startswith("*")}
     arguments = [(i + 1) * REGION if name in pointers else launch.integers.get(name) for i, name in enumerate(names)]
@@ -133,10 +131,10 @@ def count(launch: Launch, llvm: str, wavefront: int) -> traffic.Traffic:
     total, widths = 0, (0, 0)
     for left, (number, repeats) in _kinds(launch).items():
         accesses = program(number)
-        total += repeats * traffic._bytes(accesses)
+        total += repeats * traffic.bytes_touched(accesses)
         if left == tables.BLOCK:
             arrays = {a.argument for a in accesses if len(names) <= a.argument < len(names) + tables.SCALE}
-            load, store = (traffic._width([accesses], arrays, store=store) for store in (False, True))
+            load, store = (traffic.full_width([accesses], arrays, store=store) for store in (False, True))
             widths = (load, store)
     return traffic.Traffic(total, *widths)
 

@@ -35,8 +35,8 @@ from fsam_kernels.torch import softmax_stats as plain_rows
 from fsam_profiling.gpu import kernels, parameter_launches, parameters
 from fsam_profiling.gpu.code import CARDS
 from fsam_profiling.rows import programs
-from fsam_profiling.settings import random_tokens, settings
-from fsam_trainers import engine
+from fsam_profiling.settings import random_tokens, step_settings
+from fsam_trainers import registry
 
 SMALL = {"batch": 8, "seq_len": 16, "vocab_size": 256}  # rows, of which an eighth is whole sequences
 STAGES = ("statistics", "cotangent")
@@ -58,8 +58,9 @@ def calls(shape: str, method: str, changes: dict[str, Any]) -> Calls:
     N, _, V = HEADS[shape]
     kept = AUTO.keeps(round(N * changes.get("correction_fraction", 1)), V, torch.bfloat16.itemsize)
     changes = {"cotangent": "keep" if kept else "recompute", **changes}
-    chosen = settings("tiny", method, framework="torch", backend="torch", dtype="bfloat16", changes=changes, **SMALL)
-    trained, tokens_BxL1 = engine.make(chosen), random_tokens(chosen)
+    small: dict[str, Any] = {"framework": "torch", "backend": "torch", "dtype": "bfloat16", **SMALL}
+    chosen = step_settings("tiny", method, changes=changes, **small)
+    trained, tokens_BxL1 = registry.make(chosen), random_tokens(chosen)
     total = chosen.batch * chosen.model.seq_len
     rows: Counter[str] = Counter()
     operations: Counter[str] = Counter()

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fsam_profiling.gpu import llvm as gpu_llvm
-from fsam_profiling.gpu import programs as gpu_programs
+from fsam_profiling.gpu import llvm, programs
 from fsam_profiling.gpu.launches import Launch
 from fsam_profiling.gpu.programs import REGION, Access
 
@@ -29,13 +28,13 @@ class Traffic(NamedTuple):
     store_width: int
 
 
-def count(launch: Launch, llvm: str, wavefront: int) -> Traffic:
+def count(launch: Launch, text: str, wavefront: int) -> Traffic:
     """Run the programs of the first row, which all rows repeat; or the first and the last, where programs have rows.
 
     Raises:
-        Unreadable: from `gpu_programs`.
+        Unreadable: from `programs`.
     """
-    kernel = gpu_llvm.parse(llvm)
+    kernel = llvm.parse(text)
     names = [name for name in launch.fn.arg_names if name not in launch.constants]
     pointers = {name for name in names if launch.signature[name].startswith("*")}
     arguments = [
@@ -50,16 +49,16 @@ def count(launch: Launch, llvm: str, wavefront: int) -> Traffic:
 
     def program(number: int) -> list[Access]:
         threads = launch.num_warps * wavefront
-        return gpu_programs.run(kernel, arguments, number, threads, wavefront, contents)
+        return programs.run(kernel, arguments, number, threads, wavefront, contents)
 
     first = [program(i) for i in range(period)]
     last = [program(launch.grid - 1)] if period == 1 and launch.grid > 1 else []
-    moved = (launch.grid - len(last)) // period * sum(map(_bytes, first)) + sum(map(_bytes, last))
+    moved = (launch.grid - len(last)) // period * sum(map(bytes_touched, first)) + sum(map(bytes_touched, last))
     bulk = {names.index(name) for name in launch.bulk if name in names}
-    return Traffic(moved, *(_width(first, bulk, store=store) for store in (False, True)))
+    return Traffic(moved, *(full_width(first, bulk, store=store) for store in (False, True)))
 
 
-def _bytes(accesses: list[Access]) -> int:
+def bytes_touched(accesses: list[Access]) -> int:
     total = 0
     for store in (False, True):
         touched = [
@@ -71,11 +70,11 @@ def _bytes(accesses: list[Access]) -> int:
     return total
 
 
-def _width(programs: list[list[Access]], bulk: set[int], *, store: bool) -> int:
+def full_width(runs: list[list[Access]], bulk: set[int], *, store: bool) -> int:
     """The narrowest access that carries a tenth of an array, in the program where that is widest: the full path."""
     found = []
     for argument in bulk:
-        widths = [_narrowest([a for a in each if a.argument == argument and a.store == store]) for each in programs]
+        widths = [_narrowest([a for a in each if a.argument == argument and a.store == store]) for each in runs]
         if any(widths):
             found.append(max(widths))
     return min(found, default=0)

@@ -1,7 +1,7 @@
 """Step time of every method in both frameworks, taken turn about in one process: `fsam profile step`, `make bench`.
 
 Each row's ratio is to our AdamW step in the same framework, and the last column sets the two frameworks against each
-other. The peers of `step_variants` stand beside ours. A ratio is printed where it is told from 1: where the 20th and
+other. The peers of `variants` stand beside ours. A ratio is printed where it is told from 1: where the 20th and
 80th percentile are no further apart than it is from 1; elsewhere the two percentiles stand alone.
 """
 
@@ -22,11 +22,9 @@ from rich.table import Table
 
 from fsam_core import UserError
 from fsam_profiling import results
-from fsam_profiling.rows import asked as frameworks_and_sizes
-from fsam_profiling.rows import rows
-from fsam_profiling.settings import settings
-from fsam_profiling.timing import matmul_rate, trace
-from fsam_profiling.timing import variants as step_variants
+from fsam_profiling.rows import frameworks_and_sizes, table_rows
+from fsam_profiling.settings import step_settings
+from fsam_profiling.timing import matmul_rate, trace, variants
 from fsam_profiling.timing.peak import peak_bytes
 from fsam_profiling.timing.variants import Variant
 from fsam_trainers import timing
@@ -38,7 +36,7 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class Options:
+class StepOptions:
     """Time one optimizer step of each method on random tokens, beside what others have."""
 
     preset: str = "tiny"
@@ -67,7 +65,7 @@ class Options:
     """also write the figures here"""
 
 
-def variants(options: Options) -> dict[tuple[str, str, str], Variant]:
+def chosen_variants(options: StepOptions) -> dict[tuple[str, str, str], Variant]:
     """(framework, method, saving or whose) -> variant, in the order of the table.
 
     Raises:
@@ -75,40 +73,40 @@ def variants(options: Options) -> dict[tuple[str, str, str], Variant]:
     """
     frameworks, sizes = frameworks_and_sizes(options)
     found: dict[tuple[str, str, str], Variant] = {}
-    of = lambda framework, method, changes: settings(
+    of = lambda framework, method, changes: step_settings(
         options.preset, method, framework=framework, changes=changes, **sizes
     )
-    for method, saving, changes in rows(options.only):
+    for method, saving, changes in table_rows(options.only):
         for framework in frameworks:
             found[framework, method, saving] = Variant(of(framework, method, changes))
     for framework in frameworks if options.peers else ():
-        for (method, whose), peer in step_variants.peers(of(framework, "adamw", {})).items():
+        for (method, whose), peer in variants.peers(of(framework, "adamw", {})).items():
             found[framework, method, whose] = peer
     return found
 
 
-def measure(options: Options) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def measure(options: StepOptions) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """(one row a variant, the ceiling of each framework in operations a second); see `docs/profiling.md`.
 
     Raises:
-        UserError: as `variants`, and for fewer than ten repeats.
+        UserError: as `chosen_variants`, and for fewer than ten repeats.
     """
     if options.repeats < 10:
         raise UserError(f"--repeats must be at least 10 for a median worth printing, got {options.repeats}")
-    asked = variants(options)
+    asked = chosen_variants(options)
     frameworks: list[str] = list(dict.fromkeys(framework for framework, _, _ in asked))
     ceilings = {name: matmul_rate.flops_per_second(name, options.dtype) for name in frameworks}
     # A schedule has steps of several kinds. Each is timed by itself; a plain one is AdamW's.
     kinds = {name: _kinds(one) for name, one in asked.items()}
     timed = {(*name, kind): step for name, of in kinds.items() for kind, (_, step) in of.items()}
     runs = _made(timed)
-    operations = {name: step_variants.flops(timed[name], run) for name, run in runs.items()}
+    operations = {name: variants.flops(timed[name], run) for name, run in runs.items()}
     with Console().counting("timing", (options.repeats + WARM_UP) * len(runs)) as tick:
         times = timing.interleaved(runs, options.repeats, tick, warm_up=WARM_UP)
     del runs
     gc.collect()
     means = {name: _mean(name, of, times) for name, of in kinds.items()}
-    changes = {(method, saving): changed for method, saving, changed in rows(options.only)}
+    changes = {(method, saving): changed for method, saving, changed in table_rows(options.only)}
     found = []
     for name, milliseconds in means.items():
         framework, method, saving = name
@@ -120,7 +118,7 @@ def measure(options: Options) -> tuple[list[dict[str, Any]], dict[str, float]]:
         row |= figures(milliseconds, means[framework, "adamw", ""], work, ceilings[framework])
         row["tokens_per_s"] = 1e3 * row["tokens"] / row["step_ms"]
         other = means.get(("torch", method, saving))
-        beside = against(milliseconds, milliseconds if other is None else other)
+        beside = ratio_figures(milliseconds, milliseconds if other is None else other)
         row |= {f"to_torch{x.removeprefix('ratio')}": None if other is None else y for x, y in beside.items()}
         row["peak_bytes"] = peak_bytes(one) if options.peak else None
         row["regions"] = _regions(one) if options.regions and not one.peer else None
@@ -131,10 +129,9 @@ def measure(options: Options) -> tuple[list[dict[str, Any]], dict[str, float]]:
 def _made(timed: Mapping[Name, Variant]) -> dict[Name, Callable[[int], Any]]:
     """A function to call repeatedly of each, in order. XLA compiles several at once: on two cores, 0.7 of the time."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        compiled = {name: pool.submit(step_variants.make, one) for name, one in timed.items() if one.framework == "jax"}
+        compiled = {name: pool.submit(variants.make, one) for name, one in timed.items() if one.framework == "jax"}
         return {
-            name: compiled[name].result() if name in compiled else step_variants.make(one)
-            for name, one in timed.items()
+            name: compiled[name].result() if name in compiled else variants.make(one) for name, one in timed.items()
         }
 
 
@@ -147,11 +144,11 @@ def figures(milliseconds: np.ndarray, base: np.ndarray, work: float, ceiling: fl
     """
     low, middle, high = (float(x) for x in np.percentile(milliseconds, (20, 50, 80)))
     rate = 1e3 * work / middle
-    times = {"step_ms": middle, "step_ms_p20": low, "step_ms_p80": high, **against(milliseconds, base)}
+    times = {"step_ms": middle, "step_ms_p20": low, "step_ms_p80": high, **ratio_figures(milliseconds, base)}
     return times | {"flops": work, "flops_per_s": rate, "utilisation": rate / ceiling}
 
 
-def against(milliseconds: np.ndarray, base: np.ndarray) -> dict[str, Any]:
+def ratio_figures(milliseconds: np.ndarray, base: np.ndarray) -> dict[str, Any]:
     """Median ratio of neighbouring steps, its percentiles, and whether it is told from 1 by more than they differ."""
     low, middle, high = (float(x) for x in np.percentile(milliseconds / base, (20, 50, 80)))
     return {"ratio": middle, "ratio_p20": low, "ratio_p80": high, "ratio_resolved": high - low <= abs(middle - 1)}
@@ -179,7 +176,7 @@ def _regions(one: Variant) -> dict[str, float]:
         return trace.traced(one.settings, 3, Path(folder) / "trace.json.gz")["regions"]
 
 
-def run(options: Options) -> int:
+def run(options: StepOptions) -> int:
     """Measure, print the table, write the file; 0."""
     found, ceilings = measure(options)
     if options.json is not None:
@@ -199,7 +196,7 @@ def run(options: Options) -> int:
     return 0
 
 
-def table(found: list[dict[str, Any]], options: Options) -> Table:
+def table(found: list[dict[str, Any]], options: StepOptions) -> Table:
     """One line a row."""
     first = found[0]
     result = Table(

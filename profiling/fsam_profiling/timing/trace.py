@@ -19,20 +19,21 @@ from rich.table import Table
 
 from fsam_core.errors import UserError
 from fsam_profiling import results
-from fsam_profiling import rows as known
 from fsam_profiling.regions import in_order
-from fsam_profiling.settings import random_tokens, settings
+from fsam_profiling.rows import frameworks_and_sizes, table_rows
+from fsam_profiling.settings import random_tokens, step_settings
 from fsam_profiling.timing import trace_events
 from fsam_profiling.timing.trace_events import Span
 from fsam_profiling.tpu import hlo
-from fsam_trainers import engine
+from fsam_trainers import registry
 from fsam_trainers.config import Settings
+from fsam_trainers.engine import Engine
 
 WARM_UP = 2
 
 
 @dataclass(frozen=True)
-class Trace:
+class TraceOptions:
     """Trace a few steps: where the time goes by region, and a file for ui.perfetto.dev."""
 
     framework: Literal["both", "jax", "torch"] = "both"
@@ -57,7 +58,7 @@ class Trace:
     """also write the figures here"""
 
 
-def run(options: Trace) -> int:
+def run(options: TraceOptions) -> int:
     """Trace every variant, print the table, write the files; 0.
 
     Raises:
@@ -67,11 +68,11 @@ def run(options: Trace) -> int:
         raise UserError(f"--steps must be at least 1, got {options.steps}")
     # Before PyTorch is imported, whose profiler says on stderr when it starts and stops.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    frameworks, sizes = known.asked(options)
+    frameworks, sizes = frameworks_and_sizes(options)
     rows = []
     for framework in frameworks:
-        for method, saving, changes in known.rows(options.only):
-            chosen = settings(options.preset, method, framework=framework, changes=changes, **sizes)
+        for method, saving, changes in table_rows(options.only):
+            chosen = step_settings(options.preset, method, framework=framework, changes=changes, **sizes)
             name = "-".join(filter(None, (framework, method, saving.replace("/", "_").replace(" ", "_"))))
             path = options.out / f"{name}.json.gz"
             print(f"tracing {framework} {method} {saving}".rstrip(), file=sys.stderr)
@@ -96,7 +97,7 @@ def traced(chosen: Settings, steps: int, path: Path) -> dict[str, Any]:
         clock ("host" or "device": whose time it is), device, trace (the file).
     """
     tokens = random_tokens(chosen)
-    trained = engine.make(chosen)
+    trained = registry.make(chosen)
     trained.prepare(tokens)
     for index in range(WARM_UP):
         trained.step(tokens, index)()
@@ -113,7 +114,7 @@ def traced(chosen: Settings, steps: int, path: Path) -> dict[str, Any]:
     }
 
 
-def _torch(trained: engine.Engine, tokens: np.ndarray, steps: int) -> tuple[dict[str, Any], list[Span], bool]:
+def _torch(trained: Engine, tokens: np.ndarray, steps: int) -> tuple[dict[str, Any], list[Span], bool]:
     import torch
 
     kinds = [torch.profiler.ProfilerActivity.CPU]
@@ -131,7 +132,7 @@ def _torch(trained: engine.Engine, tokens: np.ndarray, steps: int) -> tuple[dict
     return trace, trace_events.torch_spans(trace["traceEvents"]), on_device
 
 
-def _jax(trained: engine.Engine, tokens: np.ndarray, steps: int) -> tuple[dict[str, Any], list[Span], bool]:
+def _jax(trained: Engine, tokens: np.ndarray, steps: int) -> tuple[dict[str, Any], list[Span], bool]:
     import jax
 
     with tempfile.TemporaryDirectory() as folder:

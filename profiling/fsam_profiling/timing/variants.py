@@ -16,7 +16,7 @@ import numpy as np
 
 from fsam_core.schedules import Kind
 from fsam_profiling.settings import random_tokens
-from fsam_trainers import engine
+from fsam_trainers import registry
 from fsam_trainers.config import Framework, Settings
 
 # Framework -> (method, whose) of each peer.
@@ -67,7 +67,7 @@ def make(variant: Variant) -> Callable[[int], Any]:
     if variant.peer:
         whose, kind = variant.peer.split()
         return (_jax if variant.framework == "jax" else _torch)(variant.settings, whose, kind, tokens_BxL1)
-    trained = engine.make(variant.settings)
+    trained = registry.make(variant.settings)
     trained.prepare(tokens_BxL1)
     return lambda index: trained.step(tokens_BxL1, index)()
 

@@ -10,7 +10,7 @@ from fsam_profiling.tpu import head, parameters, scale, step
 
 
 @dataclass(frozen=True)
-class Tpu:
+class TpuOptions:
     """What the TPU compiler makes of heads and steps, for a chip that need not be here: cycles, memory, kernels."""
 
     chip: str = "v5e"
@@ -43,7 +43,7 @@ class Tpu:
     """also write the figures here"""
 
 
-def run(options: Tpu) -> int:
+def run(options: TpuOptions) -> int:
     """Compile, print, write; 0.
 
     Raises:
@@ -57,5 +57,5 @@ def run(options: Tpu) -> int:
     model = {name: getattr(options, name) for name in ("preset", "batch", "seq_len", "vocab_size", "dtype")}
     if options.what == "step":
         return step.run(options.chip, options.only, backends, options.json, **model)
-    only = None if options.only == Tpu.only else options.only
+    only = None if options.only == TpuOptions.only else options.only
     return scale.run(options.chip, only, backends[0], options.json, micro_batches=options.micro_batches, **model)

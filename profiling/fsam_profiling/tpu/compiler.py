@@ -4,7 +4,7 @@
 
 * memory (arguments, outputs, temporaries in HBM) and FLOPs: the compiler's analysis of the program;
 * cycles of XLA's instructions: the compiler's cost model (`tpu_hlo`);
-* cycles of a Pallas kernel: the larger of what its schedule takes (`tpu_dumps`) and what its blocks take to cross the
+* cycles of a Pallas kernel: the larger of what its schedule takes (`schedules`) and what its blocks take to cross the
   memory bus at the published bandwidth. Copies that do not overlap with the schedule are not seen.
 
 None of it is a measurement of a running chip.
@@ -25,10 +25,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fsam_core.errors import UserError
-from fsam_profiling import regions as step_regions
-from fsam_profiling.tpu import dumps as tpu_dumps
-from fsam_profiling.tpu import hlo
-from fsam_profiling.tpu import loops as tpu_loops
+from fsam_profiling.regions import in_order
+from fsam_profiling.tpu import hlo, schedules
+from fsam_profiling.tpu.loops import Loop, read_loops
 
 # name -> (topology that libtpu knows, cores that share a program). The clock follows from the published peak and the
 # multiply-adds a matrix unit does in a cycle: see `Chip`.
@@ -91,10 +90,10 @@ class Kernel:
     name: str
     grid: tuple[int, ...]
     times: int
-    rare: bool
+    excluded: bool
     region: str
     inserted: bool
-    schedule: tpu_dumps.Schedule
+    schedule: schedules.Schedule
     bytes: int | None
     bytes_cycles: int | None
 
@@ -115,7 +114,7 @@ class Compiled:
         product_flops: of the matrix products in the traced function, loops and kernels counted (`flops.of_trace`).
         xla_cycles: estimate for the XLA instructions, loops counted as often as they turn.
         xla_bytes: bytes the XLA instructions move between HBM and the core, loops likewise.
-        rare_cycles: of XLA instructions and kernels under `tpu_hlo.RARE`, as if they ran; in no other figure.
+        excluded_cycles: of XLA instructions and kernels under `hlo.CONDITIONAL`, as if they ran; in no other figure.
         unknown: XLA instructions that carry no estimate, and so count nothing, as "name (bytes)".
         kernels: the Pallas kernels; empty where they were not asked for.
         regions: cycles by region of a step (`fsam_core.regions`), in the order they run; they sum to `cycles`.
@@ -132,17 +131,17 @@ class Compiled:
     product_flops: int
     xla_cycles: int
     xla_bytes: int
-    rare_cycles: int
+    excluded_cycles: int
     unknown: tuple[str, ...]
     kernels: tuple[Kernel, ...]
     regions: dict[str, int]
     text: str
-    loops: tuple[tpu_loops.Loop, ...] = ()
+    loops: tuple[Loop, ...] = ()
 
     @property
     def bytes(self) -> int:
         """Between HBM and the core, of XLA's instructions and of the kernels whose blocks are known."""
-        return self.xla_bytes + sum((x.bytes or 0) * x.times for x in self.kernels if not x.rare)
+        return self.xla_bytes + sum((x.bytes or 0) * x.times for x in self.kernels if not x.excluded)
 
     @property
     def peak_bytes(self) -> int:
@@ -152,11 +151,11 @@ class Compiled:
     @property
     def cycles(self) -> int:
         """XLA's estimate and the kernels' cycles together."""
-        return self.xla_cycles + sum(x.cycles * x.times for x in self.kernels if not x.rare)
+        return self.xla_cycles + sum(x.cycles * x.times for x in self.kernels if not x.excluded)
 
     @property
     def scheduled_cycles(self) -> int:
-        """The same with XLA's loops judged as kernels are (`tpu_loops`), and no less than all bytes over the bandwidth.
+        """The same with XLA's loops judged as kernels are (`loops`), and no less than all bytes over the bandwidth.
 
         `loops` have to have been asked for.
         """
@@ -208,7 +207,7 @@ def compile_for(
     """
     if chip not in TOPOLOGIES:
         raise UserError(f"--chip: {chip!r} is not known; use {', '.join(TOPOLOGIES)}")
-    tpu_dumps.check_version(_libtpu())
+    schedules.check_version(_libtpu())
     request = {
         "topology": TOPOLOGIES[chip],
         "function": function,
@@ -228,7 +227,7 @@ def compile_for(
             answer = compile_it(dumps)
         device = Chip(chip, **answer["chip"])
         found = tuple(_kernel(device, x, program.kernels, answer["calls"], dumps) for x in program.kernels)
-        own = tpu_loops.read(answer["text"], dumps, device.bytes_per_cycle) if loops else ()
+        own = read_loops(answer["text"], dumps, device.bytes_per_cycle) if loops else ()
     return Compiled(
         chip=device,
         **{name: answer[name] for name in ("argument_bytes", "output_bytes", "temporary_bytes", "aliased_bytes")},
@@ -237,8 +236,8 @@ def compile_for(
         product_flops=answer["product_flops"],
         xla_cycles=program.cycles,
         xla_bytes=program.bytes,
-        rare_cycles=program.rare_cycles + sum(x.cycles * x.times for x in found if x.rare),
-        unknown=tuple(f"{x.name} ({x.bytes * x.times:,} B)" for x in program.unknown if not x.rare),
+        excluded_cycles=program.excluded_cycles + sum(x.cycles * x.times for x in found if x.excluded),
+        unknown=tuple(f"{x.name} ({x.bytes * x.times:,} B)" for x in program.unknown if not x.excluded),
         kernels=found,
         regions=_regions(program, found),
         text=answer["text"],
@@ -281,7 +280,7 @@ def ask(chip: str, child: str, request: dict[str, Any], what: str, dumps: Path |
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "FSAM_PALLAS_INTERPRET": "0",
-        "LIBTPU_INIT_ARGS": tpu_dumps.FLAGS.format(folder=dumps) if dumps else "",
+        "LIBTPU_INIT_ARGS": schedules.FLAGS.format(folder=dumps) if dumps else "",
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
     environment.setdefault("GLIBC_TUNABLES", MALLOC)
@@ -312,22 +311,22 @@ def _kernel(
     # Of several calls of one kernel the compiler compiles, and dumps, the first.
     base = lambda x: x.name.partition(".")[0]
     same = [x.name for x in others if base(x) == base(kernel) and [*x.operands, *x.results] == shapes]
-    name = next((x for x in same if tpu_dumps.has(dumps, x)), kernel.name)
+    name = next((x for x in same if schedules.has(dumps, x)), kernel.name)
     grid = tuple(match["grid"])
-    schedule = tpu_dumps.read(dumps, name, grid, chip.mxus, chip.row_cycles)
+    schedule = schedules.read(dumps, name, grid, chip.mxus, chip.row_cycles)
     moved = [x for x, in_hbm in zip(match["moved"], kernel.in_hbm, strict=True) if in_hbm]
     total = None if None in moved else sum(moved)
     cycles = None if total is None else round(total / chip.bytes_per_cycle)
     inserted = kernel.inserted is not None
-    return Kernel(kernel.name, grid, kernel.times, kernel.rare, kernel.region, inserted, schedule, total, cycles)
+    return Kernel(kernel.name, grid, kernel.times, kernel.excluded, kernel.region, inserted, schedule, total, cycles)
 
 
 def _regions(program: hlo.Program, kernels: tuple[Kernel, ...]) -> dict[str, int]:
     """Cycles by region."""
     found: dict[str, float] = {}
-    for region, cycles, rare in [
-        *((x.region, x.total, x.rare) for x in program.counted),
-        *((x.region, x.cycles * x.times, x.rare) for x in kernels),
+    for region, cycles, excluded in [
+        *((x.region, x.total, x.excluded) for x in program.counted),
+        *((x.region, x.cycles * x.times, x.excluded) for x in kernels),
     ]:
-        found[region] = found.get(region, 0) + (0 if rare else cycles)
-    return {name: int(cycles) for name, cycles in step_regions.in_order(found).items()}
+        found[region] = found.get(region, 0) + (0 if excluded else cycles)
+    return {name: int(cycles) for name, cycles in in_order(found).items()}

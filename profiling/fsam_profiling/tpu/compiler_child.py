@@ -23,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fsam_profiling import flops
-from fsam_profiling.tpu.hlo import RARE
+from fsam_profiling.tpu.hlo import CONDITIONAL
 
 
 def main() -> None:
@@ -62,7 +62,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         "aliased_bytes": memory.alias_size_in_bytes,
         "flops": cost.get("flops"),
         "bytes": cost.get("bytes accessed"),
-        "product_flops": flops.of_trace(traced.jaxpr, RARE),
+        "product_flops": flops.of_trace(traced.jaxpr, CONDITIONAL),
         "calls": [_call(eqn) for eqn in _pallas_calls(traced.jaxpr.jaxpr)],
         "chip": {
             "bytes_per_second": info.mem_bw_bytes_per_second,

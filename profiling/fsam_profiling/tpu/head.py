@@ -52,7 +52,7 @@ def print_tables(compiled: dict[str, Compiled], title: str, flops: float) -> Non
     )
     table.title = f"{title}: TPU {chip.name}, one core at {chip.hertz / 1e9:.2f} GHz"
     for name, one in compiled.items():
-        inside = sum(x.cycles * x.times for x in one.kernels if not x.rare)
+        inside = sum(x.cycles * x.times for x in one.kernels if not x.excluded)
         table.add_row(
             name,
             f"{one.cycles / 1e6:.2f}",
@@ -81,8 +81,9 @@ def _kernel_table(compiled: dict[str, Compiled]) -> Table:
     for name, one in compiled.items():
         for x in one.kernels:
             plan = x.schedule
+            notes = " (excluded)" * x.excluded + " (upper bound)" * bool(plan.assumed)
             table.add_row(
-                f"{name}: {x.name}" + (" (rare)" if x.rare else "") + (" (upper bound)" if plan.assumed else ""),
+                f"{name}: {x.name}{notes}",
                 "x".join(map(str, x.grid)) or "1",
                 str(x.times),
                 f"{x.cycles:,}",

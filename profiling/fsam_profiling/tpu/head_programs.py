@@ -67,7 +67,7 @@ def first_pass(
     backend: str,
     rows: int,
     keep: bool = False,
-    wide_wbar: bool = False,
+    upcast_wbar: bool = False,
 ) -> Program:
     """Loss, both gradients and the cotangent of `linear_cross_entropy`, in chunks of `rows` rows."""
     softmax = importlib.import_module(f"fsam_kernels.{backend}.softmax_stats")
@@ -81,7 +81,7 @@ def first_pass(
             weights_N,
             gradient=True,
             keep=keep,
-            wide_wbar=wide_wbar,
+            upcast_wbar=upcast_wbar,
             chunk_bytes=_chunk_bytes(backend, rows, V, dtype),
             softmax=softmax,
         )

@@ -2,7 +2,7 @@
 
 The TPU compiler leaves its own estimate beside every instruction it schedules (`"estimated_cycles"`). Their sum over
 the entry computation, with the body of a loop counted as often as the loop turns, is the estimate for the program; the
-text has no estimate for a Pallas kernel, which `tpu_dumps` reads instead.
+text has no estimate for a Pallas kernel, which `schedules` reads instead.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 from fsam_core.errors import UserError
 from fsam_profiling import regions
-from fsam_profiling.tpu import inserted as tpu_inserted
+from fsam_profiling.tpu.inserted import Inserted, inserted_kernel
 
 # What a branch taken once in a blue moon is traced under (`jax.named_scope`): its cycles are shown, but not summed.
-RARE = "rare"
+CONDITIONAL = "conditional branch"
 
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%(\S+) = (.+?) ([a-z][\w\-]*)\((.*)$")
 _SHAPE = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
@@ -55,7 +55,7 @@ class Counted(NamedTuple):
     cycles: int | None
     times: int
     bytes: int
-    rare: bool
+    excluded: bool
 
     @property
     def total(self) -> int:
@@ -74,9 +74,9 @@ class Kernel:
     results: tuple[str, ...]
     in_hbm: tuple[bool, ...]
     times: int
-    rare: bool
+    excluded: bool
     region: str
-    inserted: tpu_inserted.Inserted | None
+    inserted: Inserted | None
 
 
 @dataclass
@@ -89,18 +89,18 @@ class Program:
 
     @property
     def cycles(self) -> int:
-        """Σ cycles × times, without what is traced under the scope `RARE`."""
-        return sum(x.total for x in self.counted if not x.rare)
+        """Σ cycles × times, without what is traced under the scope `CONDITIONAL`."""
+        return sum(x.total for x in self.counted if not x.excluded)
 
     @property
     def bytes(self) -> int:
-        """Bytes between HBM and the core, of XLA instructions and the copies beside them that are not `RARE`."""
-        return self.copied + sum(x.bytes * x.times for x in self.counted if not x.rare)
+        """Bytes between HBM and the core, of XLA instructions and the copies beside them that are not `CONDITIONAL`."""
+        return self.copied + sum(x.bytes * x.times for x in self.counted if not x.excluded)
 
     @property
-    def rare_cycles(self) -> int:
-        """The same for what is under `RARE`, as if it ran every time."""
-        return sum(x.total for x in self.counted if x.rare)
+    def excluded_cycles(self) -> int:
+        """The same for what is under `CONDITIONAL`, as if it ran every time."""
+        return sum(x.total for x in self.counted if x.excluded)
 
     @property
     def unknown(self) -> list[Counted]:
@@ -116,7 +116,7 @@ def read(text: str) -> Program:
     """
     if "is_scheduled=true" not in text.partition("\n")[0]:
         raise UserError("tpu: the compiled module is not a scheduled one, so its cycles cannot be summed")
-    computations, entry = _computations(text)
+    computations, entry = computations_of(text)
     program = Program()
     _count(computations, entry, 1, False, program)
     if not any(x.cycles is not None for x in program.counted) and not program.kernels:
@@ -126,7 +126,7 @@ def read(text: str) -> Program:
 
 def instructions(text: str) -> dict[str, tuple[str, str]]:
     """Name -> (opcode, region of a step) of every instruction of a compiled module, of any platform."""
-    computations, _ = _computations(text)
+    computations, _ = computations_of(text)
     return {
         name: (one.opcode, _region(computations, body, one))
         for body in computations.values()
@@ -137,18 +137,18 @@ def instructions(text: str) -> dict[str, tuple[str, str]]:
 def each(text: str) -> Iterator[tuple[Instruction, int]]:
     """Every instruction of a compiled module, of any platform, those inside fusions too, and how often it runs.
 
-    What is inside a loop under `RARE` is left out.
+    What is inside a loop under `CONDITIONAL` is left out.
 
     Raises:
         UserError: as `read`.
     """
-    computations, entry = _computations(text)
+    computations, entry = computations_of(text)
 
     def inside(name: str, times: int) -> Iterator[tuple[Instruction, int]]:
         body = computations[name]
         for one in body.values():
             yield one, times
-            if one.opcode == "while" and _is_rare(one):
+            if one.opcode == "while" and _is_excluded(one):
                 continue
             trips = _trips(computations, body, one) if one.opcode == "while" else 1
             for called in re.findall(r"\b(?:body|to_apply|calls)=\{?%?([\w.\-]+)", one.text):
@@ -175,7 +175,7 @@ def _size(dtype: str, dims: str) -> int:
     return size * bits // 8
 
 
-def _computations(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
+def computations_of(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
     found: dict[str, dict[str, Instruction]] = {}
     entry = current = ""
     for line in text.splitlines():
@@ -201,38 +201,38 @@ def _until_bracket(rest: str) -> str:
     return rest
 
 
-def _count(computations: dict, name: str, times: int, rare: bool, program: Program) -> None:
+def _count(computations: dict, name: str, times: int, excluded: bool, program: Program) -> None:
     body = computations[name]
     for one in body.values():
-        one_rare = rare or _is_rare(one)
+        is_excluded = excluded or _is_excluded(one)
         if one.opcode == "while":
-            inside = _called(one, "body")
-            # A loop that turns now and then, under `RARE`, is counted as if it turned once.
-            trips = 1 if one_rare else _trips(computations, body, one)
-            _count(computations, inside, times * trips, one_rare, program)
+            inside = called(one, "body")
+            # A loop that turns now and then, under `CONDITIONAL`, is counted as if it turned once.
+            trips = 1 if is_excluded else _trips(computations, body, one)
+            _count(computations, inside, times * trips, is_excluded, program)
         elif one.opcode == "conditional":
             for branch in _branches(one):
-                branch_rare = any(_is_rare(x) for x in computations[branch].values())
-                _count(computations, branch, times, one_rare or branch_rare, program)
+                branch_excluded = any(_is_excluded(x) for x in computations[branch].values())
+                _count(computations, branch, times, is_excluded or branch_excluded, program)
         elif one.opcode == "call":
-            _count(computations, _called(one, "to_apply"), times, one_rare, program)
+            _count(computations, called(one, "to_apply"), times, is_excluded, program)
         elif one.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in one.text:
             operands = [x for operand in one.operands for x in _SHAPE.findall(body[operand].type)]
             results = _SHAPE.findall(one.type)
             plain = lambda found: tuple(f"{dtype}[{dims}]" for dtype, dims, _ in found)
             in_hbm = tuple("S(" not in layout for *_, layout in (*operands, *results))
-            inserted = tpu_inserted.read(one.text, [*plain(operands), *plain(results)])
+            inserted = inserted_kernel(one.text, [*plain(operands), *plain(results)])
             region = _region(computations, body, one)
-            found = Kernel(one.name, plain(operands), plain(results), in_hbm, times, one_rare, region, inserted)
+            found = Kernel(one.name, plain(operands), plain(results), in_hbm, times, is_excluded, region, inserted)
             program.kernels.append(found)
         elif one.opcode in ("copy-start", "slice-start"):
-            program.copied += 0 if one_rare else _copied(body, one) * times
+            program.copied += 0 if is_excluded else _copied(body, one) * times
         elif not _is_free(one):
             estimate = _ESTIMATE.search(one.text)
             cycles = int(estimate[1]) if estimate else None
             moved = _moved(computations, body, one)
             region = _region(computations, body, one)
-            program.counted.append(Counted(one.name, one.opcode, region, cycles, times, moved, one_rare))
+            program.counted.append(Counted(one.name, one.opcode, region, cycles, times, moved, is_excluded))
 
 
 def _scope(one: Instruction) -> str:
@@ -240,15 +240,15 @@ def _scope(one: Instruction) -> str:
     return match[1] if match else ""
 
 
-def _is_rare(one: Instruction) -> bool:
-    return RARE in _scope(one).split("/")
+def _is_excluded(one: Instruction) -> bool:
+    return CONDITIONAL in _scope(one).split("/")
 
 
 def _region(computations: dict, body: dict[str, Instruction], one: Instruction, depth: int = 8) -> str:
     """By its own name, else that of what is fused in it, else its operands': a copy belongs to what it copies."""
     if found := regions.region(_scope(one)):
         return found
-    inside = computations[_called(one, "calls")].values() if one.opcode == "fusion" else ()
+    inside = computations[called(one, "calls")].values() if one.opcode == "fusion" else ()
     named = [region for x in inside if (region := regions.region(_scope(x)))]
     if named:
         return named[-1]
@@ -264,7 +264,7 @@ def _moved(computations: dict, body: dict[str, Instruction], one: Instruction) -
     if one.opcode != "fusion":
         read = sum(hbm_bytes_of(body[x].type) for x in one.operands if x in body)
         return read + hbm_bytes_of(one.type)
-    inside = computations[_called(one, "calls")]
+    inside = computations[called(one, "calls")]
     total = 0
     for x in inside.values():
         if x.opcode == "parameter":
@@ -315,7 +315,7 @@ def _is_free(one: Instruction) -> bool:
     return bytes_of(one.type) <= 8 and not _ESTIMATE.search(one.text)
 
 
-def _called(one: Instruction, role: str) -> str:
+def called(one: Instruction, role: str) -> str:
     match = re.search(rf"\b{role}=%([\w.\-]+)", one.text)
     if match is None:
         raise UserError(f"tpu: {one.opcode} {one.name} names no {role}; this text is of a compiler not known here")
@@ -327,8 +327,8 @@ def _branches(one: Instruction) -> Iterator[str]:
     if match:
         yield from re.findall(r"%([\w.\-]+)", match[1])
     else:
-        yield _called(one, "true_computation")
-        yield _called(one, "false_computation")
+        yield called(one, "true_computation")
+        yield called(one, "false_computation")
 
 
 def _trips(computations: dict, around: dict[str, Instruction], loop: Instruction) -> int:
@@ -336,7 +336,7 @@ def _trips(computations: dict, around: dict[str, Instruction], loop: Instruction
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text)
     if known:
         return int(known[1])
-    condition, body = computations[_called(loop, "condition")], computations[_called(loop, "body")]
+    condition, body = computations[called(loop, "condition")], computations[called(loop, "body")]
     test = next(x for x in condition.values() if x.root)
     problem = UserError(
         f"tpu: how often the loop {loop.name} turns is not in the compiled module; give it a fixed length"

@@ -21,7 +21,7 @@ class Inserted(NamedTuple):
     moved: tuple[int | None, ...]
 
 
-def read(text: str, shapes: list[str]) -> Inserted | None:
+def inserted_kernel(text: str, shapes: list[str]) -> Inserted | None:
     """What the kernel called in an instruction asks for; None where its code is not given as text.
 
     Args:

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fsam_core.errors import UserError
-from fsam_profiling.tpu import dumps as tpu_dumps
-from fsam_profiling.tpu import hlo
+from fsam_profiling.tpu import hlo, schedules
 
 _BOUNDS = re.compile(r'"iteration_bounds":\[([^\]]*)\]')
 # Loops that were fused with nothing.
@@ -50,7 +49,7 @@ class Loop:
         return max(self.estimate if self.issued is None else self.issued, self.bytes_cycles)
 
 
-def read(text: str, dumps: Path, bytes_per_cycle: float) -> tuple[Loop, ...]:
+def read_loops(text: str, dumps: Path, bytes_per_cycle: float) -> tuple[Loop, ...]:
     """The loops of a compiled program's entry computation, in the order they run.
 
     Products are not among them, whatever is fused into them, nor is what runs inside a `while`: for those XLA's
@@ -63,22 +62,22 @@ def read(text: str, dumps: Path, bytes_per_cycle: float) -> tuple[Loop, ...]:
     Raises:
         UserError: where a dump is of another format, or there is none of any loop.
     """
-    computations, entry = hlo._computations(text)
+    computations, entry = hlo.computations_of(text)
     body = computations[entry]
-    counted = {x.name: x for x in hlo.read(text).counted if not x.rare}
+    counted = {x.name: x for x in hlo.read(text).counted if not x.excluded}
     is_loop = lambda x: x.opcode in _ALONE or (x.opcode == "fusion" and "kind=kLoop" in x.text)
     loops = [x for x in body.values() if x.name in counted and is_loop(x) and _BOUNDS.search(x.text)]
     # Of loops that are the same but for their names the compiler dumps one.
-    dumped = {_kind(computations, body, x): x.name for x in loops if tpu_dumps.has(dumps, x.name)}
+    dumped = {_kind(computations, body, x): x.name for x in loops if schedules.has(dumps, x.name)}
     if loops and not dumped:
         raise UserError(f"tpu: the compiler left no schedule of {loops[0].name}, nor of any loop in {dumps}")
     found = []
-    schedules: dict[tuple[str, tuple[int, ...]], int | None] = {}
+    known: dict[tuple[str, tuple[int, ...]], int | None] = {}
     for one in loops:
         source, bounds = dumped.get(_kind(computations, body, one)), _numbers(_BOUNDS, one.text)
-        if source is not None and (source, bounds) not in schedules:
-            schedules[source, bounds] = _issued(tpu_dumps._file(dumps, source, "final_bundles"), bounds, source)
-        issued = None if source is None else schedules[source, bounds]
+        if source is not None and (source, bounds) not in known:
+            known[source, bounds] = _issued(schedules.file(dumps, source, "final_bundles"), bounds, source)
+        issued = None if source is None else known[source, bounds]
         it = counted[one.name]
         found.append(
             Loop(one.name, it.region, bounds, issued, it.cycles or 0, it.bytes, round(it.bytes / bytes_per_cycle))
@@ -87,16 +86,16 @@ def read(text: str, dumps: Path, bytes_per_cycle: float) -> tuple[Loop, ...]:
 
 
 def _issued(text: str, bounds: tuple[int, ...], name: str) -> int | None:
-    bundles = tpu_dumps._bundles(text, name)
+    bundles = schedules.bundles_of(text, name)
     try:
-        issued, assumed = tpu_dumps._issued(bundles, bounds, name)
+        issued, assumed = schedules.issued_of(bundles, bounds, name)
     except UserError:
         return None
     return None if assumed else int(issued.sum())
 
 
 def _kind(computations: dict, body: dict, one: hlo.Instruction) -> Any:
-    inside = computations[hlo._called(one, "calls")].values() if one.opcode == "fusion" else ()
+    inside = computations[hlo.called(one, "calls")].values() if one.opcode == "fusion" else ()
     operands = tuple(body[x].type for x in one.operands if x in body)
     steps = tuple((x.opcode, x.type) for x in inside)
     return one.opcode, one.type, operands, steps, _numbers(_BOUNDS, one.text), _numbers(_TILE, one.text)

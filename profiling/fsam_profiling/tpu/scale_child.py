@@ -14,7 +14,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fsam_profiling import settings
+from fsam_profiling.settings import step_settings
 from fsam_profiling.tpu import collectives, step_programs
 from fsam_trainers.jax import mesh as jax_mesh
 
@@ -27,7 +27,7 @@ def main() -> None:
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Compile the step of request["settings"] for request["topology"], the whole of it one program."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=request["topology"]).devices
-    chosen = settings.settings(**request["settings"])
+    chosen = step_settings(**request["settings"])
     mesh = jax_mesh.make(chosen, devices)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         function, (state, batches) = step_programs.of(chosen)

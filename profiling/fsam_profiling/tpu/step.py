@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fsam_core.errors import UserError
-from fsam_profiling import regions as step_regions
 from fsam_profiling import results
+from fsam_profiling.regions import in_order
 from fsam_profiling.rows import programs
 from fsam_profiling.tpu.compiler import TOPOLOGIES, Compiled, compile_for, to_json
 
@@ -29,7 +29,7 @@ TEXTBOOK = ("adamw", "sam", "functional-sam")
 
 
 @dataclass(frozen=True)
-class Variant:
+class TpuVariant:
     """A row: what the table calls it, and how `step_programs` makes its program."""
 
     method: str
@@ -43,7 +43,7 @@ class Variant:
         return " ".join(filter(None, (self.method, self.saving, self.backend)))
 
 
-def variants(only: str, backends: tuple[str, ...], **same: Any) -> list[Variant]:
+def variants(only: str, backends: tuple[str, ...], **same: Any) -> list[TpuVariant]:
     """The rows asked for, by method or saving as in `fsam profile step`, in each backend; then the textbook's.
 
     Args:
@@ -57,16 +57,16 @@ def variants(only: str, backends: tuple[str, ...], **same: Any) -> list[Variant]
     textbook = bool(names & {"textbook", "all"})
     wanted = "" if "all" in names else ",".join(sorted(names - {"textbook"})) or "adamw"
     found = [
-        Variant(method, saving, backend, "step", same | {"method": method, "changes": changes, "backend": backend})
+        TpuVariant(method, saving, backend, "step", same | {"method": method, "changes": changes, "backend": backend})
         for backend in backends
         for method, saving, changes in programs(wanted)
     ]
     for kind in TEXTBOOK if textbook else ():
-        found.append(Variant(kind, "textbook", "xla", "textbook", same | {"kind": kind}))
+        found.append(TpuVariant(kind, "textbook", "xla", "textbook", same | {"kind": kind}))
     return found
 
 
-def compile_variant(chip: str, variant: Variant, loops: bool = False) -> Compiled:
+def compile_variant(chip: str, variant: TpuVariant, loops: bool = False) -> Compiled:
     """The program of one row, its state donated as the trainer donates it; with `loops`, their schedules too.
 
     Raises:
@@ -77,7 +77,7 @@ def compile_variant(chip: str, variant: Variant, loops: bool = False) -> Compile
     return compile_for(chip, function, options=variant.options, donate=(0,), kernels=kernels, loops=loops)
 
 
-def row(chip: str, variant: Variant, one: Compiled, base: Compiled) -> dict[str, Any]:
+def row(chip: str, variant: TpuVariant, one: Compiled, base: Compiled) -> dict[str, Any]:
     """The figures of a step, and its ratio to the AdamW step `base`."""
     products, moved = floors(one)
     return {
@@ -163,7 +163,7 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
     for name in (*ours, "GFLOP", "MB moved", "temporaries MB", "peak MB", "spills"):
         result.add_column(name, justify="right")
     for row in rows:
-        spills = sum(x["schedule"]["spills"] for x in row["kernels"] if not x["rare"])
+        spills = sum(x["schedule"]["spills"] for x in row["kernels"] if not x["excluded"])
         result.add_row(
             row["method"],
             row["saving"],
@@ -184,7 +184,7 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
 
 def regions(rows: list[dict[str, Any]]) -> Table:
     """Where the cycles go."""
-    names = list(step_regions.in_order({name: 0.0 for row in rows for name in row["scheduled_regions"]}))
+    names = list(in_order({name: 0.0 for row in rows for name in row["scheduled_regions"]}))
     result = Table("program", title="Mcycles by region, by schedule")
     for name in names:
         result.add_column(name, justify="right")

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fsam_core.schedules import Kind
-from fsam_profiling.settings import settings
+from fsam_profiling.settings import step_settings
 from fsam_profiling.timing import textbook_jax
 from fsam_trainers.config import Settings
 from fsam_trainers.jax import engine
@@ -25,7 +25,7 @@ Program = tuple[Callable[..., Any], tuple[Any, ...]]
 
 def step(*, preset: str, method: str, **of_settings: Any) -> Program:
     """`of` with `settings` as JSON can hold them."""
-    return of(settings(preset, method, **of_settings))
+    return of(step_settings(preset, method, **of_settings))
 
 
 def of(chosen: Settings, kind: Kind = "corrected") -> Program:
@@ -37,7 +37,7 @@ def of(chosen: Settings, kind: Kind = "corrected") -> Program:
 
 def textbook(*, preset: str, kind: str, **of_settings: Any) -> Program:
     """The textbook's step ("adamw", "sam" or "functional-sam") with `settings` as JSON can hold them."""
-    return peer(settings(preset, "adamw", **of_settings), "textbook", kind)
+    return peer(step_settings(preset, "adamw", **of_settings), "textbook", kind)
 
 
 def peer(chosen: Settings, whose: str, kind: str) -> Program:

@@ -11,7 +11,7 @@ import torch
 from fsam_core.errors import UserError
 from fsam_kernels import spec
 from fsam_kernels.shapes import WEIGHTS
-from fsam_profiling.timing import parameters as steps
+from fsam_profiling.timing import parameter_steps, parameters
 
 SHAPES = [(60, 40), (7,), (40, 120)]
 TRACE = 50 * 2**-24
@@ -21,41 +21,42 @@ def values(tensors) -> list[np.ndarray]:
     return [x.detach().double().numpy() for x in tensors]
 
 
-def test_all_ways_do_the_same():
-    ways = steps.variants(SHAPES, "cpu")
+def test_all_implementations_agree():
+    ways = parameter_steps.parameter_steps(SHAPES, "cpu")
     assert list(ways) == ["textbook", "foreach", "fsam torch"]
     for _ in range(3):
         for way in ways.values():
             way()
     for name in ("foreach", "fsam torch"):
         for x, y in zip(values(ways[name].params), values(ways["textbook"].params), strict=True):
-            assert np.abs(x - y).max() <= TRACE * np.abs(y).max() + 1e-6 * steps.LR
+            assert np.abs(x - y).max() <= TRACE * np.abs(y).max() + 1e-6 * parameter_steps.LR
 
 
-def test_triton_does_the_same():
+def test_triton_agrees_with_torch():
     """In its interpreter, on small tensors."""
     make = lambda seed: [0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for shape in SHAPES]
-    ways = [steps.Ours(backend, SHAPES, make(1), make(2), "cpu") for backend in ("torch", "triton")]
+    ways = [parameter_steps.FsamStep(backend, SHAPES, make(1), make(2), "cpu") for backend in ("torch", "triton")]
     for way in ways:
         way()
     for x, y in zip(*(values(way.params) + values(way.moved) for way in ways), strict=True):
         assert np.abs(x - y).max() <= TRACE * np.abs(y).max()
 
 
-def test_ours_is_the_step_of_the_specification_and_leaves_the_gradients():
-    ours = steps.variants(SHAPES, "cpu")["fsam torch"]
+def test_fsam_step_matches_spec_and_keeps_gradients():
+    ours = parameter_steps.parameter_steps(SHAPES, "cpu")["fsam torch"]
     states = [ours.optimizer.state[p] for p in ours.params]
     theta, g, second = values(ours.params), values(ours.g), values(ours.second)
     m, v = (values([x[name] for x in states]) for name in ("exp_avg", "exp_avg_sq"))
     ours()
-    clip, again = (spec.clip_factor(x, steps.CLIP) for x in (g, second))
+    clip, again = (spec.clip_factor(x, parameter_steps.CLIP) for x in (g, second))
     assert clip == again == 1  # clipping has a test of its own
-    adam = {"clip": clip, "b2": steps.B2, "eps": steps.EPS, "correction": 1 - steps.B2**2}
+    adam = {"clip": clip, "b2": parameter_steps.B2, "eps": parameter_steps.EPS, "correction": 1 - parameter_steps.B2**2}
     sumsq, dot = spec.preconditioned_norm(g, v, **adam)
-    moved = spec.perturb(theta, g, v, spec.scale(steps.RHO, sumsq, dot, "l2"), **adam)
+    moved = spec.perturb(theta, g, v, spec.scale(parameter_steps.RHO, sumsq, dot, "l2"), **adam)
     for x, y in zip(values(ours.moved), moved, strict=True):
         assert np.abs(x - y).max() <= TRACE * np.abs(y).max()
-    settings = {"lr": steps.LR, "b1": 0.9, "b2": steps.B2, "eps": steps.EPS, "weight_decay": 1e-4}
+    settings = {"lr": parameter_steps.LR, "b1": 0.9, "b2": parameter_steps.B2, "eps": parameter_steps.EPS}
+    settings["weight_decay"] = 1e-4
     for i, row in enumerate(zip(theta, second, m, v, strict=True)):
         want = spec.adamw(*row, step=2, clip=again, **settings)[0]
         assert np.abs(values(ours.params)[i] - want).max() <= TRACE * np.abs(want).max()
@@ -63,9 +64,9 @@ def test_ours_is_the_step_of_the_specification_and_leaves_the_gradients():
         assert np.array_equal(x, y)
 
 
-def test_every_way_clips(monkeypatch):
-    monkeypatch.setattr(steps, "CLIP", 0.01)
-    ways = steps.variants(SHAPES, "cpu")
+def test_every_implementation_clips(monkeypatch):
+    monkeypatch.setattr(parameter_steps, "CLIP", 0.01)
+    ways = parameter_steps.parameter_steps(SHAPES, "cpu")
     for way in ways.values():
         way()
     for name in ("foreach", "fsam torch"):
@@ -74,11 +75,11 @@ def test_every_way_clips(monkeypatch):
             np.testing.assert_allclose(x, y, rtol=1e-3)  # clip_grad_norm_ adds 1e-6 to the norm
 
 
-def test_the_figures_belong_together():
-    rows, operations = steps.measure(SHAPES, "cpu", 3)
+def test_rows_are_consistent():
+    rows, operations = parameter_steps.measure(SHAPES, "cpu", 3)
     assert [row["variant"] for row in rows] == ["textbook", "foreach", "fsam torch"]
     assert rows[0]["to_textbook"] == rows[1]["to_foreach"] == 1
-    assert [row["operation"] for row in operations] == [*steps.OPERATIONS, *steps.KEPT]
+    assert [row["operation"] for row in operations] == [*parameter_steps.OPERATIONS, *parameter_steps.KEPT]
     elements = sum(int(np.prod(shape)) for shape in SHAPES)
     assert [row["least_bytes"] // elements for row in operations] == [8, 4, 8, 16, 4, 28, 12, 12]
     for row in operations:
@@ -86,11 +87,12 @@ def test_the_figures_belong_together():
         assert row["gigabytes_per_second"] == pytest.approx(row["least_bytes"] / row["ms"] / 1e6)
 
 
-def test_the_command_writes_what_it_prints(monkeypatch, tmp_path, capsys):
+def test_command_writes_what_it_prints(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(WEIGHTS, "small", SHAPES)
     path = tmp_path / "parameters.json"
     threads = torch.get_num_threads()
-    assert steps.run(steps.Options(model="small", device="cpu", threads=1, repeats=2, json=path)) == 0
+    options = parameters.ParametersOptions(model="small", device="cpu", threads=1, repeats=2, json=path)
+    assert parameters.run(options) == 0
     torch.set_num_threads(threads)
     found = json.loads(path.read_text())
     assert (found["kind"], found["about"]["parameters"]) == ("parameters", 60 * 40 + 7 + 40 * 120)
@@ -107,6 +109,6 @@ def test_the_command_writes_what_it_prints(monkeypatch, tmp_path, capsys):
         ({"threads": 0}, "--threads: at least 1 is needed, got 0"),
     ],
 )
-def test_bad_input_is_one_sentence(options, why):
+def test_bad_input_is_refused(options, why):
     with pytest.raises(UserError, match=why):
-        steps.run(steps.Options(**options))
+        parameters.run(parameters.ParametersOptions(**options))

@@ -42,10 +42,10 @@ def results(tmp_path, regime="many passes", offset=None, complete=True, without=
     (tmp_path / "cosines.json").write_text(json.dumps({"every": 1, "regime": regime, "rows": compared}))
 
 
-def test_every_row_is_beside_adamw_of_the_same_seed(tmp_path):
+def test_every_row_is_compared_with_adamw_of_its_seed(tmp_path):
     gain = {"exact": 0.125, f"exact | {SAME_TIME}": -0.25, f"exact | {BEST_RIVAL}": 0.5, RIVALS[0]: 0.375}
     results(tmp_path, offset=gain)
-    study_report.write(study_report.Report(tmp_path, tmp_path / "out"))
+    study_report.write(study_report.StudyReportOptions(tmp_path, tmp_path / "out"))
     text = (tmp_path / "out" / "study.md").read_text()
     (row,) = [line for line in text.splitlines() if line.startswith("| exact |")]
     same = lambda x: f"{x:+.3f} ({x:+.3f} … {x:+.3f})"
@@ -57,18 +57,18 @@ def test_every_row_is_beside_adamw_of_the_same_seed(tmp_path):
     }  # fmt: skip
 
 
-def test_a_study_that_is_under_way_says_so(tmp_path):
+def test_unfinished_study_says_so(tmp_path):
     with pytest.raises(UserError, match=r"results.json is not there; python profiling/experiments/study.py makes it"):
         study_report.gathered(tmp_path)
     results(tmp_path, complete=False, without=SAME_TIME)
-    study_report.write(study_report.Report(tmp_path, tmp_path / "out"))
+    study_report.write(study_report.StudyReportOptions(tmp_path, tmp_path / "out"))
     text = (tmp_path / "out" / "study.md").read_text()
     assert "Not all of the plan is trained yet" in text
     (row,) = [line for line in text.splitlines() if line.startswith("| exact |")]
     assert row.split(" | ")[5] == "–"
 
 
-def test_rows_that_train_the_same_share_a_run(tmp_path):
+def test_equal_rows_share_a_run(tmp_path):
     plan = Study(out=tmp_path)
     rows = dict(study._plan(plan, "many passes", {**TUNED, "weight_decay": 1e-4, "rival": {"dropout": 0.1}}))
     files = lambda label: [study.key(plan, run) for run in rows[label]]
@@ -78,7 +78,7 @@ def test_rows_that_train_the_same_share_a_run(tmp_path):
     assert len(set(files("exact"))) == plan.seeds
 
 
-def test_a_sweep_goes_on_while_its_end_is_best(tmp_path, monkeypatch):
+def test_sweep_extends_while_its_end_is_best(tmp_path, monkeypatch):
     tried = []
 
     def trained(plan, runs, rich):
@@ -92,7 +92,7 @@ def test_a_sweep_goes_on_while_its_end_is_best(tmp_path, monkeypatch):
     assert tried[:4] == [4, 5, 6, 7]
 
 
-def test_a_run_that_is_done_is_not_done_again(tmp_path, monkeypatch):
+def test_finished_run_is_not_repeated(tmp_path, monkeypatch):
     plan = Study(out=tmp_path, done=tmp_path / "runs.jsonl", jobs=2)
     runs = [
         study._run(plan, "one pass", f"rate {x}", study.settings_of(plan, "adamw", learning_rate=x)) for x in (1, 2)

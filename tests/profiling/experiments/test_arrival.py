@@ -28,7 +28,7 @@ def check(shapes, rhos) -> None:
 
 
 @pytest.mark.parametrize("model", ["24m", "118m"])
-def test_some_tensors_of_a_model_moved_by_their_share(model):
+def test_perturbation_arrives_in_some_tensors(model):
     """Embedding rows, a layer norm, part of a projection; ρ is such that a weight moves as in the whole model."""
     features = WEIGHTS[model][0][1]
     shapes = [(400, features), (features,), (features, 400)]
@@ -38,11 +38,11 @@ def test_some_tensors_of_a_model_moved_by_their_share(model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["24m", "118m"])
-def test_all_tensors_of_a_model(model):
+def test_perturbation_arrives_in_all_tensors(model):
     check(WEIGHTS[model], [0.05, 0.1, 0.2, 0.5])
 
 
-def test_the_command_prints_a_table_and_writes_json(monkeypatch, tmp_path, capsys):
+def test_command_prints_a_table_and_writes_json(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(WEIGHTS, "small", [(30, 40), (40,)])
     path = tmp_path / "arrival.json"
     monkeypatch.setattr("sys.argv", ["arrival", "--model", "small", "--rho", "0.01", "--json", str(path)])

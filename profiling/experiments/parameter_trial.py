@@ -1,4 +1,4 @@
-"""Pallas kernels of the norm and of AdamW that were tried and lost: `python tests/profiling/parameter_trial.py`.
+"""Pallas kernels of the norm and of AdamW that were tried and lost: `python profiling/experiments/parameter_trial.py`.
 
 A leaf of two axes is one call over blocks of its rows; all smaller leaves are packed into one array and one call. They
 are compiled for a TPU and set beside what XLA makes of the plain operations (`fsam_profiling.tpu.parameters`).
@@ -151,7 +151,7 @@ def compare(chip: str, shapes: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class Options:
+class TrialOptions:
     """Compile the norm and AdamW over the tensors of a model for a TPU, by XLA alone and by the trial's kernels."""
 
     chip: str = "v5e"
@@ -161,7 +161,7 @@ class Options:
 
 
 def main() -> None:
-    options = tyro.cli(Options)
+    options = tyro.cli(TrialOptions)
     if options.model not in WEIGHTS:
         sys.exit(f"--model: {options.model!r} is not known; use {', '.join(WEIGHTS)}")
     try:

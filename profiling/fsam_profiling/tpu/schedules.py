@@ -96,12 +96,12 @@ def read(folder: Path, kernel: str, grid: tuple[int, ...], mxus: int, row_cycles
     Raises:
         UserError: where a file is missing or is not what `VERSION` writes.
     """
-    text = _file(folder, kernel, "final_bundles")
-    bundles = _bundles(text, kernel)
-    capacity, used = _utilization(_file(folder, kernel, "final_hlo-static-per-bundle-utilization"), kernel)
+    text = file(folder, kernel, "final_bundles")
+    bundles = bundles_of(text, kernel)
+    capacity, used = _utilization(file(folder, kernel, "final_hlo-static-per-bundle-utilization"), kernel)
     if len(used) != len(bundles):
         raise _unreadable(kernel, f"{len(bundles)} bundles are scheduled, and {len(used)} are in the table of slots")
-    issued, assumed = _issued(bundles, grid, kernel)
+    issued, assumed = issued_of(bundles, grid, kernel)
     busy = np.array([_rows(text) for text in bundles]) * row_cycles / mxus
     cycles = _paced(issued, busy)
     share = issued @ used / (cycles * np.array(list(capacity.values())))
@@ -115,7 +115,7 @@ def read(folder: Path, kernel: str, grid: tuple[int, ...], mxus: int, row_cycles
         steps=int(np.prod(grid, dtype=np.int64)),
         spills=int(used[:, names["VSTORE:SPILL"]].sum()),
         fills=int(used[:, names["VLOAD:FILL"]].sum()),
-        vmem_bytes=_vmem(_file(folder, kernel, "pre-finalize-registers-and-allocations"), kernel),
+        vmem_bytes=_vmem(file(folder, kernel, "pre-finalize-registers-and-allocations"), kernel),
         use={name: float(share[i]) for name, i in names.items() if ":" not in name},
         assumed=assumed,
     )
@@ -126,7 +126,7 @@ def has(folder: Path, kernel: str) -> bool:
     return any(re.fullmatch(rf"\d+-{re.escape(kernel)}-\d+-final_bundles\.txt", path.name) for path in folder.iterdir())
 
 
-def _file(folder: Path, kernel: str, label: str) -> str:
+def file(folder: Path, kernel: str, label: str) -> str:
     # <time stamp>-<instruction>-<number of the pass>-<label>.txt
     pattern = re.compile(rf"\d+-{re.escape(kernel)}-\d+-{re.escape(label)}\.txt")
     found = [path for path in folder.iterdir() if pattern.fullmatch(path.name)]
@@ -139,7 +139,7 @@ def _unreadable(kernel: str, why: str) -> UserError:
     return UserError(f"tpu: the compiler's dumps of kernel {kernel} cannot be read: {why}")
 
 
-def _bundles(text: str, kernel: str) -> list[str]:
+def bundles_of(text: str, kernel: str) -> list[str]:
     """The text of every bundle, in order of address."""
     bundles: list[str] = []
     for line in text.splitlines():
@@ -188,7 +188,7 @@ def _paced(issued: np.ndarray, busy: np.ndarray) -> float:
     return cycles
 
 
-def _issued(bundles: list[str], grid: tuple[int, ...], kernel: str) -> tuple[np.ndarray, int]:
+def issued_of(bundles: list[str], grid: tuple[int, ...], kernel: str) -> tuple[np.ndarray, int]:
     """How often each bundle is issued, and how many branches were taken to run for want of knowledge."""
     starts = {int(n): i for i, text in enumerate(bundles) for n in _STARTS.findall(text)}
     scalars = _Scalars(bundles, grid)
