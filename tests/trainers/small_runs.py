@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import spawn
 
-from fsam_trainers import checkpoints, cli, engine
-from fsam_trainers.options import Train, parse
+from fsam_trainers import checkpoints, cli, engine, registry
+from fsam_trainers.cli.options import parse
+from fsam_trainers.cli.train import Train
 
 SMALL = ["--preset", "tiny", "--seq-len", "16", "--vocab-size", "300", "--batch", "4", "--quiet"]
 
@@ -39,14 +40,18 @@ def fsam_process(arguments: list[str], **options) -> subprocess.Popen[str]:
     return spawn.start("-m", "fsam_trainers.cli", *arguments, **options)
 
 
+def train_options(arguments: list[str]) -> Train:
+    """The options of a `fsam train` command line."""
+    return parse(Train, arguments[1:], "fsam train")
+
+
 def final_weights(arguments: list[str]) -> dict[str, np.ndarray]:
     """The weights in the newest checkpoint of such a run."""
-    options = parse(arguments)
-    assert isinstance(options, Train)
+    options = train_options(arguments)
     assert options.out is not None
     found = checkpoints.newest(options.out / "checkpoints", lambda text: None)
     assert found is not None
-    model = engine.make(options.settings(options.method, options.seed))
+    model = registry.make(options.settings())
     model.restore(found.state)
     return {name: np.array(value) for name, value in model.weights().items()}
 

@@ -10,9 +10,11 @@ import pytest
 
 from fsam_core import UserError, cost
 from fsam_trainers import cost_table, machine_probe
+from fsam_trainers.cli.cost import figures, run
+from fsam_trainers.cli.cost_options import Cost
 from fsam_trainers.config import SAVINGS as TRAINED
 from fsam_trainers.config import Settings
-from fsam_trainers.cost_table import SAVINGS, Cost, counted, figures, run
+from fsam_trainers.cost_table import SAVINGS, counted
 from fsam_trainers.presets import PRESETS
 
 

@@ -10,12 +10,11 @@ import time
 import jax
 import numpy as np
 import pytest
-from small_runs import arguments, fsam, hindered_process, steps_done, valid_steps
+from small_runs import arguments, fsam, hindered_process, steps_done, train_options, valid_steps
 
 from fsam_core import UserError
-from fsam_trainers import checkpoints, engine, saving
-from fsam_trainers.options import Train, parse
-from fsam_trainers.processes import Ranks, SaidByMain
+from fsam_trainers import checkpoints, registry, saving
+from fsam_trainers.processes import AlreadyReported, Processes
 from fsam_trainers.torch.engine import TorchEngine
 
 STEPS, EVERY = 9, 3
@@ -35,13 +34,12 @@ def wait_until(condition, what, seconds=60.0):
 
 def states(command, out) -> dict[int, list[np.ndarray]]:
     """Step -> all weights and moments in its checkpoint, and where the run said it stood."""
-    options = parse(command)
-    assert isinstance(options, Train)
-    model = engine.make(options.settings(options.method, options.seed))
+    settings = train_options(command).settings()
+    model = registry.make(settings)
     found = {}
     for folder in sorted((out / "checkpoints").iterdir()):
         model.restore(folder / "state")
-        if options.framework == "jax":
+        if settings.framework == "jax":
             leaves = [np.array(x) for x in jax.tree.leaves(model.state)]
         else:
             leaves = [x.numpy().copy() for x in jax.tree.leaves(model._state()) if hasattr(x, "numpy")]
@@ -164,7 +162,7 @@ def test_a_signal_while_a_checkpoint_is_written_ends_with_it_and_its_own_step_va
 def test_ranks_hear_of_the_first_error_alone():
     """What `from_all` makes of several: the first rank tells its own, the others that they were told."""
 
-    class Third(Ranks):
+    class Third(Processes):
         rank, count = 2, 3
         others = (("a", None), (None, "the disk is full"))
 
@@ -174,15 +172,15 @@ def test_ranks_hear_of_the_first_error_alone():
     def full():
         raise UserError("this one too")
 
-    with pytest.raises(SaidByMain, match="the disk is full"):
+    with pytest.raises(AlreadyReported, match="the disk is full"):
         Third().from_all(full)
-    with pytest.raises(SaidByMain, match="the disk is full"):
+    with pytest.raises(AlreadyReported, match="the disk is full"):
         Third().from_all(lambda: "c")
     Third.others = (("a", None), ("b", None))
     assert Third().from_all(lambda: "c") == ["a", "b", "c"]
     with pytest.raises(UserError, match="this one too") as told:
         Third().from_all(full)
-    assert not isinstance(told.value, SaidByMain)
+    assert not isinstance(told.value, AlreadyReported)
 
 
 def test_a_folder_of_a_process_that_is_gone_is_swept(tmp_path):

@@ -11,11 +11,14 @@ import torch
 from small_runs import save
 
 from fsam_core import UserError
-from fsam_trainers import engine, timing
+from fsam_trainers import registry, timing
+from fsam_trainers.cli.compare import Compare
+from fsam_trainers.cli.options import parse
+from fsam_trainers.cli.train import Train
+from fsam_trainers.cli.variants import variants
 from fsam_trainers.config import Settings
 from fsam_trainers.models import torch_decoder
 from fsam_trainers.models.layout import ModelConfig
-from fsam_trainers.options import Compare, Train
 
 MODEL = ModelConfig(layers=3, width=32, heads=2, seq_len=16, vocab_size=64)
 BASE = Settings("jax", "precond-functional-sam", MODEL, steps=8, batch=8, warmup=2, rho=0.2)
@@ -47,7 +50,7 @@ def losses(framework: Any, changes: dict[str, Any]) -> np.ndarray:
     """Training losses of a run, and its evaluation at the end."""
     random = np.random.default_rng(0)
     batches = [random.integers(0, 64, (8, 17), dtype=np.int32) for _ in range(BASE.steps)]
-    one = engine.make(dataclasses.replace(BASE, framework=framework, **changes))
+    one = registry.make(dataclasses.replace(BASE, framework=framework, **changes))
     one.prepare(batches[0])
     seen = [one.step(tokens, i)().loss for i, tokens in enumerate(batches)]
     return np.array([*seen, one.evaluate(batches[:2])])
@@ -65,16 +68,21 @@ def test_both_frameworks_train_the_same_with_every_option(changes):
 
 
 def test_an_option_set_by_name_and_what_is_given_beside_it():
-    cheap = Train(savings="cheap").settings("functional-sam", 0)
+    settings = lambda *given: parse(Train, given, "fsam train").settings()
+    cheap = settings("--savings", "cheap")
     assert (cheap.correction_fraction, cheap.cut) == (0.125, "hidden")
-    assert Train(savings="cheap", correction_fraction="1/2").settings("functional-sam", 0).correction_fraction == 0.5
+    assert settings("--savings", "cheap", "--correction-fraction", "1/2").correction_fraction == 0.5
     with pytest.raises(UserError, match="--savings: 'free' is not known; use one of exact, balanced, cheap"):
-        Train(savings="free").settings("functional-sam", 0)
+        settings("--savings", "free")
+
+
+def compared(methods: str, *more: str) -> dict[str, Settings]:
+    return variants(parse(Compare, more, "fsam compare"), methods)
 
 
 def test_methods_of_a_comparison_have_options_of_their_own():
     text = "adamw, sam:rho=0.1:start=0.75,precond-functional-sam:correction-fraction=1/4:scope=top:2"
-    plain, sam, mine = Compare(methods=text, rho=0.3, steps=100).variants().values()
+    plain, sam, mine = compared(text, "--rho", "0.3", "--steps", "100").values()
     assert (plain.method, plain.rho) == ("adamw", 0.3)
     assert (sam.method, sam.rho, sam.start) == ("sam", 0.1, 0.75)
     assert (mine.rho, mine.correction_fraction, mine.scope) == (0.3, 0.25, "top:2")
@@ -96,7 +104,7 @@ def test_methods_of_a_comparison_have_options_of_their_own():
 )
 def test_options_of_a_comparison_that_are_wrong_are_said(text, says):
     with pytest.raises(UserError, match=says):
-        Compare(methods=text).variants()
+        compared(text)
 
 
 def test_a_run_costs_what_its_kinds_of_steps_do():
@@ -146,7 +154,7 @@ def test_the_blocks_are_compiled_whole_and_train_the_same(dtype, monkeypatch):
 
 def test_the_loss_scale_of_a_run_is_in_its_checkpoint(tmp_path):
     settings = dataclasses.replace(BASE, framework="torch", dtype="float16")
-    first, second = engine.make(settings), engine.make(settings)
+    first, second = registry.make(settings), registry.make(settings)
     first._step._scaling.scale = 8.0
     first.step(np.zeros((8, 17), np.int32), 0)()
     save(first, tmp_path / "state")
@@ -167,7 +175,7 @@ def test_a_restored_run_goes_on_to_the_same_bits(framework, changes, tmp_path):
     random = np.random.default_rng(0)
     batches = [random.integers(0, 64, (8, 17), dtype=np.int32) for _ in range(BASE.steps)]
     settings = dataclasses.replace(BASE, framework=framework, **changes)
-    whole, first, second = (engine.make(settings) for _ in range(3))
+    whole, first, second = (registry.make(settings) for _ in range(3))
     for i, tokens in enumerate(batches):
         whole.step(tokens, i)()
     for i in range(5):

@@ -66,7 +66,7 @@ def seal(folder: Path, target: Path, run: dict[str, Any], keep: int) -> None:
 
 
 @contextlib.contextmanager
-def one_sentence(target: Path) -> Iterator[None]:
+def as_user_error(target: Path) -> Iterator[None]:
     """Turn whatever a framework raises while it writes `target` into one sentence; a lost rank stays what it is."""
     try:
         with disk_errors(target):

@@ -15,7 +15,7 @@ import numpy as np
 from fsam_core import UserError
 from fsam_core import cost as counting
 from fsam_trainers import metrics, processes, timing
-from fsam_trainers.config import Pace, Settings
+from fsam_trainers.config import Intervals, Settings
 from fsam_trainers.console import Console
 from fsam_trainers.cost_table import counted, options_of
 from fsam_trainers.data import Corpus, StreamedCorpus
@@ -41,7 +41,7 @@ def compare(
     variants: Mapping[str, Settings],
     corpus: Corpus | StreamedCorpus,
     out: Path,
-    pace: Pace,
+    intervals: Intervals,
     console: Console,
     *,
     budget: str,
@@ -71,9 +71,9 @@ def compare(
             share = steps / variant.steps
             one = dataclasses.replace(variant, seed=seed, steps=steps, warmup=round(variant.warmup * share))
             every = dataclasses.replace(
-                pace,
-                evaluate_every=round(pace.evaluate_every * share) or pace.evaluate_every,
-                checkpoint_every=round(pace.checkpoint_every * share) or pace.checkpoint_every,
+                intervals,
+                evaluate_every=round(intervals.evaluate_every * share) or intervals.evaluate_every,
+                checkpoint_every=round(intervals.checkpoint_every * share) or intervals.checkpoint_every,
             )
             folder = out / f"{_file_name(name)}-seed{seed}"
             console.say(f"{name}, seed {seed}: {steps} steps")

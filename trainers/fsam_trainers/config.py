@@ -1,4 +1,4 @@
-"""Everything that determines a training run, checked once, and the learning-rate schedule."""
+"""Everything that determines a training run, checked once; the command reads its options from here."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
+
+import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 from fsam_core import Method, UserError, cost, named, schedules
 from fsam_core.methods import Cut, Norm, Perturbed, SecondMoment, check_rho
@@ -20,10 +23,25 @@ Framework = Literal["jax", "torch"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Sync = Literal["global", "local"]
 RhoSchedule = Literal["constant", "cosine", "learning-rate"]
-# On which devices a run computes, and not what: a checkpoint may be gone on from with others.
+# On which devices a run computes, and not what: a checkpoint may be resumed with others.
 PLACEMENT = ("data_parallel", "fsdp", "tensor_parallel")
 # What changes the result no more than rounding does.
-HOW = (*PLACEMENT, "compile", "remat")
+NUMERICS_NEUTRAL = (*PLACEMENT, "compile", "remat")
+# How the command reads a field: its words are checked here and not by tyro, whose message is not one sentence.
+TEXT = PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="STR",
+    instance_from_str=lambda words: words[0],
+    is_instance=lambda value: isinstance(value, str),
+    str_from_instance=lambda value: [value],
+)
+SHARE: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="SHARE",
+    instance_from_str=lambda words: _share(words[0]),
+    is_instance=lambda value: value is None or isinstance(value, float),
+    str_from_instance=lambda value: [str(value)],
+)
 # Option sets by name; what is given beside one is taken on top of it.
 SAVINGS: dict[str, dict[str, Any]] = {
     name: {"correction_fraction" if option == "fraction" else option: value for option, value in options.items()}
@@ -35,82 +53,94 @@ SAVINGS: dict[str, dict[str, Any]] = {
 class Settings:
     """A run: two runs with equal settings and equal data end in the same weights, to the bit on one machine.
 
-    Attributes:
-        framework: "jax" or "torch".
-        method: a name from `fsam_core.NAMES`.
-        model: the decoder's sizes.
-        steps: optimizer steps.
-        batch: sequences a step, over all micro-batches.
-        micro_batches: how many parts a batch is computed in; divides `batch`.
-        seed: of the initial weights, the order of the data and dropout.
-        learning_rate: the peak, reached after `warmup` steps, then a cosine down to `final_learning_rate` times it.
-        clip_norm: global norm of the final gradient; 0 for no clipping.
-        rho, norm, second_moment, correction_fraction, ascent, ascent_fraction, scope, cut: see
-            `fsam_core.methods.Perturbed`.
-        rho_schedule: ρ "constant", along a "cosine" down to 0 at the end of the run, or in proportion to the
-            "learning-rate".
-        every, probability, between: see `fsam_core.schedules.Schedule`; the seed is the run's.
-        start: the share of the run before which there is no correction.
-        ema: decay of an exponential average of the weights, which is then what evaluation sees; 0 for none.
-        dtype: what the model computes in: "float32", or "bfloat16" over float32 masters, from which the perturbation is
-            taken too; in PyTorch also "float16", with a loss scale.
-        cotangent: "auto", "keep" or "recompute", see `fsam_kernels.memory.Memory`.
-        label_smoothing, z_loss, soft_cap: of the loss that is trained, see `fsam_kernels.options.Loss`; soft_cap 0 for
-            none. Evaluation reports the plain cross entropy of the (capped) logits.
-        backend: "auto", or a backend of the framework.
-        data_parallel, fsdp, tensor_parallel: devices along each axis of the mesh, see `fsam_trainers.placement`. They
-            change the result no more than rounding does, and a run may go on with others.
-        compile: in PyTorch, the blocks by torch.compile. In JAX the step is compiled anyway.
-        remat: activation checkpointing: of each block only the input is kept, and a backward pass computes the rest
-            again.
-        sync: "global", or "local": each of `data_parallel` replicas ascends the gradient of its own sequences
-            (m-sharpness). Their number is then part of the method.
+    The command's options are these fields, their help is what stands under each; `cli/options.py` reads them.
 
     Raises:
         UserError: naming the command-line option that is wrong.
     """
 
-    framework: Framework
+    framework: Annotated[Framework, TEXT]
+    """jax or torch"""
     method: str
-    model: ModelConfig
+    """adamw, sam, precond-sam, functional-sam, precond-functional-sam, logit-sam"""
+    model: tyro.conf.OmitArgPrefixes[ModelConfig]
+    """the decoder's sizes"""
     steps: int
+    """optimizer steps"""
     batch: int
+    """sequences a step, over all micro-batches"""
     micro_batches: int = 1
+    """parts a batch is computed in"""
     seed: int = 0
+    """of the initial weights, the order of the data and dropout"""
     learning_rate: float = 1e-3
+    """peak learning rate, reached after --warmup steps"""
     warmup: int = 0
+    """steps of linear warm-up (of a run by the command: a tenth, at most 1000)"""
     final_learning_rate: float = 0.1
+    """where the cosine ends, as a share of the peak"""
     weight_decay: float = 1e-4
+    """decoupled weight decay, on matrices"""
     b1: float = 0.9
+    """AdamW's first decay rate"""
     b2: float = 0.95
+    """AdamW's second decay rate"""
     eps: float = 1e-8
+    """AdamW's epsilon, and the preconditioner's"""
     clip_norm: float = 1.0
+    """clip the final gradient to this global norm; 0 for no clipping"""
     rho: float = 0.5
-    norm: Norm = "l2"
-    second_moment: SecondMoment = "current"
-    correction_fraction: float = 1.0
+    """length of the perturbation, in the units of the weights"""
+    norm: Annotated[Norm, TEXT] = "l2"
+    """l2: rho d / |d|; dual: rho d / sqrt(g.d); per-tensor: l2 of each tensor by itself"""
+    second_moment: Annotated[SecondMoment, TEXT] = "current"
+    """current: this step's gradient is folded in; previous: the optimizer's as it stands"""
+    correction_fraction: Annotated[float, SHARE] = 1.0
+    """share of the batch that the second pass is computed on: 1/8, 0.25"""
     ascent: str = "full"
-    ascent_fraction: float | None = None
+    """where the perturbation comes from: full, part, micro (each its own), previous, momentum, -momentum, random"""
+    ascent_fraction: Annotated[float | None, SHARE] = None
+    """with --ascent part, the share of the batch whose gradient it is (default: the correction's)"""
     scope: str = "all"
-    cut: Cut = "logits"
-    rho_schedule: RhoSchedule = "constant"
+    """which weights are perturbed: all, no-head, norms, or top:K, the K last blocks and what stands above"""
+    cut: Annotated[Cut, TEXT] = "logits"
+    """where the functional method holds the cotangent: logits, or hidden (a second pass without the vocabulary)"""
+    rho_schedule: Annotated[RhoSchedule, TEXT] = "constant"
+    """constant, cosine (down to 0 at the end), or learning-rate (in proportion to it)"""
     every: int = 1
+    """a correction each k-th step"""
     start: float = 0.0
+    """share of the run before which there is none"""
     probability: float = 1.0
-    between: Between = "plain"
+    """of a correction at a step that could have one"""
+    between: Annotated[Between, TEXT] = "plain"
+    """steps without one are plain, or reuse the last"""
     ema: float = 0.0
-    dtype: Dtype = "float32"
-    cotangent: Form = "auto"
+    """decay of an average of the weights, which is what evaluation then sees; 0 for none"""
+    dtype: Annotated[Dtype, TEXT] = "float32"
+    """what the model computes in: float32, or bfloat16 over float32 masters; torch also float16, with a loss scale"""
+    cotangent: Annotated[Form, TEXT] = "auto"
+    """how the logit cotangent waits for the second pass: auto, keep (more memory), recompute"""
     label_smoothing: float = 0.0
+    """share of the target that is spread over the vocabulary; in the trained loss, not in the reported one"""
     z_loss: float = 0.0
+    """factor of the squared log-normaliser in the trained loss (1e-4 is usual)"""
     soft_cap: float = 0.0
+    """cap c of the logits c tanh(u/c); 0 for none"""
     backend: str = "auto"
+    """auto, xla (jax), torch (torch)"""
     data_parallel: int = 1
+    """devices with whole replicas of the model, each with its own sequences"""
     fsdp: int = 1
+    """devices that share weights and moments out, each with its own sequences"""
     tensor_parallel: int = 1
+    """devices that share out heads, MLP and vocabulary for the same sequences"""
     compile: bool = False
+    """torch: the blocks by torch.compile, which takes a minute at the start"""
     remat: bool = False
-    sync: Sync = "global"
+    """activation checkpointing: less memory, and every backward pass runs the blocks' forward pass once more"""
+    sync: Annotated[Sync, TEXT] = "global"
+    """whose gradient ε follows: global, the whole batch's, or local, that of each replica's own part (m-sharpness)"""
 
     def __post_init__(self) -> None:
         _check(self.framework in get_args(Framework), "--framework", self.framework, "jax or torch")
@@ -145,7 +175,9 @@ class Settings:
             _check(getattr(self, axis) >= 1, f"--{axis.replace('_', '-')}", getattr(self, axis), "at least 1")
         _check(self.sync in get_args(Sync), "--sync", self.sync, "global or local")
         q = self.correction_fraction
-        _check(0 < q <= 1, "--correction-fraction", q, "in (0, 1], 1/8 say")
+        _check(not isinstance(q, str) and 0 < q <= 1, "--correction-fraction", q, "in (0, 1], 1/8 say")
+        q_ascent = self.ascent_fraction
+        _check(not isinstance(q_ascent, str), "--ascent-fraction", q_ascent, "a number in (0, 1], 1/8 say")
         method = self.as_method()
         self.schedule()
         top = int(self.scope.partition(":")[2]) if self.scope.startswith("top:") else 0
@@ -205,22 +237,19 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Pace:
-    """How often things beside training happen, in steps; 0 means only at the end. None of it changes the weights.
-
-    Attributes:
-        evaluate_every: steps between evaluations.
-        evaluation_batches: batches an evaluation reads, always the first ones of the held-out text.
-        checkpoint_every: steps between checkpoints.
-        keep: checkpoints kept.
-        probe_steps: AdamW steps timed before training, for the ratio in the progress bar; 0 for none.
-    """
+class Intervals:
+    """How often a run evaluates and saves, in steps; 0 means only at the end. None of it changes the weights."""
 
     evaluate_every: int = 0
+    """steps between evaluations (of a run by the command: a tenth of it)"""
     evaluation_batches: int = 16
+    """batches of held-out text an evaluation reads, always the first ones"""
     checkpoint_every: int = 0
+    """steps between checkpoints (of a run by the command: a tenth of it)"""
     keep: int = 2
+    """checkpoints kept"""
     probe_steps: int = 5
+    """AdamW steps timed before training, for the cost ratio; 0 for none"""
 
     def __post_init__(self) -> None:
         for name in ("evaluate_every", "checkpoint_every", "probe_steps"):
@@ -240,10 +269,18 @@ def steps_for(tokens_per_param: float, model: ModelConfig, batch: int) -> int:
     return math.ceil(tokens_per_param * model.non_embedding_parameters / (batch * model.seq_len))
 
 
+def _share(text: str) -> float | str:
+    """1/8 -> 0.125; what is no number stays as it is, for `Settings` to refuse."""
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        return text
+
+
 def difference(mine: dict[str, Any], other: dict[str, Any]) -> str:
     """The first few settings in which two `as_dict`s differ, as text; "" where they agree."""
     mine, other = ({**x, **{f"model.{k}": v for k, v in x["model"].items()}} for x in (mine, other))
-    same = set(HOW) - ({"data_parallel"} if mine["sync"] == "local" else set())
+    same = set(NUMERICS_NEUTRAL) - ({"data_parallel"} if mine["sync"] == "local" else set())
     names = [k for k in mine if k not in ("model", *same) and mine[k] != other.get(k)]
     return ", ".join(f"{k} {other.get(k)!r} (now {mine[k]!r})" for k in names[:4])
 

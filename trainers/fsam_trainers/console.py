@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -69,3 +71,13 @@ def line(settings: Settings, base_ms: float | None, loss: float, milliseconds: f
     # An AdamW run beside its own first steps would show how the machine drifts, not what a method costs.
     ratio = f" ({milliseconds / base_ms:.2f}x AdamW)" if base_ms and settings.method != "adamw" else ""
     return f"loss {loss:.4f} | {tokens:,.0f} tokens/s | {milliseconds:,.0f} ms/step{ratio}"
+
+
+def stdout(width: int = 160) -> rich.console.Console:
+    """For results. A table that is piped somewhere keeps its columns whole, up to that width."""
+    return rich.console.Console() if sys.stdout.isatty() else rich.console.Console(width=width)
+
+
+def command_line() -> str:
+    """The command that is running, as one would type it."""
+    return shlex.join(["fsam", *sys.argv[1:]])

@@ -1,94 +1,19 @@
-"""`fsam cost`: what methods and savings cost beside AdamW, counted; or which of them fit a budget.
-
-Nothing is trained. With `--machine here` the rates of the machine at hand are measured first, in seconds.
-"""
+"""What methods and savings cost beside AdamW, counted for the trainers' models; or which of them fit a budget."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import sys
-from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
-
-from rich.console import Console as Rich
-from rich.table import Table
 
 from fsam_core import cost
 from fsam_core.cost.steps import Step
 from fsam_core.errors import UserError
 from fsam_core.methods import Perturbed
 from fsam_kernels.memory import Memory, default_chunk_bytes
-from fsam_trainers.config import SAVINGS as TRAINED
 from fsam_trainers.config import Settings
 from fsam_trainers.console import Console
-from fsam_trainers.files import write_json
 from fsam_trainers.models.layout import ModelConfig
-from fsam_trainers.presets import preset
-
-STEPS = 1000  # of the run: schedules are averaged, so it says nothing
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Count what a step costs beside AdamW: operations, time by a machine's rates, memory, collectives."""
-
-    preset: str = "118m"
-    """model size: tiny, or the paper's 2m, 24m, 43m, 118m, 1208m"""
-    method: str = "precond-functional-sam"
-    """adamw, sam, precond-sam, functional-sam, precond-functional-sam, logit-sam"""
-    savings: str = "exact"
-    """options by name: exact, balanced (--correction-fraction 1/4), cheap (1/8 and --cut hidden)"""
-    correction_fraction: str | None = None
-    """share of the batch that the second pass is computed on: 1/8, 0.25"""
-    ascent: str = "full"
-    """where the perturbation comes from: full, part, micro, previous, momentum, -momentum, random"""
-    ascent_fraction: str | None = None
-    """with --ascent part, the share of the batch whose gradient it is"""
-    scope: str = "all"
-    """which weights are perturbed: all, no-head, norms, or top:K"""
-    cut: str | None = None
-    """where the functional method holds the cotangent: logits or hidden"""
-    cotangent: str = "auto"
-    """how the cotangent waits for the second pass: auto, keep, recompute"""
-    every: int = 1
-    """a correction each k-th step"""
-    between: str = "plain"
-    """steps without one are plain, or reuse the last"""
-    start: float = 0.0
-    """share of the run before which there is none"""
-    probability: float = 1.0
-    """of a correction at a step that could have one"""
-    all: bool = False
-    """a row for every saving by itself, on top of the options given"""
-    budget: float | None = None
-    """list the option sets that cost at most this many times AdamW's time, cheapest first"""
-    spare: bool = False
-    """with --budget, also those that could do without one of their savings, or with less of it"""
-    framework: str = "jax"
-    """jax or torch: XLA leaves out what nothing depends on, PyTorch does what it is told"""
-    machine: str = "h100"
-    """a100, h100, h200, b200, mi300x, v4, v5e, v5p, v6e, tpu7x by their published peaks; here: measured"""
-    batch: int | None = None
-    """sequences a step, over all devices and micro-batches"""
-    seq_len: int | None = None
-    """tokens a sequence"""
-    vocab_size: int | None = None
-    """size of the vocabulary"""
-    tied: bool = True
-    """one matrix for input embedding and head"""
-    micro_batches: int = 1
-    """parts that a device's batch is computed in"""
-    devices: int = 1
-    """devices the batch is spread over, each with all weights"""
-    remat: bool = False
-    """activation checkpointing: every backward pass runs the blocks' forward pass once more"""
-    dtype: str | None = None
-    """of products and activations (default: bfloat16, and float32 here)"""
-    json: Path | None = None
-    """also write the figures here"""
 
 
 def counted(config: ModelConfig, framework: Any) -> cost.Model:
@@ -125,48 +50,54 @@ SAVINGS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
-def run(options: Cost) -> int:
-    """Count, print the tables, write the file; 0.
+def figures(
+    settings: Settings,
+    preset: str,
+    machine: str,
+    *,
+    devices: int = 1,
+    every_saving: bool = False,
+    budget: float | None = None,
+    spare: bool = False,
+) -> dict[str, Any]:
+    """Everything that is printed, as plain values. Bytes and seconds are of one device.
+
+    Args:
+        settings: a run on one of the devices.
+        preset: for the title.
+        machine: a name in `cost.PUBLISHED`, or "here" to measure.
+        every_saving: a row for each of `SAVINGS`.
+        budget: rows of all option sets within so many times AdamW's time; with `spare` also dominated ones.
 
     Raises:
         UserError: naming the option that is wrong.
     """
-    found = figures(options)
-    if options.json is not None:
-        write_json(options.json, found)
-    rich = Rich() if sys.stdout.isatty() else Rich(width=120)
-    for table in tables(found, options):
-        rich.print(table)
-    for note in found["notes"]:
-        rich.print(note, markup=False, soft_wrap=True)
-    return 0
-
-
-def figures(options: Cost) -> dict[str, Any]:
-    """Everything that is printed, as plain values. Bytes and seconds are of one device."""
-    settings, platform = _settings(options), _platform(options)
-    asked = options_of(settings, platform, devices=options.devices)
-    model, tokens = counted(settings.model, settings.framework), settings.tokens_per_step * options.devices
-    machine = _machine(options, model, asked, tokens)
-    if options.budget is not None:
-        if not options.budget >= 1 or asked.path == "base":
-            got = f"{options.budget:g} with --method {options.method}"
+    asked = options_of(settings, _platform(machine, settings.framework), devices=devices)
+    model, tokens = counted(settings.model, settings.framework), settings.tokens_per_step * devices
+    rates = _machine(machine, model, asked, tokens)
+    if budget is not None:
+        if not budget >= 1 or asked.path == "base":
+            got = f"{budget:g} with --method {settings.method}"
             raise UserError(f"--budget must be at least 1, for a method with a correction; got {got}")
-        sets = cost.within(options.budget, model, machine, asked, tokens=tokens, spare=options.spare)
+        sets = cost.within(budget, model, rates, asked, tokens=tokens, spare=spare)
         rows = [(_label(changes), one) for changes, one in sets]
     else:
-        chosen = _every_saving(settings, model, asked) if options.all else [(options.method, asked)]
+        chosen = _every_saving(settings, model, asked) if every_saving else [(settings.method, asked)]
         rows = [(name, cost.of(model, o, tokens)) for name, o in chosen]
-    title = f"{options.preset}, {model.parameters / 1e6:,.0f}M parameters, {tokens:,} tokens a step"
-    if options.devices > 1:
-        title += f" over {options.devices} devices"
+    title = f"{preset}, {model.parameters / 1e6:,.0f}M parameters, {tokens:,} tokens a step"
+    if devices > 1:
+        title += f" over {devices} devices"
+    notes = [_rates_note(rates)]
+    if budget is not None:
+        without = "" if spare else ", without those that could give up less and still be (--spare lists these too)"
+        notes.insert(0, f"{len(rows)} option sets within {budget:g} times AdamW's time{without}")
     return {
-        "title": f"{title}, {asked.dtype}, {options.framework} on {machine.name}",
+        "title": f"{title}, {asked.dtype}, {settings.framework} on {rates.name}",
         "model": dataclasses.asdict(model),
-        "machine": dataclasses.asdict(machine),
+        "machine": dataclasses.asdict(rates),
         "tokens": tokens,
-        "rows": [_row(name, one, machine) for name, one in rows],
-        "notes": _notes(options, machine, rows),
+        "rows": [_row(name, one, rates) for name, one in rows],
+        "notes": notes,
     }
 
 
@@ -197,27 +128,6 @@ def _with_cotangent(o: cost.Options, settings: Settings) -> cost.Options:
     return dataclasses.replace(o, cotangent="keep" if keeps else "recompute")
 
 
-def _settings(options: Cost) -> Settings:
-    """The options as those of a run, which checks them; the batch is one device's."""
-    size = preset(options.preset)
-    model = size.model(seq_len=options.seq_len, vocab_size=options.vocab_size, tied=options.tied, dropout=0.0)
-    batch = size.batch if options.batch is None else options.batch
-    if options.devices < 1 or batch % options.devices:
-        raise UserError(f"--devices must be a number that divides --batch {batch}, got {options.devices}")
-    if options.savings not in TRAINED:
-        raise UserError(f"--savings: {options.savings!r} is not known; use one of {', '.join(TRAINED)}")
-    changes: dict[str, Any] = dict(TRAINED[options.savings])
-    for name in ("correction_fraction", "ascent_fraction"):
-        if getattr(options, name) is not None:
-            changes[name] = _number(f"--{name.replace('_', '-')}", getattr(options, name))
-    if options.cut is not None:
-        changes["cut"] = options.cut
-    same = ("framework", "method", "micro_batches", "ascent", "scope", "every", "between", "start", "probability")
-    changes |= {name: getattr(options, name) for name in (*same, "cotangent", "remat")}
-    dtype: Any = options.dtype or ("float32" if options.machine == "here" else "bfloat16")
-    return Settings(**changes, model=model, steps=STEPS, batch=batch // options.devices, dtype=dtype)
-
-
 def _every_saving(settings: Settings, model: cost.Model, asked: cost.Options) -> list[tuple[str, cost.Options]]:
     """The rows of `SAVINGS` that go with what was asked for."""
     found = []
@@ -231,11 +141,11 @@ def _every_saving(settings: Settings, model: cost.Model, asked: cost.Options) ->
     return found
 
 
-def _platform(options: Cost) -> str:
+def _platform(machine: str, framework: str) -> str:
     """Of the machine; of one by name all that matters is that it is no CPU."""
-    if options.machine != "here":
+    if machine != "here":
         return "accelerator"
-    if options.framework == "torch":
+    if framework == "torch":
         import torch
 
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -245,12 +155,12 @@ def _platform(options: Cost) -> str:
     return jax.default_backend()
 
 
-def _machine(options: Cost, model: cost.Model, o: cost.Options, tokens: float) -> cost.Machine:
-    if options.machine != "here":
-        if options.machine not in cost.PUBLISHED:
+def _machine(name: str, model: cost.Model, o: cost.Options, tokens: float) -> cost.Machine:
+    if name != "here":
+        if name not in cost.PUBLISHED:
             known = ", ".join(("here", *cost.PUBLISHED))
-            raise UserError(f"--machine: {options.machine!r} is not known; use one of {known}")
-        return cost.published(options.machine)
+            raise UserError(f"--machine: {name!r} is not known; use one of {known}")
+        return cost.published(name)
     if o.dtype != "float32":
         raise UserError(f"--dtype: rates are measured here in float32, got {o.dtype!r}; name a --machine for others")
     from fsam_trainers import machine_probe
@@ -259,13 +169,6 @@ def _machine(options: Cost, model: cost.Model, o: cost.Options, tokens: float) -
     rows = tokens / o.devices / o.micro_batches
     chunk = max(1, o.chunk_bytes // (model.vocabulary * (4 if o.framework == "torch" else 8)))
     return machine_probe.measure(o.framework, model, int(rows), int(min(rows, chunk)))
-
-
-def _number(option: str, text: str) -> float:
-    try:
-        return float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
-        raise UserError(f"{option} must be a number in (0, 1], 1/8 say; got {text!r}") from None
 
 
 # --- as plain values --------------------------------------------------------------------------------------------------
@@ -309,81 +212,8 @@ def _label(changes: dict[str, Any]) -> str:
     return ", ".join(f"{name} {x}" for name, x in given.items()) or "exact"
 
 
-def _notes(options: Cost, machine: cost.Machine, rows: list[tuple[str, cost.Cost]]) -> list[str]:
-    notes = []
-    if options.budget is not None:
-        notes.append(f"{len(rows)} option sets within {options.budget:g} times AdamW's time")
-        if not options.spare:
-            notes[0] += ", without those that could give up less and still be (--spare lists these too)"
-    if machine.name.startswith("here"):
-        rates = f"{machine.flops_per_s / 1e9:,.0f} and {(machine.head_flops_per_s or 0) / 1e9:,.0f} GFLOP/s"
-        notes.append(f"measured here: {rates} in products of blocks and head, {machine.bytes_per_s / 1e9:,.1f} GB/s")
-    else:
-        notes.append("time: published peaks, products and bytes one after the other: a ratio to trust, not a duration")
-    return notes
-
-
-# --- as tables --------------------------------------------------------------------------------------------------------
-
-
-def tables(found: dict[str, Any], options: Cost) -> list[Table]:
-    """The rows beside each other, and of a single one its regions."""
-    reduced = options.devices > 1
-    summary = Table(title=found["title"])
-    summary.add_column("options" if options.budget is not None or options.all else "method")
-    headings = ["operations x", "time x", "a corrected step x", "memory x", "peak GiB"]
-    for heading in (*headings, *["gradients reduced", "GB"] * reduced):
-        summary.add_column(heading, justify="right")
-    for row in found["rows"]:
-        corrected = row["steps"].get("corrected")
-        cells = [row["name"], f"{row['flops_ratio']:.3f}", f"{row['time_ratio']:.3f}"]
-        cells.append(f"{corrected['time_ratio']:.3f}" if corrected else "")
-        cells += [f"{row['peak_ratio']:.2f}", f"{row['peak_bytes'] / 2**30:,.2f}"]
-        if reduced:
-            cells += [f"{row['collectives']['gradients']:.2f}", f"{row['collectives']['bytes'] / 1e9:,.2f}"]
-        summary.add_row(*cells)
-    return [summary] if len(found["rows"]) != 1 else [summary, _regions(found["rows"][0]), _memory(found["rows"][0])]
-
-
-def _regions(row: dict[str, Any]) -> Table:
-    """Of the average step, where its operations, bytes and time are."""
-    unit, name = next((u, n) for u, n in ((1e12, "T"), (1e9, "G")) if row["flops"] / u >= 1 or u == 1e9)
-    table = Table(title="the average step by region")
-    table.add_column("region")
-    flops = [f"{part}, {name}FLOP" for part in ("blocks", "attention", "head")]
-    for heading in (*flops, "GB between", "ms", "of the time"):
-        table.add_column(heading, justify="right")
-    total = row["seconds"]
-
-    def add(region: str, seconds: float, *cells: float) -> None:
-        texts = [f"{x:,.2f}" if x else "" for x in cells]
-        table.add_row(region, *texts, f"{1000 * seconds:,.2f}", f"{seconds / total:.1%}")
-
-    sums = dict.fromkeys(("trunk", "attention", "head", "kept", "bytes"), 0.0)
-    for region, x in row["regions"].items():
-        sums = {part: so_far + x[part] for part, so_far in sums.items()}
-        add(region, x["seconds"], *_cells(x, unit))
-    if row["taken_seconds"] > 1e-3 * total:
-        add("touching new memory", row["taken_seconds"], 0, 0, 0, 0)
-    table.add_section()
-    add("together", total, *_cells(sums, unit))
-    return table
-
-
-def _cells(x: dict[str, float], unit: float) -> tuple[float, ...]:
-    return x["trunk"] / unit, x["attention"] / unit, (x["head"] + x["kept"]) / unit, x["bytes"] / 1e9
-
-
-def _memory(row: dict[str, Any]) -> Table:
-    """Of each kind of step, what is held when most is."""
-    table = Table(title="memory at its peak, GiB")
-    table.add_column("held")
-    names = list(dict.fromkeys(name for one in row["steps"].values() for name in one["memory"]))
-    for kind in row["steps"]:
-        table.add_column(f"{kind} step", justify="right")
-    for name in names:
-        values = [one["memory"].get(name, 0.0) for one in row["steps"].values()]
-        table.add_row(name, *(f"{x / 2**30:,.3f}" if x else "" for x in values))
-    table.add_section()
-    table.add_row("together", *(f"{math.fsum(x['memory'].values()) / 2**30:,.3f}" for x in row["steps"].values()))
-    return table
+def _rates_note(machine: cost.Machine) -> str:
+    if not machine.name.startswith("here"):
+        return "time: published peaks, products and bytes one after the other: a ratio to trust, not a duration"
+    rates = f"{machine.flops_per_s / 1e9:,.0f} and {(machine.head_flops_per_s or 0) / 1e9:,.0f} GFLOP/s"
+    return f"measured here: {rates} in products of blocks and head, {machine.bytes_per_s / 1e9:,.1f} GB/s"

@@ -1,4 +1,4 @@
-"""What the loop asks of a framework. `jax_trainer` and `torch_trainer` each provide it."""
+"""What the loop asks of a framework; `jax/engine.py` and `torch/engine.py` provide it, `registry.make` chooses."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-
-from fsam_trainers.config import Settings
 
 
 class StepReport(NamedTuple):
@@ -42,7 +40,7 @@ class Engine(Protocol):
         """Compile the step for batches of this shape, so that the first step is timed like the others."""
 
     def step(self, tokens_BxL1: np.ndarray, index: int) -> Callable[[], StepReport]:
-        """Start optimizer step `index` on this rank's rows (`ranks.batches`); the returned function waits for it.
+        """Start optimizer step `index` on this rank's rows (`processes.batches`); the returned function waits for it.
 
         Random draws depend on (seed, index).
         """
@@ -67,18 +65,3 @@ class Engine(Protocol):
 
     def weights(self) -> dict[str, np.ndarray]:
         """The weights by flat name."""
-
-
-def make(settings: Settings) -> Engine:
-    """The engine of `settings.framework`, with freshly initialised weights.
-
-    Raises:
-        UserError: when the framework is not installed or the backend does not fit.
-    """
-    if settings.framework == "jax":
-        from fsam_trainers.jax.engine import JaxEngine
-
-        return JaxEngine(settings)
-    from fsam_trainers.torch.engine import TorchEngine
-
-    return TorchEngine(settings)

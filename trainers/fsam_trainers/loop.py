@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fsam_core import UserError
-from fsam_trainers import checkpoints, engine, metrics, processes
-from fsam_trainers.config import Pace, Settings, difference
+from fsam_trainers import checkpoints, metrics, processes, registry
+from fsam_trainers.config import Intervals, Settings, difference
 from fsam_trainers.console import Console
 from fsam_trainers.data import Batches, Corpus, StreamedBatches, StreamedCorpus, merged, validation_batches
 from fsam_trainers.engine import Engine, StepReport
@@ -53,7 +53,7 @@ def train(
     settings: Settings,
     corpus: Corpus | StreamedCorpus,
     out: Path,
-    pace: Pace,
+    intervals: Intervals,
     console: Console,
     base_ms: float | None = None,
 ) -> dict[str, Any]:
@@ -76,10 +76,10 @@ def train(
         _locked(out),
         _signals() as stop,
         contextlib.closing(processes.batches(settings, corpus)) as batches,
-        Saver(root, pace.keep) as saver,
+        Saver(root, intervals.keep) as saver,
     ):
         held_out = validation_batches(
-            corpus.validation, settings.model.seq_len, settings.batch, pace.evaluation_batches
+            corpus.validation, settings.model.seq_len, settings.batch, intervals.evaluation_batches
         )
         run = {"settings": settings.as_dict(), "data": corpus.fingerprint}
         now = Progress(base_step_ms=base_ms)
@@ -94,10 +94,10 @@ def train(
         if found:
             batches.restore(found.run.get("stream"))
             now = Progress(**found.run["progress"])
-        elif pace.probe_steps and base_ms is None and settings.method != "adamw":
+        elif intervals.probe_steps and base_ms is None and settings.method != "adamw":
             console.say("timing AdamW steps for comparison")
-            now.base_step_ms = base_step_ms(settings, batches.at(0), pace.probe_steps)
-        model = engine.make(settings)
+            now.base_step_ms = base_step_ms(settings, batches.at(0), intervals.probe_steps)
+        model = registry.make(settings)
         if found:
             model.restore(found.state)
             console.say(f"resuming {out} at step {now.step} of {settings.steps}")
@@ -120,7 +120,7 @@ def train(
             if now.step < settings.steps:
                 model.prepare(batches.at(now.step))
             in_a_row, first = 0, now.step
-            for report, milliseconds in _steps(model, batches, settings, now, stop, pace, saver):
+            for report, milliseconds in _steps(model, batches, settings, now, stop, intervals, saver):
                 in_a_row = in_a_row + 1 if report.skipped else 0
                 if report.skipped:
                     now.skipped_steps += 1
@@ -133,11 +133,11 @@ def train(
                     )
                 lines.write(_line(settings, now, report, milliseconds))
                 bar(report.loss, milliseconds)
-                if _due(now.step, pace.evaluate_every, settings.steps):
+                if _due(now.step, intervals.evaluate_every, settings.steps):
                     evaluate()
-                if _due(now.step, pace.checkpoint_every, settings.steps):
+                if _due(now.step, intervals.checkpoint_every, settings.steps):
                     checkpoint()
-            if stop.signal and first < now.step < settings.steps and not _due(now.step, pace.checkpoint_every, 0):
+            if stop.signal and first < now.step < settings.steps and not _due(now.step, intervals.checkpoint_every, 0):
                 checkpoint()
             saver.wait()
         return processes.current().from_main(lambda: _figures(settings, corpus, model, now, out, stop))
@@ -149,7 +149,7 @@ def _steps(
     settings: Settings,
     now: Progress,
     stop: Stop,
-    pace: Pace,
+    intervals: Intervals,
     saver: Saver,
 ) -> Iterator[tuple[StepReport, float]]:
     """Take the steps that are left; yields each one's report and milliseconds, with `now` brought up to it.
@@ -177,7 +177,7 @@ def _steps(
         if waiting:
             yield finished(waiting)
         waiting = started
-        pause = any(_due(index + 1, n, settings.steps) for n in (pace.evaluate_every, pace.checkpoint_every))
+        pause = any(_due(index + 1, n, settings.steps) for n in (intervals.evaluate_every, intervals.checkpoint_every))
         if pause or not model.asynchronous:
             yield finished(waiting)
             waiting, began = None, time.perf_counter()

@@ -1,17 +1,17 @@
 """The processes of one run: which of them this is, and what they agree upon beside the training step.
 
+`registry.joined` makes the framework's own: `jax/processes.py`, `torch/processes.py`.
+
 A launcher, `torchrun` or another that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, starts the same
 command for each of them. The main rank alone writes metrics, the console, and the list that makes a checkpoint valid.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
-from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
 
 from fsam_core import UserError
 from fsam_trainers import placement
@@ -19,25 +19,26 @@ from fsam_trainers.config import Settings
 from fsam_trainers.data import Batches, Corpus, StreamedBatches, StreamedCorpus, training_batches
 
 T = TypeVar("T")
-# Seconds that a rank waits for the others in a step before it gives them up.
-PATIENCE = 50.0
-# For what one rank does while the others wait, tokenising. One that dies is noticed all the same, since its connections
-# close.
-UNHURRIED = timedelta(days=1)
+# Seconds that a process waits for the others in a step before it gives them up.
+STEP_TIMEOUT = 50.0
+# Seconds that it waits while another tokenises. One that dies is noticed all the same, since its connections close.
+HOST_TIMEOUT = 24 * 3600.0
 
 
-class SaidByMain(UserError):
-    """What another rank has told the user already."""
+class AlreadyReported(UserError):
+    """What another process has told the user already."""
 
 
-class Ranks:
-    """The only process of a run.
+class Processes:
+    """The processes of a run as one of them sees them; here the only one.
 
     Attributes:
-        patience: see `PATIENCE`; FSAM_RANK_TIMEOUT sets it.
+        timeout: see `STEP_TIMEOUT`; FSAM_RANK_TIMEOUT sets it.
+        hangs_after_failure: whether one that failed would wait for the others at its end, see `leave`.
     """
 
-    rank, count, local_rank, patience = 0, 1, 0, PATIENCE
+    rank, count, local_rank, timeout = 0, 1, 0, STEP_TIMEOUT
+    hangs_after_failure = False
 
     @property
     def is_main(self) -> bool:
@@ -62,7 +63,7 @@ class Ranks:
         _raise(own, next(filter(None, self.gathered(str(own) if own else None)), None))
         return result if first else function()  # type: ignore[return-value]
 
-    def most(self, *values: int) -> list[int]:
+    def all_reduce_max(self, *values: int) -> list[int]:
         """For each value the largest that any rank has."""
         return list(values)
 
@@ -70,39 +71,8 @@ class Ranks:
         """The values of all ranks in order; picklable."""
         return [value]
 
-
-class TorchRanks(Ranks):
-    """Processes in PyTorch's default process group."""
-
-    def __init__(self) -> None:
-        import torch
-        import torch.distributed as dist
-
-        self.rank, self.count, self.local_rank = (number(x) for x in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        self.patience = float(os.environ.get("FSAM_RANK_TIMEOUT", PATIENCE))
-        backend = "gloo"
-        if torch.accelerator.is_available():
-            torch.accelerator.set_device_index(self.local_rank)
-            device = torch.accelerator.current_accelerator()
-            assert device is not None
-            backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
-        dist.init_process_group(backend, timeout=timedelta(seconds=self.patience))
-        self._unhurried = dist.new_group(backend="gloo", timeout=UNHURRIED)
-
-    def most(self, *values: int) -> list[int]:
-        import torch
-        import torch.distributed as dist
-
-        largest = torch.tensor(values)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        return largest.tolist()
-
-    def gathered(self, value: T) -> list[T]:
-        import torch.distributed as dist
-
-        values: list[Any] = [None] * self.count
-        dist.all_gather_object(values, value, group=self._unhurried)
-        return values
+    def close(self) -> None:
+        """Leave the others, at the end of a run that did not fail."""
 
 
 def _tried(function: Callable[[], T]) -> tuple[T | None, UserError | None]:
@@ -116,15 +86,15 @@ def _raise(own: UserError | None, said: str | None) -> None:
     if own is not None:
         raise own
     if said is not None:
-        raise SaidByMain(said)
+        raise AlreadyReported(said)
 
 
-_current = Ranks()
-_in_a_hurry = False
+_current = Processes()
+_at_once = False
 
 
-def current() -> Ranks:
-    """The ranks of the run that is under way."""
+def current() -> Processes:
+    """The processes of the run that is under way."""
     return _current
 
 
@@ -138,60 +108,35 @@ def batches(settings: Settings, corpus: Corpus | StreamedCorpus) -> Batches | St
     return training_batches(corpus, settings.model.seq_len, settings.batch, settings.seed, **share)
 
 
-@contextlib.contextmanager
-def together(framework: str) -> Iterator[Ranks]:
-    """Join the other processes of this launch, if there are any.
-
-    Raises:
-        UserError: when another rank is lost while the block runs.
-    """
-    global _current, _in_a_hurry
-    if number("WORLD_SIZE", 1) == 1 or _current.count > 1:
-        yield _current
-        return
-    if framework == "jax":
-        from fsam_trainers.jax import processes
-
-        _current = processes.JaxRanks()
-        try:
-            yield _current
-        except BaseException as error:
-            _in_a_hurry = True
-            _say_lost(error)
-            raise
-        finally:
-            _current = Ranks()
-        return
-    import torch.distributed as dist
-
-    _current = TorchRanks()
-    try:
-        yield _current
-        dist.destroy_process_group()
-    except Exception as error:
-        _say_lost(error)
-        raise
-    finally:
-        _current = Ranks()
+def enter(joined: Processes) -> None:
+    """Make these the processes of the run that is under way."""
+    global _current
+    _current = joined
 
 
-def _say_lost(error: BaseException) -> None:
+def raise_if_lost(error: BaseException) -> None:
     """
     Raises:
-        UserError: in place of an error that says that another rank is gone.
+        UserError: in place of an error that says that another process is gone.
     """
     # What gloo says JAX raises as a ValueError where a program is started, as a RuntimeError where it is waited for.
     if isinstance(error, (RuntimeError, ValueError)) and not isinstance(error, UserError) and is_lost(error):
         here = _current
         raise UserError(
-            f"rank {here.rank} of {here.count}: another rank is gone, or did not answer in {here.patience:g} s "
-            f"({_first_line(error)}); the same command goes on from the last checkpoint"
+            f"rank {here.rank} of {here.count}: another rank is gone, or did not answer in {here.timeout:g} s "
+            f"({_first_line(error)}); the same command resumes from the last checkpoint"
         ) from error
+
+
+def leave_at_once() -> None:
+    """From now on `leave` waits for no thread and no other process."""
+    global _at_once
+    _at_once = True
 
 
 def is_leaving() -> bool:
     """Whether this is one of several JAX processes that has failed."""
-    return _in_a_hurry
+    return _at_once
 
 
 def leave(code: int) -> NoReturn:
@@ -200,7 +145,7 @@ def leave(code: int) -> NoReturn:
     Such a one would wait twenty minutes for orbax's threads, which wait for a process whose part was not written, or
     five for all to come to the end that `jax.distributed` has them share.
     """
-    if _in_a_hurry:
+    if _at_once:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -62,7 +62,7 @@ class Saver:
         here = processes.current()
         folder, target = here.from_main(lambda: checkpoints.begin(self.root, step, model.state_bytes()))
         try:
-            with checkpoints.one_sentence(target):
+            with checkpoints.as_user_error(target):
                 writing = model.save(folder / "state")
         except UserError:
             self._discard(folder)
@@ -79,7 +79,7 @@ class Saver:
         Raises:
             UserError: when the disk has refused the checkpoint.
         """
-        largest, state = processes.current().most(value, self._state())
+        largest, state = processes.current().all_reduce_max(value, self._state())
         if self._pending and state != BUSY:
             self._advance(self._pending)
         return largest
@@ -151,7 +151,7 @@ def _in_background(function: Callable[[], T], target: Path) -> Future[T]:
 
     def run() -> None:
         try:
-            with checkpoints.one_sentence(target):
+            with checkpoints.as_user_error(target):
                 future.set_result(function())
         except BaseException as error:
             future.set_exception(error)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from fsam_trainers import engine
+from fsam_trainers import registry
 from fsam_trainers.config import Settings
 
 Name = TypeVar("Name", bound=Hashable)
@@ -117,7 +117,7 @@ def _timed(
     variants: Mapping[Name, Settings], tokens_BxL1: np.ndarray, repeats: int, tick: Callable[[], None]
 ) -> dict[Name, list[float]]:
     """Milliseconds of steps of each variant on the same batch, interleaved."""
-    engines = {name: engine.make(settings) for name, settings in variants.items()}
+    engines = {name: registry.make(settings) for name, settings in variants.items()}
     for model in engines.values():
         model.prepare(tokens_BxL1)
     stepped = lambda model: lambda index: model.step(tokens_BxL1, index)()

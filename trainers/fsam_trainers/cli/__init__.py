@@ -1,0 +1,58 @@
+"""The `fsam` command. Results go to stdout, progress to stderr; bad input is one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+
+from fsam_core import UserError
+from fsam_trainers import host_memory, processes
+
+# Subcommand -> (the module whose `main(arguments)` runs it and returns the exit code, what it does). The profiling
+# package is imported by name, as nothing else of it is.
+COMMANDS = {
+    "train": ("fsam_trainers.cli.train", "train one model with one method; run again, it is resumed where it stopped"),
+    "compare": ("fsam_trainers.cli.compare", "train several methods on the same data and budget: table, plot, report"),
+    "cost": ("fsam_trainers.cli.cost", "count what a step costs beside AdamW; nothing is trained"),
+    "profile": (
+        "fsam_trainers.cli.profile",
+        "where time and bytes go; what the compilers make of a step",
+    ),
+    "backends": ("fsam_trainers.cli.backends", "what is installed, what `auto` picks, and why"),
+}
+USAGE = "usage: fsam COMMAND [OPTIONS]; fsam COMMAND --help lists the options\n\n" + "".join(
+    f"  {name:10}{text}\n" for name, (_, text) in COMMANDS.items()
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one subcommand and exit: 0 done, 2 bad input, 128 + n stopped by signal n (state saved)."""
+    try:
+        if arguments is None:  # a process of its own
+            arguments = sys.argv[1:]
+            host_memory.keep_freed()
+        sys.exit(_run(arguments))
+    except processes.AlreadyReported:
+        processes.leave(2)
+    except UserError as error:
+        print(f"fsam: error: {error}", file=sys.stderr)
+        processes.leave(2)
+    except KeyboardInterrupt:
+        print("fsam: interrupted", file=sys.stderr)
+        processes.leave(130)
+    except Exception:
+        if not processes.is_leaving():
+            raise
+        traceback.print_exc()
+        processes.leave(1)
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="", file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in COMMANDS:
+        raise UserError(f"{name!r} is no command; use one of {', '.join(COMMANDS)}")
+    return importlib.import_module(COMMANDS[name][0]).main(rest)

@@ -26,12 +26,19 @@ class ModelConfig:
     """
 
     layers: int
+    """blocks"""
     width: int
+    """features of the hidden state"""
     heads: int
+    """attention heads, which divide the width"""
     seq_len: int
+    """tokens a sequence"""
     vocab_size: int
+    """size of the vocabulary"""
     tied: bool = True
+    """one matrix for input embedding and head"""
     dropout: float = 0.0
+    """after the embedding, attention and MLP"""
 
     def __post_init__(self) -> None:
         for name in ("layers", "width", "heads", "seq_len", "vocab_size"):

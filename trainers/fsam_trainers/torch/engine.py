@@ -111,7 +111,7 @@ class TorchEngine:
         elif self._ranks.count > 1:
             self._running = torch.nn.parallel.DistributedDataParallel(self._running)
             if copies:
-                self._running.register_comm_hook(None, fsam.reduce_wide)
+                self._running.register_comm_hook(None, fsam.reduce_upcast)
         self.optimizer = optimizer(self.model, settings, copies)
         trained, reported = settings.losses()
         self._loss = fsam.mean_loss(partial(torch_decoder.features, loss=reported), backend=settings.backend)

@@ -1,0 +1,63 @@
+"""`fsam backends`: what is installed, what `auto` picks, and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.table import Table
+
+from fsam_core import backends
+from fsam_trainers.console import stdout
+from fsam_trainers.files import writable, write_json
+
+
+@dataclass(frozen=True)
+class Backends:
+    """What is installed, what `auto` picks, and why."""
+
+    json: Path | None = None
+    """also write the table here"""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    options = tyro.cli(Backends, prog="fsam backends", args=arguments)
+    if options.json is not None:
+        writable("--json", options.json)
+    rows = found()
+    if options.json is not None:
+        write_json(options.json, rows)
+    table = Table("framework", "version", "backend", "in this version", "picked", "why")
+    for row in rows:
+        marks = ["yes" if row[name] else "" for name in ("built", "picked")]
+        table.add_row(row["framework"], row["version"] or "not installed", row["backend"], *marks, row["reason"])
+    stdout().print(table)
+    return 0
+
+
+def found() -> list[dict[str, Any]]:
+    """A row for every backend of every framework."""
+    rows = []
+    for framework, names in backends.BACKENDS.items():
+        installed = importlib.util.find_spec(framework) is not None
+        picked = backends.choose(framework) if installed else None
+        version = importlib.metadata.version(framework) if installed else None
+        missing = "" if installed else f"pip install 'fsam[{framework}]'"
+        for name in names:
+            chosen = picked is not None and picked.name == name
+            rows.append(
+                {
+                    "framework": framework,
+                    "version": version,
+                    "backend": name,
+                    "built": backends.built(name),
+                    "picked": chosen,
+                    "reason": picked.reason if picked and chosen else missing,
+                }
+            )
+    return rows

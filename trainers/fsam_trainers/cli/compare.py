@@ -1,0 +1,109 @@
+"""`fsam compare`: several methods on the same data and budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import tyro
+from rich.table import Table
+
+from fsam_core import UserError, backends
+from fsam_trainers import registry
+from fsam_trainers.cli.options import Common, RunIntervals, RunOptions, parse
+from fsam_trainers.cli.variants import variants
+from fsam_trainers.console import Console, command_line, stdout
+from fsam_trainers.files import writable, write_json
+
+
+@dataclass(frozen=True)
+class ComparedOptions(RunOptions):
+    """`RunOptions` but for what --methods and --seeds say."""
+
+    method: tyro.conf.Suppress[str]
+    seed: tyro.conf.Suppress[int] = 0
+
+
+@dataclass(frozen=True)
+class ComparedIntervals(RunIntervals):
+    """`RunIntervals` of runs whose AdamW steps are timed before the first."""
+
+    probe_steps: tyro.conf.Suppress[int] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(Common):
+    """Train several methods on the same data and budget: one table, one plot, one HTML report."""
+
+    run: tyro.conf.OmitArgPrefixes[ComparedOptions]
+    """what determines the result"""
+    intervals: tyro.conf.OmitArgPrefixes[ComparedIntervals] = field(default_factory=ComparedIntervals)
+    methods: str = "adamw,precond-functional-sam"
+    """names as in `fsam train --method`, between commas, with options of their own if any: sam:rho=0.1:start=0.5"""
+    budget: Literal["steps", "time", "flops"] = "steps"
+    """what is equal for all: optimizer steps, the time that AdamW takes for --steps, or its FLOPs by the cost model"""
+    seeds: int = 1
+    """runs of each method, with seeds 0, 1, …"""
+    cost_steps: int = 12
+    """steps of each method timed interleaved, for the cost ratio"""
+    RUN: ClassVar[type[RunOptions]] = ComparedOptions
+    INTERVALS: ClassVar[type[RunIntervals]] = ComparedIntervals
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    options = parse(Compare, arguments, "fsam compare")
+    if options.json is not None:
+        writable("--json", options.json)
+    with registry.joined(options.run.framework) as here:
+        if here.count > 1:
+            raise UserError("fsam compare takes one process; give torchrun one `fsam train` after the other")
+        return _compare(options, Console(options.quiet))
+
+
+def _compare(options: Compare, console: Console) -> int:
+    from fsam_trainers.compare import compare
+
+    chosen = variants(options, options.methods)
+    if options.seeds < 1:
+        raise UserError(f"--seeds must be at least 1, got {options.seeds}")
+    if options.cost_steps < 10:
+        raise UserError(f"--cost-steps must be at least 10 for a median worth printing, got {options.cost_steps}")
+    settings = next(iter(chosen.values()))
+    intervals = options.intervals_of(settings.steps)
+    out = options.folder(f"compare-{settings.framework}-{options.preset}")
+    backends.choose(settings.framework, settings.backend)
+    corpus = options.load_corpus(settings, console)
+    comparison = compare(
+        chosen,
+        corpus,
+        out,
+        intervals,
+        console,
+        budget=options.budget,
+        seeds=options.seeds,
+        cost_steps=options.cost_steps,
+        command=command_line(),
+    )
+    if comparison is None:
+        console.say("stopped; the same command resumes from there")
+        return 130
+    if options.json is not None:
+        write_json(options.json, comparison)
+    _print(comparison, out)
+    return 0
+
+
+def _print(comparison: dict[str, Any], out: Path) -> None:
+    rich = stdout()
+    table = Table(title=comparison["title"])
+    for column in comparison["columns"]:
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for row in comparison["rows"]:
+        table.add_row(*row["cells"])
+    rich.print(table)
+    for note in comparison["notes"]:
+        rich.print(note, markup=False, soft_wrap=True)
+    for label, name in (("plot", "plot.png"), ("report", "report.html"), ("figures", "comparison.json")):
+        rich.print(f"{label}: {out / name}", markup=False, soft_wrap=True)

@@ -1,0 +1,117 @@
+"""`fsam cost`: what methods and savings cost beside AdamW, counted; or which of them fit a budget.
+
+Nothing is trained. With `--machine here` the rates of the machine at hand are measured first, in seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import tyro
+from rich.table import Table
+
+from fsam_trainers import cost_table
+from fsam_trainers.cli.cost_options import Cost, settings_of
+from fsam_trainers.console import stdout
+from fsam_trainers.files import writable, write_json
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    return run(tyro.cli(Cost, prog="fsam cost", args=arguments))
+
+
+def run(options: Cost) -> int:
+    """Count, print the tables, write the file; 0.
+
+    Raises:
+        UserError: naming the option that is wrong.
+    """
+    if options.json is not None:
+        writable("--json", options.json)
+    found = figures(options)
+    if options.json is not None:
+        write_json(options.json, found)
+    rich = stdout(120)
+    for table in tables(found, several=options.budget is not None or options.all, devices=options.devices):
+        rich.print(table)
+    for note in found["notes"]:
+        rich.print(note, markup=False, soft_wrap=True)
+    return 0
+
+
+def figures(options: Cost) -> dict[str, Any]:
+    """What `cost_table.figures` says of these options."""
+    return cost_table.figures(
+        settings_of(options),
+        options.preset,
+        options.machine,
+        devices=options.devices,
+        every_saving=options.all,
+        budget=options.budget,
+        spare=options.spare,
+    )
+
+
+def tables(found: dict[str, Any], *, several: bool, devices: int) -> list[Table]:
+    """The rows of `cost_table.figures` beside each other, and of a single one its regions."""
+    reduced = devices > 1
+    summary = Table(title=found["title"])
+    summary.add_column("options" if several else "method")
+    headings = ["operations x", "time x", "a corrected step x", "memory x", "peak GiB"]
+    for heading in (*headings, *["gradients reduced", "GB"] * reduced):
+        summary.add_column(heading, justify="right")
+    for row in found["rows"]:
+        corrected = row["steps"].get("corrected")
+        cells = [row["name"], f"{row['flops_ratio']:.3f}", f"{row['time_ratio']:.3f}"]
+        cells.append(f"{corrected['time_ratio']:.3f}" if corrected else "")
+        cells += [f"{row['peak_ratio']:.2f}", f"{row['peak_bytes'] / 2**30:,.2f}"]
+        if reduced:
+            cells += [f"{row['collectives']['gradients']:.2f}", f"{row['collectives']['bytes'] / 1e9:,.2f}"]
+        summary.add_row(*cells)
+    return [summary] if len(found["rows"]) != 1 else [summary, _regions(found["rows"][0]), _memory(found["rows"][0])]
+
+
+def _regions(row: dict[str, Any]) -> Table:
+    """Of the average step, where its operations, bytes and time are."""
+    unit, name = next((u, n) for u, n in ((1e12, "T"), (1e9, "G")) if row["flops"] / u >= 1 or u == 1e9)
+    table = Table(title="the average step by region")
+    table.add_column("region")
+    flops = [f"{part}, {name}FLOP" for part in ("blocks", "attention", "head")]
+    for heading in (*flops, "GB between", "ms", "of the time"):
+        table.add_column(heading, justify="right")
+    total = row["seconds"]
+
+    def add(region: str, seconds: float, *cells: float) -> None:
+        texts = [f"{x:,.2f}" if x else "" for x in cells]
+        table.add_row(region, *texts, f"{1000 * seconds:,.2f}", f"{seconds / total:.1%}")
+
+    sums = dict.fromkeys(("trunk", "attention", "head", "kept", "bytes"), 0.0)
+    for region, x in row["regions"].items():
+        sums = {part: so_far + x[part] for part, so_far in sums.items()}
+        add(region, x["seconds"], *_cells(x, unit))
+    if row["taken_seconds"] > 1e-3 * total:
+        add("touching new memory", row["taken_seconds"], 0, 0, 0, 0)
+    table.add_section()
+    add("together", total, *_cells(sums, unit))
+    return table
+
+
+def _cells(x: dict[str, float], unit: float) -> tuple[float, ...]:
+    return x["trunk"] / unit, x["attention"] / unit, (x["head"] + x["kept"]) / unit, x["bytes"] / 1e9
+
+
+def _memory(row: dict[str, Any]) -> Table:
+    """Of each kind of step, what is held when most is."""
+    table = Table(title="memory at its peak, GiB")
+    table.add_column("held")
+    names = list(dict.fromkeys(name for one in row["steps"].values() for name in one["memory"]))
+    for kind in row["steps"]:
+        table.add_column(f"{kind} step", justify="right")
+    for name in names:
+        values = [one["memory"].get(name, 0.0) for one in row["steps"].values()]
+        table.add_row(name, *(f"{x / 2**30:,.3f}" if x else "" for x in values))
+    table.add_section()
+    table.add_row("together", *(f"{math.fsum(x['memory'].values()) / 2**30:,.3f}" for x in row["steps"].values()))
+    return table

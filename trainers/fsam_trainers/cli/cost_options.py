@@ -1,0 +1,102 @@
+"""The options of `fsam cost`, and the run that they describe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from fsam_core import UserError
+from fsam_trainers.config import SAVINGS, Settings
+from fsam_trainers.presets import preset
+
+STEPS = 1000  # of the run: schedules are averaged, so it says nothing
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Count what a step costs beside AdamW: operations, time by a machine's rates, memory, collectives."""
+
+    preset: str = "118m"
+    """model size: tiny, or the paper's 2m, 24m, 43m, 118m, 1208m"""
+    method: str = "precond-functional-sam"
+    """adamw, sam, precond-sam, functional-sam, precond-functional-sam, logit-sam"""
+    savings: str = "exact"
+    """options by name: exact, balanced (--correction-fraction 1/4), cheap (1/8 and --cut hidden)"""
+    correction_fraction: str | None = None
+    """share of the batch that the second pass is computed on: 1/8, 0.25"""
+    ascent: str = "full"
+    """where the perturbation comes from: full, part, micro, previous, momentum, -momentum, random"""
+    ascent_fraction: str | None = None
+    """with --ascent part, the share of the batch whose gradient it is"""
+    scope: str = "all"
+    """which weights are perturbed: all, no-head, norms, or top:K"""
+    cut: str | None = None
+    """where the functional method holds the cotangent: logits or hidden"""
+    cotangent: str = "auto"
+    """how the cotangent waits for the second pass: auto, keep, recompute"""
+    every: int = 1
+    """a correction each k-th step"""
+    between: str = "plain"
+    """steps without one are plain, or reuse the last"""
+    start: float = 0.0
+    """share of the run before which there is none"""
+    probability: float = 1.0
+    """of a correction at a step that could have one"""
+    all: bool = False
+    """a row for every saving by itself, on top of the options given"""
+    budget: float | None = None
+    """list the option sets that cost at most this many times AdamW's time, cheapest first"""
+    spare: bool = False
+    """with --budget, also those that could do without one of their savings, or with less of it"""
+    framework: str = "jax"
+    """jax or torch: XLA leaves out what nothing depends on, PyTorch does what it is told"""
+    machine: str = "h100"
+    """a100, h100, h200, b200, mi300x, v4, v5e, v5p, v6e, tpu7x by their published peaks; here: measured"""
+    batch: int | None = None
+    """sequences a step, over all devices and micro-batches"""
+    seq_len: int | None = None
+    """tokens a sequence"""
+    vocab_size: int | None = None
+    """size of the vocabulary"""
+    tied: bool = True
+    """one matrix for input embedding and head"""
+    micro_batches: int = 1
+    """parts that a device's batch is computed in"""
+    devices: int = 1
+    """devices the batch is spread over, each with all weights"""
+    remat: bool = False
+    """activation checkpointing: every backward pass runs the blocks' forward pass once more"""
+    dtype: str | None = None
+    """of products and activations (default: bfloat16, and float32 here)"""
+    json: Path | None = None
+    """also write the figures here"""
+
+
+def settings_of(options: Cost) -> Settings:
+    """The options as those of a run, which checks them; the batch is one device's."""
+    size = preset(options.preset)
+    model = size.model(seq_len=options.seq_len, vocab_size=options.vocab_size, tied=options.tied, dropout=0.0)
+    batch = size.batch if options.batch is None else options.batch
+    if options.devices < 1 or batch % options.devices:
+        raise UserError(f"--devices must be a number that divides --batch {batch}, got {options.devices}")
+    if options.savings not in SAVINGS:
+        raise UserError(f"--savings: {options.savings!r} is not known; use one of {', '.join(SAVINGS)}")
+    changes: dict[str, Any] = dict(SAVINGS[options.savings])
+    for name in ("correction_fraction", "ascent_fraction"):
+        if getattr(options, name) is not None:
+            changes[name] = _number(f"--{name.replace('_', '-')}", getattr(options, name))
+    if options.cut is not None:
+        changes["cut"] = options.cut
+    same = ("framework", "method", "micro_batches", "ascent", "scope", "every", "between", "start", "probability")
+    changes |= {name: getattr(options, name) for name in (*same, "cotangent", "remat")}
+    dtype: Any = options.dtype or ("float32" if options.machine == "here" else "bfloat16")
+    return Settings(**changes, model=model, steps=STEPS, batch=batch // options.devices, dtype=dtype)
+
+
+def _number(option: str, text: str) -> float:
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        raise UserError(f"{option} must be a number in (0, 1], 1/8 say; got {text!r}") from None

@@ -1,0 +1,170 @@
+"""The options that `fsam train` and `fsam compare` share, and how they become `Settings` and `Intervals`.
+
+tyro reads the dataclasses themselves. Their checks run afterwards: a wrong value is then one sentence of ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+import tyro
+
+from fsam_core import UserError
+from fsam_trainers import processes
+from fsam_trainers.config import SAVINGS, Intervals, Settings, steps_for
+from fsam_trainers.console import Console
+from fsam_trainers.models.layout import ModelConfig
+from fsam_trainers.presets import preset
+
+DEFAULT_STEPS = 300
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What the defaults of other options depend on."""
+
+    preset: str = "tiny"
+    """model size: tiny, or the paper's 2m, 24m, 43m, 118m, 1208m (non-embedding parameters)"""
+    savings: str = "exact"
+    """options by name: exact, balanced (--correction-fraction 1/4), cheap (1/8 and --cut hidden)"""
+
+
+class _Model(ModelConfig):
+    def __post_init__(self) -> None:
+        """Checked when it is put together."""
+
+
+class RunIntervals(Intervals):
+    """`Intervals` as they are read."""
+
+    def __post_init__(self) -> None:
+        """Checked when it is put together."""
+
+
+@dataclass(frozen=True)
+class RunOptions(Settings):
+    """`Settings` as they are read."""
+
+    model: tyro.conf.OmitArgPrefixes[_Model]
+
+    def __post_init__(self) -> None:
+        """Checked when they are put together."""
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What to train on."""
+
+    data: str = "python"
+    """python (its own sources), text, .jsonl[.gz|.zst], .parquet, a folder or glob of these, .bin, hf:NAME[:CONFIG]"""
+    stream: Literal["auto", "yes", "no"] = "auto"
+    """make tokens while training, without reading all first (auto: hf: and over 1 GB, if there is no --max-tokens)"""
+    shuffle_buffer: int = 2048
+    """with a stream, sequences that are shuffled together"""
+    data_workers: int | None = None
+    """with a stream, tokenizing processes a rank (default: one fewer than cores, 1 to 4); 0: none but the run's own"""
+    tokenizer: Path | None = None
+    """a tokenizer.json; without one a byte-level BPE is trained on the data"""
+    max_tokens: int | None = None
+    """read at most this many training tokens"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common(Basis):
+    """Options of both commands."""
+
+    run: tyro.conf.OmitArgPrefixes[RunOptions]
+    """what determines the result"""
+    corpus: tyro.conf.OmitArgPrefixes[DataOptions] = field(default_factory=DataOptions)
+    intervals: tyro.conf.OmitArgPrefixes[RunIntervals] = field(default_factory=RunIntervals)
+    tokens_per_param: float | None = None
+    """instead of --steps: tokens for each non-embedding parameter (Chinchilla: about 20)"""
+    out: Path | None = None
+    """folder of the run; a run that was interrupted there is resumed (default: under runs/)"""
+    json: Path | None = None
+    """also write the figures here"""
+    quiet: bool = False
+    """no progress on stderr"""
+    arguments: tyro.conf.Suppress[tuple[str, ...]] = ()
+    RUN: ClassVar[type[RunOptions]] = RunOptions
+    INTERVALS: ClassVar[type[RunIntervals]] = RunIntervals
+
+    @property
+    def given(self) -> set[str]:
+        """The options that stand in the command line."""
+        return {x[2:].partition("=")[0].replace("-", "_") for x in self.arguments if x.startswith("--")}
+
+    def settings(self, **changes: Any) -> Settings:
+        """The run's with these changes, and with the defaults that depend on other options.
+
+        Raises:
+            UserError: naming the option that is wrong.
+        """
+        model = ModelConfig(**vars(self.run.model))
+        steps = self.run.steps
+        if self.tokens_per_param is not None:
+            if "steps" in self.given:
+                raise UserError(f"--steps {steps} and --tokens-per-param {self.tokens_per_param}: give one of the two")
+            steps = steps_for(self.tokens_per_param, model, self.run.batch)
+        warmup = self.run.warmup if "warmup" in self.given else min(1000, steps // 10)
+        return Settings(**{**vars(self.run), "model": model, "steps": steps, "warmup": warmup, **changes})
+
+    def intervals_of(self, steps: int) -> Intervals:
+        """How often a run of so many steps evaluates and saves."""
+        tenth = dict.fromkeys({"evaluate_every", "checkpoint_every"} - self.given, max(1, steps // 10))
+        return Intervals(**{**vars(self.intervals), **tenth})
+
+    def load_corpus(self, settings: Settings, console: Console) -> Any:
+        """The corpus, read or from the cache; one process of each host reads it first."""
+        from fsam_trainers.data import load
+
+        given = self.corpus
+        found = processes.current().first_on_host(
+            lambda: load(
+                given.data,
+                stream=given.stream,
+                vocab_size=settings.model.vocab_size,
+                seq_len=settings.model.seq_len,
+                tokenizer=given.tokenizer,
+                max_tokens=given.max_tokens,
+                buffer=given.shuffle_buffer,
+                workers=given.data_workers,
+            )
+        )
+        console.say(found.description)
+        return found
+
+    def folder(self, name: str) -> Path:
+        """Where the run is, runs/`name` unless --out says otherwise."""
+        out = self.out or Path("runs") / name
+        if out.exists() and not out.is_dir():
+            raise UserError(f"--out: {out} is a file; give the name of a folder")
+        return out
+
+
+Options = TypeVar("Options", bound=Common)
+
+
+def parse(command: type[Options], arguments: Sequence[str], prog: str) -> Options:
+    """The options of `command`; prints help or a usage error and exits by itself.
+
+    Raises:
+        UserError: for a preset or savings that are not known.
+    """
+    basis, _ = tyro.cli(Basis, args=arguments, return_unknown_args=True, add_help=False)
+    size = preset(basis.preset)
+    if basis.savings not in SAVINGS:
+        raise UserError(f"--savings: {basis.savings!r} is not known; use one of {', '.join(SAVINGS)}")
+    model = _Model(size.layers, size.width, size.heads, size.seq_len, size.vocab_size)
+    usual: dict[str, Any] = {"learning_rate": size.learning_rate, "rho": size.rho, **SAVINGS[basis.savings]}
+    usual |= {"steps": DEFAULT_STEPS, "warmup": DEFAULT_STEPS // 10, "batch": size.batch, "model": model}
+    run = command.RUN(framework="jax", method="precond-functional-sam", **usual)
+    intervals = command.INTERVALS(evaluate_every=DEFAULT_STEPS // 10, checkpoint_every=DEFAULT_STEPS // 10)
+    default = command(**vars(basis), run=run, intervals=intervals)
+    return dataclasses.replace(
+        tyro.cli(command, prog=prog, args=arguments, default=default), arguments=tuple(arguments)
+    )

@@ -1,0 +1,76 @@
+"""`fsam train`: one model, one method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from fsam_core import backends
+from fsam_trainers import processes, registry
+from fsam_trainers.cli.options import Common, parse
+from fsam_trainers.console import Console, command_line, stdout
+from fsam_trainers.files import writable, write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Common):
+    """Train one model with one method; run again with the same options, it is resumed where it was interrupted."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    options = parse(Train, arguments, "fsam train")
+    if options.json is not None:
+        writable("--json", options.json)
+    with registry.joined(options.run.framework) as here:
+        return _train(options, Console(options.quiet or not here.is_main))
+
+
+def _train(options: Train, console: Console) -> int:
+    from fsam_trainers.loop import train
+
+    settings = options.settings()
+    intervals = options.intervals_of(settings.steps)
+    name = f"{settings.framework}-{options.preset}-{settings.method}-seed{settings.seed}"
+    out = options.folder(name)
+    backends.choose(settings.framework, settings.backend)
+    corpus = options.load_corpus(settings, console)
+    figures = train(settings, corpus, out, intervals, console)
+    figures["command"] = command_line()
+
+    def report() -> None:
+        if options.json is not None:
+            write_json(options.json, figures)
+        _print(figures)
+
+    processes.current().from_main(report)  # torchrun ends the others when the first one has left
+    if figures["status"] == "stopped":
+        console.say(f"stopped at step {figures['steps']} of {settings.steps}; the same command resumes from there")
+        return 128 + figures["signal"]
+    return 0
+
+
+def _print(figures: dict[str, Any]) -> None:
+    def text(name: str, form: str) -> str:
+        return "–" if figures[name] is None else format(figures[name], form)
+
+    table = Table("method", "framework", "params", "steps", "tokens", "seconds", "ms/step", "x AdamW", "train", "val")
+    table.add_row(
+        figures["method"],
+        f"{figures['framework']}/{figures['backend']}",
+        f"{figures['params']:,}",
+        f"{figures['steps']:,}",
+        f"{figures['tokens']:,}",
+        text("seconds", ",.1f"),
+        text("step_ms_median", ",.0f"),
+        text("cost_ratio", ".2f"),
+        text("train_loss", ".4f"),
+        text("val_loss", ".4f"),
+    )
+    rich = stdout()
+    rich.print(table)
+    if figures["skipped_steps"]:
+        rich.print(f"{figures['skipped_steps']} steps were skipped because they were not finite", markup=False)
+    rich.print(f"run: {figures['out']}", markup=False, soft_wrap=True)

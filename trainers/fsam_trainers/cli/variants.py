@@ -1,0 +1,67 @@
+"""`--methods sam:rho=0.1:start=0.5,…`: each method with options of its own, read as the command line's are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import get_type_hints
+
+from fsam_core import NAMES, UserError
+from fsam_trainers.cli.options import Common, parse
+from fsam_trainers.config import Settings
+from fsam_trainers.models.layout import ModelConfig
+
+# What the methods of one comparison may differ in, by option.
+VARIED = (
+    "learning_rate", "warmup", "final_learning_rate", "weight_decay", "b1", "b2", "eps", "clip_norm", "dropout", "ema",
+    "rho", "rho_schedule", "norm", "second_moment", "savings", "correction_fraction", "ascent", "ascent_fraction",
+    "scope", "cut", "every", "start", "probability", "between", "cotangent", "label_smoothing", "z_loss",
+)  # fmt: skip
+
+
+def variants(options: Common, methods: str) -> dict[str, Settings]:
+    """Each method as it was written, once, and its settings.
+
+    Raises:
+        UserError: for an unknown method or option.
+    """
+    names = dict.fromkeys(name.strip() for name in methods.split(",") if name.strip())
+    unknown = [name for name in names if name.partition(":")[0] not in NAMES]
+    if unknown or not names:
+        raise UserError(f"--methods: {', '.join(unknown) or 'none given'}; use some of {', '.join(NAMES)}")
+    return {name: _variant(options, name) for name in names}
+
+
+def _variant(options: Common, text: str) -> Settings:
+    """The settings of the command line with the method's own options after it."""
+    method, *own = text.split(":")
+    arguments = [*options.arguments, *(f"--{option}" for option in _joined(own) if _checked(option, text))]
+    return parse(type(options), arguments, "fsam compare").settings(method=method)
+
+
+def _joined(parts: list[str]) -> Iterator[str]:
+    """The options again: "scope=top:2" has a colon of its own."""
+    while parts:
+        option, *parts = parts
+        while parts and "=" in option and "=" not in parts[0]:
+            option, *parts = f"{option}:{parts[0]}", *parts[1:]
+        yield option
+
+
+def _checked(option: str, text: str) -> bool:
+    """True for "rho=0.1"; what tyro says of others is no sentence.
+
+    Raises:
+        UserError: for others.
+    """
+    name, equals, value = option.partition("=")
+    name = name.replace("-", "_")
+    if not equals or name not in VARIED:
+        known = ", ".join(x.replace("_", "-") for x in VARIED)
+        raise UserError(f"--methods: {option!r} in {text!r} is no option=value; the options are {known}")
+    number = get_type_hints(Settings, include_extras=True) | get_type_hints(ModelConfig)
+    if (kind := number.get(name)) in (int, float):
+        try:
+            kind(value)
+        except ValueError:
+            raise UserError(f"--methods: {name}={value} in {text!r} is no {kind.__name__}") from None
+    return True
