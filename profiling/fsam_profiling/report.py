@@ -1,6 +1,6 @@
 """One self-contained HTML page from what `--json` wrote: `fsam profile report FILE… --out report.html`.
 
-Each part stands with the command that made it and the machine it was made on, and says whose figures they are.
+Each section names the command and the machine that made it, and says whose figures they are.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from typing import Annotated, Any
 
 import tyro
 
-from fsam_core import UserError, backends
+from fsam_core import UserError
 from fsam_profiling import results
+from fsam_trainers import page
 from fsam_trainers.files import writable, write_text
 
-# The order of the parts.
+# The order of the sections.
 KINDS = (
     "step",
     "trace",
@@ -55,7 +56,7 @@ class ReportOptions:
     title: str = "fsam profile"
     """its heading"""
     json: Path | None = None
-    """also write what the page holds, without its pictures, here"""
+    """also write the tables of the page here"""
 
 
 def run(options: ReportOptions) -> int:
@@ -70,37 +71,40 @@ def run(options: ReportOptions) -> int:
     found = [results.read(path) for path in options.files]
     order = {kind: i for i, kind in enumerate(KINDS)}
     found.sort(key=lambda file: order.get(file["kind"], len(order)))
-    parts = [part(file) for file in found]
-    write_text(options.out, page(options.title, parts))
+    sections = [section(file) for file in found]
+    write_text(options.out, page.render(options.title, sections))
     if options.json is not None:
-        plain = [{name: value for name, value in one.items() if name != "plots"} for one in parts]
-        results.write(options.json, "report", plain)
+        tables = [
+            {"kind": file["kind"], "title": one.title, "command": one.command, "facts": one.facts}
+            | {"headings": one.headings, "cells": one.cells, "notes": one.notes}
+            for file, one in zip(found, sections, strict=True)
+        ]
+        results.write(options.json, "report", tables)
     print(f"report: {options.out}")
     return 0
 
 
-def part(file: dict[str, Any]) -> dict[str, Any]:
+def section(file: dict[str, Any]) -> page.Section:
     """What the page shows of one file."""
     from fsam_profiling import report_tables
 
     kind, rows = file["kind"], file["rows"]
     headings, cells = report_tables.table(kind, rows)
-    words = lambda i: headings[i] == "saving or peer" or any(line[i][:1].isalpha() for line in cells)
-    return {
-        "kind": kind,
-        "title": TITLES.get(kind, kind),
-        "about": {name: _plain(value) for name, value in file["about"].items() if value is not None},
-        "whose": report_tables.WHOSE.get(kind, ""),
-        "command": file["command"],
-        "machine": ", ".join(f"{name} {value}" for name, value in file["machine"].items()),
-        "headings": headings,
-        "cells": cells,
-        "words": [words(i) for i in range(len(headings))],
-        "plots": plots(kind, rows),
-    }
+    facts = {name: _plain(value) for name, value in file["about"].items() if value is not None}
+    machine = ", ".join(f"{name} {value}" for name, value in file["machine"].items())
+    return page.Section(
+        TITLES.get(kind, kind),
+        headings,
+        cells,
+        file["command"],
+        facts=facts | {"machine": machine},
+        pictures=pictures(kind, rows),
+        notes=report_tables.NOTES.get(kind, ()),
+        words=("saving", "saving or peer"),
+    )
 
 
-def plots(kind: str, rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+def pictures(kind: str, rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """(caption, SVG) of each picture that the rows give."""
     from fsam_profiling import report_plots
 
@@ -135,17 +139,6 @@ def plots(kind: str, rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
         picture = report_plots.roofline(points, chip["flops_per_second"], chip["bytes_per_second"])
         found.append((f"Roofline of a {chip['name']} core: estimated seconds, counted operations and bytes", picture))
     return found
-
-
-def page(title: str, parts: list[dict[str, Any]]) -> str:
-    """The HTML of the parts."""
-    backends.require("jinja2")
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("fsam_profiling", "templates"), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    return environment.get_template("profile.html").render(title=title, parts=parts)
 
 
 def _plain(value: Any) -> str:

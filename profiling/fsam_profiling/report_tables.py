@@ -138,28 +138,38 @@ _GPU: Columns = {
 COLUMNS["gpu head"] |= _GPU | {"cold µs": _number("cold_us"), "warm µs": _number("warm_us")}
 COLUMNS["gpu parameters"] |= _GPU
 
-_GPU_WHOSE = (
-    "From the real compilers' machine code; bytes are counted from the code. A floor is the least bytes over the "
-    "card's published bandwidth, not a timing."
+_GPU_NOTES = (
+    "From the real compilers' machine code; bytes are counted from the code.",
+    "A floor is the least bytes over the card's published bandwidth, not a timing.",
+)
+_TPU_NOTE = (
+    "Estimates, not timings: the TPU compiler's cost model for XLA's instructions, schedule or bytes over bandwidth "
+    "for kernels. Memory is the compiler's own account."
 )
 # Whose the figures are, under each table.
-WHOSE = {
-    "step": "Timed on this machine, all variants turn about in one process; medians. Where a ratio's 20th and 80th "
-    "percentile are further apart than the ratio is from 1, they stand alone.",
-    "trace": "Timed on this machine under a profiler, which slows short steps down: read the shares.",
-    "tpu step": "Estimates, not timings: the TPU compiler's cost model for XLA's instructions, schedule or bytes over "
-    "bandwidth for kernels; by schedule, XLA's element-wise loops, sums and copies are judged as kernels are. Memory "
-    "is the compiler's own account. The floor is the program's products at the published peak, or its arguments and "
-    "results once over the published bandwidth.",
-    "tpu head": "Estimates, not timings: the TPU compiler's cost model for XLA's instructions, schedule or bytes over "
-    "bandwidth for kernels; memory is the compiler's own account.",
-    "tpu scale": "The compiler's own account; what a sharded step gathers and reduces is counted in its program.",
-    "tpu parameters": "Estimates, not timings: by schedule is the larger of a loop's bundles and its bytes over the "
-    "published bandwidth, by cost model the compiler's own.",
-    "gpu step": _GPU_WHOSE,
-    "gpu head": _GPU_WHOSE,
-    "gpu parameters": _GPU_WHOSE,
-    "check": "Counts and compilers' estimates, as the regression guard holds them.",
+NOTES: dict[str, tuple[str, ...]] = {
+    "step": (
+        "Timed on this machine, all variants interleaved in one process; medians.",
+        "A ratio is printed where it is distinguishable from 1: where its 20th and 80th percentile are no further "
+        "apart than it is from 1. Elsewhere the percentiles stand alone.",
+    ),
+    "trace": ("Timed on this machine under a profiler, which slows short steps down: read the shares.",),
+    "tpu step": (
+        _TPU_NOTE,
+        "By schedule: XLA's element-wise loops, sums and copies are judged as kernels are.",
+        "The floor is the program's products at the published peak, or its arguments and results once over the "
+        "published bandwidth.",
+    ),
+    "tpu head": (_TPU_NOTE,),
+    "tpu scale": ("The compiler's own account; what a sharded step gathers and reduces is counted in its program.",),
+    "tpu parameters": (
+        "Estimates, not timings: by schedule is the larger of a loop's bundles and its bytes over the published "
+        "bandwidth, by cost model the compiler's own.",
+    ),
+    "gpu step": _GPU_NOTES,
+    "gpu head": _GPU_NOTES,
+    "gpu parameters": _GPU_NOTES,
+    "check": ("Counts and compilers' estimates, as the regression guard holds them.",),
 }
 
 

@@ -69,7 +69,7 @@ def test_page_is_complete_and_self_contained(files, tmp_path, capsys):
     assert page.count("<pre>") == 4
     assert "width=device-width" in page
     assert not re.findall(r"(?:src|href)=\"(?!#)[^\"]*\"", page.replace('xlink:href="#', "").replace('href="#', ""))
-    assert "preset: tiny &lt;b&gt;" in page
+    assert "<dt>preset</dt><dd>tiny &lt;b&gt;</dd>" in page
     assert "17,716,740,096" in page
     written = json.loads((tmp_path / "page.json").read_text())
     assert [one["kind"] for one in written["rows"]] == ["step", "tpu step", "check", "someones"]

@@ -1,8 +1,7 @@
-"""The pictures of a comparison: one PNG, one self-contained HTML page."""
+"""What a comparison leaves to look at: one PNG and one self-contained HTML page."""
 
 from __future__ import annotations
 
-import base64
 import importlib.metadata
 import importlib.util
 import platform
@@ -13,11 +12,11 @@ import numpy as np
 
 from fsam_core import backends
 from fsam_trainers.files import disk_errors, write_text
+from fsam_trainers.page import Section, png, render
 
 for _module in ("matplotlib", "jinja2"):
     backends.require(_module)
 
-import jinja2  # noqa: E402
 import matplotlib.figure  # noqa: E402
 
 # Okabe and Ito's palette: distinct for colour-blind readers, and in print.
@@ -68,15 +67,27 @@ def write_report(path: Path, comparison: dict[str, Any], plot: Path) -> None:
     Args:
         comparison: what `compare.compare` returns.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("fsam_trainers", "templates"), autoescape=True, undefined=jinja2.StrictUndefined
+    settings = dict(comparison["settings"])
+    model = {f"model {name}": value for name, value in settings.pop("model").items()}
+    losses = [row["val_loss_mean"] for row in comparison["rows"]]
+    description = "Validation and training loss of every method, against optimizer steps and against seconds"
+    section = Section(
+        comparison["title"],
+        comparison["columns"],
+        [row["cells"] for row in comparison["rows"]],
+        comparison["command"],
+        facts=settings
+        | model
+        | {
+            "data": comparison["data"]["description"],
+            "data fingerprint": comparison["data"]["fingerprint"],
+            "machine": f"{platform.machine()}, Python {platform.python_version()}, " + ", ".join(_versions()),
+        },
+        pictures=[("Loss against steps and against time", png(plot, description))],
+        notes=comparison["notes"],
+        best=[i for i, loss in enumerate(losses) if loss == min(losses)],
     )
-    page = environment.get_template("comparison.html").render(
-        **comparison,
-        plot=base64.b64encode(plot.read_bytes()).decode("ascii"),
-        machine=f"{platform.machine()}, Python {platform.python_version()}, " + ", ".join(_versions()),
-    )
-    write_text(path, page)
+    write_text(path, render("fsam compare", [section]))
 
 
 def _versions() -> list[str]:
