@@ -1,4 +1,4 @@
-"""Functional sharpness-aware training: the methods as data. The step is in `fsam_core.jax` and in `fsam_core.torch`.
+"""Functional sharpness-aware training: methods as data. The training step is in `fsam_core.jax` and `fsam_core.torch`.
 
 Importing this package imports neither jax nor torch.
 """

@@ -1,14 +1,13 @@
-"""Ascents: the vector a that stands in the gradient's place in the perturbation, d = P a.
+"""Ascents: the vector a that replaces the gradient in the perturbation, d = P a.
 
-The published methods take the batch's own gradient. An ascent that is known before the step is cheaper: the exact
-method then needs no base backward pass. What it gives up is another matter: functional corrections live on the batch
-whose gradient they ascend. A new ascent is one more of these:
+The published methods use the gradient of the batch. An ascent that is known before the step is cheaper, because the
+exact method then needs no base backward pass. It loses quality (docs/results/study.md): a functional correction works
+on the batch whose gradient the ascent follows. A new ascent is an `Ascent` of one's own:
 
     surprise = Ascent("surprise", lambda seen: seen.map(lambda g, m: g - m, seen.gradient, seen.momentum))
     method = FunctionalSAM(rho=0.5, precondition="adam", ascent=surprise)
 
-a takes g's place in every formula: in the norm, in the second moment that the direction folds it into, and in the
-factor by which clipping would scale it.
+a replaces g in every formula: in the norm, in the second moment that g is folded into, and in the clipping factor.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ Source = Literal["full", "part", "micro", "none"]
 
 
 class Seen(Protocol):
-    """What an ascent may look at; each is made when it is asked for. Trees in JAX, lists of tensors in PyTorch."""
+    """The inputs of an ascent, computed on access: trees in JAX, lists of tensors in PyTorch."""
 
     @property
     def gradient(self) -> Any:
-        """The gradient at θ of the full batch or of the part; not there for an ascent without a source."""
+        """The gradient at θ of the ascent's source; an ascent with source "none" has none."""
 
     @property
     def momentum(self) -> Any:
@@ -35,25 +34,25 @@ class Seen(Protocol):
 
     @property
     def previous(self) -> Any:
-        """The gradient ĝ of the last step that was taken, before clipping; zeros before the first."""
+        """The gradient ĝ of the last completed step, before clipping; zeros before the first."""
 
     def random(self) -> Any:
-        """Standard normal, drawn from the method's seed and the number of completed steps."""
+        """Standard normal values, from the method's seed and the number of completed steps."""
 
     def map(self, function: Callable[..., Any], *trees: Any) -> Any:
-        """`function` of each parameter's arrays."""
+        """Apply `function` to each parameter's arrays."""
 
 
 @dataclass(frozen=True)
 class Ascent:
-    """Where the ascent vector comes from.
+    """An ascent vector and the gradient it needs.
 
     Attributes:
-        name: what tables and checkpoints call it.
-        of: what is seen -> the vector, one array for each parameter.
-        source: whose gradient `seen.gradient` is: the "full" batch's, that of a "part" of it, each "micro"-batch's for
-            itself; "none" for a vector that is known before the step.
-        remembers: whether `seen.previous` is looked at: one more array for each parameter is then kept.
+        name: its name in tables and checkpoints.
+        of: inputs -> the vector, one array for each parameter.
+        source: the batch of `seen.gradient`: "full", a "part" of it, or each "micro"-batch separately; "none" for a
+            vector that is known before the step.
+        remembers: whether it uses `seen.previous`, which needs one more array for each parameter.
     """
 
     name: str
@@ -82,7 +81,7 @@ ASCENTS: dict[str, Ascent] = {
 
 
 def named(ascent: str | Ascent) -> Ascent:
-    """The ascent of that name, or the one that was given.
+    """The ascent of that name, or the given `Ascent` itself.
 
     Raises:
         UserError: for an unknown name.

@@ -1,7 +1,7 @@
-"""Which implementation of the operations runs: argument, then FSAM_BACKEND, then what is fastest here.
+"""The choice of backend: the argument, else FSAM_BACKEND, else `auto`, the fastest one for the device.
 
-A backend is a package `fsam_kernels.<name>` with one module per operation. `auto` picks by device and says which it
-picked; a backend that is named explicitly is used or fails, it never falls back.
+A backend is a package `fsam_kernels.<name>` with one module per operation. `auto` chooses by device and gives its
+reason. A backend that is named explicitly is used or fails; it never falls back to another.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from types import ModuleType
 
 from fsam_core.errors import UserError
 
-# Framework -> its backends, most specialised last. The first is plain framework code and runs anywhere.
+# Framework -> its backends, most specialised last. The first is plain framework code for any device.
 BACKENDS: dict[str, tuple[str, ...]] = {"jax": ("xla", "pallas"), "torch": ("torch", "triton")}
-# Module -> the extra that brings it, where names differ.
+# Module -> the pip extra that installs it, where the names differ.
 _EXTRA = {"optax": "jax", "flax": "jax", "orbax": "jax", "matplotlib": "report", "jinja2": "report"}
 _NEEDS = {"xla": "jax", "pallas": "jax", "torch": "torch", "triton": "triton"}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A backend and why it was taken: what `fsam backends` prints."""
+    """A backend and the reason for it, as `fsam backends` prints them."""
 
     name: str
     reason: str
 
 
 def require(module: str) -> None:
-    """Fail with the command that mends it when `module` ("jax", "optax", "torch", …) is not installed.
+    """Check that `module` ("jax", "optax", "torch", …) is installed.
 
     Raises:
-        UserError: naming the pip command.
+        UserError: with the pip command that installs it.
     """
     if importlib.util.find_spec(module) is None:
         raise UserError(f"{module} is not installed: pip install 'fsam[{_EXTRA.get(module, module)}]'")
@@ -48,8 +48,8 @@ def choose(framework: str, backend: str | None = None) -> Choice:
     """The backend for `framework` ("jax" or "torch"), and the reason.
 
     Raises:
-        UserError: for a backend that is unknown, belongs to the other framework, is not part of this version, or whose
-            packages are missing.
+        UserError: for a backend that is unknown, belongs to the other framework or is not part of this version, and for
+            missing packages.
     """
     known = BACKENDS[framework]
     asked, source = (backend, "asked for") if backend else (os.environ.get("FSAM_BACKEND"), "FSAM_BACKEND")
@@ -66,7 +66,7 @@ def choose(framework: str, backend: str | None = None) -> Choice:
     if not built(special[-1]):
         return Choice(plain, "auto: the only one built")
     if framework == "torch":
-        # Counted: 6 bytes a bfloat16 logit between the products, where the plain code moves 44. Not timed on a GPU.
+        # By count Triton moves 6 bytes a bfloat16 logit between the products, the plain code 44. Not timed on a GPU.
         return Choice(plain, "auto: triton moves fewer bytes by count, but was not timed on a GPU; ask for it by name")
     device = importlib.import_module("jax").default_backend()
     if device == "tpu":
@@ -75,7 +75,7 @@ def choose(framework: str, backend: str | None = None) -> Choice:
 
 
 def check_device(backend: str, device: str) -> None:
-    """Whether the backend's kernels run where the model is.
+    """Check that the backend's kernels run on the model's device.
 
     Raises:
         UserError: for Triton kernels on a CPU, outside its interpreter.

@@ -1,8 +1,8 @@
-"""The one exception that means "the input is wrong", as opposed to "the program is wrong"."""
+"""The exception for wrong input, as opposed to an error in the program."""
 
 
 class UserError(ValueError):
-    """Bad input, said in one sentence: which argument, what it got, what would work.
+    """Wrong input, in one sentence: the argument, the value it got, and a value that would work.
 
-    The `fsam` command prints the sentence alone and exits with code 2; a library user sees a `ValueError`.
+    The `fsam` command prints only the sentence and exits with code 2; a library user sees a `ValueError`.
     """

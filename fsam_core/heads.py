@@ -1,4 +1,4 @@
-"""What the two frameworks' heads have in common: which shapes fit together, which way round a weight is stored."""
+"""Checks of a `LinearHead` that both frameworks share: shapes and the layout of the weight."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fsam_core.errors import UserError
 
 
 def check(head: Any) -> None:
-    """Whether the arrays of a LinearHead fit: [..., D], [V, D] or [D, V], [...], [...] or None, [V] or None.
+    """Check a LinearHead's shapes: [..., D], [V, D] or [D, V], [...], [...] or None, [V] or None.
 
     Raises:
         UserError: naming the argument and the shapes.

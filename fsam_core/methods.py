@@ -1,4 +1,4 @@
-"""Methods as data: which perturbation, and which half of the gradient is moved by it.
+"""Methods as data: the perturbation, and which part of the gradient is taken at the perturbed weights.
 
 Notation (the same everywhere in this project):
 
@@ -11,16 +11,16 @@ Notation (the same everywhere in this project):
     path "functional"  ĝ = J(θ+ε)ᵀ z̄(θ)          Singh et al., arXiv 2502.02407
     path "logit"       ĝ = J(θ)ᵀ   z̄(θ+ε)        its complement, for diagnosis
 
-That is the gradient g' of a whole batch B. On a part S of it the same method is a correction,
+These are the gradients g' of a whole batch B. On a part S of it the same method is a correction,
 
-    ĝ = g_B + w (g'_S − g_S),     S ⊆ B a share `fraction` of the batch, w the `strength`,
+    ĝ = g_B + w (g'_S − g_S),     S ⊆ B a share `fraction` of the batch, w the `strength`.
 
-which keeps the full batch's gradient and estimates the change alone; S = B and w = 1 give g' itself. Where ε
-comes from is the `ascent` (`fsam_core.ascents`), which weights it moves the `scope` (`fsam_core.scopes`), and at which
-steps there is a correction at all the schedule (`fsam_core.schedules`).
+It keeps the full batch's gradient and estimates only the change; S = B and w = 1 give g' itself. The `ascent` gives the
+direction of ε (`fsam_core.ascents`), the `scope` the weights that are perturbed (`fsam_core.scopes`), and the schedule
+the steps with a correction (`fsam_core.schedules`).
 
-The preconditioner's exact form and its normalisation are this project's choices, not the paper's; see `spec.py` in
-`fsam_kernels` for the formulas.
+The preconditioner's exact form and its normalisation are this project's choices, not the paper's; formulas:
+`fsam_kernels/spec.py`.
 """
 
 from __future__ import annotations
@@ -53,34 +53,34 @@ class Plain:
 
 @dataclass(frozen=True)
 class Perturbed:
-    """What the three perturbed methods share. Not used itself: see `SAM`, `FunctionalSAM` and `LogitSAM`.
+    """The options of the perturbed methods `SAM`, `FunctionalSAM` and `LogitSAM`; it is not a method itself.
 
     Attributes:
         rho: length of the perturbation, ≥ 0, in the units of the weights; or a function of the number of completed
             optimizer steps that returns it (an optax schedule in JAX, any Python function in PyTorch).
         precondition: None for d = g (the published SAM direction), "adam" for d = g / (sqrt(v̂) + δ).
-        norm: "l2" for ε = ρ d / ‖d‖₂, "dual" for ε = ρ d / sqrt(gᵀ d), "per-tensor" for the former of each tensor by
-            itself, so that every one moves by ρ.
-        second_moment: "current" folds this step's gradient into v̂ before it is used, "previous" takes the optimizer's
-            as it stands. With "previous" a token seen for the first time has v = 0 and takes the whole perturbation.
-        fraction: share of the batch that the correction is computed on, 0 < q ≤ 1. The second pass costs q of a whole
-            one; below 1 one more gradient is held. It must cut the batch into whole rows, or whole micro-batches.
+        norm: "l2" for ε = ρ d / ‖d‖₂; "dual" for ε = ρ d / sqrt(gᵀ d); "per-tensor" for l2 in each tensor separately,
+            so that every tensor's ε has length ρ.
+        second_moment: "current" folds this step's gradient into v̂ first; "previous" uses the optimizer's moment as it
+            is. With "previous" a token seen for the first time has v = 0 and takes the whole perturbation.
+        fraction: the share q of the batch on which the correction is computed, 0 < q ≤ 1. The second pass costs q of a
+            full one; below 1 one more gradient is stored. It must cut the batch into whole rows or micro-batches.
         strength: factor w ≥ 0 of the correction.
-        ascent: what stands in the gradient's place in d: the gradient of the "full" batch, that of a "part" of it,
-            "micro" for that of each micro-batch for itself (m-sharpness), the "previous" step's, "momentum" or
-            "-momentum" (AdamW's first moment), "random", or an `Ascent` of one's own. What is known before the step
-            spares the exact method its base backward pass.
-        ascent_fraction: with ascent="part", the share of the batch; None for `fraction`. Another one needs fraction 1:
-            the correction is then that of the whole batch along the ascent of a part.
-        scope: which weights move: "all", "no-head", "norms", "top:K" for what stands above all but the K last blocks,
-            or a function of a parameter's name. The gradient is that of all weights all the same.
-        seed: of the random ascent; a step's draw depends on it and on the number of completed steps.
-        cut: where the functional method holds the cotangent. At the "logits" it is the published method. At the last
-            "hidden" states the second pass pulls back h̄ = z̄ W(θ), the head's own gradient stays that of θ, and the
-            pass touches no vocabulary: a near twin of the method, whose quality is to be judged.
+        ascent: the vector that replaces the gradient in d: the gradient of the "full" batch, of a "part" of it, or of
+            each "micro"-batch separately (m-sharpness); the "previous" step's gradient; "momentum" or "-momentum"
+            (AdamW's first moment); "random"; or an `Ascent`. With an ascent that is known before the step the exact
+            method needs no base backward pass.
+        ascent_fraction: with ascent="part", the share of the batch; None for `fraction`. Any other value needs
+            fraction 1: the correction is then that of the whole batch along the ascent of a part.
+        scope: the weights that are perturbed: "all", "no-head", "norms", "top:K" (the K last blocks and everything
+            above them), or a function of a parameter's name. The gradient is still taken with respect to all weights.
+        seed: seed of the random ascent; a step's draw depends on it and on the number of completed steps.
+        cut: where the functional method stores the cotangent. At the "logits" it is the published method. At the last
+            "hidden" states the second pass starts from h̄ = z̄ W(θ), takes the head's own gradient at θ, and contains no
+            product with the vocabulary. This is an approximation of the method; docs/results/study.md measures it.
 
     Raises:
-        UserError: for a value outside these, where the method is made and not later.
+        UserError: for any other value, when the method is constructed.
     """
 
     rho: Rho
@@ -128,12 +128,12 @@ class Perturbed:
 
     @property
     def exact(self) -> bool:
-        """Whether ĝ is g' itself: the correction on the whole batch, at full strength."""
+        """Whether ĝ = g': the correction is computed on the whole batch, at strength 1."""
         return self.fraction == 1 and self.strength == 1
 
     @property
     def direction(self) -> Ascent:
-        """The ascent itself, where it was given by name.
+        """The `Ascent`, also where it was given by name.
 
         Raises:
             UserError: for an unknown name.
@@ -142,7 +142,7 @@ class Perturbed:
 
     @property
     def share(self) -> float:
-        """The share of the batch whose gradient is the ascent, with "part"."""
+        """The share of the batch whose gradient the ascent "part" is."""
         return self.fraction if self.ascent_fraction is None else self.ascent_fraction
 
     def rho_at(self, step: Any) -> Any:
@@ -166,7 +166,7 @@ class FunctionalSAM(Perturbed):
 
 @dataclass(frozen=True)
 class LogitSAM(Perturbed):
-    """The complement of Functional-SAM: the Jacobian at θ, the logit cotangent of θ+ε. A diagnosis, not a method."""
+    """The complement of Functional-SAM: the Jacobian at θ, the logit cotangent of θ+ε. For diagnosis, not training."""
 
     path: ClassVar[Path] = "logit"
 
@@ -186,15 +186,15 @@ NAMES: tuple[str, ...] = tuple(_NAMED)
 
 
 def named(name: str, rho: Rho = 0.5, *, argument: str = "method", **options: Any) -> Method:
-    """The method called `name` (one of `NAMES`) with options of `Perturbed`; `argument` is what an error calls it.
+    """The method called `name` (one of `NAMES`) with options of `Perturbed`; errors call the name `argument`.
 
     Raises:
-        UserError: for an unknown name, or for options outside what `Perturbed` lists.
+        UserError: for an unknown name, or for options that `Perturbed` refuses.
     """
     _check_choice(argument, name, NAMES)
     kind, precondition = _NAMED[name]
     if not issubclass(kind, Perturbed):
-        # AdamW ignores the options, but a wrong one is still a mistake of the person who typed it.
+        # AdamW ignores the options, but a wrong one is still reported.
         FunctionalSAM(rho, **options)
         return kind()
     return kind(rho, precondition, **options)

@@ -1,9 +1,9 @@
-"""The parts of a step by name, for profilers: torch.profiler and NVTX in PyTorch, the names of operations in JAX.
+"""Named regions of a step, for profilers: torch.profiler and NVTX ranges in PyTorch, operation names in JAX.
 
     with regions.in_jax("norm"): ...          with regions.in_torch("norm"): ...
 
-A forward region is the trunk's; the head, whose one pass gives the loss and its gradient together, belongs to the
-backward region beside it. `fsam profile trace` and `fsam profile tpu --what step` sum up time by these names.
+A forward region contains the trunk only. The head computes the loss and its gradient in one pass, which belongs to the
+backward region. `fsam profile trace` and `fsam profile tpu --what step` sum time by these names.
 
 Importing this imports neither framework.
 """
@@ -21,7 +21,7 @@ REGIONS: tuple[Region, ...] = get_args(Region)
 
 
 def in_jax(name: Region) -> contextlib.AbstractContextManager[None]:
-    """Operations that are traced inside carry the name, and so do the instructions that XLA makes of them."""
+    """Operations traced inside carry the name, and so do the instructions that XLA compiles them to."""
     import jax
 
     return jax.named_scope(name)
@@ -29,9 +29,9 @@ def in_jax(name: Region) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def in_torch(name: Region) -> Iterator[None]:
-    """A range of the host's time under that name; on a GPU in use an NVTX range as well.
+    """A range of host time with that name, and an NVTX range where CUDA is initialised.
 
-    Work that is launched inside and runs later on a GPU is told by the time of its launch.
+    Work that runs later on a GPU belongs to the range in which it was launched.
     """
     import torch
 

@@ -1,7 +1,7 @@
-"""At which steps there is a correction, and how long the perturbation is: functions of the number of completed steps.
+"""Schedules: the steps with a correction, and the length of the perturbation, by the number of completed steps.
 
-A step without a correction is a plain step at a plain step's cost: in PyTorch nothing else is run, in JAX it is a
-program of its own. Everything is a function of the step alone, so a run that is resumed goes on as it would have.
+A step without a correction is a plain step at the cost of a plain step: PyTorch runs nothing else, and in JAX it is a
+separate program. Everything depends on the step alone, so a resumed run continues with the same schedule.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from fsam_core.errors import UserError
 
 Kind = Literal["corrected", "reused", "plain"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-"""Of a step: with a correction, with the last correction once more, or with none."""
+"""The kind of a step: with a correction, with the last correction reused, or with none."""
 Between = Literal["plain", "reuse"]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """At which steps there is a correction.
+    """The steps with a correction.
 
     Attributes:
-        every: a correction each k-th step from `start` on.
-        start: the first step that may have one, in completed steps. Before it all steps are plain.
-        probability: of a correction at a step where there could be one (RST, SS-SAM).
-        seed: of those draws.
-        between: what the steps between do: "plain" steps, or "reuse" the last correction (as LookSAM does), for one
-            more array for each parameter.
+        every: every k-th step from `start` on has a correction.
+        start: the first step that may have one, in completed steps. All steps before it are plain.
+        probability: the probability of a correction at each of these steps (RST, SS-SAM).
+        seed: the seed of these draws.
+        between: the other steps from `start` on: "plain", or "reuse" the last correction (as LookSAM does), which
+            needs one more array for each parameter.
 
     Raises:
         UserError: naming what is wrong.
@@ -55,7 +55,7 @@ class Schedule:
             raise UserError(f"between: {self.between!r} is not known; use one of {', '.join(get_args(Between))}")
 
     def kind(self, step: int) -> Kind:
-        """What the step after `step` completed ones is."""
+        """The kind of the step after `step` completed steps."""
         if step < self.start:
             return "plain"
         if (step - self.start) % self.every == 0 and self._drawn(step):
@@ -72,7 +72,7 @@ ALWAYS = Schedule()
 
 
 def cosine(rho: float, steps: int, final: float = 0.0) -> Callable[[Any], Any]:
-    """ρ from `rho` down to `final` times it along a cosine over `steps` steps, then constant; for numbers and arrays.
+    """ρ decays from `rho` to `final` · `rho` along a cosine over `steps` steps, then stays; for numbers and arrays.
 
     Raises:
         UserError: for steps below 1.
@@ -88,7 +88,7 @@ def cosine(rho: float, steps: int, final: float = 0.0) -> Callable[[Any], Any]:
 
 
 def tied(rho: float, learning_rate: Callable[[Any], Any], peak: float) -> Callable[[Any], Any]:
-    """ρ in proportion to a learning-rate schedule, `rho` at its `peak`.
+    """ρ proportional to a learning-rate schedule: `rho` at its `peak`.
 
     Raises:
         UserError: for a peak that is not > 0.
@@ -105,16 +105,16 @@ def _least(x: Any, y: float) -> Any:
 def _cos(x: Any) -> Any:
     if isinstance(x, int | float):
         return math.cos(x)
-    import jax.numpy as jnp  # a traced count, so JAX is there
+    import jax.numpy as jnp  # x is a traced count, so JAX is installed
 
     return jnp.cos(x)
 
 
 def check(schedule: Schedule, method: Any) -> None:
-    """Whether the steps between can do what the schedule says.
+    """Check that the schedule works with the method.
 
     Raises:
-        UserError: for between="reuse" with a method that never forms the gradient its correction is a change of.
+        UserError: for between="reuse" with a method that does not compute the plain gradient.
     """
     if schedule.between == "reuse" and getattr(method, "exact", False):
         ascent = method.direction

@@ -1,7 +1,7 @@
-"""Which weights a perturbation moves, by the names of the parameters.
+"""Scopes: which weights are perturbed, by the names of the parameters.
 
-A function of the name needs nothing else. The named scopes need to know which parameter is what: the trainers' models
-say so with a `Blocks`, and so does any other model whose names show it:
+A function of the name needs nothing else. A named scope needs a `Blocks`, which says what each parameter is. The
+trainers' models have one; any other model whose names show it can define one:
 
     blocks = Blocks(count=12, block=r"^h\\.(\\d+)\\.", above=r"^ln_f\\.", head=r"^wte\\.", norms=r"ln_")
 """
@@ -20,14 +20,14 @@ NAMES = ("all", "no-head", "norms", "top:K")
 
 @dataclass(frozen=True)
 class Blocks:
-    """What a model's parameters are, as regular expressions that are searched for in their names.
+    """The roles of a model's parameters, as regular expressions that are searched for in their names.
 
     Attributes:
-        count: how many blocks there are.
-        block: finds the parameters of blocks; its first group is the block's index, 0 at the bottom.
-        above: finds what stands above the last block, with a head of its own; not a head tied to the embedding.
-        head: finds the head's weight and bias, tied or not.
-        norms: finds the scales and shifts of normalisations.
+        count: the number of blocks.
+        block: matches the parameters of blocks; its first group is the block's index, 0 at the bottom.
+        above: matches the parameters above the last block, an untied head included, a tied one not.
+        head: matches the head's weight and bias, tied or not.
+        norms: matches the scales and shifts of normalisations.
     """
 
     count: int
@@ -38,20 +38,20 @@ class Blocks:
 
 
 def check(scope: Scope) -> None:
-    """Whether it is a scope.
+    """Check that `scope` is one.
 
     Raises:
-        UserError: saying which there are.
+        UserError: listing the scopes.
     """
     if not callable(scope) and scope not in NAMES[:-1] and _top(scope) is None:
         raise UserError(f"scope: {scope!r} is not known; use {', '.join(NAMES)} (top:3), or a function of names")
 
 
 def mask(scope: Scope, names: Sequence[str], blocks: Blocks | None) -> list[bool] | None:
-    """For each name whether the scope holds it; None for all.
+    """For each name, whether the scope contains it; None if it contains all.
 
     Raises:
-        UserError: for a named scope without `blocks`, more blocks than there are, or a scope that holds nothing.
+        UserError: for a named scope without `blocks`, more blocks than the model has, or a scope without parameters.
     """
     if scope == "all":
         return None

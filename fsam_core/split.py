@@ -1,4 +1,4 @@
-"""Which part of a batch carries the correction: an even slice of it, or whole micro-batches."""
+"""Splitting a batch into S, on which the correction is computed, and the rest."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Flatten = Callable[[Any], tuple[list[Any], Callable[[list[Any]], Any]]]
 
 
 def split(batches: list[Any], fraction: float, flatten: Flatten) -> tuple[list[Any], list[Any]]:
-    """(S, the rest) as lists of micro-batches; S is `fraction` of all, and never empty.
+    """(S, the rest) as lists of micro-batches; S is `fraction` of all rows, and never empty.
 
-    Whole micro-batches come first; what is then missing is every n-th row of the next one, so that each device of a
-    batch sharded along its first axis gives its share. Leaves without axes (a random key, a number) go into both.
+    S takes whole micro-batches first, then every n-th row of the next one, so that every device of a batch sharded
+    along its first axis contributes its share. Leaves without axes (a random key, a number) go to both.
 
     Args:
         batches: micro-batches, trees of arrays.
@@ -23,7 +23,7 @@ def split(batches: list[Any], fraction: float, flatten: Flatten) -> tuple[list[A
         flatten: tree -> (its leaves, a function that puts such leaves back).
 
     Raises:
-        UserError: when a micro-batch cannot be cut at that fraction.
+        UserError: if a micro-batch cannot be cut at that fraction.
     """
     whole, share = divmod(Fraction(fraction).limit_denominator(1 << 16) * len(batches), 1)
     part, rest = batches[:whole], batches[whole:]

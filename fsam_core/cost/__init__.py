@@ -1,12 +1,12 @@
-"""What a step of a method costs beside an AdamW step: counted from sizes and options, before anything is run.
+"""The cost of a method's step relative to an AdamW step, computed from sizes and options before anything is run.
 
     model = decoder(layers=6, width=1280, mlp=5120, heads=20, seq_len=512, vocabulary=32768)
     found = of(model, Options(fraction=1/8, cut="hidden"), tokens=256 * 512)
     found.flops_ratio, found.time_ratio(published("h100")), found.peak_bytes
 
-A foreign model is a `Model` made by hand: for each token the operations of its trunk's forward pass, the sizes of its
-head, its number of parameters, and how many values it keeps for its backward pass. What is counted and what is
-approximated: `docs/cost.md`.
+For any other model, make a `Model` by hand: the operations a token of its trunk's forward pass, the sizes of its head,
+its number of parameters, and the values a token that it saves for its backward pass. `docs/cost.md` says what is exact
+and what is approximate.
 
 Importing this imports neither framework.
 """

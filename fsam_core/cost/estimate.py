@@ -1,4 +1,4 @@
-"""The cost of a run: its steps by kind, their shares, and which option sets fit a budget."""
+"""The cost of a run: its kinds of steps, their shares, and the option sets within a budget."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Cost:
-    """The steps of a run, on one device.
+    """The cost of the steps of a run, on one device.
 
     Attributes:
-        options: what was asked for.
-        adamw: an AdamW step, the unit.
-        steps: each kind of step, also one that the schedule leaves out.
-        shares: how large a part of the run each kind is.
+        options: the options whose cost this is.
+        adamw: an AdamW step, the unit of the ratios.
+        steps: the cost of each kind of step, also of kinds that the schedule excludes.
+        shares: the share of each kind in the run.
     """
 
     options: Options
@@ -40,7 +40,7 @@ class Cost:
     shares: Mapping[Kind, float]
 
     def mean(self, figure: Callable[[Step], Any]) -> Any:
-        """Of the average step of the run."""
+        """A figure of the run's average step."""
         first, *others = [figure(self.steps[kind]) * share for kind, share in self.shares.items()]
         return sum(others, first)
 
@@ -65,7 +65,7 @@ class Cost:
 
     @property
     def peak_bytes(self) -> float:
-        """The most that any step of the run holds."""
+        """The peak memory over all steps of the run."""
         return max(self.steps[kind].peak_bytes for kind in self.shares)
 
     @property
@@ -75,10 +75,10 @@ class Cost:
 
 
 def of(model: Model, options: Options, tokens: float) -> Cost:
-    """What `options` cost on `model` with `tokens` tokens a step, over all devices and micro-batches.
+    """The cost of `options` on `model` with `tokens` tokens a step, over all devices and micro-batches.
 
     Raises:
-        UserError: for tokens that are not > 0, or a scope of more blocks than there are.
+        UserError: for tokens that are not > 0, or a scope of more blocks than the model has.
     """
     if not tokens > 0:
         raise UserError(f"tokens must be > 0, got {tokens!r}")
@@ -91,8 +91,8 @@ def of(model: Model, options: Options, tokens: float) -> Cost:
 
 EXACT = Options()
 
-# What `within` looks through: all combinations of one entry a row. An entry is (the place of the entry that gives up
-# less, or None; fields of `Options`); "half" stands for the upper half of the blocks.
+# The search space of `within`: all combinations of one entry from each row. An entry is (the index of the next entry
+# that saves less, or None; fields of `Options`); "half" stands for the upper half of the blocks.
 _GRID: tuple[tuple[tuple[int | None, dict[str, Any]], ...], ...] = (
     tuple((i - 1 if i else None, {"fraction": q}) for i, q in enumerate((1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16))),
     ((None, {}), (0, {"cut": "hidden"})),
@@ -120,14 +120,15 @@ def within(
 ) -> list[tuple[dict[str, Any], Cost]]:
     """The option sets that cost at most `budget` times AdamW's time, cheapest first, as (fields of `Options`, cost).
 
-    They are combinations of a fraction, the hidden cut, the top half of the blocks, momentum as the ascent (of the
-    exact correction: it spares the base backward pass, which a part of the batch needs) and a schedule.
+    They combine a fraction, the hidden cut, the top half of the blocks, the momentum ascent and a schedule. The
+    momentum ascent is only for the exact correction, whose base backward pass it removes; a part of the batch needs
+    that pass.
 
     Args:
-        budget: of the average step, ≥ 1.
-        options: what is the same for all: the path, micro-batches, dtype, devices, framework.
-        tokens: a step's.
-        spare: also sets that could do without one of their savings, or with less of it, and still be within.
+        budget: the time of the average step relative to AdamW's, ≥ 1.
+        options: the fields that all sets share: the path, micro-batches, dtype, devices, framework.
+        tokens: tokens a step.
+        spare: include sets that would stay within the budget without one of their savings, or with less of it.
 
     Raises:
         UserError: for a budget below 1, or for AdamW itself.

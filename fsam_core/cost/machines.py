@@ -1,4 +1,4 @@
-"""Machines as the cost model sees them: operations and bytes a second, and how long a step takes on one."""
+"""Machines as operations and bytes a second, and the time of a step on one."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class Machine:
     """Rates of one device.
 
     Attributes:
-        name: what tables call it.
-        flops_per_s: operations of matrix products.
-        bytes_per_s: memory's bandwidth, reading and writing together.
-        head_flops_per_s, kept_flops_per_s: of the head's products by chunks of rows, and of all rows at once; None for
-            `flops_per_s`.
-        taken_bytes_per_s: of touching memory for the first time; None where nothing is paid for that.
-        exponentials_per_s, normals_per_s: None where they hide behind the bytes.
+        name: its name in tables.
+        flops_per_s: the rate of matrix products.
+        bytes_per_s: memory bandwidth, reading and writing together.
+        head_flops_per_s, kept_flops_per_s: the rate of the head's products by chunks of rows, and over all rows at
+            once; None for `flops_per_s`.
+        taken_bytes_per_s: the rate of touching memory for the first time; None where that is free.
+        exponentials_per_s, normals_per_s: their rates; None where they are hidden behind the bytes.
 
     Raises:
         UserError: for a rate that is not > 0.
@@ -40,7 +40,7 @@ class Machine:
                 raise UserError(f"machine: {name} must be > 0, got {value!r}")
 
     def seconds_of(self, work: Work) -> float:
-        """A sum, not the larger of the two: products and what is between them run one after the other."""
+        """The sum of both, not the maximum: products and the work between them run one after the other."""
         products = (work.trunk + work.attention) / self.flops_per_s
         products += work.head / (self.head_flops_per_s or self.flops_per_s)
         products += work.kept / (self.kept_flops_per_s or self.flops_per_s)

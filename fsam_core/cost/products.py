@@ -1,7 +1,7 @@
-"""The matrix products of a step: a model and the options of a step as numbers, and which products those ask for.
+"""The matrix products of a step: a model and the options of a step as numbers, and the products they need.
 
-Counted, not measured. Units: a trunk's products in multiples of its forward pass over the whole batch, a head's in
-multiples of one product h Wᵀ of the whole batch, 2·N·D·V operations. So AdamW is forward 1, backward 2, head 3.
+They are counted, not measured. The unit for the trunk is its forward pass over the whole batch, the unit for the head
+one product h Wᵀ of the whole batch, 2·N·D·V operations. AdamW is therefore forward 1, backward 2, head 3.
 
 Importing this imports neither framework.
 """
@@ -23,24 +23,24 @@ _CLASSES: dict[str, Any] = {"sam": SAM, "functional": FunctionalSAM, "logit": Lo
 
 @dataclass(frozen=True)
 class Model:
-    """A decoder as the cost model sees it. `decoder` makes one from sizes; any other is made by hand from counts.
+    """A decoder as numbers. `decoder` computes them from sizes; for other models give the counts yourself.
 
     Attributes:
-        layers: blocks, all alike.
+        layers: the number of blocks, all alike.
         width: D of the last hidden states.
         vocabulary: V of the head.
-        parameters: all of them, embeddings and head included.
-        trunk_flops: operations of a token's products with weights in one forward pass, without the head: twice the
-            weights it meets.
-        attention_flops: those of scores and their product with values, over the whole L×L square.
-        saved_values: values a token leaves for the backward pass, over all blocks.
-        exponentials: exp, tanh and erf of a token's forward pass, over all blocks.
+        parameters: the number of parameters, embeddings and head included.
+        trunk_flops: operations a token of the products with weights in one forward pass, without the head: twice the
+            number of weights a token is multiplied with.
+        attention_flops: operations a token of the scores and their product with values, over the whole L×L square.
+        saved_values: values a token saved for the backward pass, over all blocks.
+        exponentials: exp, tanh and erf a token of the forward pass, over all blocks.
         tied: whether the head's weight is the embedding.
-        attention_backward: attention's backward products over its forward ones: 2, and 2.5 where the scores are
-            computed again (FlashAttention, PyTorch's `scaled_dot_product_attention`).
+        attention_backward: attention's backward products relative to its forward ones: 2, or 2.5 where the scores are
+            recomputed (FlashAttention, PyTorch's `scaled_dot_product_attention`).
 
     Raises:
-        UserError: for a count that cannot be.
+        UserError: for a count that is not > 0.
     """
 
     layers: int
@@ -61,7 +61,7 @@ class Model:
 
     @property
     def head_flops(self) -> float:
-        """Of one product of a token with the head."""
+        """Operations of one product of a token with the head."""
         return 2.0 * self.width * self.vocabulary
 
     @property
@@ -69,7 +69,7 @@ class Model:
         return self.width * self.vocabulary
 
     def perturbed(self, scope: str) -> float:
-        """How many parameters a scope moves."""
+        """The number of parameters that a scope perturbs."""
         if scope == "no-head":
             return self.parameters - self.head_parameters
         if scope == "norms":
@@ -90,12 +90,12 @@ def decoder(
     tied: bool = True,
     framework: Framework = "torch",
 ) -> Model:
-    """A pre-LN decoder without biases, learned positions, as the trainers have it.
+    """The trainers' pre-LN decoder, without biases and with learned positions.
 
-    A block's products are those with [D, 3D], [D, D], [D, F] and [F, D]. What it keeps for the backward pass is counted
-    as Korthikanti et al. (arXiv 2205.05198) do, without dropout: inputs of the two norms and what they give, q, k, v,
-    attention's result, the residual stream, and the MLP's two wide tensors. The trainers' JAX decoder also keeps
-    the scores and their softmax, and what tanh's derivative needs; PyTorch computes those again.
+    A block's products are those with [D, 3D], [D, D], [D, F] and [F, D]. The values saved for the backward pass are
+    counted as in Korthikanti et al. (arXiv 2205.05198), without dropout: the inputs and outputs of the two norms, q, k,
+    v, the result of attention, the residual stream, and the MLP's two tensors of width F. The trainers' JAX decoder
+    also saves the scores, their softmax and the inputs of tanh's derivative; PyTorch recomputes these.
     """
     weights = layers * (4 * width**2 + 2 * width * mlp)
     scores = heads * seq_len
@@ -116,24 +116,23 @@ def decoder(
 
 @dataclass(frozen=True)
 class Options:
-    """What a step does, in the words of `fsam_core.methods.Perturbed` and `fsam_core.schedules.Schedule`.
+    """The options of a step, named as in `fsam_core.methods.Perturbed` and `fsam_core.schedules.Schedule`.
 
     Attributes:
-        path: "base" is AdamW, for which the rest up to `probability` says nothing.
+        path: "base" is AdamW, which ignores the fields up to `probability`.
         fraction, strength, ascent, ascent_fraction, cut, scope, precondition: as in `Perturbed`.
         cotangent: "keep" or "recompute", see `fsam_kernels.memory.Memory`.
         every, between, probability: as in `Schedule`.
-        start: the share of the run before which there is no correction.
-        micro_batches: parts that a device's batch is computed in.
+        start: the share of the run before the first correction.
+        micro_batches: the number of micro-batches a device and step.
         remat: activation checkpointing: every backward pass runs the blocks' forward pass once more.
-        dtype: of the products, and of what is kept for the backward pass; weights, moments and gradients are float32.
-        devices: over which the batch is spread, each with all weights.
-        framework: XLA makes one of two evaluations at the same weights and leaves out gradients nothing depends on;
-            PyTorch does what it is told.
+        dtype: dtype of products and saved values; weights, moments and gradients are float32.
+        devices: the number of data-parallel devices, each with all weights.
+        framework: XLA merges two evaluations at the same weights and drops unused gradients; PyTorch does neither.
         chunk_bytes: working memory of the head's chunks of rows.
 
     Raises:
-        UserError: for a value outside these, and for options that do not go together.
+        UserError: for any other value, and for options that exclude each other.
     """
 
     path: Path = "functional"
@@ -178,7 +177,7 @@ class Options:
 
     @property
     def method(self) -> Plain | Perturbed:
-        """The method these options are of, with a ρ that stands for any."""
+        """The method of these options; its ρ is arbitrary."""
         if self.path == "base":
             return Plain()
         names = ("precondition", "fraction", "strength", "ascent", "ascent_fraction", "cut", "scope")
@@ -190,7 +189,7 @@ class Options:
 
     @property
     def shares(self) -> dict[schedules.Kind, float]:
-        """Each kind of step -> its share of the run, averaged over the draws."""
+        """Kind of step -> its share of the run, averaged over the random draws."""
         if self.path == "base":
             return {"plain": 1.0}
         after = 1.0 - self.start
@@ -201,7 +200,7 @@ class Options:
 
     @property
     def micro_batches_of_S(self) -> float:
-        """Micro-batches that carry the correction; below 1 a slice of one."""
+        """The number of micro-batches in S; below 1 it is a slice of one."""
         return self.fraction * self.micro_batches
 
 
@@ -211,7 +210,7 @@ class Pass(NamedTuple):
     Attributes:
         forward: the trunk's forward pass.
         inputs, weights: its gradients with respect to the inputs of its products, and to their weights.
-        logits, hbar, wbar: h Wᵀ (made again where the cotangent is), z̄ W and z̄ᵀ h.
+        logits, hbar, wbar: h Wᵀ (again where the cotangent is recomputed), z̄ W and z̄ᵀ h.
     """
 
     forward: float = 0.0
@@ -230,9 +229,9 @@ PLAIN = Pass(1, 1, 1, 1, 1, 1)
 
 
 def passes(model: Model, o: Options, chunks: int = 2) -> tuple[Pass, Pass]:
-    """(the base pass, the second pass) of a corrected step; `chunks` of rows that S is in at the head.
+    """(the base pass, the second pass) of a corrected step; the head processes S in `chunks` chunks of rows.
 
-    A pass that is at θ+ε alone, as that of sam with an ascent known before the step, counts as the base pass.
+    The only pass of a step at θ+ε (sam with an ascent known before the step) counts as the base pass.
     """
     method = o.method
     if not isinstance(method, Perturbed):
@@ -243,18 +242,18 @@ def passes(model: Model, o: Options, chunks: int = 2) -> tuple[Pass, Pass]:
     top = blocks_of(o.scope) / model.layers if is_top else 1.0
     if top > 1:
         raise UserError(f"scope: {o.scope!r} asks for more than the {model.layers} blocks there are")
-    # One micro-batch carries the correction, so that nothing of it has to wait for another.
+    # S is one micro-batch, so none of its results has to be stored while another runs.
     one = micro or o.micro_batches == 1 or (q < 1 and o.micro_batches_of_S <= 1)
     r = method.share if exact and method.direction.source == "part" else 1.0
     reuses = o.between == "reuse"
     # `Staged` runs the blocks below the perturbed ones once.
     staged = is_top and one and o.path != "logit" and (xla or not micro) and r == 1 and not reuses
     lean = xla and exact and not reuses  # gradients that ε does not need are left out
-    # XLA merges two evaluations at the same weights where the same is kept of both for a backward pass; elsewhere its
-    # simplifier has made them differ before it compares them (jaxlib 0.10, CPU, counted in what it compiled).
+    # XLA merges two evaluations at the same weights if both save the same values for a backward pass. Otherwise its
+    # simplifier changes one of them before they are compared (jaxlib 0.10, CPU, counted in the compiled programs).
     merges = xla and one and not micro
     f = top if staged or (merges and not lean and o.path != "logit") else 1.0
-    merged = xla and one and chunks == 1  # not in a loop, so that products of both passes can be one
+    merged = xla and one and chunks == 1  # without a loop, XLA can merge products of both passes
     head_moves = o.scope == "all" or (is_top and not model.tied)
     hidden = float(o.cut == "hidden")
     again = 0.0 if hidden or o.cotangent == "keep" or merged else 1.0
@@ -266,7 +265,7 @@ def passes(model: Model, o: Options, chunks: int = 2) -> tuple[Pass, Pass]:
             return Pass(1, 0, 0, 1, hidden, hidden), Pass(f, 1, 1, again, pulled, pulled)
         return Pass(1, logits=1), Pass(f, 1, 1, again, 1, 1)
     if exact:
-        alone = o.path != "functional"  # what is not pulled back at θ is not evaluated there either
+        alone = o.path != "functional"  # without a vjp at θ there is no evaluation at θ either
         needed = {"no-head": 1.0, "norms": 0.0}.get(o.scope, top) if lean else top if staged else 1.0
         wbar = max(hidden, r * (head_moves or not lean))
         inputs = r * (top if lean or staged else 1.0)
@@ -280,7 +279,7 @@ def passes(model: Model, o: Options, chunks: int = 2) -> tuple[Pass, Pass]:
     elif o.path == "sam":
         second = Pass(q * f, q, q, q, q, q)
     else:
-        # What the base pass has of the forward passes at θ+ε and, once more, at θ.
+        # The base pass already contains part of the forward passes at θ+ε and, once more, at θ.
         below, seen = 0.0, q if merges else 0.0
         if merges and lean:
             below, seen = r * (1 - top), r * (o.scope in ("all", "no-head"))

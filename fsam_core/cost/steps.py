@@ -1,8 +1,8 @@
-"""What one step asks of a machine: operations and bytes by region, memory, collectives. From `cost_products`, counted.
+"""The work of one step, counted from `products`: operations and bytes by region, memory, collectives.
 
-Operations are those of matrix products. Bytes are of what runs between the products: the parameter work exactly as
-each pass over it reads and writes, the elementwise work on logits and activations approximately (the constants below).
-What a product itself reads and writes is taken to hide behind its operations.
+Operations are those of matrix products. Bytes are those of the work between products. Parameter work is counted
+exactly, as each pass reads and writes it; elementwise work on logits and activations is approximate (the constants
+below). The bytes of a product itself are assumed to be hidden behind its operations.
 
 Importing this imports neither framework.
 """
@@ -21,28 +21,28 @@ from fsam_core.schedules import Kind
 from fsam_kernels.memory import chunk_rows, head_bytes
 from fsam_kernels.options import CROSS_ENTROPY
 
-# Bytes of parameter work, an fp32 parameter (design: 4 reads and 3 writes of AdamW, and so on).
+# Bytes of parameter work for each float32 parameter (AdamW: 4 reads and 3 writes, and so on).
 NORM, PRECONDITIONED, PLAIN_NORM, PERTURB, PERTURB_PLAIN, ADAMW = 4, 8, 4, 16, 12, 28
-GRADIENT, ACCUMULATE = 4, 12  # written once; read with what it is added to, and written
-# g_B from its two parts, and ĝ = g_B + w (g'_S − g_S): what XLA fuses, PyTorch does one operation after the other.
+GRADIENT, ACCUMULATE = 4, 12  # one write; two reads and one write
+# g_B from its two parts, and ĝ = g_B + w (g'_S − g_S): fused in XLA, one operation after the other in PyTorch.
 MERGE, COMBINE = {"jax": 12, "torch": 28}, {"jax": 16, "torch": 24}
-# Passes over the logits of a chunk, in and out. PyTorch: maximum, difference, exponential, sum, scale; XLA fuses them.
+# Reads and writes of a chunk's logits. PyTorch: maximum, difference, exponential, sum, scale; XLA fuses them.
 LOGIT_PASSES = {"torch": 8, "jax": 4}
 LOGIT_EXPONENTIALS = {"torch": 1, "jax": 2}
-# Times a saved value is read or written, forward and backward.
+# Reads and writes of a saved value, forward and backward.
 ACTIVATION_PASSES = 2, 4
 
 
 @dataclass(frozen=True)
 class Work:
-    """Of one region of a step, on one device. Additive.
+    """The work of one region of a step, on one device. Works add up.
 
     Attributes:
-        trunk, attention, head: operations of products, 2 a multiply-add.
-        kept: those of the head with a cotangent that was kept: all rows at once, where `head` goes chunk by chunk.
-        bytes: read and written between the products.
-        exponentials: exp, tanh and the like.
-        normals: normal numbers drawn, for a random ascent.
+        trunk, attention, head: operations of products, 2 for a multiply-add.
+        kept: operations of the head from a kept cotangent, all rows at once; `head` goes chunk by chunk.
+        bytes: bytes read and written between the products.
+        exponentials: the number of exp, tanh and the like.
+        normals: the number of random normal values, for a random ascent.
     """
 
     trunk: float = 0.0
@@ -65,10 +65,10 @@ class Work:
 
 
 class Collectives(NamedTuple):
-    """All-reduces over the devices: how many of gradients, their bytes together, and how many of one scalar.
+    """All-reduces over the devices: the number for gradients, their total bytes, and the number for scalars.
 
-    Bytes are those of what is reduced; a ring moves 2 (n − 1) / n times as much in and out of each of n devices. The
-    scalars are needed only where the gradients are sharded, since elsewhere each device has the norm's every term.
+    Bytes are those of the reduced arrays; a ring moves 2 (n − 1) / n times as many in and out of each of n devices. The
+    scalars are needed only where gradients are sharded; elsewhere each device has all terms of the norm.
     """
 
     gradients: float = 0.0
@@ -81,13 +81,13 @@ NONE = Collectives()
 
 @dataclass(frozen=True)
 class Step:
-    """One step on one device.
+    """The work, memory and communication of one step on one device.
 
     Attributes:
         regions: work by the names of `fsam_core.regions`.
-        memory: bytes by what they hold, at the moment when they are most; weights and moments included.
-        taken_bytes: memory that is taken from the system anew in each step. It costs time where the first touch of a
-            page does, on a CPU; accelerators' allocators keep what they have.
+        memory: bytes by content at the peak, weights and moments included.
+        taken_bytes: memory newly allocated from the system in each step. The first touch of a page costs time on a CPU;
+            the allocators of accelerators keep their memory.
         collectives: over data-parallel devices.
     """
 
@@ -115,7 +115,7 @@ def step(model: Model, o: Options, tokens: float, kind: Kind) -> Step:
 
 
 class _Counter:
-    """The figures of one step, each by its own formula."""
+    """Computes the figures of one step, each by its own formula."""
 
     def __init__(self, model: Model, o: Options, tokens: float, kind: Kind) -> None:
         self.model, self.o, self.N, self.kind = model, o, tokens, kind
@@ -150,7 +150,7 @@ class _Counter:
         )
 
     def _of_pass(self, forward: Region, backward: Region, p: Pass) -> dict[Region, Work]:
-        """Its products, and what is elementwise in it."""
+        """The products of a pass, and its elementwise work."""
         m, o, N = self.model, self.o, self.N
         again = p.inputs * o.remat
         values = N * m.saved_values * o.itemsize
@@ -179,7 +179,7 @@ class _Counter:
         return {forward: below + head}
 
     def _accumulated(self, p: Pass) -> float:
-        """w̄ read and written for each chunk but the first."""
+        """w̄ is read and written for each chunk except the first."""
         if not p.wbar or self._is_whole(p):
             return 0.0
         micro = self.o.micro_batches if p is self.base else self.in_S
@@ -187,11 +187,11 @@ class _Counter:
         return 8.0 * self.model.head_parameters * micro * (self.chunks(rows) - 1)
 
     def _is_whole(self, p: Pass) -> bool:
-        """Whether it pulls back a cotangent that was kept, in one product over all rows."""
+        """Whether the pass starts from a kept cotangent, in one product over all rows."""
         return p is self.second and self.o.cotangent == "keep" and self.o.path != "sam"
 
     def chunks(self, rows: float) -> int:
-        """Into how many the head takes the rows of one micro-batch."""
+        """The number of chunks of the head for the rows of one micro-batch."""
         o, V = self.o, self.model.vocabulary
         if o.framework == "torch":
             return math.ceil(rows / chunk_rows(V, o.itemsize, 4, CROSS_ENTROPY, o.chunk_bytes))
@@ -199,10 +199,10 @@ class _Counter:
         divides = (m for m in range(least, 2 * least + 1) if rows % m == 0)
         return next(divides, least)
 
-    # --- what is between them -----------------------------------------------------------------------------------------
+    # --- between the products -----------------------------------------------------------------------------------------
 
     def between(self) -> dict[Region, Work]:
-        """Parameter work: gradients written and added up, norms, the perturbation, the update."""
+        """Parameter work: writing and adding gradients, norms, the perturbation, the update."""
         P, s, o = self.model.parameters, self.moved, self.o
         found: dict[Region, Work] = {"update": Work(bytes=(NORM + ADAMW) * P)}
         if self.kind == "reused":
@@ -224,7 +224,7 @@ class _Counter:
         return found
 
     def _gradient(self, p: Pass, micro: float) -> float:
-        """Bytes of writing a pass's gradient, one micro-batch's added to another's; tied weights have two of theirs."""
+        """Bytes of writing a pass's gradient and adding up micro-batches; a tied weight has two gradients."""
         if not p.inputs:
             return 0.0
         m = self.model
@@ -233,7 +233,7 @@ class _Counter:
     # --- memory -------------------------------------------------------------------------------------------------------
 
     def memory(self) -> dict[str, float]:
-        """At the worse of its moments: with the base pass's activations, or with the second's."""
+        """At the larger of two peaks: with the activations of the base pass, or of the second pass."""
         m, o = self.model, self.o
         P = m.parameters
         always = {"weights": 4.0 * P, "moments": 8.0 * P}
@@ -241,7 +241,7 @@ class _Counter:
             always["compute copy"] = 2.0 * P
         always["carried from step to step"] = 4.0 * P * (self.remembers + (o.between == "reuse"))
         kept = self._kept()
-        # Compute copies of PyTorch's masters are perturbed in place; JAX casts θ or θ+ε within each pass.
+        # PyTorch perturbs the compute copies of its masters in place; JAX casts θ or θ+ε within each pass.
         moved = 4.0 * self.moved * ("compute copy" not in always)
         cast = 2.0 * P * (o.dtype != "float32" and o.framework == "jax")
         rest = self.perturbed and not self.exact and self.q < 1
@@ -269,7 +269,7 @@ class _Counter:
         return {name: x for name, x in max(moments, key=lambda x: sum(x.values())).items() if x}
 
     def _at_work(self, rows: float, p: Pass, adds_up: bool) -> dict[str, float]:
-        """Activations of `rows` rows and the head's working memory, which give way to gradients on the way back."""
+        """Activations of `rows` rows and the head's working memory; the backward pass frees them for gradients."""
         m, o = self.model, self.o
         inner = m.saved_values * (1 / m.layers if o.remat else 1) + (m.layers * m.width if o.remat else 0)
         activations = rows * inner * o.itemsize if p.inputs else rows * m.saved_values / m.layers * o.itemsize
@@ -280,12 +280,12 @@ class _Counter:
         elif p.wbar:
             head = rows * m.width * o.itemsize + 4.0 * m.head_parameters
         gradient = 4.0 * m.parameters if p.inputs or p.weights else 0.0
-        grows = max(0.0, gradient - activations - head)  # what gradients take beyond what they took the place of
+        grows = max(0.0, gradient - activations - head)  # beyond the memory freed by the backward pass
         total = 4.0 * m.parameters * adds_up
         return {"activations": activations, "head": head, "gradient": grows + total}
 
     def _kept(self) -> float:
-        """What waits for the second pass, of all of S."""
+        """What is stored of all of S for the second pass."""
         m, o = self.model, self.o
         if not self.perturbed or self.second == Pass() or o.path == "sam":
             return 0.0
@@ -295,7 +295,7 @@ class _Counter:
         return rows * (m.vocabulary if o.cotangent == "keep" else m.width) * o.itemsize + 20.0 * rows
 
     def taken(self, memory: Mapping[str, float]) -> float:
-        """XLA takes what a program needs for its temporaries each time it runs; PyTorch each large tensor by itself."""
+        """XLA allocates all temporaries of a program at each call; PyTorch allocates each large tensor."""
         state = ("weights", "moments", "compute copy", "carried from step to step")
         if self.o.framework == "jax":
             return sum(x for name, x in memory.items() if name not in state)
@@ -314,8 +314,8 @@ class _Counter:
     def collectives(self) -> Collectives:
         """AdamW reduces its gradient and, where that is sharded, its norm.
 
-        An ascent that is made of the batch's gradient needs that reduced first; one that is known, or each device's
-        own, does not. On part of the batch g_S and the rest's gradient are reduced apart.
+        An ascent from the batch's gradient needs that reduced first; a known ascent, or one of each device's own, does
+        not. On part of the batch, g_S and the gradient of the rest are reduced separately.
         """
         if self.o.devices == 1:
             return NONE

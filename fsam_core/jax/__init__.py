@@ -1,19 +1,19 @@
-"""The step in JAX: a gradient function to put where `jax.value_and_grad` stands.
+"""The step in JAX: a gradient function that replaces `jax.value_and_grad`.
 
     method = FunctionalSAM(rho=0.5, precondition="adam")
     grad = value_and_grad(features, method, b2=0.95)          # features(params, batch) -> LinearHead or Logits
     (loss, info), grads = grad(params, batch, opt_state)      # pure: jit, shard and donate it as usual
     updates, opt_state = tx.update(grads, opt_state, params)
 
-Nothing here keeps state. Randomness comes in with the batch (put the key in it), so both passes see the same dropout.
-Steps without a correction are another program, not a branch of the same one: give `kind` as a static argument,
+Everything is a pure function. Randomness is part of the batch (put the key in it), so both passes see the same dropout.
+A step without a correction is a separate program, not a branch of the same one: pass `kind` as a static argument,
 
     step = jax.jit(step, static_argnames="kind")              # it calls grad(params, batch, opt_state, kind=kind)
     for i in range(steps):
         state = step(state, batch, kind=schedule.kind(i))
 
-A scope that moves the upper part of a model alone drops what only the gradient at θ would need of the lower part; give
-`features` as `Staged`, and the lower part is also run once for both passes.
+With a scope of the upper blocks, XLA drops the work in the lower part that only the gradient at θ would need. If
+`features` is a `Staged`, the lower part also runs only once for both passes.
 """
 
 from fsam_core import backends

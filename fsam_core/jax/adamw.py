@@ -1,12 +1,12 @@
-"""AdamW in JAX with the step's own findings: one loop a leaf for clipping, skipping, moments, decay and update.
+"""AdamW in JAX that uses the step's `Info`: one loop a leaf for clipping, skipping, moments, decay and update.
 
     optimizer = AdamW(3e-4, b2=0.95, weight_decay=0.1, clip_norm=1.0)
     opt_state = optimizer.init(params)
     (loss, info), grads = grad(params, batch, opt_state)
     params, opt_state = optimizer.step(params, grads, opt_state, info)
 
-It does what optax.chain(clip_by_global_norm, adamw) under `skip_nonfinite` does, without the passes in which those find
-the norm again, look for what is not finite, and choose between two states. Its state is optax's own `ScaleByAdamState`.
+It equals optax.chain(clip_by_global_norm, adamw) under `skip_nonfinite`, without their extra passes: for the norm, for
+the check that everything is finite, and for the choice between two states. Its state is optax's `ScaleByAdamState`.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class AdamW:
 
     Attributes:
         learning_rate: a number, or an optax schedule of the completed steps.
-        b1, b2, eps: of Adam.
-        weight_decay: decoupled.
-        mask: params -> tree of bools, or such a tree: which leaves decay; all of them without it.
-        clip_norm: global norm that the gradient is clipped to; None for no clipping.
+        b1, b2, eps: Adam's parameters.
+        weight_decay: decoupled weight decay.
+        mask: a tree of bools, or params -> such a tree: which leaves decay; None for all.
+        clip_norm: the global norm to which the gradient is clipped; None for no clipping.
 
     Raises:
         UserError: for a decay rate outside [0, 1) or clip_norm ≤ 0.
@@ -61,10 +61,11 @@ class AdamW:
         )
 
     def step(self, params: Any, grads: Any, opt_state: Any, info: Any) -> tuple[Any, Any]:
-        """(params, opt_state) after a step with what `value_and_grad` returned; as they were where it was not finite.
+        """(params, opt_state) after a step with the results of `value_and_grad`; unchanged where `info.finite` is
+        False.
 
-        `opt_state` may be any optax state that holds one Adam state, so a run that was begun with optax goes on; what
-        else it holds (the count of a schedule, say) stays as it is.
+        `opt_state` may be any optax state that contains one Adam state, so that a run begun with optax can be resumed.
+        The rest of that state (the count of a schedule, say) is not changed.
         """
         state = adam_state(opt_state)
         rate = self.learning_rate(state.count) if callable(self.learning_rate) else self.learning_rate

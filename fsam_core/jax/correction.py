@@ -1,4 +1,4 @@
-"""The methods in JAX: ĝ = g_B + w (g'_S − g_S), with no more passes than each of its forms needs."""
+"""The methods in JAX: ĝ = g_B + w (g'_S − g_S), with only the passes that each case needs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fsam_core.jax.step_types import Outcome, Step, combined, moved_weights
 
 
 def corrected(step: Step, batches: list[Any]) -> Outcome:
-    """The gradient of the method and what was seen on the way."""
+    """The gradient of the method, with the losses and norms of its passes."""
     return _micro(step, batches) if step.method.direction.source == "micro" else _corrected(step, batches)
 
 
@@ -34,7 +34,7 @@ def _corrected(step: Step, batches: list[Any]) -> Outcome:
         return _apart(step, groups)
 
     def at_theta(i: int, items: Any) -> Passed | None:
-        """The base pass of a group: of the exact method's rest, the cotangent alone is needed, if that."""
+        """The base pass of a group. The rest of an exact method needs only its cotangent, or nothing."""
         backward = i == 0 or not exact
         if not backward and not functional:
             return None
@@ -45,19 +45,20 @@ def _corrected(step: Step, batches: list[Any]) -> Outcome:
     for i, items in enumerate(groups):
         one = at_theta(i, items)
         if i + 1 < len(groups) and one is not None and one.g is not None:
-            # The rest after S: XLA would run them side by side, and hold the activations of both. By the TPU's compiler
-            # an eighth of 118m with the hidden cut peaks at 3.8 GiB on each of four v5e, and at 5.0 without this. It
-            # costs copies of weights: 24m on one v5e, 8 sequences, takes 1.9 % more cycles. With tokens that wait in
-            # place of weights those are 0.8 %, but the peaks 4.3 GiB, and at 24m 1.91 where 1.86 is now.
+            # The barrier runs the rest after S. Otherwise XLA runs both at once and holds the activations of both. By
+            # the TPU's compiler, an eighth of 118m with the hidden cut peaks at 3.8 GiB on each of four v5e, and at 5.0
+            # without the barrier. It costs copies of weights: 24m on one v5e, 8 sequences, takes 1.9 % more cycles.
+            # With the barrier on the tokens instead of the weights it is 0.8 %, but the peak is 4.3 GiB, and at 24m
+            # 1.91 instead of 1.86.
             at, g = jax.lax.optimization_barrier((params, one.g))
             one = one._replace(g=g)
         seen.append(one)
     evaluated = [x for x in seen if x is not None]
     weight, loss = merged([(x.weight, x.loss) for x in evaluated])
     with_g = [x for x in evaluated if x.g is not None]
-    # XLA sums the parts again in each norm that reads g_B. With an optimization_barrier around it a 24m step on v5e, an
-    # eighth with the hidden cut, moves 4 % fewer bytes and takes 1.6 % more cycles by schedule: norms 0.2 M fewer, the
-    # base backward pass 0.5 M more, of 22.
+    # XLA recomputes the sum of the parts in each norm that reads g_B. An optimization_barrier around it was tried: a
+    # 24m step on v5e, an eighth with the hidden cut, then moves 4 % fewer bytes and takes 1.6 % more cycles by schedule
+    # (norms 0.2 M fewer, the base backward pass 0.5 M more, of 22).
     g_B = merged([(x.weight, x.g) for x in with_g])[1]
     g_S = g_B if len(in_S) == len(with_g) else with_g[0].g
     moved, length = moved_weights(step, {"part": with_g[0].g, "none": None}.get(ascent.source, g_B))
@@ -84,7 +85,7 @@ def _corrected(step: Step, batches: list[Any]) -> Outcome:
 
 
 def _known(step: Step, groups: list[Any]) -> Outcome:
-    """The exact method along an ascent known before the step: nothing is pulled back at θ for its sake."""
+    """The exact method along an ascent known before the step, which needs no gradient at θ."""
     run, method, params = step.run, step.method, step.params
     (items,) = groups
     moved, length = moved_weights(step, None)
@@ -99,9 +100,9 @@ def _known(step: Step, groups: list[Any]) -> Outcome:
 
 
 def _apart(step: Step, groups: list[Any]) -> Outcome:
-    """Two passes that do not wait for each other, each on its half of the devices along an axis of the mesh.
+    """Two independent passes, each on one half of the devices along an axis of the mesh.
 
-    Both halves run one program, at θ or at θ+ε; what they give is added up across, (1 − w) g + w g'.
+    Both halves run the same program, at θ or at θ+ε; a psum over the axis gives (1 − w) g + w g'.
     """
     run, method, params, axis = step.run, step.method, step.params, step.pass_axis
     assert axis is not None
@@ -118,14 +119,14 @@ def _apart(step: Step, groups: list[Any]) -> Outcome:
         return of(seen.loss, (1.0, 0.0)), of(seen.loss, (0.0, 1.0)), of(seen.weight, (1.0, 0.0)), base_norm, g_hat
 
     whole = jax.sharding.PartitionSpec()
-    # check_vma: inside, nothing says that the batch is the same on both halves.
+    # check_vma is off because nothing inside says that the batch is the same on both halves.
     halves = jax.shard_map(mine, in_specs=whole, out_specs=whole, axis_names={axis}, check_vma=False)
     loss, moved_loss, weight, base_norm, g_hat = halves(params, moved, items)
     return Outcome(loss, moved_loss, weight, base_norm, length, g_hat, None)
 
 
 def _micro(step: Step, batches: list[Any]) -> Outcome:
-    """Each micro-batch corrected along its own gradient; the mean of them, each by its weight."""
+    """The correction of each micro-batch along its own gradient; the results are weighted means."""
     names = ("moved_loss", "base_norm", "length", "g_hat", "g_B")
 
     def one(batch: Any) -> Any:

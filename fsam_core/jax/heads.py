@@ -1,4 +1,4 @@
-"""Heads in JAX: what `features` returns, its loss, and the logit cotangent at the model's outputs."""
+"""Heads in JAX: the return values of `features`, their loss, and the logit cotangent."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from fsam_kernels.xla.chunks import shards
 
 @dataclass(frozen=True)
 class LinearHead:
-    """A model's output as hidden states and head weight; the loss is the weighted mean cross entropy of their product.
+    """A model's hidden states and head weight; the loss is the weighted mean cross entropy of their product.
 
     Attributes:
         hidden: [..., D] last hidden states, any float dtype.
-        weight: [V, D] the head's weight, as a function of the params (tied to the embedding or not).
-        labels: [...] integers; a negative one is ignored.
+        weight: [V, D] the head's weight, a function of the params (tied to the embedding or not).
+        labels: [...] integers; a token with a negative label is ignored.
         token_weights: [...] weight of each label in the mean, or None for 1.
         bias: [V] added to the logits, or None.
         layout: "DV" for a weight stored as [D, V].
         loss: label smoothing, z-loss, soft-cap.
-        ignore_index: a label ≥ 0 that is ignored too (the padding token, say).
+        ignore_index: a label ≥ 0 that is also ignored (the padding token, say).
     """
 
     hidden: jax.Array
@@ -49,8 +49,8 @@ class Logits:
 
     Attributes:
         logits: array of any shape, a function of the params.
-        loss: logits -> mean loss, a scalar; it must not depend on the params in another way.
-        weight: how much this micro-batch counts beside others (its number of targets, say).
+        loss: logits -> mean loss, a scalar; it must not depend on the params in any other way.
+        weight: the weight of this micro-batch among others (its number of targets, say).
     """
 
     logits: jax.Array
@@ -59,7 +59,7 @@ class Logits:
 
 
 def flat(head: Any) -> Any:
-    """The head checked, with its leading axes made one, its weight as [V, D], and weights where there were none."""
+    """Check the head and flatten its leading axes; its weight becomes [V, D], missing token weights become 1."""
     if isinstance(head, Logits):
         return head
     if not isinstance(head, LinearHead):
@@ -81,14 +81,14 @@ def flat(head: Any) -> Any:
 
 
 def outputs(head: LinearHead | Logits) -> tuple[jax.Array, ...]:
-    """What depends on the params: (hidden, weight), with the bias where there is one, or (logits,)."""
+    """The arrays that depend on the params: (hidden, weight[, bias]) or (logits,)."""
     if isinstance(head, Logits):
         return (head.logits,)
     return (head.hidden, head.weight) if head.bias is None else (head.hidden, head.weight, head.bias)
 
 
 def with_outputs(head: LinearHead | Logits, out: tuple[jax.Array, ...]) -> LinearHead | Logits:
-    """The head with other arrays in the places of `outputs`."""
+    """The head with other arrays as its `outputs`."""
     if isinstance(head, Logits):
         return dataclasses.replace(head, logits=out[0])
     return dataclasses.replace(head, hidden=out[0], weight=out[1], bias=out[2] if len(out) > 2 else None)
@@ -97,11 +97,11 @@ def with_outputs(head: LinearHead | Logits, out: tuple[jax.Array, ...]) -> Linea
 def cotangent(
     ops: ModuleType, head: LinearHead | Logits, memory: Memory, *, gradient: bool, keep: bool
 ) -> tuple[jax.Array, jax.Array, Any, tuple[jax.Array, ...] | None]:
-    """(mean loss, weight, z̄, z̄ at `outputs` or None) of one micro-batch; loss 0 where every label is ignored."""
+    """(mean loss, weight, z̄, its vjp at `outputs` or None) of one micro-batch; loss 0 if all labels are ignored."""
     if isinstance(head, Logits):
         loss, zbar = jax.value_and_grad(head.loss)(head.logits)
         weight = jnp.asarray(head.weight, loss.dtype)
-        # A mean over no targets is 0/0; it weighs nothing.
+        # A mean over no targets is 0/0; its weight is 0.
         loss, zbar = (jnp.where(weight > 0, x, 0) for x in (loss, zbar))
         return loss, weight, zbar, (zbar.astype(head.logits.dtype),)
     assert head.token_weights is not None
@@ -125,7 +125,7 @@ def cotangent(
 def pulled_back(
     ops: ModuleType, head: LinearHead | Logits, zbar: Any, share: jax.Array, memory: Memory
 ) -> tuple[jax.Array, ...]:
-    """What `share` times the cotangent of another head of these shapes is at the `outputs` of this one."""
+    """The vjp at this head's `outputs` of `share` times the cotangent of a head with the same shapes."""
     if isinstance(head, Logits):
         return ((zbar * share.astype(zbar.dtype)).astype(head.logits.dtype),)
     zbar = zbar.reweighted(zbar.weights_N * share.astype(zbar.weights_N.dtype))
@@ -134,7 +134,7 @@ def pulled_back(
 
 
 def keeps(head: LinearHead | Logits, micro_batches: int, memory: Memory) -> bool:
-    """Whether the cotangents of that many such micro-batches are kept for a second pass."""
+    """Whether the cotangents of `micro_batches` micro-batches like this one are kept for a second pass."""
     if isinstance(head, Logits):
         return False
     N = len(head.hidden) // shards(memory.row_axes) * micro_batches

@@ -1,8 +1,8 @@
-"""Each data shard along its own perturbation in JAX: `sync="local"`, which is m-sharpness.
+"""`sync="local"` in JAX: every data shard follows its own perturbation (m-sharpness).
 
-The exact method needs ε of the whole batch's gradient, so all devices wait for its reduction between the two passes.
-Here every shard i of the batch along a mesh axis takes both passes by itself, with ε_i from its own gradient, and what
-is reduced is the result alone: ĝ = Σ_i N_i ĝ_i / Σ_i N_i, with N_i the weight of the shard's targets.
+The exact method takes ε from the whole batch's gradient, so all devices wait for its reduction between the two passes.
+Here every shard i of the batch along a mesh axis runs both passes alone, with ε_i from its own gradient. Only the
+result is reduced: ĝ = Σ_i N_i ĝ_i / Σ_i N_i, with N_i the weight of the shard's targets.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from fsam_core.jax.step_types import Outcome, Step
 
 
 def corrected(step: Step, batches: list[Any], axis: str) -> Outcome:
-    """As `jax_corrections.corrected`, for each shard of the batch along `axis`; losses and norms are weighted means.
+    """`correction.corrected` for each shard of the batch along `axis`; losses and norms are weighted means.
 
-    Along `axis` the weights are whole on every device, and the arrays of a batch are cut along their first axis. A
-    random key (a typed one, `jax.random.key`) is folded with the shard's index.
+    Along `axis` the weights are replicated, and the arrays of a batch are sharded along their first axis. A random key
+    (a typed one, `jax.random.key`) is folded with the shard's index.
 
     Raises:
-        UserError: where the mesh in use has no such axis, or a micro-batch cannot be cut into that many shards.
+        UserError: if the current mesh has no such axis, or a micro-batch cannot be cut into that many shards.
     """
     shape = dict(jax.sharding.get_abstract_mesh().shape)
     if axis not in shape:
@@ -56,10 +56,10 @@ def corrected(step: Step, batches: list[Any], axis: str) -> Outcome:
         mean = lambda x: jax.lax.psum(wide(x) * share, axis).astype(x.dtype)
         return jax.tree.map(mean, found)._replace(weight=weight)
 
-    # Axes of one device go along, so that what cannot be partitioned (a kernel) is in a program of one device's own.
+    # Axes of size 1 are manual too, so that a kernel, which cannot be partitioned, is in a single-device program.
     names = {axis, *(x for x, size in shape.items() if size == 1)}
     specs = jax.tree.map(lambda x: rows if jnp.ndim(x) else whole, batches)
-    # check_vma: the corrections know nothing of shards.
+    # check_vma is off because the correction does not declare over which axes its values vary.
     each = jax.shard_map(
         mine, in_specs=(whole, whole, whole, specs), out_specs=whole, axis_names=names, check_vma=False
     )

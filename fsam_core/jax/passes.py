@@ -1,4 +1,4 @@
-"""The passes of a step in JAX: gradients, and cotangents kept for another pass. Pure functions of trees."""
+"""The passes of a step in JAX: gradients, and cotangents for another pass. All are pure functions of trees."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Features = Callable[[Params, Any], "LinearHead | Logits"]
 
 @dataclass(frozen=True)
 class Staged:
-    """A model in two stages, so that what no perturbation moves is run once for both passes.
+    """A model in two stages, so that an unperturbed lower stage runs once for both passes.
 
-    With a scope that holds nothing of the lower stage (`scope="top:K"` with a prefix that ends where those blocks
-    begin) its activations are shared, and it is run backwards once.
+    If the scope contains no parameter of the lower stage (`scope="top:K"` with a prefix that ends where those blocks
+    begin), both passes share its activations, and it has one backward pass.
 
     Attributes:
         prefix: (params, batch) -> the lower stage's output: an array or a tree of arrays, all floating.
@@ -41,7 +41,7 @@ class Staged:
 
 
 class Run(NamedTuple):
-    """What is the same in every pass of a step."""
+    """The arguments that all passes of a step share."""
 
     ops: ModuleType
     features: Features
@@ -49,10 +49,10 @@ class Run(NamedTuple):
 
 
 class Cotangents(NamedTuple):
-    """z̄ of every micro-batch, its share of all the targets, and what all micro-batches have in common.
+    """z̄ of every micro-batch, its share of all targets, and values common to all micro-batches.
 
-    Cut at the logits that is the head's (weight, bias), where they were kept without it. Cut at the hidden states
-    (`is_hidden`), where z̄ stands for h̄, it is the head's own gradient (w̄, b̄).
+    With the cut at the logits, `common` is the head's (weight, bias) if the cotangents are stored without it. With the
+    cut at the hidden states (`is_hidden`), z̄ is h̄ and `common` is the head's own gradient (w̄, b̄).
     """
 
     each: Any
@@ -62,7 +62,7 @@ class Cotangents(NamedTuple):
 
 
 class Passed(NamedTuple):
-    """Over some micro-batches: mean loss, weight, Jᵀ z̄ (None where not pulled back), and z̄ (None where not kept)."""
+    """The results of a pass over micro-batches: mean loss, weight, Jᵀ z̄ or None, and z̄ or None."""
 
     loss: jax.Array
     weight: jax.Array
@@ -80,7 +80,8 @@ def base(
     cut: str = "logits",
     region: str = "base",
 ) -> Passed:
-    """Loss and z̄ at `params` over all micro-batches; `keep` if z̄ is to be used again, `backward` for Jᵀ z̄."""
+    """Loss and z̄ at `params` over all micro-batches; `backward` also computes Jᵀ z̄, `keep` returns z̄ for another
+    pass."""
     hidden = keep and cut == "hidden"
 
     def one(item: Any) -> Any:
@@ -111,7 +112,7 @@ def base(
 
 
 def pull_back(run: Run, params: Params, items: Any, cotangents: Cotangents | None, region: str = "second") -> Params:
-    """J(params)ᵀ z̄ with the Jacobian at these params and cotangents from anywhere: no logits, no loss."""
+    """J(params)ᵀ z̄ with the Jacobian at these params and any cotangents; it computes no logits and no loss."""
     assert cotangents is not None
 
     def one(item: Any) -> Any:
@@ -130,8 +131,8 @@ def pull_back(run: Run, params: Params, items: Any, cotangents: Cotangents | Non
 
     g = total(one, _zipped(items, cotangents.each, cotangents.share))[0]
     if cotangents.is_hidden:
-        # The head's own gradient, once for all micro-batches. Of the model this evaluates, the compiler keeps nothing
-        # but the way from the parameters to the head's weight.
+        # The head's own gradient, once for all micro-batches. This evaluates the model, but the compiler drops
+        # everything except the path from the parameters to the head's weight.
         with regions.in_jax(_named(region, "backward")):
             _, back = jax.vjp(lambda p: _head_weights(run, p, items), params)
             like = _head_weights(run, params, items)
@@ -141,7 +142,7 @@ def pull_back(run: Run, params: Params, items: Any, cotangents: Cotangents | Non
 
 
 def merged(passes: list[tuple[jax.Array, Any]]) -> tuple[jax.Array, Any]:
-    """(weight, tree) of several sets of micro-batches together; the trees are means, each by its weight."""
+    """The weighted mean of the trees of several (weight, tree), with the total weight."""
     if len(passes) == 1:
         return passes[0]
     weight = sum((w for w, _ in passes[1:]), passes[0][0])
@@ -163,7 +164,7 @@ def _named(region: str, direction: str) -> Any:
 
 
 def _linearize(features: Features, params: Params, batch: Any, region: str) -> tuple[Any, Callable[[Any], Params]]:
-    """(the head at these params, Jᵀ as a function of the cotangents of its `outputs`)."""
+    """(the head at these params, its vjp: cotangents of its `outputs` -> Jᵀ times them)."""
     seen = []
 
     def outputs(params: Params) -> tuple[jax.Array, ...]:
@@ -172,12 +173,12 @@ def _linearize(features: Features, params: Params, batch: Any, region: str) -> t
 
     with regions.in_jax(_named(region, "forward")):
         out, pull_back = jax.vjp(outputs, params)
-    # Labels, weights and the loss do not depend on the params, so they may leave the trace that vjp made.
+    # Labels, weights and the loss do not depend on the params, so they may leave the trace of jax.vjp.
     return heads.with_outputs(seen[-1], out), lambda cotangents: pull_back(cotangents)[0]
 
 
 def _head_weights(run: Run, params: Params, items: Any) -> tuple[jax.Array, ...]:
-    """(weight, bias) of the head, which are the same for every micro-batch."""
+    """(weight[, bias]) of the head, the same for every micro-batch."""
     return heads.outputs(heads.flat(run.features(params, _first(items))))[1:]
 
 
@@ -185,7 +186,7 @@ def _head_weights(run: Run, params: Params, items: Any) -> tuple[jax.Array, ...]
 
 
 class _Stack(NamedTuple):
-    """Micro-batches of one shape, stacked, so that `lax.scan` compiles their pass once however many they are."""
+    """Stacked micro-batches of one shape, so that `lax.scan` compiles their pass once for any number of them."""
 
     tree: Any
 
@@ -196,7 +197,7 @@ def flatten(batch: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
 
 
 def stacked(batches: list[Any]) -> Any:
-    """`batches` as a `_Stack` where that is possible and worth it, else as it is."""
+    """`batches` as a `_Stack` if there are several of one shape, else unchanged."""
     if len(batches) == 1 or not all(hasattr(x, "shape") for x in jax.tree.leaves(batches)):
         return batches
     shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), b) for b in batches]
@@ -216,7 +217,7 @@ def _first(items: Any) -> Any:
 
 
 def total(one: Callable[[Any], tuple[Any, Any]], items: Any) -> tuple[Any, Any]:
-    """one(item) -> (summed, kept); returns the sum of the first over all items and the second of each."""
+    """one(item) -> (summed, kept); returns the sum of `summed` over all items, and `kept` of each."""
     if isinstance(items, _Stack):
         first = jax.eval_shape(lambda: one(_first(items))[0])
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
@@ -231,10 +232,10 @@ def total(one: Callable[[Any], tuple[Any, Any]], items: Any) -> tuple[Any, Any]:
 
 
 def mean(one: Callable[[Any], tuple[Any, Any]], items: Any) -> tuple[Any, Any]:
-    """As `total` for one(item) -> ((loss, weight, g), kept): loss and g are means, each micro-batch by its weight."""
+    """As `total` for one(item) -> ((loss, weight, g), kept); loss and g become means, weighted by `weight`."""
     if isinstance(items, list) and len(items) == 1:
         summed, kept = one(items[0])
-        return summed, ([kept[0]], [kept[1]])
+        return summed, tuple([x] for x in kept)
 
     def weighted(item: Any) -> Any:
         (loss, weight, g), kept = one(item)
@@ -252,7 +253,7 @@ def _count(items: Any) -> int:
 
 
 def _is_recomputed(zbar: Any) -> bool:
-    """Whether a cotangent holds the head it was made at."""
+    """Whether a cotangent stores its head, from which it is recomputed."""
     return getattr(zbar, "h_NxD", None) is not None
 
 
@@ -267,7 +268,7 @@ def _shares(weights: Any, total: jax.Array) -> Any:
 
 
 def _kept(run: Run, params: Params, items: Any, each: Any, weights: Any, total: jax.Array) -> Cotangents:
-    # A scan would stack a copy of the head weight for each micro-batch. It is the same for all: this evaluates the
-    # model once more for its sake, and the compiler drops all of that but the weight.
+    # A scan would stack a copy of the head weight for each micro-batch, though it is the same for all. Instead this
+    # evaluates the model once more, of which the compiler keeps only the weight.
     lacks = isinstance(items, _Stack) and _is_recomputed(each)
     return Cotangents(each, _shares(weights, total), _head_weights(run, params, items) if lacks else (), False)

@@ -1,4 +1,4 @@
-"""The perturbed weights in JAX: which leaves move, along what, how far."""
+"""The perturbed weights in JAX: the ascent, the norm and θ + ε."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fsam_core.scopes import Blocks
 
 
 class Adam(NamedTuple):
-    """What a gradient function is told of the optimizer that receives its gradient."""
+    """The settings of the optimizer that receives the gradient."""
 
     b2: float | None
     eps: float
@@ -25,7 +25,7 @@ class Adam(NamedTuple):
 
 
 class Seen:
-    """See `ascents.Seen`: trees like the parameters."""
+    """The inputs of an ascent (`ascents.Seen`), as trees like the parameters."""
 
     def __init__(self, params: Params, opt_state: Any, gradient: Any, previous: Any, seed: int) -> None:
         self._params, self._opt_state, self._gradient, self._previous = params, opt_state, gradient, previous
@@ -65,7 +65,7 @@ class Seen:
 def perturbed(
     run: Run, method: Perturbed, params: Params, seen: Seen, opt_state: Any, adam: Adam, mask: Any
 ) -> tuple[Params, jax.Array]:
-    """(θ + ε, ‖ε‖₂); ε = 0 where the ascent is 0. What the mask leaves out is the very array it was."""
+    """(θ + ε, ‖ε‖₂); ε = 0 if the ascent is 0. A masked leaf is returned as the same array."""
     ascent = jax.tree.map(lambda a, p: a.astype(p.dtype), method.direction.of(seen), params)
     v, settings, count = None, None, 0
     if method.precondition == "adam" or callable(method.rho):
@@ -77,7 +77,7 @@ def perturbed(
             assert adam.b2 is not None
             ascent, v = moments(ascent, state.nu)
             current = method.second_moment == "current"
-            used = count + current  # steps that the moment has seen
+            used = count + current  # the number of gradients in the moment
             settings = run.ops.Adam(adam.b2, adam.eps, jnp.where(used > 0, 1 - adam.b2**used, 1), current)
         same = {"clip": clip, "adam": settings, "mask": mask}
         sumsq, dot = run.ops.preconditioned_norm(ascent, v, **same, per_tensor=method.norm == "per-tensor")
@@ -91,7 +91,7 @@ def perturbed(
 
 
 def mask_of(method: Perturbed, params: Params, blocks: Blocks | None) -> Any:
-    """For each leaf whether it moves; None for all. Names are the keys on the way to a leaf, joined by dots."""
+    """For each leaf, whether it is perturbed; None for all. A leaf's name is its path, joined by dots."""
     paths, tree = jax.tree_util.tree_flatten_with_path(params)
     names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
     found = scopes.mask(method.scope, names, blocks)
@@ -99,7 +99,7 @@ def mask_of(method: Perturbed, params: Params, blocks: Blocks | None) -> Any:
 
 
 def moments(g: Params, nu: Any) -> tuple[Params, Params]:
-    """(g, v) for the direction; a parameter that Adam is masked from does not move: both are 0 there."""
+    """(g, v) for the direction; both are 0 for a parameter that Adam's mask excludes, so it is not perturbed."""
     kept = jax.tree.map(lambda v: not _is_masked(v), nu, is_leaf=_is_masked)
     structures: list[Any] = [jax.tree.structure(kept), jax.tree.structure(g)]
     if structures[0] != structures[1]:
@@ -109,10 +109,10 @@ def moments(g: Params, nu: Any) -> tuple[Params, Params]:
 
 
 def adam_state(opt_state: Any) -> optax.ScaleByAdamState:
-    """The one Adam state inside an optax state, however it is wrapped.
+    """The single Adam state inside an optax state, at any depth.
 
     Raises:
-        UserError: when there is none or more than one.
+        UserError: if there is none or more than one.
     """
     is_adam = lambda x: isinstance(x, optax.ScaleByAdamState)
     found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_adam) if is_adam(x)]
@@ -123,14 +123,14 @@ def adam_state(opt_state: Any) -> optax.ScaleByAdamState:
 
 
 def norm_of(tree: Any, mask: Any = None) -> jax.Array:
-    """‖·‖₂ over all leaves that the mask does not leave out, summed in float32 or wider."""
+    """‖·‖₂ over all leaves that are not masked, summed in float32 or float64."""
     leaves = jax.tree.leaves(tree)
     held = [True] * len(leaves) if mask is None else jax.tree.leaves(mask)
     return optax.tree.norm([wide(x) for x, keep in zip(leaves, held, strict=True) if keep])
 
 
 def clip_factor(norm: jax.Array, clip_norm: float | None) -> jax.Array:
-    """What `optax.clip_by_global_norm` would multiply the gradient by."""
+    """The factor by which `optax.clip_by_global_norm` would multiply the gradient."""
     if clip_norm is None:
         return jnp.ones((), norm.dtype)
     return jnp.where(norm > clip_norm, clip_norm / norm, 1)

@@ -1,7 +1,7 @@
-"""A model in two stages in JAX: what no perturbation moves is run once for both passes, forwards and backwards.
+"""Two-stage models in JAX: an unperturbed lower stage has one forward and one backward pass for both passes.
 
-The lower stage's output x is a parameter like the others, of an upper model that the passes run; its gradient, of both
-passes together, is pulled back through the lower stage once.
+The passes run an upper model of which the lower stage's output x is a parameter like the others. The gradients of x
+from both passes are combined, and the vjp of the lower stage is applied to them once.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from fsam_core.jax.step_types import Outcome, Step, combined, moved_weights
 
 
 def is_shared(step: Step, S: list[Any], others: list[Any]) -> bool:
-    """Whether the lower stage is run once: it is one micro-batch's, and no leaf that moves is below.
+    """Whether the lower stage runs once: S is one micro-batch, and no leaf below is perturbed.
 
     Raises:
-        UserError: for a scope of upper blocks that reaches into the lower stage.
+        UserError: for a scope of upper blocks that includes a parameter of the lower stage.
     """
     features, method = step.run.features, step.method
     if not isinstance(features, Staged) or step.mask is None or len(S) > 1 or step.pass_axis is not None:
@@ -31,7 +31,7 @@ def is_shared(step: Step, S: list[Any], others: list[Any]) -> bool:
     if method.path == "logit" or step.reuses or (others and method.fraction == 1):
         return False
     if method.path == "sam" and method.exact and method.direction.known:
-        return False  # it has but one pass
+        return False  # it has only one pass
     inside = sorted(moving(step, S[0]))
     if inside and isinstance(method.scope, str) and method.scope.startswith("top:"):
         raise UserError(
@@ -42,7 +42,7 @@ def is_shared(step: Step, S: list[Any], others: list[Any]) -> bool:
 
 
 def moving(step: Step, batch: Any) -> set[str]:
-    """The names of the leaves that move and that the lower stage's output depends on."""
+    """The names of the perturbed leaves on which the lower stage's output depends."""
     traced = jax.make_jaxpr(step.run.features.prefix)(step.params, batch)  # type: ignore[attr-defined]
     _, used = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
     leaves = jax.tree_util.tree_leaves_with_path(step.mask)
@@ -51,7 +51,7 @@ def moving(step: Step, batch: Any) -> set[str]:
 
 
 def corrected(step: Step, S: Any, others: list[Any]) -> Outcome:
-    """ĝ where the correction is one micro-batch's, S; `others` are the rest of the batch, or none."""
+    """ĝ if the correction is computed on one micro-batch, S; `others` are the rest of the batch, or none."""
     run, method, params = step.run, step.method, step.params
     features = run.features
     assert isinstance(features, Staged)
@@ -67,7 +67,7 @@ def corrected(step: Step, S: Any, others: list[Any]) -> Outcome:
         rest = passes.base(run, params, passes.stacked(others))
         evaluated.append((rest.weight, (rest.loss, rest.g)))
     weight, (loss, g_B) = merged(evaluated)
-    # Of what the lower stage alone reaches there is no gradient yet, and by the scope none is asked for.
+    # The gradients of the lower stage are not computed yet; the mask excludes them.
     base_norm = None
     if backward:
         with regions.in_jax("norm"):

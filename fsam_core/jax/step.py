@@ -1,4 +1,4 @@
-"""The step in JAX: `value_and_grad`, in place of `jax.value_and_grad`. How to use it: `fsam_core.jax`."""
+"""The step in JAX: `value_and_grad`, which replaces `jax.value_and_grad`. Usage: `fsam_core.jax`."""
 
 from __future__ import annotations
 
@@ -25,26 +25,27 @@ Sync = Literal["global", "local"]
 
 
 class Info(NamedTuple):
-    """What a step saw, each a scalar array. A figure the method has no use for, and that costs a pass, is NaN."""
+    """The results of a step, each a scalar array; NaN if the method does not need it and it would cost a pass."""
 
     loss: jax.Array
-    """Mean loss at θ, on as much of the batch as is evaluated there; at θ+ε where nothing is (sam, known ascent)."""
+    """Mean loss at θ, on the part of the batch that is evaluated there; at θ+ε if none is (sam, known ascent)."""
     perturbed_loss: jax.Array
-    """Mean loss at θ+ε, on S, where the method evaluates it (sam, logit)."""
+    """Mean loss at θ+ε, on S, if the method evaluates it (sam, logit)."""
     weight: jax.Array
     """Sum of the token weights over all micro-batches."""
     base_norm: jax.Array
-    """‖g‖₂ of the plain gradient; with a scope, of the exact method or of `Staged`, that of the leaves in it."""
+    """‖g‖₂ of the plain gradient; with a scope, for the exact method or `Staged`, only of the leaves in the scope."""
     grad_norm: jax.Array
-    """‖ĝ‖₂ of the gradient that is returned, before clipping."""
+    """‖ĝ‖₂ of the returned gradient, before clipping."""
     perturbation_norm: jax.Array
-    """‖ε‖₂; 0 where nothing is perturbed."""
+    """‖ε‖₂; 0 if nothing is perturbed."""
     finite: jax.Array
-    """Whether both passes were finite. Where not, every returned gradient is NaN, so that `skip_nonfinite` skips it."""
+    """Whether both passes were finite. If not, every returned gradient is NaN, so that `skip_nonfinite` skips the
+    step."""
 
 
 class Carry(NamedTuple):
-    """What goes from step to step, None where nothing does: trees like the parameters."""
+    """State between steps: trees like the parameters, or None."""
 
     previous: Any = None
     """The last finite ĝ, for ascent="previous"."""
@@ -56,7 +57,7 @@ def carry_of(method: Method, params: Params, schedule: Schedule = ALWAYS) -> Car
     """The carry before the first step.
 
     Raises:
-        UserError: for a schedule that does not go with the method.
+        UserError: for a schedule that does not work with the method.
     """
     schedules.check(schedule, method)
     if not isinstance(method, Perturbed):
@@ -82,32 +83,31 @@ def value_and_grad(
     """The gradient function of `method`.
 
     Args:
-        features: (params, batch) -> `LinearHead` or `Logits`. Evaluated at θ on the whole batch and at θ+ε on the part
-            that carries the correction, in calls of their own; a `Staged` one shares between the passes what the
-            method's scope leaves alone.
+        features: (params, batch) -> `LinearHead` or `Logits`. It is called at θ on the whole batch and at θ+ε on S; a
+            `Staged` shares between the passes the part that the method's scope does not perturb.
         method: one of `Plain`, `SAM`, `FunctionalSAM`, `LogitSAM`.
-        b2, eps: those of the optax Adam that receives the gradient; `b2` is needed with precondition="adam", because an
-            optax state does not hold it.
-        clip_norm: the global norm that the optax chain clips to, if it does. It scales the gradient inside the second
+        b2, eps: those of the optax Adam that receives the gradient; `b2` is required with precondition="adam", because
+            an optax state does not contain it.
+        clip_norm: the global norm to which the optax chain clips, if it does. It scales the gradient inside the second
             moment of the ascent direction; the returned gradient is not clipped.
-        blocks: what the parameters are, for a scope that is given by name.
-        pass_axis: an axis of two devices of the mesh in use, each of which takes one of the two passes of a `SAM` whose
+        blocks: the roles of the parameters, for a scope that is given by name.
+        pass_axis: an axis of two devices of the current mesh. Each device runs one of the two passes of a `SAM` whose
             ascent is known before the step, at fraction 1 and a strength other than 1 (as SAMPa does).
-        sync: whose gradient the ascent follows: "global", the batch's, on however many devices it is; or "local", each
-            data shard its own (m-sharpness), so that nothing is reduced before the second pass and their gradients'
-            mean, by targets, is. Then `Info` has means of the shards' losses and norms.
-        axis: for sync="local", the axis of the mesh in use (`jax.set_mesh`) that the batch is cut along, and along
-            which the params are whole on every device.
-        memory: what may be spent on the head: working bytes, and whether its cotangent is kept or recomputed.
+        sync: the gradient that the ascent follows. "global": that of the whole batch, on any number of devices.
+            "local": that of each data shard (m-sharpness); only the result is reduced, a mean weighted by targets, and
+            `Info` has means of the shards' losses and norms.
+        axis: for sync="local", the axis of the current mesh (`jax.set_mesh`) along which the batch is sharded and the
+            params are replicated.
+        memory: the memory budget of the head, and whether its cotangent is kept or recomputed.
         backend: "xla", "pallas" or "auto" (default: FSAM_BACKEND, then auto).
 
     Returns:
         grad(params, batch, opt_state=None, carry=None, kind="corrected") -> ((loss, Info), gradients like params), and
-        a third value, the new carry, where one was given. `batch` is any tree; a list is taken as micro-batches, whose
-        gradient is that of one batch of them all, each token weighing the same. `opt_state` is any optax state that
-        holds one Adam state; it is needed with precondition="adam", when ρ is a schedule, and for some ascents. With a
-        `fraction` below 1 a batch that is no list is cut along the first axis of its arrays. `kind` is what
-        `Schedule.kind` says, a Python string: each is a program of its own.
+        a third value, the new carry, if one was given. `batch` is any tree. A list is a list of micro-batches, whose
+        gradient is that of one batch of them all, with equal weight for each token. `opt_state` is any optax state that
+        contains one Adam state; it is required with precondition="adam", for a scheduled ρ, and for some ascents. With
+        a `fraction` below 1, a batch that is not a list is cut along the first axis of its arrays. `kind` is the string
+        that `Schedule.kind` returns; each kind is a separate program.
 
     Raises:
         UserError: for an unknown backend, a preconditioned method without b2, b2 outside [0, 1), clip_norm ≤ 0 or an
@@ -184,7 +184,7 @@ def value_and_grad(
 
 
 def _apart(method: Method) -> bool:
-    """Whether its two passes need nothing of each other."""
+    """Whether its two passes are independent of each other."""
     if not isinstance(method, Perturbed) or method.path != "sam":
         return False
     return method.direction.known and method.fraction == 1 and not method.exact
@@ -193,7 +193,7 @@ def _apart(method: Method) -> bool:
 def mean_loss(
     features: Features, *, memory: Memory = AUTO, backend: str | None = None
 ) -> Callable[[Params, Any], jax.Array]:
-    """(params, batch) -> mean loss with the same head, for evaluation: no gradient, no N×V array."""
+    """(params, batch) -> mean loss with the same head, for evaluation, without a gradient or an N×V array."""
     ops = backends.load("jax", backend)
 
     def loss(params: Params, batch: Any) -> jax.Array:
@@ -204,8 +204,8 @@ def mean_loss(
 
 
 def skip_nonfinite(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`tx`, but a step whose gradient is not finite changes neither weights nor moments and is counted.
+    """`tx`, except that a step with a non-finite gradient changes neither weights nor moments and is counted.
 
-    It is `optax.apply_if_finite` without its limit: the count is `state.total_notfinite`.
+    It is `optax.apply_if_finite` without its limit; the count is `state.total_notfinite`.
     """
     return optax.apply_if_finite(tx, max_consecutive_errors=2**31 - 1)

@@ -1,4 +1,4 @@
-"""What the methods in JAX are given, what they give, and the two operations that all of them need."""
+"""The inputs and results of the methods in JAX, and two operations that all of them use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fsam_core.methods import Perturbed
 
 
 class Step(NamedTuple):
-    """What a method is given."""
+    """The inputs of a method."""
 
     run: Run
     method: Perturbed
@@ -23,12 +23,12 @@ class Step(NamedTuple):
     adam: Adam
     mask: Any
     reuses: bool
-    """Whether the correction itself is to be kept, so that g_B is needed of every leaf."""
+    """Whether the correction itself is stored, which needs g_B of every leaf."""
     pass_axis: str | None = None
 
 
 class Outcome(NamedTuple):
-    """What the passes saw; None for what was not evaluated."""
+    """The results of a step's passes; None for what was not evaluated."""
 
     loss: jax.Array
     moved_loss: jax.Array | None
@@ -40,7 +40,7 @@ class Outcome(NamedTuple):
 
 
 def moved_weights(step: Step, gradient: Any) -> tuple[Params, jax.Array]:
-    """(θ + ε, ‖ε‖₂) along the method's ascent, which may look at this gradient."""
+    """(θ + ε, ‖ε‖₂) along the method's ascent, which may use this gradient."""
     seen = Seen(step.params, step.opt_state, gradient, step.previous, step.method.seed)
     return perturbed(step.run, step.method, step.params, seen, step.opt_state, step.adam, step.mask)
 
