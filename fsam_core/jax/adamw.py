@@ -61,8 +61,7 @@ class AdamW:
         )
 
     def step(self, params: Any, grads: Any, opt_state: Any, info: Any) -> tuple[Any, Any]:
-        """(params, opt_state) after a step with the results of `value_and_grad`; unchanged where `info.finite` is
-        False.
+        """(params, opt_state) after a step with the results of `value_and_grad`; unchanged if not `info.finite`.
 
         `opt_state` may be any optax state that contains one Adam state, so that a run begun with optax can be resumed.
         The rest of that state (the count of a schedule, say) is not changed.

@@ -80,8 +80,7 @@ def base(
     cut: str = "logits",
     region: str = "base",
 ) -> Passed:
-    """Loss and z̄ at `params` over all micro-batches; `backward` also computes Jᵀ z̄, `keep` returns z̄ for another
-    pass."""
+    """Loss and z̄ at `params` over all micro-batches; `backward` also gives Jᵀ z̄, `keep` z̄ for another pass."""
     hidden = keep and cut == "hidden"
 
     def one(item: Any) -> Any:

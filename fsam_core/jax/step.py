@@ -40,8 +40,7 @@ class Info(NamedTuple):
     perturbation_norm: jax.Array
     """‖ε‖₂; 0 if nothing is perturbed."""
     finite: jax.Array
-    """Whether both passes were finite. If not, every returned gradient is NaN, so that `skip_nonfinite` skips the
-    step."""
+    """Whether both passes were finite. If not, every returned gradient is NaN, and `skip_nonfinite` skips the step."""
 
 
 class Carry(NamedTuple):
