@@ -83,7 +83,7 @@ def figures(
         rows = [(_label(changes), one) for changes, one in sets]
     else:
         chosen = _every_saving(settings, model, asked) if every_saving else [(settings.method, asked)]
-        rows = [(name, cost.of(model, o, tokens)) for name, o in chosen]
+        rows = [(name, cost.estimate(model, o, tokens)) for name, o in chosen]
     title = f"{preset}, {model.parameters / 1e6:,.0f}M parameters, {tokens:,} tokens a step"
     if devices > 1:
         title += f" over {devices} devices"

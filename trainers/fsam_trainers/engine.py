@@ -42,7 +42,8 @@ class Engine(Protocol):
     def step(self, tokens_BxL1: np.ndarray, index: int) -> Callable[[], StepReport]:
         """Start optimizer step `index` on this rank's rows (`processes.batches`); the returned function waits for it.
 
-        Random draws depend on (seed, index).
+        Random draws depend on (seed, index); the kind of the step, its learning rate and ρ on the number of completed
+        steps, in which a skipped one does not count.
         """
 
     def evaluate(self, batches: Sequence[np.ndarray]) -> float:

@@ -190,13 +190,14 @@ def _due(step: int, every: int, steps: int) -> bool:
 
 
 def _line(settings: Settings, now: Progress, report: StepReport, milliseconds: float) -> dict[str, Any]:
+    completed = now.step - 1 - now.skipped_steps + report.skipped  # before this step; `now` counts it
     return {
         "step": now.step,
         "tokens": now.step * settings.tokens_per_step,
         "seconds": now.seconds,
         "step_ms": milliseconds,
-        "learning_rate": settings.learning_rate_at(now.step - 1 - now.skipped_steps + report.skipped),
-        "kind": settings.kind(now.step - 1),
+        "learning_rate": settings.learning_rate_at(completed),
+        "kind": settings.kind(completed),
         **report._asdict(),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 import traceback
 
@@ -27,18 +28,31 @@ USAGE = "usage: fsam COMMAND [OPTIONS]; fsam COMMAND --help lists the options\n\
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one subcommand and exit: 0 done, 2 bad input, 128 + n stopped by signal n (state saved)."""
+    """Run one subcommand and exit: 0 done, 2 bad input, 128 + n stopped by signal n (state saved).
+
+    Args:
+        arguments: of a program that calls this, which Ctrl-C then stops as well; None for those of the process.
+
+    Raises:
+        KeyboardInterrupt: in a program that calls this, when Ctrl-C has stopped the run (state saved).
+    """
+    own_process = arguments is None
     try:
-        if arguments is None:  # a process of its own
+        if arguments is None:
             arguments = sys.argv[1:]
             host_memory.keep_freed()
-        sys.exit(_run(arguments))
+        code = _run(arguments)
+        if code == 128 + signal.SIGINT and not own_process:
+            raise KeyboardInterrupt
+        sys.exit(code)
     except processes.AlreadyReported:
         processes.leave(2)
     except UserError as error:
         print(f"fsam: error: {error}", file=sys.stderr)
         processes.leave(2)
     except KeyboardInterrupt:
+        if not own_process:
+            raise
         print("fsam: interrupted", file=sys.stderr)
         processes.leave(130)
     except Exception:

@@ -1,4 +1,4 @@
-"""Training in JAX: Flax model, AdamW in one loop a leaf, jitted and donated steps on a mesh, orbax checkpoints."""
+"""Training in JAX: Flax model, AdamW leaf by leaf, jitted and donated steps on a mesh, orbax checkpoints."""
 
 from __future__ import annotations
 
@@ -138,6 +138,8 @@ class JaxEngine:
             out_shardings=(self._places, mesh.everywhere(self.mesh)),
         )
         self._compiled: dict[str, Callable[..., Any]] = {}
+        self._completed = 0  # steps known not to have been skipped
+        self._unread: list[jax.Array] = []  # of later ones, whether they were finite
         loss = fsam.mean_loss(_features(settings, trained=False), memory=_memory(settings), backend=self.backend)
         self._loss = jax.jit(loss)
 
@@ -147,11 +149,12 @@ class JaxEngine:
                 self._compiled[kind] = self._jitted.lower(self.state, self._parts(tokens_BxL1, 0), kind=kind).compile()
 
     def step(self, tokens_BxL1: np.ndarray, index: int) -> Callable[[], StepReport]:
-        kind = self.settings.kind(index)
+        kind = self._kind()
         if kind not in self._compiled:
             self._compiled[kind] = partial(self._jitted, kind=kind)
         with jax.set_mesh(self.mesh):
             self.state, info = self._compiled[kind](self.state, self._parts(tokens_BxL1, index))
+        self._unread.append(info.finite)
 
         def report() -> StepReport:
             got = jax.device_get(info)
@@ -159,6 +162,19 @@ class JaxEngine:
             return StepReport(float(got.loss), base, final, epsilon, skipped=not got.finite)
 
         return report
+
+    def _kind(self) -> str:
+        """Of the next step, by the number of completed ones.
+
+        Whether the last step was skipped is not known while it runs, so this waits for it, but only where that matters.
+        """
+        while len(self._unread) > 1 or len({self.settings.kind(n) for n in self._possible()}) > 1:
+            self._completed += bool(self._unread.pop(0))
+        return self.settings.kind(self._completed)
+
+    def _possible(self) -> range:
+        """How many steps may be completed."""
+        return range(self._completed, self._completed + len(self._unread) + 1)
 
     def evaluate(self, batches: Sequence[np.ndarray]) -> float:
         params = self.state.params if self.state.average is None else self.state.average
@@ -178,6 +194,7 @@ class JaxEngine:
         with ocp.StandardCheckpointer() as checkpointer:
             # Without the copy a restored buffer may be memory that XLA does not own and cannot take as a donation.
             self.state = State(**jax.tree.map(jnp.copy, checkpointer.restore(folder.absolute(), like)))
+        self._completed, self._unread = int(self.state.opt_state.count), []
 
     def weights(self) -> dict[str, np.ndarray]:
         return flattened(jax.tree.map(mesh.whole, self.state.params))
