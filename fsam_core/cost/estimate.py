@@ -74,7 +74,7 @@ class Cost:
         return Collectives(*(sum(column) for column in zip(*rows, strict=True)))
 
 
-def of(model: Model, options: Options, tokens: float) -> Cost:
+def estimate(model: Model, options: Options, tokens: float) -> Cost:
     """The cost of `options` on `model` with `tokens` tokens a step, over all devices and micro-batches.
 
     Raises:
@@ -145,7 +145,7 @@ def within(
             continue
         if "scope" in changes:
             changes["scope"] = f"top:{model.layers // 2}"
-        cost = of(model, dataclasses.replace(options, **changes), tokens)
+        cost = estimate(model, dataclasses.replace(options, **changes), tokens)
         if cost.time_ratio(machine) <= budget:
             found[places] = changes, cost
     ours = [one for places, one in found.items() if spare or not any(less in found for less in _giving_up_less(places))]

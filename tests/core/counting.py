@@ -37,7 +37,7 @@ def counted_in(framework: str, o: cost.Options, config: ModelConfig = CONFIG, *,
 
 def predicted(framework: str, o: cost.Options, config: ModelConfig = CONFIG, *, kind: str = "corrected") -> float:
     """The same by the cost model."""
-    found = cost.of(counted(config, framework), o, BATCH * config.seq_len)
+    found = cost.estimate(counted(config, framework), o, BATCH * config.seq_len)
     return found.steps[kind].flops
 
 

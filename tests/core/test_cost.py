@@ -167,11 +167,11 @@ H = MODEL.head_flops / (MODEL.head_flops + MODEL.trunk_flops)  # the head's shar
     ],
 )
 def test_operations_are_those_of_the_design(changes, ratio):
-    assert cost.of(MODEL, Options(**changes), TOKENS).flops_ratio == pytest.approx(ratio, rel=1e-12)
+    assert cost.estimate(MODEL, Options(**changes), TOKENS).flops_ratio == pytest.approx(ratio, rel=1e-12)
 
 
 def test_checkpointing_runs_each_forward_pass_of_the_blocks_once_more():
-    plain, again = (cost.of(MODEL, Options(remat=x), TOKENS) for x in (False, True))
+    plain, again = (cost.estimate(MODEL, Options(remat=x), TOKENS) for x in (False, True))
     forward = TOKENS * MODEL.trunk_flops
     assert again.adamw.flops - plain.adamw.flops == pytest.approx(forward)
     assert again.flops - plain.flops == pytest.approx(2 * forward)
@@ -183,30 +183,32 @@ def test_checkpointing_runs_each_forward_pass_of_the_blocks_once_more():
 
 def test_parameter_work_is_what_each_pass_reads_and_writes():
     P = MODEL.parameters
-    found = cost.of(MODEL, Options(), TOKENS).steps["corrected"].regions
+    found = cost.estimate(MODEL, Options(), TOKENS).steps["corrected"].regions
     assert found["update"].bytes == (4 + 28) * P
     assert found["norm"].bytes == (4 + 8) * P
     assert found["perturb"].bytes == 16 * P
-    plain = cost.of(MODEL, Options(precondition=None), TOKENS).steps["corrected"].regions
+    plain = cost.estimate(MODEL, Options(precondition=None), TOKENS).steps["corrected"].regions
     assert (plain["norm"].bytes, plain["perturb"].bytes) == (8 * P, 12 * P)
-    some = cost.of(MODEL, Options(scope="norms"), TOKENS).steps["corrected"].regions
+    some = cost.estimate(MODEL, Options(scope="norms"), TOKENS).steps["corrected"].regions
     assert some["perturb"].bytes == 16 * (2 * 4 + 1) * 256
-    drawn = cost.of(MODEL, Options(ascent="random"), TOKENS).steps["corrected"]
+    drawn = cost.estimate(MODEL, Options(ascent="random"), TOKENS).steps["corrected"]
     assert drawn.work.normals == P
 
 
 def test_a_part_holds_one_gradient_more_and_the_exact_method_none():
     P4 = 4 * MODEL.parameters
-    exact, part = (cost.of(MODEL, Options(fraction=q), TOKENS).steps["corrected"].memory for q in (1, 0.5))
+    exact, part = (cost.estimate(MODEL, Options(fraction=q), TOKENS).steps["corrected"].memory for q in (1, 0.5))
     assert "gradient of B" not in exact
     assert "gradient of S" not in exact
     assert P4 in (part.get("gradient of B"), part.get("gradient of S"))
     for one in ({"ascent": "previous"}, {"every": 2, "between": "reuse"}):
-        assert cost.of(MODEL, Options(**one), TOKENS).steps["corrected"].memory["carried from step to step"] == P4
+        assert cost.estimate(MODEL, Options(**one), TOKENS).steps["corrected"].memory["carried from step to step"] == P4
 
 
 def test_a_kept_cotangent_is_the_logits_of_the_part():
-    memory = lambda **changes: cost.of(MODEL, Options(**changes), TOKENS).steps["corrected"].memory["kept cotangent"]
+    memory = lambda **changes: (
+        cost.estimate(MODEL, Options(**changes), TOKENS).steps["corrected"].memory["kept cotangent"]
+    )
     V, D = MODEL.vocabulary, MODEL.width
     assert memory(cotangent="keep") == TOKENS * (4 * V + 20)
     assert memory() == TOKENS * (4 * D + 20)
@@ -216,7 +218,7 @@ def test_a_kept_cotangent_is_the_logits_of_the_part():
 
 
 def test_micro_batches_divide_the_activations_and_add_a_gradient():
-    whole, parts = (cost.of(MODEL, Options(path="base", micro_batches=m), TOKENS).adamw.memory for m in (1, 4))
+    whole, parts = (cost.estimate(MODEL, Options(path="base", micro_batches=m), TOKENS).adamw.memory for m in (1, 4))
     assert parts["activations"] == whole["activations"] / 4
     assert parts["gradient"] >= 4 * MODEL.parameters
 
@@ -229,14 +231,14 @@ def test_memory_is_near_what_xla_sets_aside(case):
     method = o.method
     temporaries = compiled(method, o, config, "corrected").memory_analysis().temp_size_in_bytes
     # What is compiled here ends with the gradients, which are its results and not its temporaries.
-    found = cost.of(counted(config, "jax"), o, BATCH * config.seq_len).steps["corrected"].memory
+    found = cost.estimate(counted(config, "jax"), o, BATCH * config.seq_len).steps["corrected"].memory
     ours = sum(x for name, x in found.items() if name not in ("weights", "moments"))
     assert ours == pytest.approx(temporaries, rel=0.35)
 
 
 def test_collectives_of_data_parallel_steps():
     P4 = 4 * MODEL.parameters
-    of = lambda **changes: cost.of(MODEL, Options(devices=8, **changes), TOKENS).collectives
+    of = lambda **changes: cost.estimate(MODEL, Options(devices=8, **changes), TOKENS).collectives
     assert of(path="base") == (1, P4, 1)
     assert of() == (2, 2 * P4, 3)
     assert of(fraction=1 / 8) == (3, 3 * P4, 3)
@@ -244,11 +246,11 @@ def test_collectives_of_data_parallel_steps():
     assert of(ascent="micro", path="sam") == (1, P4, 3)
     assert of(every=4) == pytest.approx((1.25, 1.25 * P4, 1.5))
     assert of(scope="norms") == (2, P4 + 4 * (2 * 4 + 1) * 256, 3)
-    assert cost.of(MODEL, Options(), TOKENS).collectives == (0, 0, 0)
+    assert cost.estimate(MODEL, Options(), TOKENS).collectives == (0, 0, 0)
 
 
 def test_devices_share_the_tokens_and_nothing_else():
-    one, eight = (cost.of(MODEL, Options(devices=n), TOKENS * n) for n in (1, 8))
+    one, eight = (cost.estimate(MODEL, Options(devices=n), TOKENS * n) for n in (1, 8))
     assert one.flops == eight.flops
     assert one.peak_bytes == eight.peak_bytes
 
@@ -259,7 +261,7 @@ MACHINE = Machine("some", 1e14, 1e12)
 
 
 def test_a_run_is_the_average_of_its_steps():
-    found = cost.of(MODEL, Options(every=4, start=0.5, between="reuse"), TOKENS)
+    found = cost.estimate(MODEL, Options(every=4, start=0.5, between="reuse"), TOKENS)
     assert dict(found.shares) == pytest.approx({"corrected": 1 / 8, "reused": 3 / 8, "plain": 1 / 2})
     steps = {kind: MACHINE.seconds(found.steps[kind]) for kind in found.shares}
     assert steps["plain"] == MACHINE.seconds(found.adamw) < steps["reused"] < steps["corrected"]
@@ -271,13 +273,13 @@ def test_a_run_is_the_average_of_its_steps():
 
 def test_a_run_that_never_corrects_is_adamw():
     for never in ({"start": 1.0}, {"probability": 0.0}):
-        found = cost.of(MODEL, Options(**never), TOKENS)
+        found = cost.estimate(MODEL, Options(**never), TOKENS)
         assert (found.flops_ratio, found.time_ratio(MACHINE)) == (1, 1)
         assert found.peak_bytes == found.adamw.peak_bytes
 
 
 def test_time_is_the_sum_of_what_each_rate_takes():
-    step = cost.of(MODEL, Options(ascent="random", cotangent="keep"), TOKENS).steps["corrected"]
+    step = cost.estimate(MODEL, Options(ascent="random", cotangent="keep"), TOKENS).steps["corrected"]
     work = step.work
     plain = work.flops / 1e14 + work.bytes / 1e12
     assert MACHINE.seconds(step) == pytest.approx(plain)
@@ -300,7 +302,7 @@ def test_within_a_budget(path):
     for changes, _ in needed:
         for name in [k for k, x in changes.items() if (k, x) != ("fraction", 1)]:
             without = {k: x for k, x in changes.items() if k != name}
-            assert cost.of(MODEL, dataclasses.replace(o, **without), TOKENS).time_ratio(MACHINE) > 1.15
+            assert cost.estimate(MODEL, dataclasses.replace(o, **without), TOKENS).time_ratio(MACHINE) > 1.15
     assert [changes for changes, _ in cost.within(1.0, MODEL, MACHINE, o, tokens=TOKENS)] == []
     everything = cost.within(math.inf, MODEL, MACHINE, o, tokens=TOKENS, spare=False)
     assert [changes for changes, _ in everything] == [{"fraction": 1.0}]
@@ -312,7 +314,7 @@ def test_micro_batches_narrow_the_fractions_that_fit():
 
 
 def test_presets_are_options():
-    ratios = [cost.of(MODEL, Options(**changes), TOKENS).flops_ratio for changes in cost.PRESETS.values()]
+    ratios = [cost.estimate(MODEL, Options(**changes), TOKENS).flops_ratio for changes in cost.PRESETS.values()]
     assert list(cost.PRESETS) == ["exact", "balanced", "cheap"]
     assert ratios == sorted(ratios, reverse=True)
 
@@ -343,9 +345,9 @@ def test_bad_options_are_named(changes, message):
 
 def test_other_bad_input_is_named():
     with pytest.raises(UserError, match="'top:5' asks for more than the 4 blocks"):
-        cost.of(MODEL, Options(scope="top:5"), TOKENS)
+        cost.estimate(MODEL, Options(scope="top:5"), TOKENS)
     with pytest.raises(UserError, match="tokens must be > 0, got 0"):
-        cost.of(MODEL, Options(), 0)
+        cost.estimate(MODEL, Options(), 0)
     with pytest.raises(UserError, match="model: vocabulary must be > 0, got 0"):
         dataclasses.replace(MODEL, vocabulary=0)
     with pytest.raises(UserError, match="machine: bytes_per_s must be > 0, got 0"):
