@@ -1,1 +1,1 @@
-"""The operations of a sharpness-aware step. `spec` says what each computes; a folder per backend computes it."""
+"""The operations of a sharpness-aware step: `spec` defines them, and one folder per backend implements them."""

@@ -1,4 +1,4 @@
-"""What the head may spend: chunks by a byte budget, and whether a cotangent is kept or recomputed."""
+"""The head's memory budget: how large a chunk of rows is, and whether a cotangent is kept or recomputed."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from typing import Literal, get_args
 from fsam_kernels.options import CROSS_ENTROPY, Loss
 
 Form = Literal["auto", "keep", "recompute"]
-BLOCK = 8192  # columns whose product is added to w̄ at a time, where h is narrower than w̄'s sums
+BLOCK = 8192  # columns of w̄ added per product, where h has a narrower dtype than the sums of w̄
 
 
 def default_chunk_bytes(platform: str) -> int:
-    """Bytes that the working tensors of one chunk of rows may fill on "cpu", "cuda", "gpu", "tpu", ….
+    """The bytes that the working tensors of one chunk of rows may fill on "cpu", "cuda", "gpu", "tpu", ….
 
-    Each chunk reads and writes w̄ once, 8·V·D bytes, beside 6·C·D·V operations on its C rows. At the 250 to 300
-    operations an accelerator does for each byte of memory that is 4/3 · 300 / C of the products' time: 15 % at the 2730
-    rows that 512 MiB are in bfloat16 at V = 32768. A CPU gains nothing from more than its caches hold.
+    Each chunk of C rows reads and writes w̄ once, 8·V·D bytes, and takes 6·C·D·V operations. An accelerator does 250 to
+    300 operations for each byte of memory, so w̄ costs 4/3 · 300 / C of the products' time. That is 15 % at 2730 rows,
+    which fill 512 MiB in bfloat16 at V = 32768. A CPU gains nothing from chunks larger than its caches.
     """
     return (32 if platform == "cpu" else 512) * 2**20
 
 
-def row_bytes(vocabulary: int, itemsize: int, wide: int, loss: Loss) -> int:
-    """Bytes that one row of a chunk needs at its peak, in `torch`.
+def row_bytes(vocabulary: int, itemsize: int, accum_itemsize: int, loss: Loss) -> int:
+    """The bytes that one row of a chunk needs at its peak in `torch`.
 
-    Logits in the dtype of h (`itemsize` bytes) and exponentials in the dtype of sums (`wide`), which take the logits'
-    place where the two are one. Under a soft-cap the logits stay, and the derivative, or the other head's logits, and
-    the cotangent come beside them.
+    A row has logits in the dtype of h (`itemsize` bytes) and exponentials in the dtype of the sums (`accum_itemsize`
+    bytes). The exponentials overwrite the logits where both dtypes are the same. With a soft-cap the logits stay; the
+    cotangent, and the cap's derivative or the other head's logits, need memory of their own.
     """
     if loss.soft_cap is not None:
-        return vocabulary * 2 * (wide + itemsize)
-    return vocabulary * (wide if itemsize == wide else wide + itemsize)
+        return vocabulary * 2 * (accum_itemsize + itemsize)
+    return vocabulary * (accum_itemsize if itemsize == accum_itemsize else accum_itemsize + itemsize)
 
 
-def chunk_rows(vocabulary: int, itemsize: int, wide: int, loss: Loss, chunk_bytes: int) -> int:
-    """Rows of a chunk whose working tensors fill at most `chunk_bytes`; one at the least."""
-    return max(1, chunk_bytes // row_bytes(vocabulary, itemsize, wide, loss))
+def chunk_rows(vocabulary: int, itemsize: int, accum_itemsize: int, loss: Loss, chunk_bytes: int) -> int:
+    """The number of rows, at least one, whose working tensors fill at most `chunk_bytes`."""
+    return max(1, chunk_bytes // row_bytes(vocabulary, itemsize, accum_itemsize, loss))
 
 
 def head_bytes(
@@ -49,35 +49,35 @@ def head_bytes(
     gradient: bool = True,
     keep: bool = False,
     chunk_bytes: int,
-    wide: int = 4,
+    accum_itemsize: int = 4,
 ) -> int:
-    """Bytes that `linear_cross_entropy` allocates at its peak, results included; weights in the dtype of h.
+    """The bytes that `linear_cross_entropy` allocates at its peak, results included; weights have the dtype of h.
 
-    All along: five figures a row, the kept P, h̄ and w̄, which is summed in `wide` bytes. A chunk has its logits and what
-    is made of them. In "torch" it also has its weighted h and, where h is narrower than the sums, a block of the
-    product that is added to w̄; at the end comes what w̄ is cast into. In "jax" w̄ is scaled and cast into a new array
-    while the chunks' memory is still held.
+    Five statistics a row, the kept P, h̄ and w̄ (summed in `accum_itemsize` bytes) are held throughout. A chunk adds its
+    logits and what is computed from them. In "torch" a chunk also adds its weighted h and, where h is narrower than the
+    sums, one block of the product that is added to w̄; the cast of w̄ comes after the last chunk. In "jax" w̄ is scaled
+    and cast into a new array while the chunks' memory is still held.
     """
-    always = 5 * N * wide + keep * N * V * itemsize + gradient * (N * D * itemsize + V * D * wide)
+    always = 5 * N * accum_itemsize + keep * N * V * itemsize + gradient * (N * D * itemsize + V * D * accum_itemsize)
     if framework == "jax":
-        return always + min(chunk_bytes, N * V * (wide + itemsize)) + gradient * V * D * itemsize
-    rows = min(N, chunk_rows(V, itemsize, wide, loss, chunk_bytes))
-    chunk, narrow = rows * row_bytes(V, itemsize, wide, loss), gradient * (itemsize != wide)
+        return always + min(chunk_bytes, N * V * (accum_itemsize + itemsize)) + gradient * V * D * itemsize
+    rows = min(N, chunk_rows(V, itemsize, accum_itemsize, loss, chunk_bytes))
+    chunk, narrow = rows * row_bytes(V, itemsize, accum_itemsize, loss), gradient * (itemsize != accum_itemsize)
     chunk += gradient * rows * D * itemsize + narrow * min(V, BLOCK) * D * itemsize
     return always + max(chunk, narrow * V * D * itemsize)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What a step may spend on the head.
+    """The memory that a step may use for the head.
 
     Attributes:
-        cotangent: how the logit cotangent waits for the second pass. "recompute" holds h and a few floats a row, and
-            makes the logits again, one matrix product; "keep" holds P itself, N·V values in the dtype of h, and is
-            faster; "auto" keeps it where that fits in `keep_bytes`.
-        keep_bytes: what "auto" may hold, over all micro-batches of a step on a device.
+        cotangent: how the logit cotangent is stored for the second pass. "recompute" stores h and a few floats a row
+            and recomputes the logits, one matrix product. "keep" stores P itself, N·V values in the dtype of h, and is
+            faster. "auto" keeps P where it fits in `keep_bytes`.
+        keep_bytes: the limit for "auto", over all micro-batches of a step on a device.
         chunk_bytes: working memory of a chunk of rows; None for the platform's default.
-        row_axes: in JAX, the axes of the mesh in use that the tokens are sharded over. Budgets are then for a device.
+        row_axes: JAX only: the axes of the current mesh that the tokens are sharded over. Budgets are then per device.
 
     Raises:
         ValueError: for a value outside these.
@@ -97,11 +97,11 @@ class Memory:
                 raise ValueError(f"{name} must be a number of bytes > 0, got {value!r}")
 
     def keeps(self, N: int, V: int, itemsize: int) -> bool:
-        """Whether the P of N rows and V columns is kept, at `itemsize` bytes a value.
+        """Whether P of N rows and V columns is kept, at `itemsize` bytes a value.
 
-        Keeping is the faster whatever D is, wherever it was tried. A product that is cheap beside the N·V values of P
-        would speak for recomputing if P were never in memory there; but no backend fuses P into both of its products,
-        so recomputing writes and reads as many bytes, and in the base pass a chunk's P is written in either case.
+        Keeping was faster for every D that was tried. A small D makes the product cheap relative to the N·V values of
+        P, which would favour recomputing if that kept P out of memory. But no backend fuses P into both of its
+        products, so recomputing moves as many bytes, and the base pass writes a chunk's P in either case.
         """
         return self.cotangent == "keep" or (self.cotangent == "auto" and N * V * itemsize <= self.keep_bytes)
 

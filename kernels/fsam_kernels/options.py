@@ -1,4 +1,4 @@
-"""Options of the head, the same values in every backend."""
+"""The head's options, the same in every backend."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Reduction = Literal["none", "sum", "mean"]
 
 @dataclass(frozen=True)
 class Loss:
-    """Which loss is taken of the logits u = h Wᵀ + b; the default is plain cross entropy.
+    """The loss of the logits u = h Wᵀ + b; the default is plain cross entropy.
 
     Attributes:
-        label_smoothing: share s of the target that is spread evenly over the vocabulary, 0 ≤ s < 1.
-        z_loss: factor ζ ≥ 0 of lse², which keeps the normaliser near 1 (1e-4 is usual).
-        soft_cap: c > 0 for z = c tanh(u / c), which belongs to the network and not to the loss; None for z = u.
+        label_smoothing: the share s of the target that is spread evenly over the vocabulary, 0 ≤ s < 1.
+        z_loss: the factor ζ ≥ 0 of lse², which keeps the normaliser near 1 (1e-4 is usual).
+        soft_cap: c > 0 for z = c tanh(u / c), which is part of the network, not of the loss; None for z = u.
 
     Raises:
         ValueError: for a value outside these.
@@ -36,7 +36,7 @@ class Loss:
             raise ValueError(f"soft_cap must be > 0, or None for no cap; got {self.soft_cap!r}")
 
     def floor(self, vocabulary: int) -> float:
-        """s / V: what label smoothing takes off every entry of a row's cotangent."""
+        """s / V, which label smoothing subtracts from every entry of a row's cotangent."""
         return self.label_smoothing / vocabulary
 
 
@@ -44,7 +44,7 @@ CROSS_ENTROPY = Loss()
 
 
 def check_reduction(reduction: str, has_weights: bool, has_count: bool) -> None:
-    """Whether a reduction is known, and has a use for what came with it.
+    """Check that a reduction is known and uses the arguments that came with it.
 
     Raises:
         ValueError: naming the argument that does not fit.

@@ -1,4 +1,4 @@
-"""The shapes kernels meet in real models: what tests, benchmarks and `fsam profile` compile and count."""
+"""The shapes of real models' heads and weights, for tests, benchmarks and `fsam profile`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Head(NamedTuple):
-    """Tokens a device and step, features, vocabulary."""
+    """Tokens per device and step, features, vocabulary."""
 
     N: int
     D: int
@@ -21,7 +21,7 @@ HEADS: dict[str, Head] = {
     "43m": Head(8192, 768, 32768),
     "118m": Head(8192, 1280, 32768),
     "1208m": Head(8192, 2048, 32768),
-    "reference": Head(8192, 1024, 32768),  # what the figures in the documents are for
+    "reference": Head(8192, 1024, 32768),  # the shape of the figures in docs/head.md
     "gpt2": Head(8192, 768, 50257),  # a vocabulary no tile divides
     "llama3-8b": Head(8192, 4096, 128256),
 }
@@ -42,7 +42,7 @@ def _gpt2(layers: int = 12, D: int = 768, V: int = 50257, positions: int = 1024)
     return [(V, D), (positions, D), *(layers * layer), *affine]
 
 
-# Weights of whole models, for what walks over all of them.
+# Weights of whole models, for the operations in parameter space.
 WEIGHTS: dict[str, list[tuple[int, ...]]] = {
     "24m": decoder(6, 576),
     "118m": decoder(6, 1280),

@@ -1,7 +1,7 @@
-"""The operations in float64 NumPy, a few lines each: what every backend must compute.
+"""The contract of every operation: what each backend must compute, in a few lines of float64 NumPy.
 
 A reader who knows only this file can review every backend. Shapes: N rows (tokens), D features, V vocabulary entries.
-Everything is computed in float64 whatever comes in.
+Everything is computed in float64, whatever the dtype of the inputs.
 
     logits                 u = h Wᵀ + b;   z = c tanh(u / c) under a soft-cap c, else z = u
     linear_cross_entropy   ℓ_n = (1 − s)(lse_n − z_ny) + s (lse_n − mean_v z_nv) + ζ lse_n²,    lse_n = logsumexp_v z_nv
@@ -9,29 +9,29 @@ Everything is computed in float64 whatever comes in.
     logit cotangent        z̄_nv = weight_n ∂ℓ_n/∂z_nv = weight_n ((1 + r_n) p_nv − s/V − (1 − s) [v = y_n]),
                            p = softmax(z), r_n = 2 ζ lse_n;    Σ_v z̄_nv = weight_n r_n, which is 0 without a z-loss
     logit_vjp              ū = z̄ (1 − tanh²(u' / c)),  h̄ = ū W',  W̄ = ūᵀ h',  b̄ = Σ_n ū_n
-                           with (h', W', b') = (h, W, b) the ordinary backward pass, at perturbed weights the functional
-                           one. The tanh belongs to the network, so it moves with the head; without a cap ū = z̄
+                           with (h', W', b') = (h, W, b) this is the ordinary backward pass, at perturbed weights the
+                           functional one. The tanh is part of the network, so it is taken at the perturbed head;
+                           without a cap ū = z̄
     reductions             none ℓ;  sum Σ_n weight_n ℓ_n;  mean Σ_n weight_n ℓ_n / Σ_n weight_n;
-                           or the sum over a token count that is given (of all micro-batches and ranks, say)
+                           or the sum over a given token count (that of all micro-batches and ranks, say)
     direction              d = c g,  or  d = c g / (sqrt(v̂) + δ)        c the factor of gradient clipping
-    preconditioned_norm    Σ d²  and  Σ (c g) d, over all tensors or of each, of those that a mask leaves in
-    perturb                θ' = θ + scale · d; scale one number, or one for each tensor; θ where a mask says so
+    preconditioned_norm    Σ d²  and  Σ (c g) d, over all tensors or for each; a masked tensor counts 0
+    perturb                θ' = θ + scale · d; scale is one number, or one for each tensor; θ' = θ where masked
     adamw                  m ← β₁ m + (1 − β₁) c g,   v ← β₂ v + (1 − β₂) (c g)²
                            θ ← (1 − η λ) θ − η m̂ / (sqrt(v̂) + ε),   m̂ = m / (1 − β₁ᵗ),   v̂ = v / (1 − β₂ᵗ)
-                           η the learning rate, λ the weight decay (decoupled), t = 1, 2, … the step that is taken
-    random rounding        of float32 bits b to bfloat16: the upper half of b + u, u of 16 random bits; a NaN stays one
+                           η the learning rate, λ the weight decay (decoupled), t = 1, 2, … the number of this step
+    random rounding        of float32 bits b to bfloat16: the upper half of b + u, u 16 random bits; a NaN stays NaN
 
-A row whose label is negative, or equal to `ignore_index`, counts for nothing: its loss, weight and cotangent are 0.
-At the target the cotangent is (1 + r)(p_y − 1) + r + s − s/V, and p_y − 1 is formed as minus the sum of the other
-columns: where p_y → 1 a subtraction would leave no digits, and expm1(z_y − lse) leaves none either, because lse is
-itself rounded.
+A row whose label is negative, or equal to `ignore_index`, is ignored: its loss, weight and cotangent are 0. At the
+target the cotangent is (1 + r)(p_y − 1) + r + s − s/V. p_y − 1 is computed as minus the sum of the other columns: where
+p_y → 1 the subtraction would cancel all digits, and so would expm1(z_y − lse), because lse is itself rounded.
 
-v̂ is AdamW's bias-corrected second moment. With `current` the gradient at hand is folded in first,
+v̂ is AdamW's bias-corrected second moment. With `current` this step's gradient is folded in first,
 
     v_t = β₂ v_{t−1} + (1 − β₂) (c g)²,     v̂ = v_t / (1 − β₂ᵗ),
 
-so that |d_i| ≤ sqrt((1 − β₂ᵗ) / (1 − β₂)); without it v̂ = v_{t−1} / (1 − β₂ᵗ⁻¹), and 0 where t = 1. Folding it in, the
-l2 normalisation and δ = AdamW's eps are this project's choices: the paper's own could not be read.
+so that |d_i| ≤ sqrt((1 − β₂ᵗ) / (1 − β₂)); otherwise v̂ = v_{t−1} / (1 − β₂ᵗ⁻¹), and 0 at t = 1. Folding the gradient
+in, the l2 normalisation and δ = AdamW's eps are this project's choices, because the paper's own could not be read.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def logit_vjp(
     bias_V: ArrayLike | None = None,
     soft_cap: float | None = None,
 ) -> tuple[F64, F64, F64]:
-    """(h̄_NxD, w̄_VxD, b̄_V): the cotangent pulled back through any head."""
+    """(h̄_NxD, w̄_VxD, b̄_V): the vjp of any head with this cotangent."""
     ubar = _f64(zbar_NxV)
     if soft_cap is not None:
         ubar = ubar * (1 - np.tanh(logits(h_NxD, w_VxD, bias_V) / soft_cap) ** 2)
@@ -105,7 +105,7 @@ def capped(u_NxV: F64, soft_cap: float | None) -> F64:
 
 
 def reduce(loss_N: F64, weights_N: ArrayLike, reduction: Literal["none", "sum", "mean"], count: float | None = None):
-    """The loss as `cross_entropy` returns it; `weights_N` are 0 where rows are ignored. A mean of nothing is 0."""
+    """The loss as `cross_entropy` returns it; `weights_N` is 0 on ignored rows. The mean of no rows is 0."""
     weights = _f64(weights_N)
     if reduction == "none":
         return loss_N
@@ -117,13 +117,13 @@ def reduce(loss_N: F64, weights_N: ArrayLike, reduction: Literal["none", "sum", 
 
 
 def clip_factor(g: list[Any], clip_norm: float | None) -> float:
-    """min(1, clip_norm / ‖g‖₂) over all tensors; 1 where there is no clipping or no gradient."""
+    """min(1, clip_norm / ‖g‖₂) over all tensors; 1 without clipping or with a zero gradient."""
     norm = np.sqrt(sum(np.sum(_f64(x) ** 2) for x in g))
     return 1.0 if clip_norm is None or norm <= clip_norm else float(clip_norm / norm)
 
 
 def bias_correction(t: int, b2: float, *, current: bool) -> float:
-    """1 − β₂ᵗ for the moment that is used at step t = 1, 2, …; 1 for the empty moment of `previous` at t = 1."""
+    """1 − β₂ᵗ of the moment used at step t = 1, 2, …; 1 for the zero moment of `previous` at t = 1."""
     n = t if current else t - 1
     return 1.0 - b2**n if n > 0 else 1.0
 
@@ -138,7 +138,7 @@ def direction(
     correction: float = 1.0,
     current: bool = True,
 ) -> F64:
-    """d for one tensor; `v` is the optimizer's second moment before this step, None for d = c g."""
+    """d of one tensor; `v` is the optimizer's second moment before this step, None for d = c g."""
     cg = clip * _f64(g)
     if v is None:
         return cg
@@ -155,7 +155,7 @@ def preconditioned_norm(
     per_tensor: bool = False,
     **adam: Any,
 ) -> tuple[Any, Any]:
-    """(Σ d², Σ (c g) d) over all tensors, or of each with `per_tensor`; 0 of a tensor whose mask is False."""
+    """(Σ d², Σ (c g) d) over all tensors, or for each with `per_tensor`; 0 for a tensor whose mask is False."""
     d = _masked(_directions(g, v, clip=clip, **adam), mask)
     sumsq = np.array([np.sum(x**2) for x in d])
     dot = np.array([np.sum(clip * _f64(x) * y) for x, y in zip(g, d, strict=True)])
@@ -163,9 +163,9 @@ def preconditioned_norm(
 
 
 def scale(rho: float, d_sumsq: Any, g_dot_d: Any, norm: Literal["l2", "dual"]) -> Any:
-    """The number that turns d into ε: ρ / ‖d‖₂ or ρ / sqrt(gᵀ d); 0 where the gradient is 0.
+    """The factor of d in ε: ρ / ‖d‖₂ or ρ / sqrt(gᵀ d); 0 where the gradient is 0.
 
-    Given the sums of each tensor, one number for each: every tensor's ε has the length ρ by itself.
+    Sums per tensor give one factor per tensor, so that every tensor's ε has length ρ.
     """
     square = _f64(d_sumsq if norm == "l2" else g_dot_d)
     found = np.where(square > 0, rho / np.sqrt(np.where(square > 0, square, 1.0)), 0.0)
@@ -203,13 +203,14 @@ def adamw(
     return (1 - lr * weight_decay) * _f64(theta) - moved, m, v
 
 
-STREAMS = {"theta": 0, "exp_avg": 1, "exp_avg_sq": 2, "copy": 3}  # arrays that are written at one time, drawn apart
+# Arrays that are written at the same time draw from different streams.
+STREAMS = {"theta": 0, "exp_avg": 1, "exp_avg_sq": 2, "copy": 3}
 
 
 def random_bits(n: int, *, seed: int, step: int, tensor: int, stream: str = "theta") -> NDArray[np.uint32]:
     """16 random bits for each of n elements: the low, then the high half of a 32-bit hash of half the position.
 
-    The hash is keyed by two numbers that SplitMix64's finaliser, chained, makes of seed, step, tensor and stream.
+    The hash has two keys. SplitMix64's finaliser, chained over seed, step, tensor and stream, gives them.
     """
     x, full = np.uint64(0), 2**64
     with np.errstate(over="ignore"):
@@ -226,7 +227,7 @@ def random_bits(n: int, *, seed: int, step: int, tensor: int, stream: str = "the
 
 
 def rounded_at_random(x: ArrayLike, **draw: Any) -> NDArray[np.float32]:
-    """Values that bfloat16 holds, in float32, from float32 values; `draw` as in `random_bits`. The mean error is 0."""
+    """float32 values rounded to bfloat16, returned in float32; `draw` as in `random_bits`. The mean error is 0."""
     x = np.asarray(x, dtype=np.float32)
     bits = np.ascontiguousarray(x).view(np.uint32).ravel() + random_bits(x.size, **draw)
     rounded = (bits & np.uint32(0xFFFF0000)).view(np.float32).reshape(x.shape)

@@ -347,8 +347,8 @@ def test_wide_gradients_of_the_weight_are_not_rounded(backend):
         (give(p.h), give(p.w), to(backend, p.y), to(backend, p.weights, "float32")),
         {"bias_V": give(p.bias)},
     )
-    *_, z, wide = OPS[backend].linear_cross_entropy(*args, **options, gradient=True, wide_wbar=True)
-    again = OPS[backend].logit_vjp(z, *args[:2], **options, wide_wbar=True)
+    *_, z, wide = OPS[backend].linear_cross_entropy(*args, **options, gradient=True, upcast_wbar=True)
+    again = OPS[backend].logit_vjp(z, *args[:2], **options, upcast_wbar=True)
     rounded_ = OPS[backend].linear_cross_entropy(*args, **options, gradient=True)[3]
     for x, y in (
         (wide.wbar_VxD, rounded_.wbar_VxD),
@@ -383,8 +383,8 @@ def test_torch_gradient_of_the_weight_adds_onto_what_is_there(dtype, keep, chunk
     first, second = there.clone(), there.clone()
     *_, z, got = OPS["torch"].linear_cross_entropy(*args, **options, gradient=True, keep=keep, onto_VxD=first)
     again = OPS["torch"].logit_vjp(z, *args[:2], **options, onto_VxD=second)
-    *_, base = OPS["torch"].linear_cross_entropy(*args, **options, gradient=True, keep=keep, wide_wbar=True)
-    moved = OPS["torch"].logit_vjp(z, *args[:2], **options, wide_wbar=True)
+    *_, base = OPS["torch"].linear_cross_entropy(*args, **options, gradient=True, keep=keep, upcast_wbar=True)
+    moved = OPS["torch"].logit_vjp(z, *args[:2], **options, upcast_wbar=True)
     for gradients, where, alone in ((got, first, base), (again, second, moved)):
         assert gradients.wbar_VxD is where
         np.testing.assert_allclose(where, there + alone.wbar_VxD, rtol=1e-6, atol=1e-6)

@@ -1,7 +1,7 @@
-"""Pallas on TPU: the head's forward pass with its row statistics in one kernel; the gradients' products are XLA's.
+"""Pallas, for TPUs: one kernel for the head's forward product and its row statistics; XLA does the other products.
 
-The parameter operations are those of the plain `xla` backend: its loops move the least bytes and wait for nothing else,
-and kernels that were tried for the norm and AdamW gained nothing (docs/parameters.md).
+The parameter operations are those of the plain `xla` backend. Its loops move the least possible bytes, and the kernels
+that were tried for the norm and AdamW gained nothing (docs/parameters.md).
 """
 
 from functools import partial

@@ -1,4 +1,4 @@
-"""Plain PyTorch: runs on any device, and is the specification one reads beside `fsam_kernels.spec`."""
+"""Plain PyTorch, for any device: the readable implementation beside `fsam_kernels.spec`."""
 
 from fsam_kernels.torch.adamw import AdamW, Update, adamw
 from fsam_kernels.torch.cross_entropy import cross_entropy

@@ -1,8 +1,8 @@
-"""The fused AdamW update of a list of tensors, and an optimizer whose checkpoints are torch.optim.AdamW's.
+"""The fused AdamW update of a list of tensors, and an optimizer whose checkpoints are those of torch.optim.AdamW.
 
-The arithmetic is PyTorch's own fused kernel's, called on whole tensors where it can take them as they are, else piece
-by piece, so that what it cannot do (clipping, moments or weights in bfloat16, a rounded copy) finds its data in the
-cache: 4 reads and 3 writes an element through memory either way, and the copy's.
+PyTorch's fused kernel does the arithmetic. It takes whole tensors where it supports them. Otherwise it works piece by
+piece, so that what it cannot do (clipping, bfloat16 moments or weights, a rounded copy) finds its data in the cache.
+Either way memory sees 4 reads and 3 writes an element, and the write of the copy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fsam_kernels.torch.rounding import Rounding
 
 
 class Update(NamedTuple):
-    """AdamW's settings for one tensor; `step` is the step that is taken, 1 for the first. As torch.optim.AdamW's."""
+    """AdamW's settings for one tensor, as in torch.optim.AdamW; `step` is the number of this step, from 1."""
 
     lr: float | Tensor
     b1: float
@@ -46,42 +46,42 @@ def adamw(
         m ← β₁ m + (1 − β₁) c g,   v ← β₂ v + (1 − β₂) (c g)²,   θ ← (1 − lr λ) θ − lr m̂ / (sqrt(v̂) + ε)
 
     Args:
-        theta, exp_avg, exp_avg_sq: weights and moments, float32, bfloat16 or float16 each; written to.
-        g: gradients, left as they are.
+        theta, exp_avg, exp_avg_sq: weights and moments, each float32, bfloat16 or float16; updated in place.
+        g: gradients, not modified.
         settings: one for each tensor.
-        clip: the factor c of gradient clipping, a number or a scalar tensor; nothing here waits for it.
-        copy: tensors that the new weights are also written to, rounded once from float32: the compute copy.
-        rounding: of what is written in bfloat16, to nearest or at random.
+        clip: the factor c of gradient clipping, a number or a scalar tensor; the host does not wait for it.
+        copy: the compute copies, to which the new weights are also written, rounded once from float32.
+        rounding: how bfloat16 results are rounded, to nearest or at random.
 
     Raises:
-        ValueError: for lists of different lengths, or tensors of one weight of different shapes.
+        ValueError: for lists of different lengths, or different shapes of one weight's tensors.
     """
     if len(settings) != len(theta):
         raise ValueError(f"settings: one for each of the {len(theta)} tensors is needed, got {len(settings)}")
     scratch, clip = Scratch(), as_clip(clip)
     steps: dict[Any, Tensor] = {}
     whole: dict[Any, list[tuple[Any, ...]]] = {}
-    # What is written to comes last.
+    # `entries` wants the arrays that are written last.
     for entry in entries((g, copy, theta, exp_avg, exp_avg_sq), written=4 if copy is not None else 3):
         grad, rounded, weight, m, v = entry.arrays
         if not weight.numel():
             continue
-        wide = torch.promote_types(weight.dtype, torch.float32)
+        accum = torch.promote_types(weight.dtype, torch.float32)
         one = settings[entry.place]
         step = _step(one.step, weight.device, steps)
-        own = (one._replace(step=0), weight.device, wide)
+        key = (one._replace(step=0), weight.device, accum)
         clipped = isinstance(clip, Tensor) or clip != 1
-        if rounded is None and not clipped and {x.dtype for x in (weight, grad, m, v)} == {wide}:
-            whole.setdefault(own, []).append((weight, grad, m, v, step))
+        if rounded is None and not clipped and {x.dtype for x in (weight, grad, m, v)} == {accum}:
+            whole.setdefault(key, []).append((weight, grad, m, v, step))
             continue
         at = 0
         for grad, rounded, weight, m, v in pieces(entry.arrays):
             given = dict(zip(("theta", "exp_avg", "exp_avg_sq"), (weight, m, v), strict=True))
-            used = {name: x if x.dtype == wide else scratch(name, x, wide).copy_(x) for name, x in given.items()}
-            scaled = grad if grad.dtype == wide else scratch("gradient", grad, wide).copy_(grad)
+            used = {name: x if x.dtype == accum else scratch(name, x, accum).copy_(x) for name, x in given.items()}
+            scaled = grad if grad.dtype == accum else scratch("gradient", grad, accum).copy_(grad)
             if clipped:
                 factor = clip.to(scaled) if isinstance(clip, Tensor) else clip
-                scaled = torch.mul(scaled, factor, out=scratch("gradient", grad, wide))
+                scaled = torch.mul(scaled, factor, out=scratch("gradient", grad, accum))
             _fused([(used["theta"], scaled, used["exp_avg"], used["exp_avg_sq"], step)], one)
             for name, x in given.items():
                 if x is not used[name]:
@@ -89,17 +89,17 @@ def adamw(
             if rounded is not None:
                 rounds.write(rounded, used["theta"], rounding, entry.place, at, "copy")
             at += grad.numel()
-    for own, tensors in whole.items():
-        _fused(tensors, own[0])
+    for key, tensors in whole.items():
+        _fused(tensors, key[0])
 
 
-def _step(step: float | Tensor, device: torch.device, made: dict[Any, Tensor]) -> Tensor:
-    """As the fused kernel takes it: a float32 scalar beside the weights, made once for each value."""
+def _step(step: float | Tensor, device: torch.device, cache: dict[Any, Tensor]) -> Tensor:
+    """The step as the fused kernel takes it: a float32 scalar on the weights' device, one for each value."""
     if isinstance(step, Tensor):
         return step.to(device, torch.float32)
-    if (step, device) not in made:
-        made[step, device] = torch.tensor(float(step)).to(device, non_blocking=True)
-    return made[step, device]
+    if (step, device) not in cache:
+        cache[step, device] = torch.tensor(float(step)).to(device, non_blocking=True)
+    return cache[step, device]
 
 
 def _fused(tensors: Sequence[tuple[Tensor, ...]], one: Update) -> None:
@@ -111,14 +111,15 @@ def _fused(tensors: Sequence[tuple[Tensor, ...]], one: Update) -> None:
 
 
 class AdamW(torch.optim.AdamW):
-    """torch.optim.AdamW by `adamw`: moments in a dtype of one's own, a compute copy, clipping in the same pass.
+    """torch.optim.AdamW by `adamw`, with a dtype for the moments, a compute copy, and clipping in the same pass.
 
-    State names, step counts and parameter groups are torch.optim.AdamW's, so a `state_dict` of either loads into the
-    other. The step count stays on the host, as there by default; one that a checkpoint brought on a device stays there.
+    State names, step counts and parameter groups are those of torch.optim.AdamW, so a `state_dict` of either loads into
+    the other. The step count is on the host, as it is there by default; one that a checkpoint loads onto a device stays
+    there.
 
     Attributes:
-        copies: weight -> tensor of its shape that every step writes the new weight to as well.
-        rounding: how what is written in bfloat16 is rounded; its `step` is set to the state's at each step.
+        copies: weight -> tensor of its shape, to which every step also writes the new weight.
+        rounding: how bfloat16 results are rounded; its `step` is set to the state's at each step.
     """
 
     update: Callable[..., None] = staticmethod(adamw)
@@ -137,7 +138,7 @@ class AdamW(torch.optim.AdamW):
     ) -> None:
         """
         Args:
-            state_dtype: of the moments; each weight's own without it.
+            state_dtype: dtype of the moments; None for each weight's own.
             copies, rounding: see the attributes.
         """
         super().__init__(params, lr, betas, eps, weight_decay)
@@ -148,8 +149,8 @@ class AdamW(torch.optim.AdamW):
         """Take a step with `clip` times the gradients.
 
         Raises:
-            ValueError: for amsgrad or maximize in a group that a checkpoint brought, for copies of some of the weights
-                that have a gradient and not of others, and for random rounding with step counts on a device.
+            ValueError: for amsgrad or maximize in a group from a checkpoint, for copies of only some of the weights
+                that have a gradient, and for random rounding with step counts on a device.
         """
         loss = None
         if closure is not None:
@@ -198,9 +199,9 @@ class AdamW(torch.optim.AdamW):
         return self.rounding._replace(step=int(max(steps)))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As `torch.optim.Optimizer.load_state_dict`, and the moments in `state_dtype` where there is one.
+        """As `torch.optim.Optimizer.load_state_dict`, but moments keep `state_dtype` where one is given.
 
-        PyTorch casts moments to the weights' dtype on the way in, and float32 moments of bfloat16 weights lose bits.
+        PyTorch casts loaded moments to the weights' dtype, so float32 moments of bfloat16 weights would lose bits.
         """
         super().load_state_dict(state_dict)
         if self.state_dtype is None:

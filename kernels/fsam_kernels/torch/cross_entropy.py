@@ -1,6 +1,6 @@
 """The loss of a linear head as one differentiable function, for use outside the step.
 
-It is one custom operator with its own backward pass, so `torch.compile` sees one node and breaks no graph.
+It is a custom operator with its own backward pass, so `torch.compile` sees one node and does not break the graph.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fsam_kernels.options import CROSS_ENTROPY, Layout, Loss, Reduction, check_reduction
-from fsam_kernels.torch.linear_cross_entropy import Cotangent, HeadGradients, compute_dtype, linear_cross_entropy, wide
+from fsam_kernels.torch.linear_cross_entropy import Cotangent, HeadGradients, compute_dtype, linear_cross_entropy
 from fsam_kernels.torch.logit_vjp import logit_vjp
-from fsam_kernels.torch.softmax_stats import softmax_ops
+from fsam_kernels.torch.softmax_stats import accum_dtype, softmax_ops
 
 
 def cross_entropy(
@@ -31,26 +31,26 @@ def cross_entropy(
     chunk_bytes: int | None = None,
     softmax: str = "torch",
 ) -> Tensor:
-    """Cross entropy of the logits h Wᵀ + b, differentiable in h, w and bias; no N×V tensor is ever whole.
+    """Cross entropy of the logits h Wᵀ + b, differentiable in h, w and bias; no N×V tensor is allocated.
 
-    Reduced to a scalar it costs three matrix products with its gradient, which is formed in the forward pass; with
-    reduction="none" the logits are made again in the backward pass, four. Formulas in `spec.linear_cross_entropy` and
-    `spec.reduce`. Under autocast it computes in autocast's dtype, as a linear layer does.
+    Reduced to a scalar, the loss and its gradient cost three matrix products; the forward pass computes both. With
+    reduction="none" the backward pass recomputes the logits, which makes four. Formulas: `spec.linear_cross_entropy`
+    and `spec.reduce`. Under autocast it computes in autocast's dtype, as a linear layer does.
 
     Args:
         h: [..., D] hidden states.
         w: [V, D] head weight, or [D, V] with layout="DV".
-        labels: [...] int64; a negative one, or `ignore_index`, makes its token ignored.
-        weights: [...] weight of each token, a constant; None for 1. Not with reduction="none".
+        labels: [...] int64; a token whose label is negative or `ignore_index` is ignored.
+        weights: [...] constant weight of each token; None for 1. Not with reduction="none".
         bias_V: added to the logits, or None.
         loss: label smoothing, z-loss, soft-cap.
-        reduction: "none" for [...], "sum" of the weighted losses, or "mean": that over the sum of the weights.
-        count: what a "mean" divides by instead (the tokens of all micro-batches and ranks, say).
+        reduction: "none" for [...]; "sum" of the weighted losses; "mean" for that sum over the sum of the weights.
+        count: the divisor of a "mean" instead (the tokens of all micro-batches and ranks, say).
         chunk_bytes: as in `linear_cross_entropy`.
-        softmax: what is done between the matrix products: "torch" or "triton".
+        softmax: the backend of the work between the matrix products: "torch" or "triton".
 
     Raises:
-        ValueError: for an unknown reduction, or weights or a count that the reduction has no use for.
+        ValueError: for an unknown reduction, or weights or a count that the reduction does not use.
     """
     check_reduction(reduction, weights is not None, count is not None)
     h_NxD = h.reshape(-1, h.shape[-1]).to(compute_dtype(h))
@@ -61,7 +61,7 @@ def cross_entropy(
     options = (loss.label_smoothing, loss.z_loss, loss.soft_cap, chunk_bytes, softmax)
     if reduction == "none":
         return _rows(h_NxD, w_VxD, bias_V, y_N, *options)[0].reshape(labels.shape)
-    dtype = wide(h_NxD)
+    dtype = accum_dtype(h_NxD)
     given_N = torch.ones_like(y_N, dtype=dtype) if weights is None else weights.detach().reshape(-1).to(dtype)
     weights_N = torch.where(y_N >= 0, given_N, 0)
     if reduction == "mean":
@@ -86,7 +86,7 @@ def _total(
     chunk_bytes: int | None,
     softmax: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(Σ_n weight_n loss_n, h̄, w̄, b̄), the last three empty without `gradient`."""
+    """(Σ_n weight_n loss_n, h̄, w̄, b̄); h̄, w̄ and b̄ are empty without `gradient`."""
     loss_N, *_, gradients = linear_cross_entropy(
         h_NxD,
         w_VxD,
@@ -113,7 +113,7 @@ def _(h_NxD, w_VxD, bias_V, labels_N, weights_N, gradient, *options):
     return weights_N.new_empty(()), torch.empty_like(h_NxD), torch.empty_like(w_VxD), bbar
 
 
-def _total_kept(ctx: Any, inputs: Any, output: Any) -> None:
+def _total_setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.has_bias = inputs[2] is not None
@@ -128,7 +128,7 @@ def _total_backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None,
     return (scaled(hbar_NxD), scaled(wbar_VxD), scaled(bbar_V) if ctx.has_bias else None, *rest)
 
 
-_total.register_autograd(_total_backward, setup_context=_total_kept)
+_total.register_autograd(_total_backward, setup_context=_total_setup)
 
 
 @torch.library.custom_op("fsam::cross_entropy_rows", mutates_args=())
@@ -148,7 +148,7 @@ def _rows(
         h_NxD,
         w_VxD,
         labels_N,
-        torch.ones_like(labels_N, dtype=wide(h_NxD)),
+        torch.ones_like(labels_N, dtype=accum_dtype(h_NxD)),
         bias_V=bias_V,
         loss=Loss(label_smoothing, z_loss, soft_cap),
         chunk_bytes=chunk_bytes,
@@ -159,10 +159,10 @@ def _rows(
 
 @_rows.register_fake
 def _(h_NxD, w_VxD, bias_V, labels_N, *options):
-    return tuple(torch.empty_like(labels_N, dtype=wide(h_NxD)) for _ in range(4))
+    return tuple(torch.empty_like(labels_N, dtype=accum_dtype(h_NxD)) for _ in range(4))
 
 
-def _rows_kept(ctx: Any, inputs: Any, output: Any) -> None:
+def _rows_setup(ctx: Any, inputs: Any, output: Any) -> None:
     h_NxD, w_VxD, bias_V, labels_N, *ctx.options = inputs
     ctx.save_for_backward(h_NxD, w_VxD, bias_V, labels_N, *output[1:])
     ctx.set_materialize_grads(False)
@@ -173,15 +173,15 @@ def _rows_backward(ctx: Any, g_N: Tensor | None, *_: Any) -> tuple[Tensor | None
     if g_N is None:
         return (None, None, None, *rest)
     h_NxD, w_VxD, bias_V, *saved = ctx.saved_tensors
-    hbar_NxD, wbar_VxD, bbar_V = _pull_back(h_NxD, w_VxD, bias_V, *saved, g_N, *ctx.options)
+    hbar_NxD, wbar_VxD, bbar_V = _rows_vjp(h_NxD, w_VxD, bias_V, *saved, g_N, *ctx.options)
     return (hbar_NxD, wbar_VxD, None if bias_V is None else bbar_V, *rest)
 
 
-_rows.register_autograd(_rows_backward, setup_context=_rows_kept)
+_rows.register_autograd(_rows_backward, setup_context=_rows_setup)
 
 
 @torch.library.custom_op("fsam::cross_entropy_rows_backward", mutates_args=())
-def _pull_back(
+def _rows_vjp(
     h_NxD: Tensor,
     w_VxD: Tensor,
     bias_V: Tensor | None,
@@ -197,20 +197,20 @@ def _pull_back(
     softmax: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(h̄, w̄, b̄) for per-row losses whose cotangents are g_N."""
-    weights_N = torch.where(labels_N >= 0, g_N, 0).to(wide(h_NxD))
+    weights_N = torch.where(labels_N >= 0, g_N, 0).to(accum_dtype(h_NxD))
     loss = Loss(label_smoothing, z_loss, soft_cap)
     z = Cotangent(h_NxD, w_VxD, bias_V, top_N, scale_N, target_N, labels_N, weights_N, None, loss)
     gradients = logit_vjp(z, h_NxD, w_VxD, bias_V=bias_V, chunk_bytes=chunk_bytes, softmax=softmax_ops(softmax))
     return _without_none(gradients)
 
 
-@_pull_back.register_fake
+@_rows_vjp.register_fake
 def _(h_NxD, w_VxD, bias_V, *rest):
     bbar_V = h_NxD.new_empty(0) if bias_V is None else torch.empty_like(bias_V)
     return torch.empty_like(h_NxD), torch.empty_like(w_VxD), bbar_V
 
 
 def _without_none(gradients: HeadGradients) -> tuple[Tensor, Tensor, Tensor]:
-    """An operator returns tensors only: an empty one where there is no bias."""
+    """An operator returns tensors only: an empty one stands for a bias that does not exist."""
     hbar_NxD, wbar_VxD, bbar_V = gradients
     return hbar_NxD, wbar_VxD, hbar_NxD.new_empty(0) if bbar_V is None else bbar_V

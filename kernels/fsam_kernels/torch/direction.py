@@ -1,15 +1,15 @@
-"""The ascent direction, shared by the norm and the perturbation, a piece of a tensor at a time; formulas in `spec`.
+"""The ascent direction d, for the norm and the perturbation, one piece of a tensor at a time; formulas in `spec`.
 
-Piece by piece, because a tensor at a time would put every intermediate result through memory: a piece's stay in the
-cache, and no temporary is longer than a piece. The square root's factor is taken out of it,
+The intermediate results of a piece stay in the cache, while those of a whole tensor would go through memory. No
+temporary is longer than a piece. The factor k is taken out of the square root,
 
     d = k c g / (sqrt(v + r c² g²) + k δ),  r = (1 − β₂) / β₂,  k² = (1 − β₂ᵗ) / β₂      with the current moment
     d = k c g / (sqrt(v) + k δ),            k² = 1 − β₂ᵗ⁻¹                               with the previous one,
     d = k g / (sqrt(q v + g²) + k δ / c),   q = β₂ / ((1 − β₂) c²),  k² = (1 − β₂ᵗ) / (1 − β₂)
 
-so that a piece takes a few operations, and k multiplies the sums or the scale. The third form is the first again, and a
-step of Adagrad from the state q v: PyTorch's fused kernel for that makes one pass of sum, root, quotient and
-subtraction on a CPU, and leaves the clipping to q.
+so that a piece takes a few operations, and k multiplies the sums or the scale. The third form equals the first. It is a
+step of Adagrad from the state q v, for which PyTorch's fused CPU kernel does sum, root, quotient and subtraction in one
+pass; clipping is part of q.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Elements of a piece. On a CPU its temporaries of 1 MiB stay in the caches: 2^15 elements took 2.3 times as long, for
-# the calls, 2^16 1.4 times, 2^19 0.95 times (4 million weights, one thread). PyTorch gives a thread no less than 2^15
-# elements of an operation, so beyond 8 threads a piece grows with them. On other devices it bounds the temporaries.
+# Elements of a piece. On a CPU its temporaries of 1 MiB stay in the caches. Relative time of other sizes (4 million
+# weights, one thread): 2^15 elements 2.3, because of the calls; 2^16 1.4; 2^19 0.95. PyTorch gives a thread at least
+# 2^15 elements of an operation, so a piece grows with the threads beyond 8. On other devices it bounds the temporaries.
 CPU_PIECE, PIECE = 2**18, 2**24
 FIRST_STEP = torch.tensor(1.0, device="cpu")
 
 
 class Adam(NamedTuple):
-    """What the direction takes from AdamW: β₂, its eps, and the 1 − β₂ᵗ of the moment that is used."""
+    """AdamW's values in the direction: β₂, eps, and the bias correction 1 − β₂ᵗ of the moment that is used."""
 
     b2: float
     eps: float
@@ -38,11 +38,11 @@ class Adam(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One parameter's tensors as 1-d arrays of which element i is always that of the same weight.
+    """One parameter's tensors as 1-d arrays, in which element i always belongs to the same weight.
 
     Attributes:
-        place: position in the lists that were given.
-        arrays: as given, None where there is none.
+        place: its position in the given lists.
+        arrays: one of each list, None where a list is None.
         adam: None for the plain direction.
     """
 
@@ -58,11 +58,11 @@ def entries(
     *,
     written: int = 0,
 ) -> Iterator[Entry]:
-    """One for each tensor that `mask` does not leave out; the last `written` lists are written to.
+    """One entry for each tensor that is not masked; the caller writes to the last `written` lists.
 
     Raises:
-        ValueError: for lists of different lengths, tensors of different shapes, or a tensor to be written to that does
-            not lie in memory as the others do.
+        ValueError: for lists of different lengths, tensors of different shapes, or a written tensor whose memory layout
+            differs from the others'.
     """
     columns = [x for x in lists if x is not None]
     count = len(columns[0])
@@ -76,15 +76,15 @@ def entries(
 
 
 def local(x: Tensor) -> Tensor:
-    """This rank's part of a DTensor; any other tensor as it is."""
+    """This rank's shard of a DTensor; any other tensor itself."""
     return x.to_local() if hasattr(x, "to_local") else x
 
 
 def flat(arrays: Sequence[Tensor | None], written: int = 0) -> list[Tensor | None]:
-    """1-d views in the memory order of the last one; what lies otherwise is copied, which the written ones cannot be.
+    """1-d views in the memory order of the last array; an array with another layout is copied.
 
     Raises:
-        ValueError: for different shapes, or where one of the last `written` would have to be copied.
+        ValueError: for different shapes, or where one of the last `written` arrays would have to be copied.
     """
     given = [x for x in arrays if x is not None]
     for other in given[1:]:
@@ -104,7 +104,7 @@ def flat(arrays: Sequence[Tensor | None], written: int = 0) -> list[Tensor | Non
 
 
 def _dense(x: Tensor) -> bool:
-    """Whether it fills one stretch of memory, in whatever order of its axes."""
+    """Whether the tensor fills one contiguous range of memory, in any order of its axes."""
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n != 1):
         if stride != expected:
@@ -114,7 +114,7 @@ def _dense(x: Tensor) -> bool:
 
 
 class Scratch:
-    """Buffers of one piece, made when first asked for."""
+    """Buffers of the size of a piece, allocated on first use."""
 
     def __init__(self) -> None:
         self._buffers: dict[Any, Tensor] = {}
@@ -127,7 +127,7 @@ class Scratch:
 
 
 def pieces(arrays: Sequence[Tensor | None]) -> Iterator[tuple[Any, ...]]:
-    """The arrays a piece at a time; none of an empty tensor."""
+    """The arrays, one piece at a time; an empty tensor has no pieces."""
     given = next(x for x in arrays if x is not None)
     n, size = given.numel(), PIECE
     if given.device.type == "cpu":
@@ -140,11 +140,11 @@ def pieces(arrays: Sequence[Tensor | None]) -> Iterator[tuple[Any, ...]]:
 
 
 class Direction:
-    """d / k of one piece after the other, in float32 (float64 for float64 gradients).
+    """d / k, piece by piece, in float32 (float64 for float64 gradients).
 
     Attributes:
-        k: the factor that the pieces of d lack, a number or a scalar tensor.
-        c: the factor that the pieces of c g lack.
+        k: the factor of d that the pieces omit, a number or a scalar tensor.
+        c: the factor of c g that the pieces omit.
     """
 
     def __init__(self, adam: Adam | None, clip: Tensor | float, scratch: Scratch, device: torch.device) -> None:
@@ -157,7 +157,7 @@ class Direction:
         if adam is None:
             return
         square = _number(adam.correction)
-        # 1 / c² has to leave room in float32 for what it multiplies; 0 and NaN do not.
+        # 1 / c² times v must not overflow float32; c = 0 and NaN would.
         in_range = not isinstance(clip, Tensor) and 1e-6 <= clip <= 1e6
         if device.type == "cpu" and adam.current and 0 < adam.b2 < 1 and in_range:
             self.q = adam.b2 / (1 - adam.b2) / clip**2
@@ -173,7 +173,7 @@ class Direction:
     def __call__(self, g: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor]:
         """(d / k, g or c g); both may be overwritten by the next call."""
         if self.q is not None and v is not None:
-            g = self._wide(g)
+            g = self._upcast(g)
             d = self.scratch("direction", g, g.dtype).zero_()
             self._adagrad(d, g, v, 1.0)
             return d, g
@@ -181,18 +181,18 @@ class Direction:
         return (g, g) if below is None else (torch.div(g, below, out=below), g)
 
     def into(self, d: Tensor, g: Tensor, v: Tensor | None) -> None:
-        """d, with its factor, to an array of the dtype that it is computed in."""
+        """Write d, k included, to an array of the dtype in which it is computed."""
         if self.q is not None:
             assert v is not None
-            self._adagrad(d.zero_(), self._wide(g), v, float(self.k))
+            self._adagrad(d.zero_(), self._upcast(g), v, float(self.k))
             return
         g, below = self._parts(g, v)
         torch.div(g, 1 if below is None else below, out=d).mul_(self.k)
 
     def added(self, theta: Tensor, g: Tensor, v: Tensor | None, step: Tensor, out: Tensor) -> None:
-        """θ + step · d / k, written to `out`, which has the dtype of the direction and may be θ."""
+        """Write θ + step · d / k to `out`, which has the dtype of the direction and may be θ."""
         if self.q is not None and v is not None:
-            self._adagrad(out.copy_(theta), self._wide(g), v, float(step))
+            self._adagrad(out.copy_(theta), self._upcast(g), v, float(step))
             return
         g, below = self._parts(g, v)
         theta = theta if theta.dtype == out.dtype else self.scratch("weight", theta, out.dtype).copy_(theta)
@@ -206,10 +206,10 @@ class Direction:
     def _adagrad(self, x: Tensor, g: Tensor, v: Tensor, step: float) -> None:
         """x ← x + step · d / k.
 
-        One thread, 4 million weights, in units of the time it takes to copy them: 4.3 for the norm and 3.5 for the
-        perturbation, where addcmul, sqrt, add, div (or addcdiv) took 6.2 and 5.6; sqrt alone takes longer than this
-        kernel. Fused AdamW with β₁ = 0 gives the same in 4.3 and 3.7 and carries a first moment along. torch.compile
-        makes one loop of each, 1.2 and 2.0, for 23 s of compilation, 0.15 ms a call and a C++ compiler at hand.
+        Measured with one thread and 4 million weights, in units of the time of copying them: 4.3 for the norm and 3.5
+        for the perturbation. With addcmul, sqrt, add, div (or addcdiv) it was 6.2 and 5.6; sqrt alone takes longer than
+        this kernel. Fused AdamW with β₁ = 0 gives the same result in 4.3 and 3.7 and needs a first moment.
+        torch.compile fuses each into one loop, 1.2 and 2.0, for 23 s of compilation, 0.15 ms a call and a C++ compiler.
         """
         root = self.scratch("root", g, g.dtype)
         if v.dtype == root.dtype:
@@ -220,13 +220,13 @@ class Direction:
             [x], [g], [root], [FIRST_STEP], lr=-step, lr_decay=0.0, weight_decay=0.0, eps=self.shift, maximize=False
         )
 
-    def _wide(self, g: Tensor) -> Tensor:
-        wide = torch.promote_types(g.dtype, torch.float32)
-        return g if g.dtype == wide else self.scratch("gradient", g, wide).copy_(g)
+    def _upcast(self, g: Tensor) -> Tensor:
+        accum = torch.promote_types(g.dtype, torch.float32)
+        return g if g.dtype == accum else self.scratch("gradient", g, accum).copy_(g)
 
     def _parts(self, g: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """(g or c g, what it is divided by, None for the plain direction)."""
-        g = self._wide(g)
+        """(g or c g, its divisor or None for the plain direction)."""
+        g = self._upcast(g)
         if isinstance(self.clip, Tensor) or self.clip != 1:
             clip = self.clip.to(g.device, g.dtype) if isinstance(self.clip, Tensor) else self.clip
             g = torch.mul(g, clip, out=self.scratch("gradient", g, g.dtype))
@@ -244,7 +244,7 @@ class Direction:
 
 
 def as_clip(clip: Tensor | float) -> Tensor | float:
-    """A number where that can be had without waiting for a device."""
+    """`clip` as a number, unless that would wait for a device."""
     return _number(clip)
 
 

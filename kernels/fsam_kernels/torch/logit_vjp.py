@@ -1,4 +1,4 @@
-"""The logit cotangent pulled back through a head: the same one, or the head at the perturbed weights."""
+"""The vjp of a linear head with a given logit cotangent: at the same weights, or at the perturbed ones."""
 
 from __future__ import annotations
 
@@ -16,26 +16,25 @@ def logit_vjp(
     w_VxD: Tensor,
     *,
     bias_V: Tensor | None = None,
-    wide_wbar: bool = False,
+    upcast_wbar: bool = False,
     onto_VxD: Tensor | None = None,
     chunk_bytes: int | None = None,
     softmax: SoftmaxOps = plain,
 ) -> HeadGradients:
     """(h̄_NxD, w̄_VxD, b̄_V) of `spec.logit_vjp`; w̄ and b̄ are summed in float32, all in the dtypes of h, w and b.
 
-    A cotangent that was kept costs the two matrix products and nothing else, unless there is a soft-cap, whose
-    derivative is taken at this head. One that was not is recomputed from its own head, chunk by chunk.
+    A kept cotangent costs the two matrix products and nothing else, unless there is a soft-cap, whose derivative is
+    taken at this head. Otherwise the cotangent is recomputed from its own head, chunk by chunk.
 
     Args:
-        wide_wbar: return w̄ and b̄ as they were summed, in float32, and not in the dtypes of w and b.
-        onto_VxD: what w̄ is added to in place, as in `linear_cross_entropy`.
-        h_NxD, w_VxD, bias_V: the head to pull back through, of the shapes the cotangent was made from; `bias_V` if and
-            only if that had one.
+        h_NxD, w_VxD, bias_V: the head, with the shapes of the head of the cotangent; `bias_V` if and only if that head
+            had a bias.
+        upcast_wbar, onto_VxD, chunk_bytes, softmax: as in `linear_cross_entropy`.
     """
     base, soft_cap = cotangent, cotangent.loss.soft_cap
     h_NxD, w_VxD = h_NxD.detach(), w_VxD.detach()
     bias_V = None if bias_V is None else bias_V.detach()
-    total = Sums(h_NxD, w_VxD, bias_V, base.weights_N, wide_wbar, onto_VxD, base.vocabulary)
+    total = Sums(h_NxD, w_VxD, bias_V, base.weights_N, upcast_wbar, onto_VxD, base.vocabulary)
     if base.kept_NxV is not None and soft_cap is None:
         total.add(base.kept_NxV, slice(None))
         return total.result()
@@ -43,7 +42,7 @@ def logit_vjp(
     if base.h_NxD is not None and base.w_VxD is not None:
         logits = product(base.w_VxD, base.bias_V, base.h_NxD.dtype, softmax)
 
-    def one(rows: slice) -> None:  # a function, so that a chunk's tensors are gone before the next one's are made
+    def one(rows: slice) -> None:  # a function, so that a chunk's tensors are freed before the next chunk's exist
         if base.kept_NxV is not None:
             p_CxV = base.kept_NxV[rows].clone()
         else:

@@ -1,4 +1,4 @@
-"""The perturbed weights of a list of tensors, in one pass over (θ, g, v)."""
+"""The perturbed weights θ + ε of a list of tensors, in one pass over (θ, g, v)."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ def perturb(
     dtype: torch.dtype | None = None,
     rounding: Rounding = rounds.NEAREST,
 ) -> list[Tensor]:
-    """θ + scale · d, added in float32 and rounded once, to the dtype of what is written. θ is left as it is.
+    """θ + scale · d, added in float32 and rounded once to the dtype of the result. θ is not modified.
 
-    Restoring: there is none. Float32 weights get a second array, 4 bytes a weight, which the second pass reads in
-    place of θ, whose bits nobody touches. Where the second pass reads bfloat16 weights cast from float32 masters, `out`
-    is that compute copy (2 bytes a weight): the next pass writes it anew from the masters.
+    Nothing needs to be restored. For float32 weights the result is a second array, 4 bytes a weight, which the second
+    pass reads in place of θ. Where the passes read bfloat16 weights cast from float32 masters, `out` is that compute
+    copy (2 bytes a weight): the update or the next pass rewrites it from the masters.
 
     Args:
         theta: weights.
         g, v, clip, adam: as in `preconditioned_norm`.
-        scale: ρ / ‖d‖₂ or ρ / sqrt(gᵀ d), a scalar tensor on the same device, or one value for each tensor: nothing
-            here waits for it.
+        scale: ρ / ‖d‖₂ or ρ / sqrt(gᵀ d), a scalar tensor on the same device, or one value for each tensor; the host
+            does not wait for it.
         mask: False for tensors that are not perturbed: θ itself is returned, or rounded to `out`.
-        out: where to write, tensors of the shapes of `theta`; new ones without it.
-        dtype: of new tensors; each weight's own without it.
-        rounding: to bfloat16, to nearest or at random.
+        out: tensors to write to, with the shapes of `theta`; None for new ones.
+        dtype: dtype of new tensors; None for each weight's own.
+        rounding: how bfloat16 results are rounded, to nearest or at random.
 
     Returns:
-        what was written.
+        the perturbed tensors: `out`, or new ones.
 
     Raises:
         ValueError: as `preconditioned_norm`, or for a scale of another length.
@@ -54,15 +54,16 @@ def perturb(
         raise ValueError(f"scale: one for each of the {len(theta)} tensors or one for all, got {len(scale)}")
     moved = list(out) if out is not None else new_like(theta, dtype, mask)
     for entry in entries((g, v if adam is not None else None, theta, moved), adam, mask, written=1):
-        home, wide = entry.arrays[0].device, torch.promote_types(entry.arrays[0].dtype, torch.float32)
+        home, accum = entry.arrays[0].device, torch.promote_types(entry.arrays[0].dtype, torch.float32)
         direction = Direction(entry.adam, clip, scratch, home)
-        step = (scale[entry.place] if scale.ndim else scale).to(home, wide) * direction.k
+        step = (scale[entry.place] if scale.ndim else scale).to(home, accum) * direction.k
         at = 0
-        # One operation that leaves nothing in the cache for another is not taken apart.
-        whole = entry.adam is None and home.type == "cpu" and {x.dtype for x in entry.arrays if x is not None} == {wide}
+        # A single operation leaves nothing in the cache for a later one, so it takes the whole tensor at once.
+        same = {x.dtype for x in entry.arrays if x is not None} == {accum}
+        whole = entry.adam is None and home.type == "cpu" and same
         for x, moment, weight, result in (entry.arrays,) if whole else pieces(entry.arrays):
-            exact = result.dtype == wide
-            sum_ = result if exact else scratch("sum", weight, wide)
+            exact = result.dtype == accum
+            sum_ = result if exact else scratch("sum", weight, accum)
             direction.added(weight, x, moment, step, sum_)
             if not exact:
                 rounds.write(result, sum_, rounding, entry.place, at)
@@ -74,7 +75,7 @@ def perturb(
 
 
 def new_like(theta: Sequence[Tensor], dtype: torch.dtype | None, mask: Sequence[bool] | None) -> list[Tensor]:
-    """Tensors for the result, of the weights' layout; a weight itself where it stays as it is."""
+    """Tensors for the result, with the weights' layout; the weight itself where it is not perturbed or cast."""
     perturbed = [True] * len(theta) if mask is None else mask
     return [
         torch.empty_like(x, dtype=dtype or x.dtype, requires_grad=False)

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from fsam_kernels.torch.direction import Adam, Direction, Entry, Scratch, as_clip, entries, pieces
 
-SUMMED = 2**16  # equal terms: off by at most 2.6e-5 of the sum; of 2^15, by 1.4e-5, and of 2^18, by 9e-5
+# Elements of one float32 sum. With equal terms its relative error is at most 2.6e-5; at 2^15 1.4e-5, at 2^18 9e-5.
+SUMMED = 2**16
 
 
 class Norms(NamedTuple):
-    """Scalar tensors, or with `per_tensor` one value for each tensor, 0 for what the mask leaves out."""
+    """Scalar tensors, or with `per_tensor` one value for each tensor, 0 for a masked one."""
 
     d_sumsq: Tensor
     g_dot_d: Tensor
@@ -41,25 +42,26 @@ def preconditioned_norm(
 ) -> Norms | NormsAndGradient:
     """(Σ d², Σ (c g) d[, Σ (c g)²]) in float32, or float64 for float64 gradients, on the first gradient's device.
 
-    Each piece of the tensors gives partial sums, and those are added in one order: the same tensors give the same bits.
-    A NaN or an infinity in a gradient shows in the sums. Sums of several calls add up, and so do those of the shards of
-    DTensors, of which this rank's is taken.
+    Each piece of a tensor gives partial sums, which are added in a fixed order: the same tensors give the same bits. A
+    NaN or an infinity in a gradient shows in the sums. The sums of several calls, or of the shards of DTensors, add up;
+    for a DTensor this rank's shard is used.
 
-    The factor c has to be known: d is not linear in it where the current gradient is folded into the moment. Clipping
-    therefore takes a pass over g first, or this one with `gradient` and, where the norm then says c < 1, once more;
-    without clipping, and with the previous moment or none, where Σ d² and Σ (c g) d scale by c², one pass is enough.
+    The factor c has to be known first, because d is not linear in c where the current gradient is folded into the
+    moment. Clipping therefore needs a pass over g before this one, or this pass with `gradient` and a repetition where
+    the norm gives c < 1. One pass is enough without clipping, and also with the previous moment or none, where Σ d² and
+    Σ (c g) d scale by c².
 
     Args:
         g: gradients, at least one.
         v: AdamW's second moments of the same shapes, or None for d = c g.
         clip: the factor c that gradient clipping would apply to g.
-        adam: one for each tensor; needed with `v`.
-        mask: False for tensors that are not perturbed; they count for nothing, in Σ (c g)² neither.
+        adam: one for each tensor; required with `v`.
+        mask: False for tensors that are not perturbed; they count 0 in every sum, Σ (c g)² included.
         per_tensor: one sum for each tensor.
         gradient: also Σ (c g)², from the same pass.
 
     Raises:
-        ValueError: for lists of different lengths, or tensors of one weight of different shapes.
+        ValueError: for lists of different lengths, or different shapes of one weight's tensors.
     """
     if not g:
         raise ValueError("g: at least one gradient is needed, got an empty list")
@@ -84,7 +86,7 @@ def preconditioned_norm(
             counts[entry.place] += 1
     k, c = (_stack(x, home) for x in factors)
     parts = [_stack(x, home) for x in sums[: 3 if gradient else 2]]
-    # What the sums lack; in float64, since hundreds of pieces may be added.
+    # The pieces lack the factors k and c. The sums are float64, since there may be hundreds of pieces.
     each = [part * factor for part, factor in zip(parts, (k * k, k * c, c * c), strict=False)]
     kind = NormsAndGradient if gradient else Norms
     return kind(*(_added(part, counts, per_tensor).to(total) for part in each))
@@ -100,14 +102,14 @@ def direction_and_norm(
     out: Sequence[Tensor],
     per_tensor: bool = False,
 ) -> Tensor:
-    """d to `out`, and Σ d² as `preconditioned_norm` gives it; θ + scale · d is then `perturb(θ, out, None, scale)`.
+    """Write d to `out` and return Σ d², as `preconditioned_norm` does; θ + scale · d is `perturb(θ, out, None, scale)`.
 
-    For a CPU, where the direction costs more to compute than to store: 8 bytes a weight more here, 4 fewer there, and
-    the root taken once. Where bandwidth is the limit the two operations that each compute it move less.
+    It is for a CPU, where d costs more to compute than to store: it moves 8 bytes a weight more here and 4 fewer in
+    `perturb`, and takes the square root once. Where bandwidth is the limit, computing d in both operations moves less.
 
     Args:
         g, v, clip, adam, per_tensor: as in `preconditioned_norm`.
-        out: where d is written, of the dtype that it is computed in.
+        out: tensors for d, in the dtype in which it is computed.
 
     Raises:
         ValueError: as `preconditioned_norm`.
@@ -127,12 +129,12 @@ def direction_and_norm(
 
 
 def _added(parts: Tensor, counts: list[int], per_tensor: bool) -> Tensor:
-    """The pieces' sums, of each tensor or of all."""
+    """The sums of the pieces, per tensor or over all tensors."""
     return torch.stack([x.sum() for x in parts.split(counts)]) if per_tensor else parts.sum()
 
 
 def _parts(entry: Entry) -> Iterator[tuple[Any, ...]]:
-    """Its pieces; on a CPU all of it where nothing is made of it but the sum of its squares."""
+    """The pieces of an entry; on a CPU the whole tensor where only its sum of squares is needed."""
     x, _ = entry.arrays
     if entry.adam is None and x.device.type == "cpu" and x.dtype == torch.promote_types(x.dtype, torch.float32):
         return iter([entry.arrays] if x.numel() else [])
@@ -140,14 +142,14 @@ def _parts(entry: Entry) -> Iterator[tuple[Any, ...]]:
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor | float:
-    """xᵀ y; on a CPU a number, of parts of `SUMMED` elements: its float32 sums lose more digits the longer they are."""
+    """xᵀ y; on a CPU a number, summed over parts of `SUMMED` elements, because longer float32 sums lose digits."""
     if x.device.type != "cpu":
         return torch.dot(x, y)
     return sum(float(torch.dot(a, b)) for a, b in zip(x.split(SUMMED), y.split(SUMMED), strict=True))
 
 
 def _square(x: Tensor) -> Tensor | float:
-    """xᵀ x likewise, the parts of a long piece in one call, which takes two thirds of the time."""
+    """xᵀ x likewise; all parts of a long piece take one call and two thirds of the time."""
     rows = len(x) // SUMMED
     if x.device.type != "cpu" or rows < 2:
         return _dot(x, x)
@@ -157,7 +159,7 @@ def _square(x: Tensor) -> Tensor | float:
 
 
 def _stack(values: Sequence[Tensor | float], home: torch.device) -> Tensor:
-    """In float64 on one device; numbers are not sent to it one by one."""
+    """The values in float64 on one device; numbers are sent together, not one by one."""
     if not any(isinstance(x, Tensor) for x in values):
         return torch.tensor(values, dtype=torch.float64).to(home, non_blocking=True)
     tensors = [x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64) for x in values]

@@ -1,4 +1,4 @@
-"""Triton on NVIDIA and AMD GPUs: the head's work between the matrix products, the parameters' in a launch or two."""
+"""Triton, for NVIDIA and AMD GPUs: the head's work between the matrix products, and the parameter operations."""
 
 from functools import partial
 
@@ -9,7 +9,7 @@ from fsam_kernels.triton.adamw import AdamW, adamw
 from fsam_kernels.triton.perturb import perturb
 from fsam_kernels.triton.preconditioned_norm import preconditioned_norm
 
-# Chunks and matrix products are those of the `torch` backend; what is between them is in Triton.
+# Chunks and matrix products are those of the `torch` backend; the work between the products is in Triton.
 linear_cross_entropy = partial(plain.linear_cross_entropy, softmax=softmax_stats)
 logit_vjp = partial(plain.logit_vjp, softmax=softmax_stats)
 cross_entropy = partial(plain.cross_entropy, softmax="triton")

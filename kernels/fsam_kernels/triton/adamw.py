@@ -1,6 +1,7 @@
 """The AdamW update of many tensors in one launch.
 
-28 bytes an element, of float32 weights, gradients and moments: 4 reads and 3 writes; 2 more for a bfloat16 copy.
+It moves 28 bytes an element with float32 weights, gradients and moments (4 reads and 3 writes), and 2 more for a
+bfloat16 copy.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fsam_kernels.torch import rounding as rounds
-from fsam_kernels.torch.adamw import AdamW as OfTorch
+from fsam_kernels.torch.adamw import AdamW as TorchAdamW
 from fsam_kernels.torch.adamw import Update
 from fsam_kernels.torch.rounding import Rounding
 from fsam_kernels.triton import tables
@@ -24,7 +25,7 @@ def adamw_chunk(
     table_ptr, chunks_ptr, clip_ptr, first, THETA: tl.constexpr, G: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
     COPY: tl.constexpr, RANDOM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One chunk; COPY is None where no copy is written."""
+    """The update of one chunk; COPY is None where no copy is written."""
     row, start, left, aligned = tables.find(table_ptr, chunks_ptr, first, BLOCK)
     if (left >= BLOCK) & (aligned != 0):
         _adamw(row, start, left, clip_ptr, THETA, G, M, V, COPY, RANDOM, BLOCK, FULL=True)
@@ -72,7 +73,8 @@ def adamw(
 ) -> None:
     """One step of AdamW in place, in float32 arithmetic; contract and arguments as in `fsam_kernels.torch`.
 
-    One launch for each combination of dtypes. Step counts on a device stay there: some small launches form 1 − βᵗ.
+    There is one launch for each combination of dtypes. Step counts on a device stay there: small launches compute
+    1 − βᵗ.
 
     Raises:
         ValueError: as there, and for tensors that are not float32, bfloat16 or float16.
@@ -97,7 +99,7 @@ def adamw(
 
 
 def _settings(plan: tables.Plan, settings: Sequence[Update]) -> list:
-    """lr λ, β₁, 1 − β₁, β₂, 1 − β₂, lr / (1 − β₁ᵗ), sqrt(1 − β₂ᵗ), ε, formed in float64."""
+    """lr λ, β₁, 1 − β₁, β₂, 1 − β₂, lr / (1 − β₁ᵗ), sqrt(1 − β₂ᵗ), ε, computed in float64."""
     mine = [settings[entry.place] for entry in plan.entries]
     columns = [tables.column([getattr(one, name) for one in mine], plan.device) for name in Update._fields]
     if any(isinstance(x, Tensor) for x in columns):
@@ -106,7 +108,7 @@ def _settings(plan: tables.Plan, settings: Sequence[Update]) -> list:
     return [lr * decay, b1, 1 - b1, b2, 1 - b2, lr / (1 - b1**step), (1 - b2**step) ** 0.5, eps]
 
 
-class AdamW(OfTorch):
+class AdamW(TorchAdamW):
     """`fsam_kernels.torch.AdamW` by this module's `adamw`."""
 
     update = staticmethod(adamw)

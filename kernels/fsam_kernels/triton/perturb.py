@@ -1,6 +1,6 @@
 """The perturbed weights of many tensors in one launch.
 
-12 bytes an element to read, of float32 weights, gradients and moments, and what is written; see `tables`.
+It reads 12 bytes an element of float32 weights, gradients and moments, and writes the result; see `tables`.
 """
 
 from __future__ import annotations

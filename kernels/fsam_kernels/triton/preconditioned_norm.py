@@ -1,6 +1,6 @@
-"""‖d‖² and gᵀd over many tensors in two launches: sums of each chunk, and their sum in one order.
+"""‖d‖² and gᵀd over many tensors in two launches: the sums of each chunk, and their sum in a fixed order.
 
-8 bytes an element, of float32 gradients and moments; see `fsam_kernels.triton.tables`.
+It reads 8 bytes an element of float32 gradients and moments; see `fsam_kernels.triton.tables`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _norm(
         d = cg
     else:
         d = tables.direction(cg, tables.load(row, 1, start, left, V, BLOCK, FULL), row)
-        if not FULL:  # where eps and the moment are 0, the direction beyond the end is 0 / 0
+        if not FULL:  # beyond the end the direction is 0 / 0 where eps is 0
             d = tl.where(tl.arange(0, BLOCK) < left, d, 0.0)
     tl.store(partials_ptr, tl.sum(d * d, 0))
     tl.store(partials_ptr + stride, tl.sum(cg * d, 0))
@@ -54,7 +54,7 @@ def _norm(
 
 @triton.jit(do_not_specialize=["stride", "segments"])
 def sum_partials(partials_ptr, first_ptr, out_ptr, stride, segments, BLOCK: tl.constexpr):
-    """Of one quantity and one segment of chunks, added in float64 and in the chunks' order."""
+    """The sum of one quantity over one segment of chunks, in float64 and in the order of the chunks."""
     quantity, segment = tl.program_id(0) // segments, tl.program_id(0) % segments
     begin, end = tl.load(first_ptr + segment), tl.load(first_ptr + segment + 1)
     partials_ptr += quantity.to(tl.int64) * stride
@@ -78,7 +78,7 @@ def preconditioned_norm(
 ) -> Norms | NormsAndGradient:
     """(Σ d², Σ (c g) d[, Σ (c g)²]) in float32; contract and arguments as in `fsam_kernels.torch`.
 
-    One launch for each combination of dtypes, and one that adds what they found.
+    There is one launch for each combination of dtypes, and one that adds their partial sums.
 
     Raises:
         ValueError: as there, and for tensors that are not float32, bfloat16 or float16.
@@ -102,7 +102,7 @@ def preconditioned_norm(
 
 
 def _on_device(plan: tables.Plan, clip: Tensor | float, quantities: int, per_tensor: bool) -> Tensor:
-    """[quantities, tensors], or [quantities, 1]."""
+    """The sums as [quantities, tensors], or [quantities, 1]."""
     table = tables.table(plan, tables.direction_settings(plan), NEAREST, ())
     chunks, segments = len(plan.chunks), len(plan.entries) if per_tensor else 1
     partials = torch.empty(quantities, chunks, dtype=torch.float32, device=plan.device)

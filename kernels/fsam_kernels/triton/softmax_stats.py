@@ -1,31 +1,31 @@
-"""What happens to a chunk of logits between the matrix products, in Triton; contracts as in the `torch` backend.
+"""The work on a chunk of logits between the matrix products, in Triton; contracts as in the `torch` backend.
 
-    statistics      tile_statistics, grid C · T: one pass over the logits -> 2 or 3 values a row and tile of BLOCK
-                    combine, grid C · T / 1024: those values -> the row's figures
-    part            tile_statistics, and of those values one tile's in PyTorch, for a vocabulary over ranks
-    cotangent       cotangent, grid C · T: logits -> P, in place where the dtypes agree
-    through_cap_    through_cap, grid C · T
+    statistics            tile_statistics, grid C · T: one pass over the logits -> 2 or 3 values a row and tile of BLOCK
+                          combine, grid C · T / 1024: these values -> the row statistics
+    partial_statistics    tile_statistics, and a reduction over the tiles in PyTorch, for a vocabulary over ranks
+    cotangent             cotangent, grid C · T: logits -> P, in place where the dtypes agree
+    through_cap_          through_cap, grid C · T
 
-Bytes a logit, b of them a stored logit (2 in bfloat16): b to read for the statistics, 2b for the cotangent, and 3b more
-under a soft-cap. The tiles' own values come to 16 / 4096 of a byte, their writing and their reading together.
+A stored logit has b bytes (2 in bfloat16). The statistics read b bytes a logit, the cotangent moves 2b, and a soft-cap
+3b more. The values of the tiles add 16 / 4096 of a byte, writing and reading together.
 
-What was counted and not built, with D features, in bfloat16, at an H100's published 989 TFLOP/s and 3.35 TB/s:
+Designs that were counted and not built, with D features, in bfloat16, at an H100's published 989 TFLOP/s and 3.35 TB/s:
 
     scaled tiles    The first pass writes E = bf16(2^(z log2 e − k)) over the logits, k an integer of each row and tile,
-                    and an apply pass turns E into P: 2b + 2b = 8 bytes a logit where the above moves 6, and a kept E
-                    needs the apply pass again at (h', W') where a kept P needs nothing. It saves one of two
-                    exponentials; at 16 a cycle and multiprocessor (1.7 GHz) those take 0.47 of the time of the 2 bytes
-                    that the statistics read, so they hide. P is stored to the same 2⁻⁹ relative as E would be.
-    fused recompute No logits in memory: saves those 6 bytes a logit, 1.8 ps, and pays matrix products instead. Rows
-                    of h̄ are sums over all columns and rows of W̄ over all tokens, so one program cannot own both: either
+                    and an apply pass turns E into P. That is 2b + 2b = 8 bytes a logit, where the design above moves 6.
+                    A kept E also needs the apply pass again at (h', W'), where a kept P needs nothing. It saves one of
+                    two exponentials. At 16 a cycle and multiprocessor (1.7 GHz) these take 0.47 of the time of the 2
+                    bytes that the statistics read, so they are hidden. P is stored to the same 2⁻⁹ relative as E.
+    fused recompute No logits in memory. It saves these 6 bytes a logit, 1.8 ps, and needs more matrix products. Rows of
+                    h̄ are sums over all columns and rows of W̄ over all tokens, so one program cannot own both. Either
                     each has its own kernel and recomputes the logits, 4D FLOP a logit (4.1 ps at D = 1024), or one is
-                    summed by atomics, 2D FLOP (2.1 ps) and 4 bytes · N D V / tile besides. Behind for every D > 440,
-                    or > 890 were atomics free, at a peak rate that only the library's products come near. Below
-                    (the tiny and 2m presets) it is ahead by this count, which leaves out how far a fused kernel stays
-                    from that peak; it was not built for those two.
+                    summed by atomics, 2D FLOP (2.1 ps) and 4 bytes · N D V / tile more. It is slower for every D > 440,
+                    or > 890 if atomics were free, at a peak rate that only the library's products approach. Below that
+                    (the tiny and 2m presets) it is faster by this count, which ignores how far a fused kernel stays
+                    below the peak; it was not built for those two.
 
-Rows of logits that start at multiples of 16 bytes move 16 bytes at a time, others one element at a time: make chunks of
-logits with `empty_chunk`, whose rows are padded (V = 50257 needs it).
+Loads and stores are 16 bytes wide where the rows of logits start at multiples of 16 bytes, and one element wide
+elsewhere. `empty_chunk` pads the rows for that (V = 50257 needs it).
 """
 
 from __future__ import annotations
@@ -36,32 +36,34 @@ from torch import Tensor
 
 from fsam_kernels.options import Loss
 from fsam_kernels.torch import softmax_stats as plain
-from fsam_kernels.torch.softmax_stats import Part, Rows
+from fsam_kernels.torch.softmax_stats import PartialStats, RowStats
 from fsam_kernels.triton import tiles
 
-# Columns of a tile. Eight warps hold 16 values a thread: 32 to 72 registers on sm_90 at V = 50257, and four 44 to 127.
+# Columns of a tile. Eight warps hold 16 values a thread: 32 to 72 registers on sm_90 at V = 50257; four warps
+# 44 to 127.
 BLOCK, WARPS = 4096, 8
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PAD = 16  # elements: Triton knows a stride to be aligned when it is a multiple of 16
+PAD = 16  # elements; Triton treats a stride as aligned where it is a multiple of 16
 
 
 def empty_chunk(C: int, V: int, like: Tensor) -> Tensor:
     """An uninitialised [C, V] of the dtype and device of `like`, with a row stride of V rounded up to 16 elements.
 
-    The padding is zero. PyTorch's bfloat16 product on a CPU with AMX reads past V columns of such an operand, and
-    multiplies what it finds by 0: with NaN in the padding half of its results were NaN.
+    The padding is zero. PyTorch's bfloat16 product on a CPU with AMX reads beyond the V columns of such an operand and
+    multiplies the padding by 0: with NaN in the padding, half of its results were NaN.
     """
     chunk = like.new_empty(C, triton.cdiv(V, PAD) * PAD)
     chunk[:, V:] = 0
     return chunk[:, :V]
 
 
-def statistics(u_CxV: Tensor, labels_C: Tensor, loss: Loss) -> tuple[Rows, Tensor]:
-    """(the rows' figures in float32, the logits as they came, for `cotangent` to go on from).
+def statistics(u_CxV: Tensor, labels_C: Tensor, loss: Loss) -> tuple[RowStats, Tensor]:
+    """(the rows' statistics in float32, the logits themselves for `cotangent`).
 
     Args:
         u_CxV: raw logits in float32, bfloat16 or float16; rows contiguous, at any stride.
-        labels_C: int64; a negative one makes its row ignored, one ≥ V makes its loss, lse and cotangent NaN.
+        labels_C: int64; a row with a negative label is ignored; a label ≥ V makes the row's loss, lse and cotangent
+            NaN.
 
     Raises:
         ValueError: for another dtype or for columns that are not contiguous.
@@ -69,7 +71,7 @@ def statistics(u_CxV: Tensor, labels_C: Tensor, loss: Loss) -> tuple[Rows, Tenso
     C, V = _checked(u_CxV).shape
     T = triton.cdiv(V, BLOCK)
     padded = triton.cdiv(C, PAD) * PAD
-    rows = Rows(*u_CxV.new_empty(len(Rows._fields), padded, dtype=torch.float32)[:, :C])
+    rows = RowStats(*u_CxV.new_empty(len(RowStats._fields), padded, dtype=torch.float32)[:, :C])
     if C == 0:
         return rows, u_CxV
     labels_C = labels_C.contiguous()
@@ -84,28 +86,28 @@ def statistics(u_CxV: Tensor, labels_C: Tensor, loss: Loss) -> tuple[Rows, Tenso
     return rows, u_CxV
 
 
-def part(u_CxV: Tensor, labels_C: Tensor, loss: Loss) -> tuple[Part, Tensor]:
-    """(what these columns of a wider vocabulary add to the rows' figures, the logits as they came).
+def partial_statistics(u_CxV: Tensor, labels_C: Tensor, loss: Loss) -> tuple[PartialStats, Tensor]:
+    """(the rows' statistics over these V columns of a larger vocabulary, the logits themselves for `cotangent`).
 
-    Of the tiles' values, 4096 times fewer than logits, in PyTorch. A label ≥ V is of a column that is not among these.
+    PyTorch reduces the values of the tiles, 4096 times fewer than logits. A label ≥ V belongs to another column.
 
     Raises:
         ValueError: as `statistics`.
     """
     C, V = _checked(u_CxV).shape
     if C * V == 0:
-        return plain.part(u_CxV, labels_C, loss)[0], u_CxV
+        return plain.partial_statistics(u_CxV, labels_C, loss)[0], u_CxV
     top_TxC, others_TxC, target_C, total_TxC = _tile_values(u_CxV, labels_C.contiguous(), loss)
     top_TxC, others_TxC = top_TxC[:, :C], others_TxC[:, :C]
     top_C = top_TxC.amax(0)
-    others_C = (others_TxC * (top_TxC - plain.finite(top_C)).exp()).sum(0)
+    others_C = (others_TxC * (top_TxC - plain.finite_top(top_C)).exp()).sum(0)
     here_C = (labels_C >= 0) & (labels_C < V)
     total_C = None if total_TxC is None else total_TxC[:, :C].sum(0)
-    return Part(top_C, others_C, torch.where(here_C, target_C[:C], -torch.inf), total_C), u_CxV
+    return PartialStats(top_C, others_C, torch.where(here_C, target_C[:C], -torch.inf), total_C), u_CxV
 
 
-def _tile_values(u_CxV: Tensor, labels_C: Tensor, loss: Loss) -> Part:
-    """Of each tile what `Part` holds of one, [T, C], but for the target's z, [C], which is written where it is found.
+def _tile_values(u_CxV: Tensor, labels_C: Tensor, loss: Loss) -> PartialStats:
+    """The `PartialStats` of each tile, [T, C]; the target's z is [C], written by the tile that holds it.
 
     Rows are padded to a multiple of PAD, for `combine`.
     """
@@ -120,16 +122,16 @@ def _tile_values(u_CxV: Tensor, labels_C: Tensor, loss: Loss) -> Part:
             V, readable(u_CxV), T, u_CxV.stride(0), padded, loss.soft_cap,
             BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
-    return Part(top_TxC, others_TxC, target_C, total_TxC)
+    return PartialStats(top_TxC, others_TxC, target_C, total_TxC)
 
 
 def rows_of_combine(T: int) -> int:
-    """Rows of one program of `combine`, which together have 1024 tiles: 8 values in each thread of four warps."""
+    """The rows of one program of `combine`: together 1024 tiles, 8 values in each thread of four warps."""
     return max(4, 1024 // triton.next_power_of_2(T))
 
 
 def readable(u_CxV: Tensor) -> int:
-    """Columns that may be read: V, or V rounded up to PAD where every row has the memory for it."""
+    """The columns that may be read: V, or V rounded up to PAD where every row's storage reaches that far."""
     C, V = u_CxV.shape
     padded = triton.cdiv(V, PAD) * PAD
     end = u_CxV.storage_offset() + (C - 1) * u_CxV.stride(0) + padded
@@ -138,15 +140,15 @@ def readable(u_CxV: Tensor) -> int:
 
 
 def exponentials(u_CxV: Tensor, top_C: Tensor, loss: Loss) -> Tensor:
-    """What `cotangent` goes on from where the rows' figures are known: the logits themselves."""
+    """The logits themselves, which `cotangent` takes."""
     return _checked(u_CxV)
 
 
-def cotangent(u_CxV: Tensor, rows: Rows, labels_C: Tensor, loss: Loss, out_CxV: Tensor) -> None:
-    """P, the cotangent of unweighted rows, into `out_CxV`, which may be `u_CxV`.
+def cotangent(u_CxV: Tensor, rows: RowStats, labels_C: Tensor, loss: Loss, out_CxV: Tensor) -> None:
+    """Write P, the cotangent of unweighted rows, to `out_CxV`, which may be `u_CxV`.
 
     P_v = scale exp(z_v − top) − s/V off the target, P_y = target; exactly 0 where the label is negative. The target of
-    a label ≥ V is in none of these columns.
+    a label ≥ V is not among these columns.
 
     Raises:
         ValueError: as `statistics`, for either tensor.
@@ -164,7 +166,7 @@ def cotangent(u_CxV: Tensor, rows: Rows, labels_C: Tensor, loss: Loss, out_CxV: 
 
 
 def through_cap_(p_CxV: Tensor, u_CxV: Tensor, soft_cap: float) -> None:
-    """P times the soft-cap's derivative 1 − tanh²(u / c), in place.
+    """Multiply P by the soft-cap's derivative 1 − tanh²(u / c), in place.
 
     Raises:
         ValueError: as `statistics`, for either tensor.

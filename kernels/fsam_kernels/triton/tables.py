@@ -1,16 +1,16 @@
-"""Many tensors in one launch: tables that say where they lie, and what the kernels on them share.
+"""Many tensors in one launch: tables of their addresses and settings, and the kernels' common functions.
 
-A program works on one chunk of BLOCK elements of one tensor. It finds the tensor and the chunk's number in `chunks`,
-two 32-bit integers a chunk, and in the tensor's row of `table`, 16 times 8 bytes, what it needs:
+A program processes one chunk of BLOCK elements of one tensor. `chunks` holds the tensor and the chunk's number, two
+32-bit integers a chunk. The tensor's row of `table` holds 16 values of 8 bytes:
 
     0 … 4    addresses of the tensor's arrays            5    elements
     6        whether all addresses are multiples of 16   7    key of random rounding
     8 … 11   eight float32 settings                      12 … 14    three more keys     15    address of the scale
 
-`chunks` follows from the sizes alone: it is sent once, and stays on the device from step to step; `table`, some
-kilobytes, is sent at each call without waiting. All sizes are in the tables, so a tensor of another size compiles
-nothing. A chunk that is full and aligned takes a path without masks, on which loads and stores are 16 bytes wide;
-ragged ends and unaligned views go an element at a time.
+`chunks` depends on the sizes alone, so it is sent once and stays on the device from step to step. `table`, a few
+kilobytes, is sent at each call, and the host does not wait. All sizes are in the tables, so a tensor of another size
+compiles nothing. A full and aligned chunk takes a path without masks, where loads and stores are 16 bytes wide; ragged
+ends and unaligned views move one element at a time.
 
 A row and a chunk's entry are 5 sectors of 32 bytes: 1 % of the 16 KiB that the norm reads of a chunk.
 """
@@ -31,9 +31,9 @@ from fsam_kernels.torch import rounding as rounds
 from fsam_kernels.torch.direction import Adam, Entry, entries
 from fsam_kernels.torch.rounding import Rounding
 
-# Eight elements a thread: 16 bytes of the narrowest. With sixteen the update of 4096 elements by 8 warps took 160
-# registers on sm_90, and with a bfloat16 copy spilled; 4096 by 16 warps leave one program a multiprocessor, of 85
-# registers; 1024 by 4 doubles the tables' share for the same registers.
+# Eight elements a thread: 16 bytes of the narrowest dtype. With sixteen, the update of 4096 elements by 8 warps took
+# 160 registers on sm_90 and spilled with a bfloat16 copy. 4096 elements by 16 warps take 85 registers and leave one
+# program a multiprocessor. 1024 by 4 doubles the tables' share of the bytes for the same registers.
 BLOCK = 2048
 WARPS = BLOCK // (8 * (64 if torch.version.hip else 32))
 WIDTH = 16  # columns of `table`
@@ -42,12 +42,12 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 
 
 class Group(NamedTuple):
-    """Tensors of one launch: their arrays have the same dtypes.
+    """The tensors of one launch, whose arrays have the same dtypes.
 
     Attributes:
-        types: Triton's, None for an array that there is not.
-        tensors: rows of the table.
-        start, chunks: of the table of chunks.
+        types: Triton's dtypes; None for an array that is not given.
+        tensors: their rows of the table.
+        start, chunks: their range in the table of chunks.
     """
 
     types: tuple[Any, ...]
@@ -57,10 +57,10 @@ class Group(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What one operation does on one device.
+    """The launches of one operation on one device.
 
     Attributes:
-        entries: in the order of the table's rows; holds the arrays until they are used.
+        entries: in the order of the table's rows; they keep the arrays alive until the launch.
         first: [tensors + 1] int64, on the device: where each tensor's chunks start.
     """
 
@@ -79,10 +79,10 @@ def plans(
     *,
     written: int = 0,
 ) -> list[Plan]:
-    """One for each device; `lists` as in `fsam_kernels.torch.direction.entries`, at most five.
+    """One plan for each device; `lists` as in `fsam_kernels.torch.direction.entries`, at most five.
 
     Raises:
-        ValueError: as `entries`, and for a dtype that the kernels do not know.
+        ValueError: as `entries`, and for a dtype that the kernels do not support.
     """
     of_device: dict[torch.device, dict[Any, list[Entry]]] = {}
     for entry in entries(lists, adam, mask, written=written):
@@ -116,7 +116,7 @@ def _plan(device: torch.device, of_types: dict[Any, list[Entry]]) -> Plan:
 
 @functools.lru_cache(maxsize=16)
 def _chunks(counts: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(tensor and number of each chunk, where each tensor's chunks start), on the device."""
+    """(tensor and number of each chunk, start of each tensor's chunks), on the device."""
     chunks, first = layout(counts)
     return sent(chunks, device, wait=True), sent(first, device, wait=True)
 
@@ -128,14 +128,14 @@ def ends(chunks: int, device: torch.device) -> Tensor:
 
 
 def layout(counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """([chunks, 2] int32, [tensors + 1] int64) of tensors that have so many chunks."""
+    """([chunks, 2] int32, [tensors + 1] int64) of tensors with these numbers of chunks."""
     tensors = np.repeat(np.arange(len(counts)), counts)
     first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     return np.stack([tensors, np.arange(len(tensors)) - first[tensors]], axis=1).astype(np.int32), first
 
 
 def sent(x: np.ndarray, device: torch.device, *, wait: bool = False) -> Tensor:
-    """On the device, by way of pinned memory so that the host goes on; with `wait`, there for every stream."""
+    """Copy to the device, through pinned memory so that the host does not wait; with `wait`, ready for every stream."""
     if device.type == "meta":
         return torch.empty(x.shape, dtype=torch.from_numpy(x[:0]).dtype, device=device)
     here = torch.from_numpy(x)
@@ -145,11 +145,11 @@ def sent(x: np.ndarray, device: torch.device, *, wait: bool = False) -> Tensor:
 
 
 def table(plan: Plan, settings: Sequence[Any], rounding: Rounding, streams: Sequence[str]) -> Tensor:
-    """The rows with their settings and keys, on the device, as int64.
+    """The table's rows with settings and keys, on the device, as int64.
 
     Args:
-        settings: up to eight columns, each a number, an array, or a tensor on the device, of one value a tensor.
-        streams: names of what is rounded; the first one's key is in column 7, others' in 12 to 14.
+        settings: up to eight columns, each a number, or an array or device tensor with one value a tensor.
+        streams: the names of the arrays that are rounded; the first key is in column 7, the others in 12 to 14.
     """
     floats = plan.table.view(np.float32)
     for i, column in enumerate(settings):
@@ -168,14 +168,14 @@ def table(plan: Plan, settings: Sequence[Any], rounding: Rounding, streams: Sequ
 
 
 def column(values: Sequence[Any], device: torch.device) -> Any:
-    """The values as a float64 array, or, where one of them is a tensor on a device, as a float64 tensor there."""
+    """The values as a float64 array, or as a float64 tensor on the device where one of them is on a device."""
     if not any(isinstance(x, Tensor) and x.device.type != "cpu" for x in values):
         return np.array([float(x) for x in values], dtype=np.float64)
     return torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in values])
 
 
 def direction_settings(plan: Plan) -> list[Any]:
-    """Of d = c g / (sqrt(a v + b (c g)²) + δ): a, b and δ; nothing for the plain direction."""
+    """a, b and δ of d = c g / (sqrt(a v + b (c g)²) + δ); nothing for the plain direction."""
     adam = [entry.adam for entry in plan.entries if entry.adam is not None]
     if not adam:
         return []
@@ -190,7 +190,7 @@ def direction_settings(plan: Plan) -> list[Any]:
 
 
 def as_scalar(x: Tensor | float, device: torch.device) -> Tensor | None:
-    """A float32 scalar beside the weights; None for the number 1."""
+    """x as a float32 scalar on the weights' device; None for the number 1."""
     if isinstance(x, Tensor):
         return x.to(device, torch.float32)
     return None if x == 1 else sent(np.array([x], dtype=np.float32), device)
@@ -244,7 +244,7 @@ def direction(cg, v, row):
 
 @triton.jit
 def rounded(x, start, row, KEY_COLUMN: tl.constexpr, kind: tl.constexpr, BLOCK: tl.constexpr, RANDOM: tl.constexpr):
-    """`x` as it is, or at random to one of its neighbours in bfloat16; the hash is that of `fsam_kernels.spec`."""
+    """`x` itself, or randomly rounded to bfloat16; the hash is that of `fsam_kernels.spec`."""
     if RANDOM and kind == tl.bfloat16:
         at = start + tl.arange(0, BLOCK)
         key = tl.load(row + KEY_COLUMN)

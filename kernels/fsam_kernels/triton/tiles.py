@@ -1,12 +1,12 @@
-"""The kernels of `rows`: one program for one tile of BLOCK columns of one row, with no loop in it.
+"""The kernels of `softmax_stats`: one program for one tile of BLOCK columns of one row, without a loop.
 
-Without loops the bytes a launch moves are those of one program times the grid, which `fsam profile gpu` counts from the
-generated code. A full tile runs without masks, so that its loads and stores are 16 bytes wide; a row's last tile is
-RAGGED. `readable` is V, or V rounded up to where the row's padding ends, and lets that tile too be read 16 bytes at a
-time. Arithmetic is float32 whatever the logits are. An option that is off is passed as None and leaves no code behind.
+Without loops, a launch moves the bytes of one program times the grid, which `fsam profile gpu` counts in the generated
+code. A full tile has no masks, so its loads and stores are 16 bytes wide; a row's last tile is RAGGED. `readable` is V,
+or V rounded up to the end of the row's padding, which makes the loads of that tile 16 bytes wide too. Arithmetic is
+float32 for every dtype of the logits. An option that is off is passed as None and compiles to no code.
 
-Fusing of products and sums is off at every launch (`enable_fp_fusion`), so that `cotangent` meets the very z whose
-maximum `tile_statistics` took; where a fused product-sum is wanted it is written `tl.fma`.
+Every launch turns off the fusing of products and sums (`enable_fp_fusion`), so that `cotangent` computes exactly the z
+whose maximum `tile_statistics` took; `tl.fma` is written where a fused product-sum is wanted.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# tanh x = x + x³ (A0 + A1 x² + …) below SMALL, where 1 − 2t / (1 + t) would cancel; fitted for this file to 1e-9, and
-# in float32 within 1.2 half-units of the last place.
+# tanh x = x + x³ (A0 + A1 x² + …) below SMALL, where 1 − 2t / (1 + t) would cancel. The fit is good to 1e-9, and in
+# float32 to 1.2 half-units in the last place.
 SMALL: tl.constexpr = tl.constexpr(0.55)
 A0: tl.constexpr = tl.constexpr(-0.33333316)
 A1: tl.constexpr = tl.constexpr(0.13332586)
@@ -29,13 +29,13 @@ def tile_statistics(
     u_ptr, labels_ptr, top_ptr, others_ptr, total_ptr, target_ptr,
     V, readable, T, u_stride, t_stride, soft_cap, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of one tile: the largest z, Σ exp(z − largest) of the columns that are not the target, and Σ z where asked for.
+    """The largest z of one tile, Σ exp(z − largest) over the columns other than the target, and Σ z if `total_ptr`.
 
     The program whose tile holds the target writes its z; `total_ptr` is None without label smoothing.
     """
     row, tile = tl.program_id(0) // T, tl.program_id(0) % T
     u_ptr += row.to(tl.int64) * u_stride
-    y = tl.maximum(tl.load(labels_ptr + row), -1)  # any negative label, also one that 32 bits would cut to a column
+    y = tl.maximum(tl.load(labels_ptr + row), -1)  # also a negative label that 32 bits would truncate to a column
     at = tile.to(tl.int64) * t_stride + row
     if (tile + 1) * BLOCK <= V:
         _statistics(u_ptr, y, top_ptr, others_ptr, total_ptr, at, tile, V, readable, soft_cap, BLOCK, RAGGED=False)
@@ -55,7 +55,7 @@ def _statistics(
     if RAGGED:
         z = tl.where(columns < V, z, float("-inf"))
     top = tl.max(z, 0)
-    # A tile of nothing but −inf (a masked part of the vocabulary) must not become −inf − (−inf).
+    # A tile whose logits are all −inf (a masked part of the vocabulary) must not give −inf − (−inf).
     e = tl.exp(z - tl.where(top == float("-inf"), 0.0, top))
     tl.store(top_ptr + at, top)
     tl.store(others_ptr + at, tl.sum(tl.where(columns == y.to(tl.int32), 0.0, e), 0))
@@ -63,16 +63,16 @@ def _statistics(
         tl.store(total_ptr + at, tl.sum(tl.where(columns < V, z, 0.0) if RAGGED else z, 0))
 
 
-# The last chunk has other rows: C alone must not compile the kernel again.
+# The last chunk has fewer rows, and C alone must not recompile the kernel.
 @triton.jit(do_not_specialize=["C"])
 def combine(
     top_ptr, others_ptr, total_ptr, target_ptr, labels_ptr,
     loss_C_ptr, lse_C_ptr, top_C_ptr, scale_C_ptr, target_C_ptr,
     C, V, T, t_stride, label_smoothing, z_loss, ROWS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """A row's figures from those of its tiles, for ROWS rows; TILES is the power of two that holds T.
+    """The statistics of ROWS rows from those of their tiles; TILES is T rounded up to a power of two.
 
-    Every array but the labels has room for t_stride rows, a multiple of 16 ≥ C: those beyond C come out as anything.
+    Every array except the labels has t_stride rows, a multiple of 16 ≥ C; rows beyond C are undefined.
     """
     rows, tiles = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, TILES)
     room = rows < t_stride
@@ -82,13 +82,13 @@ def combine(
     top = tl.max(top_TxR, 0)
     others = tl.sum(tl.load(others_ptr + at, mask=held, other=0.0) * tl.exp(top_TxR - top[None, :]), 0)
     y = tl.load(labels_ptr + rows, mask=rows < C, other=-1)
-    # A label outside the vocabulary has no logit: NaN, and so are the loss and the whole row of the cotangent.
+    # A label outside the vocabulary has no logit: its z is NaN, and so are the loss and the row of the cotangent.
     z_y = tl.where(y < V, tl.load(target_ptr + rows, mask=room, other=0.0), float("nan"))
     gap = tl.where(y < 0, 0.0, z_y - top)
     e_y = tl.where(y < 0, 0.0, tl.exp(gap))
     total = others + e_y
-    # Where the row is sure, gap is 0 and total rounds to 1: the sum of the others keeps the digits. Elsewhere others
-    # holds the largest column, is at least 1, and e_y − 1 need not be an expm1.
+    # On a confident row gap is 0 and total rounds to 1; the sum of the others keeps the digits. Elsewhere others
+    # includes the largest column and is at least 1, so e_y − 1 need not be an expm1.
     log_total = _log1p(others + (e_y - 1.0))
     lse = top + log_total
     loss, scale, target = log_total - gap, 1.0 / total, -(others / total)
@@ -155,14 +155,14 @@ def through_cap(p_ptr, u_ptr, V, p_readable, readable, T, p_stride, u_stride, so
 @triton.jit
 def _through_cap(p_ptr, u_ptr, tile, p_readable, readable, soft_cap, BLOCK: tl.constexpr, RAGGED: tl.constexpr):
     columns = tile * BLOCK + tl.arange(0, BLOCK)
-    # 1 − tanh² = 4t / (1 + t)² keeps its digits where tanh is almost 1.
+    # 1 − tanh² = 4t / (1 + t)² keeps its digits where tanh is close to 1.
     t = tl.exp(-2.0 * tl.abs(_load(u_ptr, columns, readable, RAGGED) * (1.0 / soft_cap)))
     return _load(p_ptr, columns, p_readable, RAGGED) * (4.0 * t / ((1.0 + t) * (1.0 + t)))
 
 
 @triton.jit
 def _capped(u, soft_cap):
-    """c tanh(u / c), or u itself without a cap. Triton's own tanh needs another library on every device."""
+    """c tanh(u / c), or u itself without a cap. Triton's own tanh needs a different library for each device."""
     if soft_cap is None:
         z = u
     else:
@@ -178,7 +178,7 @@ def _capped(u, soft_cap):
 
 @triton.jit
 def _log1p(x):
-    """log(1 + x) for x ≥ 0: what 1 + x lost in rounding is made good by the quotient."""
+    """log(1 + x) for x ≥ 0: the quotient corrects the rounding of 1 + x."""
     w = 1.0 + x
     return tl.where(w == 1.0, x, tl.log(w) * (x / tl.where(w == 1.0, 1.0, w - 1.0)))
 

@@ -1,4 +1,4 @@
-"""Plain JAX: runs on any device, and is the specification one reads beside `fsam_kernels.spec`."""
+"""Plain JAX, for any device: the readable implementation beside `fsam_kernels.spec`."""
 
 from fsam_kernels.xla.adamw import Updated, adamw
 from fsam_kernels.xla.cross_entropy import cross_entropy

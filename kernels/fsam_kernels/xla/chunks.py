@@ -1,4 +1,4 @@
-"""Rows taken in chunks, so that no N×V array is ever whole."""
+"""Processing rows in chunks, so that no N×V array is allocated."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fsam_kernels.xla.device import traced_for
 
 
 def shards(row_axes: tuple[str, ...]) -> int:
-    """Over how many devices these axes of the mesh in use spread rows.
+    """The number of devices along these axes of the current mesh.
 
     Raises:
-        ValueError: where no mesh is in use, or it lacks one of the axes.
+        ValueError: where there is no current mesh, or it lacks one of the axes.
     """
     if not row_axes:
         return 1
@@ -30,10 +30,10 @@ def shards(row_axes: tuple[str, ...]) -> int:
 
 
 def count(N: int, row_bytes: int, chunk_bytes: int | None) -> int:
-    """Into how many chunks N rows go, of `row_bytes` each; N is what one device has.
+    """The number of chunks for the N rows of one device, of `row_bytes` bytes each.
 
-    `chunk_bytes` None takes `memory.default_chunk_bytes` of the platform that is compiled for. A number of chunks that
-    divides N is preferred, up to twice as many, because then nothing is padded.
+    `chunk_bytes` None stands for `memory.default_chunk_bytes` of the platform that is compiled for. A number that
+    divides N is preferred, up to twice as many chunks, because then nothing is padded.
     """
     budget = default_chunk_bytes(traced_for()) if chunk_bytes is None else chunk_bytes
     rows = max(1, budget // row_bytes)
@@ -44,9 +44,9 @@ def count(N: int, row_bytes: int, chunk_bytes: int | None) -> int:
 def split(x_N: jax.Array, m: int, fill: Any = 0, *, strided: bool = True) -> jax.Array:
     """[N, …] as [m, C, …], with rows of `fill` where m does not divide N.
 
-    Strided, chunk j holds the rows j, j + m, j + 2m, …: where N is sharded over devices every chunk then has rows of
+    Strided, chunk j holds the rows j, j + m, j + 2m, …. Where N is sharded over devices, every chunk then has rows of
     every device, and a loop over chunks moves nothing between them. It costs a copy of h and of h̄, 4 % of the first
-    pass at 2048 rows a chunk (v5e), so what runs on one device's own rows is split into runs of rows.
+    pass at 2048 rows a chunk (v5e). Rows of a single device are therefore split into consecutive rows.
     """
     N = len(x_N)
     C = -(-N // m)
@@ -64,11 +64,11 @@ def join(x_mxC: jax.Array, N: int, *, strided: bool = True) -> jax.Array:
 
 
 def each(one: Callable[[Any, Any], tuple[Any, Any]], sums: Any, chunks: Any) -> tuple[Any, Any]:
-    """one(sums, chunk) -> (sums, of the chunk) over all chunks, in a loop; a single one is not put into a loop.
+    """Call one(sums, chunk) -> (sums, result of the chunk) for all chunks, in a loop if there is more than one.
 
-    Measured dead ends, against a loop (v5e, N = 8192, D = 1024, V = 32768, bfloat16, Pallas, 2048 rows a chunk, 15.4
-    Mcycles and 403 MB of temporaries): unrolled, 14.6 and 1211 MB, because XLA has all chunks at once; unrolled with a
-    barrier between chunks, 15.3 and 280 MB, and longer to compile for every chunk more.
+    Measured dead ends. The loop takes 15.4 Mcycles and 403 MB of temporaries (v5e, N = 8192, D = 1024, V = 32768,
+    bfloat16, Pallas, 2048 rows a chunk). Unrolled it takes 14.6 and 1211 MB, because XLA holds all chunks at once.
+    Unrolled with a barrier between chunks it takes 15.3 and 280 MB, and every further chunk compiles longer.
     """
     if len(jax.tree.leaves(chunks)[0]) > 1:
         return jax.lax.scan(one, sums, chunks)
@@ -77,15 +77,16 @@ def each(one: Callable[[Any, Any], tuple[Any, Any]], sums: Any, chunks: Any) -> 
 
 
 def summing(N: int, m: int, row_axes: tuple[str, ...]) -> tuple[str, ...]:
-    """The axes over whose devices each has its own sum over m chunks: where each has as many rows of every chunk.
+    """The axes along which every device keeps its own sum over the m chunks: `row_axes`, or none.
 
-    Otherwise, and where there is but one chunk, the compiler adds up over the devices by itself, once a chunk.
+    They are `row_axes` where there are several chunks and every device has equally many rows of each. Otherwise the
+    compiler reduces over the devices once a chunk.
     """
     return row_axes if m > 1 and -(-N // m) % shards(row_axes) == 0 else ()
 
 
 def by_device(x: jax.Array, row_axes: tuple[str, ...]) -> jax.Array:
-    """An array whose first axis is the devices of `row_axes`, each part on its own device."""
+    """Shard an array whose first axis stands for the devices of `row_axes`, one entry on each device."""
     if not row_axes:
         return x
     free = jax.sharding.PartitionSpec.UNCONSTRAINED
@@ -94,14 +95,14 @@ def by_device(x: jax.Array, row_axes: tuple[str, ...]) -> jax.Array:
 
 
 def on_each_device(forward: Callable[..., Any], row_axes: tuple[str, ...]) -> Callable[..., Any]:
-    """A backend's `rows.forward` on each device's own rows; a compiled kernel cannot be partitioned otherwise."""
+    """A backend's `forward` on each device's own rows: the compiler cannot partition a compiled kernel itself."""
     if not row_axes:
         return forward
     rows, whole = jax.sharding.PartitionSpec(row_axes), jax.sharding.PartitionSpec()
 
     def sharded(h_CxD: Any, w_VxD: Any, bias_V: Any, labels_C: Any, loss: Loss, *, tiles: bool) -> Any:
         local = lambda h, w, b, y: forward(h, w, b, y, loss, tiles=tiles)
-        # check_vma: a kernel's outputs do not say which axes they vary over.
+        # check_vma is off because a kernel's outputs do not say over which axes they vary.
         return jax.shard_map(local, in_specs=(rows, whole, whole, rows), out_specs=rows, check_vma=False)(
             h_CxD, w_VxD, bias_V, labels_C
         )

@@ -12,7 +12,7 @@ from fsam_kernels.options import CROSS_ENTROPY, Layout, Loss, Reduction, check_r
 from fsam_kernels.xla import softmax_stats as plain
 from fsam_kernels.xla.linear_cross_entropy import linear_cross_entropy
 from fsam_kernels.xla.logit_vjp import logit_vjp
-from fsam_kernels.xla.softmax_stats import SoftmaxOps, wide
+from fsam_kernels.xla.softmax_stats import SoftmaxOps, accum_dtype
 
 
 def cross_entropy(
@@ -31,24 +31,24 @@ def cross_entropy(
     row_axes: tuple[str, ...] = (),
     softmax: SoftmaxOps = plain,
 ) -> jax.Array:
-    """Cross entropy of the logits h Wᵀ + b, differentiable in h, w and bias; no N×V array is ever whole.
+    """Cross entropy of the logits h Wᵀ + b, differentiable in h, w and bias; no N×V array is allocated.
 
-    Reduced to a scalar it costs three matrix products with its gradient; with reduction="none" the logits are made
-    again in the backward pass, four. Formulas in `spec.linear_cross_entropy` and `spec.reduce`.
+    Reduced to a scalar, the loss and its gradient cost three matrix products. With reduction="none" the backward pass
+    recomputes the logits, which makes four. Formulas: `spec.linear_cross_entropy` and `spec.reduce`.
 
     Args:
         h: [..., D] hidden states.
         w: [V, D] head weight, or [D, V] with layout="DV".
-        labels: [...] integers; a negative one, or `ignore_index`, makes its token ignored.
-        weights: [...] weight of each token, a constant; None for 1. Not with reduction="none".
+        labels: [...] integers; a token whose label is negative or `ignore_index` is ignored.
+        weights: [...] constant weight of each token; None for 1. Not with reduction="none".
         bias_V: added to the logits, or None.
         loss: label smoothing, z-loss, soft-cap.
-        reduction: "none" for [...], "sum" of the weighted losses, or "mean": that over the sum of the weights.
-        count: what a "mean" divides by instead (the tokens of all micro-batches and devices, say).
+        reduction: "none" for [...]; "sum" of the weighted losses; "mean" for that sum over the sum of the weights.
+        count: the divisor of a "mean" instead (the tokens of all micro-batches and devices, say).
         chunk_bytes, row_axes, softmax: as in `linear_cross_entropy`.
 
     Raises:
-        ValueError: for an unknown reduction, or weights or a count that the reduction has no use for.
+        ValueError: for an unknown reduction, or weights or a count that the reduction does not use.
     """
     check_reduction(reduction, weights is not None, count is not None)
     w_VxD = w if layout == "VD" else w.T
@@ -59,7 +59,7 @@ def cross_entropy(
     statics = (("loss", loss), ("chunk_bytes", chunk_bytes), ("row_axes", row_axes), ("softmax", softmax))
     if reduction == "none":
         return _rows(statics, h_NxD, w_VxD, bias_V, y_N).reshape(labels.shape)
-    ones_N = jnp.ones(y_N.shape, wide(h))
+    ones_N = jnp.ones(y_N.shape, accum_dtype(h))
     weights_N = jnp.where(y_N >= 0, ones_N if weights is None else weights.reshape(-1).astype(ones_N.dtype), 0)
     if reduction == "mean":
         total = jnp.sum(weights_N) if count is None else jnp.asarray(count, ones_N.dtype)
@@ -92,13 +92,13 @@ def _rows(statics: Any, h_NxD: Any, w_VxD: Any, bias_V: Any, labels_N: Any) -> j
 
 
 def _rows_forward(statics: Any, h_NxD: Any, w_VxD: Any, bias_V: Any, labels_N: Any) -> Any:
-    ones_N = jnp.ones(labels_N.shape, wide(h_NxD))
+    ones_N = jnp.ones(labels_N.shape, accum_dtype(h_NxD))
     loss_N, _, cotangent, _ = linear_cross_entropy(h_NxD, w_VxD, labels_N, ones_N, bias_V=bias_V, **dict(statics))
     return loss_N, cotangent
 
 
 def _rows_backward(statics: Any, cotangent: Any, g_N: jax.Array) -> Any:
-    options = {name: value for name, value in statics if name != "loss"}  # the cotangent knows its own
+    options = {name: value for name, value in statics if name != "loss"}  # the cotangent has its own
     weights_N = (cotangent.weights_N * g_N).astype(cotangent.weights_N.dtype)
     head = cotangent.h_NxD, cotangent.w_VxD
     return (*logit_vjp(cotangent.reweighted(weights_N), *head, bias_V=cotangent.bias_V, **options), None)

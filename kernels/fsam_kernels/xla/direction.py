@@ -1,4 +1,4 @@
-"""The ascent direction of one leaf, shared by the norm and the perturbation; formulas in `fsam_kernels.spec`."""
+"""The ascent direction of one leaf, for the norm and the perturbation; formulas in `fsam_kernels.spec`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 
 class Adam(NamedTuple):
-    """What the direction takes from AdamW: β₂, its eps, and the 1 − β₂ᵗ of the moment that is used."""
+    """AdamW's values in the direction: β₂, eps, and the bias correction 1 − β₂ᵗ of the moment that is used."""
 
     b2: float | jax.Array
     eps: float | jax.Array
@@ -30,10 +30,10 @@ def direction(g: jax.Array, v: jax.Array | None, adam: Adam | None, clip: jax.Ar
 
 
 def leaves(name: str, tree: Any, like: Any) -> list[Any]:
-    """The leaves of `tree`, which has the structure of the tree `like`.
+    """The leaves of `tree`, which must have the structure of the tree `like`.
 
     Raises:
-        ValueError: for another structure, naming the argument and the first leaf that one of them lacks.
+        ValueError: for another structure, naming the argument and the first leaf that is in only one of the two.
     """
     structure: Any = jax.tree.structure(tree)
     if structure != jax.tree.structure(like):
@@ -46,11 +46,11 @@ def leaves(name: str, tree: Any, like: Any) -> list[Any]:
 
 
 def moving(mask: Any, like: Any) -> list[bool]:
-    """Which leaves are perturbed: all without a mask.
+    """Which leaves are perturbed; without a mask all.
 
     Raises:
-        ValueError: for a mask of another structure, or one that is not made of True and False: it has to be known when
-            the program is traced.
+        ValueError: for a mask of another structure, or with leaves other than True and False: the mask must be known
+            when the program is traced.
     """
     if mask is None:
         return [True] * len(jax.tree.leaves(like))

@@ -1,4 +1,4 @@
-"""Cross entropy of a linear head, and the logit cotangent in a form that can be applied more than once."""
+"""Cross entropy of a linear head, and its logit cotangent in a form that can be applied more than once."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ import jax.numpy as jnp
 from fsam_kernels.options import CROSS_ENTROPY, Loss
 from fsam_kernels.xla import chunks
 from fsam_kernels.xla import softmax_stats as plain
-from fsam_kernels.xla.softmax_stats import Rows, SoftmaxOps, wide
+from fsam_kernels.xla.softmax_stats import RowStats, SoftmaxOps, accum_dtype
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cotangent:
-    """z̄ = weights P, in a form that any head can be pulled back through, more than once.
+    """z̄ = weights P, in a form that `logit_vjp` can apply to any head, more than once.
 
-    P_v = scale exp(z_v − top) − s/V off the target and P_y = target, with z from (h, W, b). Either what P is recomputed
-    from is held, N·D + 5N values (the head weight is the parameter itself), or P in the dtype of h, which is what the
-    matrix products would round it to anyway (`kept`: what the backend's `rows.keep` makes of each chunk, stacked),
-    and the head is None.
+    P_v = scale exp(z_v − top) − s/V off the target and P_y = target, with z from (h, W, b). A recomputed cotangent
+    stores (h, W, b) and the row statistics, N·D + 5N values (the head weight is the parameter itself). A kept one
+    stores P in the dtype of h, to which the matrix products would round it anyway (`kept`: the result of the backend's
+    `keep` for each chunk, stacked); h, W and b are then None.
     """
 
     h_NxD: jax.Array | None
@@ -40,13 +40,13 @@ class Cotangent:
     loss: Loss = field(metadata={"static": True})
 
     def reweighted(self, weights_N: jax.Array) -> Cotangent:
-        """The same with other row weights."""
+        """The same cotangent with other row weights."""
         return dataclasses.replace(self, weights_N=weights_N)
 
     @property
-    def rows(self) -> Rows:
-        """The figures of all rows; loss and lse are not kept, and not needed any more."""
-        return Rows(self.top_N, self.top_N, self.top_N, self.scale_N, self.target_N)
+    def rows(self) -> RowStats:
+        """The statistics of all rows; loss and lse are not stored, because nothing needs them."""
+        return RowStats(self.top_N, self.top_N, self.top_N, self.scale_N, self.target_N)
 
 
 class HeadGradients(NamedTuple):
@@ -67,7 +67,7 @@ def linear_cross_entropy(
     loss: Loss = CROSS_ENTROPY,
     gradient: bool = False,
     keep: bool = False,
-    wide_wbar: bool = False,
+    upcast_wbar: bool = False,
     chunk_bytes: int | None = None,
     row_axes: tuple[str, ...] = (),
     softmax: SoftmaxOps = plain,
@@ -81,56 +81,56 @@ def linear_cross_entropy(
         h_NxD: last hidden states, any float dtype; the products are taken in it.
         w_VxD: head weight; a head stored as [D, V] is given transposed. Given in float32 beside a narrower h, w̄ comes
             back as it was summed, not rounded.
-        labels_N: integers; a negative one makes its row ignored. One ≥ V gives a NaN loss.
+        labels_N: integers; a row with a negative label is ignored. A label ≥ V gives a NaN loss.
         weights_N: weight of each row in the mean, already divided by its normaliser.
         bias_V: added to the logits, or None.
         loss: label smoothing, z-loss, soft-cap.
-        keep: hold P for a second pull-back: N·V values in the dtype of h, and one matrix product less there.
-        wide_wbar: return w̄ and b̄ as they were summed, in float32, and not in the dtypes of w and b.
-        chunk_bytes: rows are taken in chunks whose logits fill about this much, so that no N×V array is ever whole;
-            None for the platform's default. Their number changes nothing beyond rounding.
-        row_axes: axes of the mesh in use (`jax.set_mesh`) that N is sharded over; chunks are then counted for each
+        keep: store P for a second vjp: N·V values in the dtype of h, and one matrix product fewer there.
+        upcast_wbar: return w̄ and b̄ in float32, as they were summed, and not in the dtypes of w and b.
+        chunk_bytes: rows are processed in chunks whose logits fill about this much, so that no N×V array is allocated;
+            None for the platform's default. The number of chunks changes nothing beyond rounding.
+        row_axes: the axes of the current mesh (`jax.set_mesh`) that N is sharded over. Chunks are then counted for each
             device, and a backend's own kernels run on each device's rows.
-        softmax: how logits become row figures and P: the `softmax_stats` module of a backend.
+        softmax: the `softmax_stats` module of a backend, which turns logits into row statistics and P.
 
     Returns:
-        loss_N and lse_N in float32 (float64 for float64 input); h̄, w̄ and b̄ in the dtypes of h, w and b, each summed
-        over chunks in float32.
+        loss_N and lse_N in float32 (float64 for float64 input); h̄, w̄ and b̄ in the dtypes of h, w and b. w̄ and b̄ are
+        summed over chunks in float32.
     """
     N, V = len(h_NxD), len(w_VxD)
     m = softmax.chunk_count(N // chunks.shards(row_axes), V, h_NxD.dtype.itemsize, chunk_bytes, keep=keep)
     forward, strided = placed(softmax, row_axes)
     split, join = partial(chunks.split, m=m, strided=strided), partial(chunks.join, N=N, strided=strided)
-    dtype = wide(h_NxD)
+    dtype = accum_dtype(h_NxD)
     weights_N = jnp.where(labels_N >= 0, weights_N, 0).astype(dtype)
-    sums = Sums(h_NxD, w_VxD, bias_V, weights_N, wide_wbar, chunks.summing(N, m, row_axes))
+    sums = Sums(h_NxD, w_VxD, bias_V, weights_N, upcast_wbar, chunks.summing(N, m, row_axes))
 
     def one(total: Any, chunk: Any) -> Any:
         h_CxD, labels_C, weights_C = chunk
         rows, tiles = forward(h_CxD, w_VxD, bias_V, labels_C, loss, tiles=gradient or keep)
-        held = (tiles, rows, labels_C, loss, h_NxD.dtype)
+        inputs = (tiles, rows, labels_C, loss, h_NxD.dtype)
         hbar_CxD = None
         if gradient:
-            q_CxV, factor_C = softmax.scaled_operand(*held)
+            q_CxV, factor_C = softmax.scaled_operand(*inputs)
             moved_CxV = plain.logits(h_CxD, w_VxD, bias_V) if loss.soft_cap is not None else q_CxV
             q_CxV = plain.through_cap(q_CxV, moved_CxV, loss)
             total, hbar_CxD = sums.add(total, q_CxV, factor_C, h_CxD, weights_C)
-        return total, (rows, hbar_CxD, softmax.keep(*held) if keep else None)
+        return total, (rows, hbar_CxD, softmax.keep(*inputs) if keep else None)
 
     pieces = split(h_NxD), split(labels_N, fill=-1), split(weights_N)
     total, (rows, hbar, kept) = chunks.each(one, sums.zero() if gradient else (), pieces)
-    figures = Rows(*(join(x) for x in rows))
+    stats = RowStats(*(join(x) for x in rows))
     h, w, b = (None, None, None) if keep else (h_NxD, w_VxD, bias_V)
-    _, _, top_N, scale_N, target_N = figures
+    _, _, top_N, scale_N, target_N = stats
     cotangent = Cotangent(h, w, b, top_N, scale_N, target_N, labels_N, weights_N, kept, loss)
     gradients = sums.result(total, join(hbar)) if gradient else None
-    return figures.loss_C, figures.lse_C, cotangent, gradients
+    return stats.loss_C, stats.lse_C, cotangent, gradients
 
 
 def placed(softmax: SoftmaxOps, row_axes: tuple[str, ...]) -> tuple[Callable[..., Any], bool]:
-    """(`softmax.forward`, whether chunks take rows in strides), as the two passes of a head both have it.
+    """(`softmax.forward`, whether chunks are strided), the same for both passes of a head.
 
-    A backend's own kernels run on one device's rows, or on each device's through `row_axes`.
+    A backend's own kernels run on one device's rows, or with `row_axes` on each device's.
     """
     if softmax is plain:
         return softmax.forward, True
@@ -140,9 +140,10 @@ def placed(softmax: SoftmaxOps, row_axes: tuple[str, ...]) -> tuple[Callable[...
 class Sums:
     """h̄ = weights (P W), and w̄ = Pᵀ (weights h), b̄ = Pᵀ weights, summed chunk by chunk in float32 or float64.
 
-    Row weights are applied on the narrow side, D values a row and not V, and relative to the largest: 1/N times a
-    probability is below what half floats hold. Rows that are sharded over `row_axes` are summed by each device of them
-    for itself, in arrays with a first axis of devices, and over the devices once, after the last chunk.
+    Row weights multiply the tensors with D values a row, not those with V. They are divided by the largest weight
+    (`unit`) first, because 1/N times a probability underflows in half precision. With rows sharded over `row_axes`,
+    each device sums its own rows, in arrays with a first axis of devices; the devices are reduced once, after the last
+    chunk.
     """
 
     def __init__(
@@ -151,11 +152,11 @@ class Sums:
         w_VxD: jax.Array,
         bias_V: jax.Array | None,
         weights_N: jax.Array,
-        wide_wbar: bool,
+        upcast_wbar: bool,
         row_axes: tuple[str, ...] = (),
     ) -> None:
-        self.wide_wbar, self.row_axes, self.devices = wide_wbar, row_axes, chunks.shards(row_axes)
-        self.h_dtype, self.w_VxD, self.bias_V, self.dtype = h_NxD.dtype, w_VxD, bias_V, wide(h_NxD)
+        self.upcast_wbar, self.row_axes, self.devices = upcast_wbar, row_axes, chunks.shards(row_axes)
+        self.h_dtype, self.w_VxD, self.bias_V, self.dtype = h_NxD.dtype, w_VxD, bias_V, accum_dtype(h_NxD)
         largest = jnp.max(jnp.abs(weights_N), initial=0)
         self.unit = jnp.where(largest > 0, largest, 1)
 
@@ -175,7 +176,7 @@ class Sums:
         weights_C = weights_C if factor_C is None else weights_C * factor_C
         hbar_CxD = dot(q_CxV, self.w_VxD.astype(q_CxV.dtype), 1)
         relative_C = weights_C / self.unit
-        # Behind a barrier: XLA would fuse it into the product and make it again for every block, 5 % of that (v5e).
+        # The barrier keeps XLA from fusing this into the product and recomputing it for every block, 5 % of it (v5e).
         weighted_CxD = jax.lax.optimization_barrier((h_CxD * relative_C[:, None]).astype(q_CxV.dtype))
         over_rows = self._over_own_rows if self.row_axes else lambda a, b: dot(a, b, 0)
         wbar_VxD = wbar_VxD + over_rows(q_CxV, weighted_CxD)
@@ -194,6 +195,6 @@ class Sums:
 
     def result(self, total: Any, hbar_NxD: jax.Array) -> HeadGradients:
         wbar_VxD, bbar_V = jax.tree.map(lambda x: x.sum(0), total) if self.row_axes else total
-        scaled = lambda x, like: (x * self.unit).astype(x.dtype if self.wide_wbar else like.dtype)
+        scaled = lambda x, like: (x * self.unit).astype(x.dtype if self.upcast_wbar else like.dtype)
         bbar_V = None if bbar_V is None else scaled(bbar_V, self.bias_V)
         return HeadGradients(hbar_NxD, scaled(wbar_VxD, self.w_VxD), bbar_V)

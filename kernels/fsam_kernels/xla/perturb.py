@@ -1,4 +1,4 @@
-"""The perturbed weights of a whole tree."""
+"""The perturbed weights θ + ε of a tree."""
 
 from __future__ import annotations
 
@@ -21,22 +21,21 @@ def perturb(
     mask: Any | None = None,
     dtype: Any = None,
 ) -> Any:
-    """θ + scale · d, a tree like `theta`; added in float32 and rounded once, to the dtype that is asked for.
+    """θ + scale · d, a tree like `theta`; added in float32 and rounded once to `dtype`.
 
-    Restoring: there is none, θ is left as it is. In one program XLA holds the result as long as the second pass reads
-    it: 4 bytes a float32 weight, or 2 where `dtype` is bfloat16 and θ the float32 masters.
+    Nothing needs to be restored: θ is not modified. Within a program XLA holds the result for as long as the second
+    pass reads it: 4 bytes a float32 weight, or 2 where `dtype` is bfloat16 and θ the float32 masters.
 
     Args:
         theta: tree of weights.
         g, v, clip, adam: as in `preconditioned_norm`.
         scale: ρ / ‖d‖₂ or ρ / sqrt(gᵀ d), a scalar, or a tree of scalars like `theta`.
-        mask: tree of True and False like `theta`. Of a leaf whose mask is False the very array that was given is
-            returned (cast where `dtype` differs), so that XLA knows it for the unperturbed one and does what depends
-            on nothing else once.
-        dtype: of the result; each leaf's own without it.
+        mask: tree of True and False like `theta`. A leaf whose mask is False is returned as the same array (cast where
+            `dtype` differs), so that XLA recognises it and runs what depends on nothing else once.
+        dtype: dtype of the result; None for each leaf's own.
 
     Raises:
-        ValueError: for a tree that is not like `theta`, or a mask of anything but True and False.
+        ValueError: for a tree that is not like `theta`, or a mask with leaves other than True and False.
     """
     weights, tree = jax.tree.flatten(theta)
     grads = leaves("g", g, theta)

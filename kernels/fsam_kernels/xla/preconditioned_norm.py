@@ -1,4 +1,4 @@
-"""‖d‖² and gᵀd over a whole tree of gradients."""
+"""‖d‖² and gᵀd over a tree of gradients."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def preconditioned_norm(
         g: tree of gradients.
         v: tree of AdamW second moments of the same structure, or None for d = c g.
         clip: the factor c that gradient clipping would apply to g.
-        adam: needed with `v`.
+        adam: required with `v`.
         mask: tree of True and False like `g`; a leaf whose mask is False counts 0.
-        per_tensor: one sum for each leaf, as trees like `g`.
+        per_tensor: return one sum for each leaf, as trees like `g`.
 
     Raises:
-        ValueError: for a tree that is not like `g`, or a mask of anything but True and False.
+        ValueError: for a tree that is not like `g`, or a mask with leaves other than True and False.
     """
     grads, tree = jax.tree.flatten(g)
     moments = [None] * len(grads) if v is None else leaves("v", v, g)
     each = [
-        _sums(leaf, moment, clip, adam) if moves else (jnp.zeros((), _wide(leaf)),) * 2
+        _sums(leaf, moment, clip, adam) if moves else (jnp.zeros((), _accum_dtype(leaf)),) * 2
         for leaf, moment, moves in zip(grads, moments, moving(mask, g), strict=True)
     ]
     columns = list(zip(*each, strict=True)) if each else [(), ()]
@@ -51,5 +51,5 @@ def _sums(g: jax.Array, v: jax.Array | None, clip: jax.Array | float, adam: Adam
     return jnp.sum(jnp.square(d)), jnp.sum(clip * g.astype(d.dtype) * d)
 
 
-def _wide(x: jax.Array) -> Any:
+def _accum_dtype(x: jax.Array) -> Any:
     return jnp.promote_types(x.dtype, jnp.float32)
