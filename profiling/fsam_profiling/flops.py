@@ -1,7 +1,7 @@
-"""Floating-point operations of a traced JAX function's matrix products, loops counted as often as they turn.
+"""Floating-point operations of a traced JAX function's matrix products, loops counted once an iteration.
 
-The compiler's own count takes the body of a loop once and a Pallas kernel not at all. Here the products are counted in
-the traced program, after what no result depends on was taken out of it.
+The compiler's own count takes the body of a loop once and omits Pallas kernels. Here the products are counted in the
+traced program, after its dead code was removed.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from jax.extend.core import ClosedJaxpr
 from jax.interpreters import partial_eval
 
 from fsam_core.errors import UserError
-from fsam_profiling.tpu.hlo import CONDITIONAL
+from fsam_profiling.regions import CONDITIONAL
 
 
 def of_step(function: Any, arguments: tuple[Any, ...]) -> int:
-    """`of_trace` of function(*arguments), without what runs once in a blue moon."""
+    """`of_trace` of function(*arguments), conditional branches excluded."""
     return of_trace(jax.jit(function).trace(*arguments).jaxpr, CONDITIONAL)
 
 
@@ -30,7 +30,7 @@ def of_trace(closed: Any, excluded: str | None = None) -> int:
         excluded: a `jax.named_scope` whose operations do not count.
 
     Raises:
-        UserError: for a product in a loop whose turns are not known.
+        UserError: for a product in a loop of unknown length.
     """
     jaxpr = closed.jaxpr
     alive, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
@@ -56,9 +56,9 @@ def _equation(eqn: Any, excluded: str | None) -> int:
     if name == "cond":
         return max(inner)
     if name == "while" and any(inner):
-        raise UserError("flops: a matrix product in a loop whose turns are not known; give the loop a fixed length")
-    turns = {"scan": params.get("length"), "pallas_call": _steps(params)}.get(name, 1)
-    return turns * sum(inner)
+        raise UserError("flops: a matrix product in a loop of unknown length; give the loop a fixed length")
+    iterations = {"scan": params.get("length"), "pallas_call": _steps(params)}.get(name, 1)
+    return iterations * sum(inner)
 
 
 def _steps(params: dict[str, Any]) -> int:

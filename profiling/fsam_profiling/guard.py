@@ -1,8 +1,8 @@
 """Regression guard: `fsam profile check`, `make bench-check`, `make baseline`.
 
 `profiling/baseline.json` holds what the compilers make of every kernel, head program and step (`guard_items`). The
-guard measures it again and fails where a figure worsens by more than `TOLERANCE`. All of them are counts or compilers'
-estimates, the same each time on any machine; no clock is read.
+guard measures all of it again and fails where a figure worsens by more than `TOLERANCE`. The figures are counts or
+compilers' estimates, deterministic on any machine; no clock is read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fsam_trainers.files import write_text
 
 TOLERANCE = 0.03
 BASELINE = Path(__file__).resolve().parent.parent / "baseline.json"
-# Of all other figures less is better.
+# Less is better for all other figures.
 MORE_IS_BETTER = frozenset(("load_bytes", "store_bytes"))
 
 Found = dict[str, Figures]
@@ -32,22 +32,22 @@ Found = dict[str, Figures]
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """Measure the hardware-free figures again and compare them with the baseline: exit code 1 where one is worse."""
+    """Compare the figures that need no hardware with the baseline: exit code 1 where one is worse."""
 
     quick: bool = False
-    """only what takes seconds, as CI does"""
+    """only the items that take seconds, as CI does"""
     update: bool = False
-    """write what was measured into the baseline, and print the differences"""
+    """write the measured figures into the baseline, and print the differences"""
     only: str = ""
-    """only items whose names begin so: 'gpu sm_90', 'tpu v5e step', 'flops'"""
+    """only items whose name starts with this: 'gpu sm_90', 'tpu v5e step', 'flops'"""
     baseline: Path = BASELINE
-    """the file of figures to hold against"""
+    """the file of figures to compare with"""
     json: Path | None = None
     """also write the figures here"""
 
 
 class Change(NamedTuple):
-    """A figure that is not what it was; `by` is positive where it is worse, relative to the baseline."""
+    """A changed figure; `by` is how much worse it is, relative to the baseline."""
 
     item: str
     figure: str
@@ -74,7 +74,7 @@ def run(options: CheckOptions) -> int:
     """Measure, compare, print; 0 where nothing worsened, 1 otherwise.
 
     Raises:
-        UserError: where the baseline cannot be read, is of other compilers, or no item is asked for.
+        UserError: where the baseline cannot be read, is of other compilers, or no item is selected.
     """
     chosen = [x for x in guard_items.items() if (x.quick or not options.quick) and x.name.startswith(options.only)]
     if not chosen:
@@ -87,7 +87,7 @@ def run(options: CheckOptions) -> int:
         same_compilers(chosen, before[0], options.baseline)
     kept, versions = ({}, {}) if whole else (before[1], before[0])
     versions = versions | _versions(chosen)
-    # Written as it grows: what was measured before an interruption is not lost.
+    # Written after every item, so that an interruption loses none.
     save = (lambda found: write(options.baseline, versions, before[1] | found)) if options.update else None
     found = measure(chosen, save)
     if options.json is not None:
@@ -104,7 +104,7 @@ def run(options: CheckOptions) -> int:
 
 
 def measure(items: Iterable[Item], save: Callable[[Found], None] | None = None) -> Found:
-    """The figures of every item, in order of their names; `save` is given what there is after each.
+    """The figures of every item, sorted by name; `save` receives all figures so far after each item.
 
     Raises:
         UserError: from a compiler that is missing or cannot be read.
@@ -119,7 +119,7 @@ def measure(items: Iterable[Item], save: Callable[[Found], None] | None = None) 
 
 
 def compare(before: Found, after: Found) -> list[Change]:
-    """Every figure that is in both and is not the same, the worst first."""
+    """Every figure that differs, the worst first."""
     changes = [
         Change(item, figure, before[item][figure], value, worsening(figure, before[item][figure], value))
         for item, figures in after.items()
@@ -130,7 +130,7 @@ def compare(before: Found, after: Found) -> list[Change]:
 
 
 def worsening(figure: str, before: float, after: float) -> float:
-    """By which share of `before` a figure is worse; negative where it is better, infinite where there was none."""
+    """How much worse a figure is, relative to `before`: negative where it is better, infinite where `before` is 0."""
     worse = before - after if figure in MORE_IS_BETTER else after - before
     if before == 0:
         return float("inf") if worse > 0 else -float("inf")
@@ -141,7 +141,7 @@ def read(path: Path) -> tuple[dict[str, str], Found]:
     """(compiler -> version, figures).
 
     Raises:
-        UserError: for a file that is not there or is no baseline.
+        UserError: for a file that is missing or no baseline.
     """
     try:
         found = json_module.loads(path.read_text(encoding="utf-8"))
@@ -156,7 +156,7 @@ def read(path: Path) -> tuple[dict[str, str], Found]:
 
 
 def write(path: Path, compilers: dict[str, str], figures: Found) -> None:
-    """One line an item, so that a difference between two baselines reads as one."""
+    """One line an item, so that a diff of two baselines shows the changed items."""
     lines = [f"  {json_module.dumps(name)}: {json_module.dumps(of)}" for name, of in sorted(figures.items())]
     body = ",\n".join(lines)
     head = json_module.dumps(dict(sorted(compilers.items())))
@@ -164,7 +164,7 @@ def write(path: Path, compilers: dict[str, str], figures: Found) -> None:
 
 
 def same_compilers(items: Iterable[Item], versions: dict[str, str], path: Path) -> None:
-    """Whether the baseline is of the compilers that are installed.
+    """Check that the baseline is of the installed compilers.
 
     Raises:
         UserError: naming both versions of the first that differs.
@@ -192,7 +192,7 @@ def _report(console: Console, count: int, changes: list[Change], new: list[str],
             console.print(f"better: {change}", markup=False, soft_wrap=True)
     if worse:
         text = (
-            f"{len(worse)} figures are not what the baseline allows; where that is meant, make a new one: make baseline"
+            f"{len(worse)} figures are not what the baseline allows; if that is intended, make a new one: make baseline"
         )
         console.print(text, markup=False, soft_wrap=True)
         return 1
@@ -211,7 +211,7 @@ def _report_update(console: Console, path: Path, changes: list[Change], new: lis
         for name in names:
             console.print(f"{label}: {name}", markup=False)
     if not (changes or new or gone):
-        console.print("the baseline is as it was", markup=False)
+        console.print("the baseline is unchanged", markup=False)
     return 0
 
 

@@ -1,6 +1,6 @@
 """What the regression guard measures: figures that need no accelerator, of every kernel, head program and step.
 
-An item is one compilation, or a few of one kind; it gives names with their figures. The quick ones take seconds.
+An item is one compilation, or several of one kind; it returns named figures. The quick ones take seconds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROWS = 2048  # of a chunk of the head on a TPU
 BATCH = 16  # sequences of a step
 QUICK_FLOPS = (f"flops jax tiny {rows.METHOD}", f"flops jax tiny {rows.METHOD} 1/8 + cut hidden")
 QUICK_HEAD = "tpu v5e head 2048x128x32768 pallas"
-SMALL = {"N": 2048, "D": 128, "V": 32768}  # the least work whose logits do not fit on the chip
+SMALL = {"N": 2048, "D": 128, "V": 32768}  # the smallest shape whose logits do not fit on the chip
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Item:
     """Something to measure.
 
     Attributes:
-        name: what its figures' names begin with.
-        compilers: distributions whose versions the figures hang on.
+        name: prefix of its figures' names.
+        compilers: distributions whose versions the figures depend on.
         measure: () -> name -> figures.
         quick: whether CI measures it.
     """
@@ -45,7 +45,7 @@ class Item:
 
 @dataclass(frozen=True)
 class TpuProgram:
-    """A JAX program compiled for one core of a TPU; `function` and `options` as `tpu.compile_for` takes them."""
+    """A JAX program compiled for one core of a TPU; `function` and `options` as `compile_for` takes them."""
 
     name: str
     chip: str
@@ -72,7 +72,7 @@ class TpuProgram:
 
 
 def items() -> list[Item]:
-    """All of them, quick ones first."""
+    """All items, quick ones first."""
     found = [*_gpu(), *_flops(), *_tpu_parameters()]
     found += [Item(x.name, ("jax", "libtpu"), x.measure, x.quick) for x in programs()]
     return sorted(found, key=lambda item: not item.quick)
@@ -97,7 +97,7 @@ def programs() -> Iterator[TpuProgram]:
             options = _step("tiny", method, changes, "xla")
             name = " ".join(filter(None, ("tpu v5e step tiny xla", method, saving)))
             yield TpuProgram(name, "v5e", step, options, donate=(0,))
-    # On v6e the compiler takes four times as long, so a small step has to do.
+    # The compiler takes four times as long for v6e, so there is only a small step.
     mine = rows.METHOD
     whole = (("tiny", "v5e", mine), ("tiny", "v6e", mine), ("24m", "v5e", "adamw"), ("24m", "v5e", mine))
     for preset, chip, method in whole:
@@ -169,7 +169,7 @@ def gpu_parameters(
 
 
 def _figures(row: dict[str, Any]) -> Figures:
-    """Of the kernels of one operation: the worst of each."""
+    """The worst of each figure over the kernels of one operation."""
     kernels = row["kernels"]
     narrowest = lambda name: min((x[name] for x in kernels if x[name]), default=0)
     return {

@@ -1,4 +1,4 @@
-"""The region of a step that an instruction belongs to, from the name its operation was traced under."""
+"""The region of a step that an instruction belongs to, read from the scope it was traced under."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import re
 
 from fsam_core.regions import REGIONS
 
-OTHER = "other"
-IDLE = "idle"
+OTHER = "other"  # belongs to no region
+IDLE = "idle"  # nothing ran
+# A branch that is rarely taken is traced under this `jax.named_scope`; its work is shown apart and excluded from sums.
+CONDITIONAL = "conditional branch"
 _REGION = re.compile(rf"(?:^|/)((?:\w+\()*)({'|'.join(REGIONS)})\)*(?=/|$)")
 
 
 def region(op_name: str) -> str | None:
     """The outermost region in a name such as "jit(step)/base backward/transpose(jvp())/dot_general".
 
-    What is transposed of an operation traced under a forward region, and under no region of its own, is its backward
-    pass. A function that is called like a region and jitted ("jit(norm)") is none.
+    A transposed operation of a forward region that has no region of its own belongs to the backward region. A jitted
+    function with the name of a region ("jit(norm)") is no region.
     """
     for wrapped, name in _REGION.findall(op_name):
         if "jit(" not in wrapped:
@@ -24,5 +26,5 @@ def region(op_name: str) -> str | None:
 
 
 def in_order(found: dict[str, float]) -> dict[str, float]:
-    """Regions in the order they run in, those that are there; what belongs to none, and when nothing ran, last."""
+    """The regions present, in the order they run; OTHER and IDLE come last."""
     return {name: found[name] for name in (*REGIONS, OTHER, IDLE) if name in found}

@@ -1,10 +1,10 @@
-"""The file that `--json` names, the same for every subcommand of `fsam profile`: what `fsam profile report` gathers.
+"""The file that `--json` writes: one layout for every subcommand of `fsam profile`, read by `fsam profile report`.
 
 fsam_profile   1, the version of this layout
-kind           "step", "trace", "tpu head", "tpu step", "gpu head", "gpu parameters", "check", …: whose rows they are
+kind           "step", "trace", "tpu head", "tpu step", "gpu head", "gpu parameters", "check", …: what the rows are of
 command        the command line that made it
 machine        processor, Python, and the versions of jax, torch, triton and libtpu that are installed
-about          what all rows have in common
+about          what all rows share
 rows           one object each; `docs/profiling.md` lists their fields
 """
 
@@ -28,10 +28,10 @@ LAYOUT = 1
 def write(
     path: Path, kind: str, rows: list[dict[str, Any]], about: dict[str, Any] | None = None, script: str = ""
 ) -> None:
-    """Write the file, whole or not at all; `script` is the name of one of `profiling/experiments/`, where one made it.
+    """Write the file atomically; `script` names the file of `profiling/experiments/` that made it, if one did.
 
     Raises:
-        UserError: when the disk refuses.
+        UserError: where the disk refuses.
     """
     command = shlex.join(["python", f"profiling/experiments/{script}.py", *sys.argv[1:]]) if script else command_line()
     content = {
@@ -46,10 +46,10 @@ def write(
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What `write` wrote.
+    """The content of a file that `write` made.
 
     Raises:
-        UserError: for a file that is not there, or that is something else.
+        UserError: for a missing file, or one of another layout.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -58,12 +58,12 @@ def read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path}: is no JSON; give a file that --json of fsam profile wrote") from error
     if not isinstance(found, dict) or found.get("fsam_profile") != LAYOUT:
-        raise UserError(f"{path}: is not of fsam profile's layout {LAYOUT}; make it again with --json")
+        raise UserError(f"{path}: is not of fsam profile's layout {LAYOUT}; write it again with --json")
     return found
 
 
 def machine() -> dict[str, str]:
-    """The processor, and what is installed."""
+    """The processor, and the installed versions."""
     found = {"processor": _processor(), "python": platform.python_version()}
     return found | {name: version for name in ("jax", "torch", "triton", "libtpu") if (version := installed(name))}
 

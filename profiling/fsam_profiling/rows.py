@@ -1,4 +1,4 @@
-"""The rows of every table of steps: methods, and savings of the method that is meant to be used."""
+"""The rows of every table of steps: methods, and savings of the recommended method."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from fsam_core import NAMES, UserError
 from fsam_trainers.config import Framework
 
-# Savings, each for the method that is meant to be used: (what the table calls it, changes of the settings).
+# Savings of METHOD: (name in the table, changed settings).
 METHOD = "precond-functional-sam"
 SAVINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("recompute", {"cotangent": "recompute"}),
@@ -25,15 +25,15 @@ SAVINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("start 0.9", {"start": 0.9}),
     ("no correction", {"probability": 0.0}),
 )
-SCHEDULES = {"every", "start", "probability"}  # settings that leave a corrected step as it is
+SCHEDULES = {"every", "start", "probability"}  # settings that do not change a corrected step
 COMMON = ("adamw", "sam", METHOD, "1/4", "1/8", "1/8 + cut hidden")
 
 
 def table_rows(only: str) -> list[tuple[str, str, dict[str, Any]]]:
-    """(method, saving, changed settings) of each row that was asked for; all of them for "" and "all".
+    """(method, saving, changed settings) of each requested row; all rows for "" and "all", AdamW always.
 
     Raises:
-        UserError: for a name that no row has.
+        UserError: for an unknown row.
     """
     every = [*((name, "", {}) for name in NAMES), *((METHOD, *saving) for saving in SAVINGS)]
     known = [saving or method for method, saving, _ in every]
@@ -48,10 +48,10 @@ def table_rows(only: str) -> list[tuple[str, str, dict[str, Any]]]:
 
 
 def programs(only: str) -> list[tuple[str, str, dict[str, Any]]]:
-    """Those of `table_rows` that are a program of their own, as the corrected steps of a schedule are not.
+    """The requested rows that are a program of their own; the corrected steps of a schedule are not.
 
     Raises:
-        UserError: as `table_rows`, and for a schedule that was asked for by name.
+        UserError: as `table_rows`, and for a schedule requested by name.
     """
     schedules = {saving for saving, changes in SAVINGS if not set(changes) - SCHEDULES}
     if named := sorted(schedules & {name.strip() for name in only.split(",")}):
@@ -61,6 +61,6 @@ def programs(only: str) -> list[tuple[str, str, dict[str, Any]]]:
 
 
 def frameworks_and_sizes(options: Any) -> tuple[tuple[Framework, ...], dict[str, Any]]:
-    """The frameworks of an `Options` or a `trace.Trace`, and what of it is the same for every row."""
+    """The frameworks of a `StepOptions` or `TraceOptions`, and the settings that all its rows share."""
     frameworks: tuple[Framework, ...] = ("jax", "torch") if options.framework == "both" else (options.framework,)
     return frameworks, {name: getattr(options, name) for name in ("batch", "seq_len", "vocab_size", "dtype")}

@@ -1,4 +1,4 @@
-"""Settings of one step of a preset, and a batch for it: what the commands that time, trace and count steps share."""
+"""Settings of one step of a preset and a batch for it, for the commands that time, trace and count steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from fsam_trainers.config import Settings
 from fsam_trainers.presets import preset
 
-STEPS = 1000  # of the run that the step is one of, for its schedules
+STEPS = 1000  # length of the run that the step belongs to; schedules need it
 
 
 def step_settings(
@@ -35,6 +35,6 @@ def step_settings(
 
 
 def random_tokens(chosen: Settings) -> np.ndarray:
-    """tokens_BxL1 int32, the same each time."""
+    """tokens_BxL1 int32, deterministic."""
     size = (chosen.batch, chosen.model.seq_len + 1)
     return np.random.default_rng(0).integers(0, chosen.model.vocab_size, size, dtype=np.int32)

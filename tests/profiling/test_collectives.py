@@ -8,7 +8,8 @@ import pytest
 from compilers import needs_libtpu
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from fsam_profiling.tpu import collectives, hlo, scale
+from fsam_profiling import regions
+from fsam_profiling.tpu import collectives, scale
 
 
 def program(function, *shapes_and_specs) -> list[collectives.Collective]:
@@ -45,7 +46,7 @@ def test_kinds_shapes_bytes_and_loops():
 
 def test_conditional_branch_is_excluded():
     def function(a, b):
-        with jax.named_scope(hlo.CONDITIONAL):
+        with jax.named_scope(regions.CONDITIONAL):
             # How often it turns is not in the program; each turn reduces.
             return jax.lax.while_loop(lambda x: (x > 1).any(), lambda x: x / (1 + jnp.abs(x).sum()), a) + b.sum()
 

@@ -96,7 +96,7 @@ def test_guard_fails_on_worse_new_or_gone_until_updated(checked):
     assert code == 0
     assert "+10.0 % worse" in out
     assert json.loads(path.read_text())["figures"] == {"b": {"spills": 0}, "quick a": {"cycles": 110}}
-    assert run({"quick a": {"cycles": 110}, "b": {"spills": 0}}, update=True) == (0, "the baseline is as it was\n")
+    assert run({"quick a": {"cycles": 110}, "b": {"spills": 0}}, update=True) == (0, "the baseline is unchanged\n")
 
 
 def test_unusable_baseline_is_refused(checked):

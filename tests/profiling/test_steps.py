@@ -94,7 +94,7 @@ def test_live_products_are_counted_through_control_flow():
     convolution = lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), "SAME")
     assert flops.of_step(convolution, (image, kernel)) == 2 * (4 * 8 * 8) * (3 * 3 * 3)
     unbounded = lambda x, w: jax.lax.while_loop(lambda y: y[0, 0] < 9, lambda y: y @ w, x)
-    with pytest.raises(UserError, match="loop whose turns are not known"):
+    with pytest.raises(UserError, match="loop of unknown length"):
         flops.of_step(unbounded, (x, w))
 
 

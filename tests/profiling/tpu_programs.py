@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from fsam_profiling.regions import CONDITIONAL
 from fsam_profiling.tpu import step_programs
-from fsam_profiling.tpu.hlo import CONDITIONAL
 
 
 def matmul(x, y):

@@ -21,19 +21,19 @@ class GpuOptions:
     arch: str = "sm_90"
     """sm_80, sm_90, sm_100, sm_120, gfx942, or all of them: all"""
     what: Literal["head", "parameters", "step"] = "head"
-    """the head's kernels, those of the parameter operations over all tensors of a model, or all of a step's together"""
+    """the kernels of the head, of the parameter operations over all tensors of a model, or of a whole step"""
     shape: str | None = None
-    """one of the heads (or models) in `fsam_kernels.shapes`; all without it, of a step 24m"""
+    """one of the heads (or models) in `fsam_kernels.shapes`; default: all of them, of a step 24m"""
     only: str = "adamw,precond-functional-sam"
     """of a step: methods and savings as in `fsam profile step --only`, or all"""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """of the logits"""
+    """dtype of the logits"""
     json: Path | None = None
     """also write the figures here"""
 
 
 def run(options: GpuOptions) -> int:
-    """Print the table, write the file; the process's exit code.
+    """Compile, print, write; 0.
 
     Raises:
         UserError: for a package that is missing, an architecture or shape that is not known, under TRITON_INTERPRET,

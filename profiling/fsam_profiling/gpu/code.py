@@ -1,7 +1,7 @@
-"""What a compiled Triton kernel is made of: registers, spills, shared memory, widths of access, matrix instructions.
+"""The resources of a compiled Triton kernel: registers, spills, shared memory, widths of access, matrix instructions.
 
 NVIDIA: `cuobjdump`, which comes with Triton, reads the machine code. AMD: the assembly that Triton keeps.
-A compiler whose output lacks a figure that is looked for is an `Unreadable` error, never a figure of 0.
+Output that lacks a figure raises `Unreadable`; a missing figure is never reported as 0.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Card(NamedTuple):
     """A card of each architecture, for its floor and occupancy.
 
     NVIDIA, limits of a multiprocessor: those of sm_80 and sm_90 are in the headers of NVIDIA's CCCL; those of sm_100
-    and sm_120 are taken to be what the CUDA programming guide lists and were not checked against it. Registers are
+    and sm_120 are assumed to be what the CUDA programming guide lists and were not checked against it. Registers are
     given to a warp in units of 256, and each block costs 1 KiB of shared memory more. AMD: 512 vector registers a lane
     and SIMD in units of 8, 8 wavefronts a SIMD, 4 SIMDs and 64 KiB of LDS a compute unit; the register rule agrees with
     the occupancy that LLVM prints. Bandwidths are the published figures of the cards named.
@@ -68,7 +68,7 @@ class Code(NamedTuple):
         registers: of a thread.
         spills: instructions that move registers to and from local memory (NVIDIA), or spilled registers (AMD).
         shared: bytes of a program.
-        occupancy: resident warps over the most there can be, from registers, shared memory and threads.
+        occupancy: resident warps over the maximum, from registers, shared memory and threads.
         widest_load, widest_store: bytes of a thread's widest access to memory.
         matrix: matrix instructions by name.
         llvm: the LLVM code that the machine code was made from.
@@ -85,7 +85,7 @@ class Code(NamedTuple):
 
 
 def compile_launch(launch: Launch, arch: str) -> Any:
-    """What `triton.compile` makes of it for a card that need not be there."""
+    """Compile a launch for a card, which need not be present."""
     names, card = launch.fn.arg_names, CARDS[arch]
     attributes: dict[tuple[int], list[list[Any]]] = {}
     for i, name in enumerate(names):
@@ -107,7 +107,7 @@ def read(launch: Launch, arch: str) -> Code:
     """Compile and read.
 
     Raises:
-        Unreadable: where the compiler's output does not hold what is looked for.
+        Unreadable: where the compiler's output lacks a figure.
     """
     compiled, card = compile_launch(launch, arch), CARDS[arch]
     figures = _amd if card.target.backend == "hip" else _nvidia

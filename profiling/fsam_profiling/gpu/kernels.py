@@ -1,4 +1,4 @@
-"""Every Triton kernel at every shape, from the real compilers, for a card that need not be here: `fsam profile gpu`.
+"""Every Triton kernel of the head at every shape, by the real compilers, without the card: `fsam profile gpu`.
 
 Whose figures these are: registers, spills, shared memory, widths and matrix instructions are read from the machine code
 (`code`); bytes are counted from the LLVM code that it was made from (`traffic`); occupancy follows from the
@@ -43,7 +43,7 @@ from fsam_profiling.gpu.launches import Launch, Stage
 
 
 def read(archs: Sequence[str], shape: str | None = None, dtype: str = "bfloat16") -> Iterator[dict[str, Any]]:
-    """The objects of the file, in order; of all shapes without one.
+    """The rows of the file, in order, of one shape or of all.
 
     Raises:
         UserError: for a shape that is not known, under TRITON_INTERPRET, and for a compiler whose output cannot be
@@ -79,7 +79,7 @@ def read(archs: Sequence[str], shape: str | None = None, dtype: str = "bfloat16"
 def _groups(
     stage: Stage, heads: dict[str, Head], dtype: torch.dtype, loss: Loss
 ) -> list[tuple[list[str], list[Launch]]]:
-    """Shapes that launch the same machine code on as many programs with the same integers."""
+    """Groups of shapes that launch the same machine code on equally many programs with the same integers."""
     groups: dict[Any, tuple[list[str], list[Launch]]] = {}
     for shape, head in heads.items():
         of_stage = launches.launches(stage, head, dtype, loss)
@@ -132,7 +132,7 @@ def _kernel(arch: str, launch: Launch, compiled: dict[Any, Code]) -> dict[str, A
 
 
 def _timed(arch: str, stage: Stage, head: Head, dtype: torch.dtype, loss: Loss) -> tuple[float | None, float | None]:
-    """(cold, warm) microseconds of one call of the stage, medians taken turn about; (None, None) without the card."""
+    """(cold, warm) microseconds of one call, medians of three interleaved rounds; (None, None) without the card."""
     if present() != arch:
         return None, None
     call = stage.call(*launches.chunk(head, dtype, "cuda"), loss)
@@ -142,7 +142,7 @@ def _timed(arch: str, stage: Stage, head: Head, dtype: torch.dtype, loss: Loss) 
 
 
 def _warm(call: Any, repeats: int = 20) -> float:
-    """Milliseconds of one call among `repeats` in a row, which find in the L2 cache what the one before left there."""
+    """Milliseconds of one call among `repeats` in a row, each with the L2 cache as the call before left it."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     call()
     start.record()

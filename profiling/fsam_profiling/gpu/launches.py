@@ -1,9 +1,9 @@
-"""Every kernel of this backend at every shape it meets: what tests, benchmarks and `fsam profile gpu` read.
+"""The launches of the head's Triton kernels at every shape, recorded instead of made.
 
-A stage is what a user of this package calls; it launches one kernel or more. `launches` calls the stage on tensors that
-have no storage and records each launch instead of making it, so what is compiled and counted is what is launched: its
-argument types, its constants, its alignments, its warps, its grid. A kernel that is not in KERNELS cannot be launched
-by a stage here without an error, and one that is must say the least bytes that it has to move.
+A stage is one call of the backend, which launches one kernel or more. `launches` calls the stage on tensors without
+storage and records each launch, so what is compiled and counted is what is launched: argument types, constants,
+alignments, warps, grid. A stage that launches a kernel which KERNELS does not list fails; each entry of KERNELS states
+the least bytes that the kernel has to move.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from torch import Tensor
 from fsam_kernels.options import CROSS_ENTROPY, Loss
 from fsam_kernels.shapes import Head
 from fsam_kernels.torch.softmax_stats import RowStats
-from fsam_kernels.triton import softmax_stats as rows
-from fsam_kernels.triton import tiles
+from fsam_kernels.triton import softmax_stats, tiles
 
 # Options that each kernel is compiled with: all off, and all on.
 LOSSES = {"plain": CROSS_ENTROPY, "all options": Loss(label_smoothing=0.1, z_loss=1e-4, soft_cap=30.0)}
@@ -31,7 +30,7 @@ class Stage(NamedTuple):
     """One call of the backend.
 
     Attributes:
-        name: of the function in `rows`.
+        name: of the function in `softmax_stats`.
         call: (chunk's logits [C, V], labels [C], loss) -> what runs the stage once on them.
         least_bytes: (C, V, bytes of a logit, loss) -> what any implementation of the stage has to move.
     """
@@ -46,8 +45,8 @@ class Kernel(NamedTuple):
 
     Attributes:
         module: where the stages find it.
-        bulk: the arrays that must move 16 bytes at a time: all that grow with N·V, or are the kernel's main reading.
-        least_bytes: (C, V, bytes of a logit, loss) -> each input that it needs read once, each output written once.
+        bulk: the arrays that must move 16 bytes at a time: those that grow with N·V, or the kernel's main input.
+        least_bytes: (C, V, bytes of a logit, loss) -> each input read once, each output written once.
     """
 
     module: Any
@@ -73,7 +72,7 @@ class Launch:
         loss: its options.
         least_bytes: as of the kernel.
         bulk: as of the kernel.
-        tables: of integers that programs read to find their data: argument -> what is in it.
+        tables: integer arrays that programs read to find their data, by argument.
     """
 
     kernel: str
@@ -106,21 +105,21 @@ def _figures(u_CxV: Tensor) -> RowStats:
 
 def _cotangent(u_CxV: Tensor, labels_C: Tensor, loss: Loss) -> Callable[[], object]:
     figures = _figures(u_CxV)
-    return lambda: rows.cotangent(u_CxV, figures, labels_C, loss, u_CxV)
+    return lambda: softmax_stats.cotangent(u_CxV, figures, labels_C, loss, u_CxV)
 
 
 def _through_cap(u_CxV: Tensor, labels_C: Tensor, loss: Loss) -> Callable[[], object]:
     soft_cap = loss.soft_cap
     if soft_cap is None:
         return lambda: None
-    p_CxV = rows.empty_chunk(len(u_CxV), u_CxV.shape[1], u_CxV)
-    return lambda: rows.through_cap_(p_CxV, u_CxV, soft_cap)
+    p_CxV = softmax_stats.empty_chunk(len(u_CxV), u_CxV.shape[1], u_CxV)
+    return lambda: softmax_stats.through_cap_(p_CxV, u_CxV, soft_cap)
 
 
 STAGES = (
     Stage(
         "statistics",
-        lambda u_CxV, labels_C, loss: lambda: rows.statistics(u_CxV, labels_C, loss),
+        lambda u_CxV, labels_C, loss: lambda: softmax_stats.statistics(u_CxV, labels_C, loss),
         lambda C, V, b, loss: C * (V * b + 8 + 5 * 4),
     ),
     Stage("cotangent", _cotangent, lambda C, V, b, loss: C * (V * 2 * b + 8 + 3 * 4)),
@@ -129,7 +128,7 @@ STAGES = (
 
 
 def _tile_values(C: int, V: int, loss: Loss) -> int:
-    return C * 4 * (1 + (3 if loss.label_smoothing else 2) * -(-V // rows.BLOCK))
+    return C * 4 * (1 + (3 if loss.label_smoothing else 2) * -(-V // softmax_stats.BLOCK))
 
 
 KERNELS = {
@@ -150,7 +149,7 @@ def chunk_rows(head: Head, dtype: torch.dtype) -> int:
 def chunk(head: Head, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
     """(logits [C, V] in padded rows, labels [C]) of one chunk, on "meta" without storage, elsewhere random."""
     C = chunk_rows(head, dtype)
-    u_CxV = rows.empty_chunk(C, head.V, torch.empty(0, dtype=dtype, device=device))
+    u_CxV = softmax_stats.empty_chunk(C, head.V, torch.empty(0, dtype=dtype, device=device))
     labels_C = torch.zeros(C, dtype=torch.int64, device=device)
     if device != "meta":
         u_CxV.normal_()
@@ -176,10 +175,10 @@ def launches(stage: Stage, head: Head, dtype: torch.dtype, loss: Loss = CROSS_EN
 
 @contextmanager
 def recording(kernels: dict[str, Any], described: Callable[[str], dict[str, Any]]) -> Iterator[list[Launch]]:
-    """The launches that are made meanwhile, of the kernels named, which append to them instead of running.
+    """Record the launches of the named kernels inside the context; the kernels do not run.
 
     Args:
-        kernels: name -> the module in which it is found.
+        kernels: name -> the module that holds it.
         described: name -> the launch's `rows`, `columns`, `loss`, `least_bytes` and `bulk`.
     """
     found: list[Launch] = []
@@ -204,7 +203,7 @@ class _Recorder:
 
 
 def _launch(kernel: _Recorder, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
-    """What Triton's own launcher makes of the arguments: types, constants and what it specialises on."""
+    """The launch as Triton's own launcher describes it: types, constants, specialisations."""
     names = kernel.fn.arg_names
     values = dict(zip(names, args, strict=False)) | {name: x for name, x in kwargs.items() if name in names}
     options = {name: x for name, x in kwargs.items() if name not in names}

@@ -1,8 +1,9 @@
-"""The kernels that walk over a model's parameters, at the shapes of real models: what `launches` is for the head's.
+"""The launches of the Triton kernels of the parameter operations, at the shapes of real models.
 
-`launches` runs an operation on tensors without storage, as `launches.launches` does, and adds to each launch what its
-tables would hold, with addresses that tell a reader whose array is touched: array k of a tensor lies in the stretch of
-memory REGION · (arguments + 1 + k), behind one stretch for each of the kernel's own arguments, and so does the scale.
+`launches` calls an operation on tensors without storage, as `gpu.launches` does for the head, and adds the content of
+the tables to each launch. The addresses in them identify the array that is touched: array k of the tensors occupies the
+stretch of memory at REGION · (arguments + 1 + k), behind one stretch for each argument of the kernel; the scale has a
+stretch of its own.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ OPERATIONS = (
 
 
 def launches(operation: Operation, shapes: Sequence[tuple[int, ...]], *, lanes: int = 32) -> list[Launch]:
-    """The launches of one call on tensors of these shapes, in order, with what their tables hold.
+    """The launches of one call on tensors of these shapes, in order, with the content of their tables.
 
     Args:
         lanes: of a warp of the card: 64 on AMD's, where half as many warps have as many threads.

@@ -1,8 +1,8 @@
-"""What the compiled kernels of the parameter operations are made of and move, over all tensors of a model.
+"""Resources and bytes of the compiled parameter kernels, over all tensors of a model.
 
-The compilers and figures are those of `fsam_profiling.gpu`. Programs find their data through tables, whose contents the
-reader is given, so the bytes counted are those of the tables and of every chunk, ragged ones included: programs that
-have as many elements left do the same at other addresses, and one of each kind is run.
+The compilers and figures are those of `gpu.kernels`. Programs find their data through tables, whose contents the reader
+knows, so the bytes of the tables and of every chunk are counted, ragged ones included. Programs with equally many
+elements left do the same at other addresses, so one of each kind is executed.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def count(launch: Launch, text: str, wavefront: int) -> traffic.Traffic:
 
 
 def _kinds(launch: Launch) -> dict[int, tuple[int, int]]:
-    """Elements left, at most BLOCK -> (a program that has so many, how many do); each by itself where not by chunks."""
+    """Elements left, at most BLOCK -> (one such program, how many there are); each is its own kind without chunks."""
     if "chunks_ptr" not in launch.tables:
         return {-number: (number, 1) for number in range(launch.grid)}
     first = launch.integers["first"]

@@ -1,10 +1,10 @@
-"""Which addresses of memory the compiled code of a Triton kernel touches: its LLVM code, run for the addresses alone.
+"""The memory addresses that a compiled Triton kernel touches: its LLVM code, executed for the addresses alone.
 
 `run` executes one program (a block of threads) of the LLVM code that Triton hands to NVIDIA's or AMD's compiler.
-Integers, pointers and masks are computed for all threads at once; floating-point values are not computed at all. So the
-bytes that a launch moves are those of the addresses that its own generated code forms, masks and branches included.
+Integers, pointers and masks are computed for all threads at once; floating-point values are not computed. The bytes of
+a launch are therefore those of the addresses that its own code forms, masks and branches included.
 
-Text that is not understood is an `Unreadable` error as soon as an address, a mask or a branch depends on it.
+Unknown text raises `Unreadable` as soon as an address, a mask or a branch depends on it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from fsam_profiling.gpu import llvm
 from fsam_profiling.gpu.llvm import Instruction, Kernel, Unknown, Unreadable
 
-# Argument i is an array that starts at (i + 1) · REGION, so that an address tells whose it is.
+# Argument i is an array that starts at (i + 1) · REGION, so that an address identifies its array.
 REGION = 1 << 40
-STEPS = 200_000  # instructions of one program, after which it is taken not to end
+STEPS = 200_000  # instructions of one program, after which it is assumed not to end
 
 
 class Access(NamedTuple):
@@ -44,8 +44,8 @@ def run(
     """Every access to memory that one program makes.
 
     Args:
-        kernel: from `gpu_llvm.parse`.
-        arguments: of the launch; a pointer is given as the base of its region, a number that is not whole as None.
+        kernel: from `llvm.parse`.
+        arguments: of the launch; a pointer is given as the base of its region, a floating-point number as None.
         program: program_id(0).
         threads: of a program.
         wavefront: threads that run in step: 32 or 64.

@@ -1,14 +1,14 @@
 """Bytes that the Triton kernels of a whole PyTorch step move, and their floor: `fsam profile gpu --what step`.
 
-Which operations a step calls, and on what part of the rows, is recorded from a real step of the trainer, taken here by
-the plain backend on a small model (bfloat16 over float32 masters). What each of them moves at the preset's size is
-counted in the kernels' compiled code, as `--what head` and `--what parameters` do. Matrix products, attention and the
-rest of the trunk are the libraries' and not in these figures; neither are PyTorch's own passes over the gradients.
+The operations that a step calls, and on how many rows, are recorded from a real step of the trainer, taken by the plain
+backend on a small model (bfloat16 over float32 masters). The bytes of each operation at the preset's size are counted
+in the kernels' compiled code, as by `--what head` and `--what parameters`. Matrix products, attention and the rest of
+the trunk belong to the libraries and are not in these figures, nor are PyTorch's own passes over the gradients.
 
 The rows of the file, one for each architecture, method and saving:
 
     arch, card, triton, shape, method, saving
-    head                 (operation -> share of the step's rows it is called on, summed over calls)
+    head                 (operation -> share of the step's rows that it is called on, summed over calls)
     parameters           (operation -> calls)
     head_bytes, parameter_bytes, bytes, least_bytes, ratio, floor_us
 """
@@ -31,29 +31,29 @@ from fsam_core.errors import UserError
 from fsam_kernels import torch as plain
 from fsam_kernels.memory import AUTO
 from fsam_kernels.shapes import HEADS, WEIGHTS
-from fsam_kernels.torch import softmax_stats as plain_rows
+from fsam_kernels.torch import softmax_stats
 from fsam_profiling.gpu import kernels, parameter_launches, parameters
 from fsam_profiling.gpu.code import CARDS
 from fsam_profiling.rows import programs
 from fsam_profiling.settings import random_tokens, step_settings
 from fsam_trainers import registry
 
-SMALL = {"batch": 8, "seq_len": 16, "vocab_size": 256}  # rows, of which an eighth is whole sequences
+SMALL = {"batch": 8, "seq_len": 16, "vocab_size": 256}  # an eighth of the rows is whole sequences
 STAGES = ("statistics", "cotangent")
 
 
 class Calls(NamedTuple):
-    """Of one step: operation of the head -> calls times share of the rows; operation on the parameters -> calls."""
+    """One step: head operation -> calls times share of the rows; parameter operation -> calls."""
 
     head: dict[str, float]
     parameters: dict[str, int]
 
 
 def calls(shape: str, method: str, changes: dict[str, Any]) -> Calls:
-    """What a step of the trainer calls, with the cotangent kept or recomputed as at that shape.
+    """The operations that a step of the trainer calls, the cotangent kept or recomputed as at that shape.
 
     Raises:
-        UserError: for a step with an operation that `fsam_profiling.gpu.parameter_launches` does not list.
+        UserError: for a step with an operation that `parameter_launches` does not list.
     """
     N, _, V = HEADS[shape]
     kept = AUTO.keeps(round(N * changes.get("correction_fraction", 1)), V, torch.bfloat16.itemsize)
@@ -67,7 +67,7 @@ def calls(shape: str, method: str, changes: dict[str, Any]) -> Calls:
     with ExitStack() as stack:
         for name in STAGES:
             count: Any = lambda u_CxV, *_, name=name, **__: rows.update({name: len(u_CxV)})
-            stack.enter_context(_watched(plain_rows, name, count))
+            stack.enter_context(_watched(softmax_stats, name, count))
         for name in ("preconditioned_norm", "perturb"):
             count = lambda *args, name=name, **options: operations.update([_listed(name, args, options)])
             stack.enter_context(_watched(plain, name, count))
@@ -78,7 +78,7 @@ def calls(shape: str, method: str, changes: dict[str, Any]) -> Calls:
 
 
 def read(archs: list[str], shape: str, only: str) -> Iterator[dict[str, Any]]:
-    """The objects of the file, in order.
+    """The rows of the file, in order.
 
     Raises:
         UserError: for a shape that is not both a head and a model, a row that is not known, and as `kernels.read`.

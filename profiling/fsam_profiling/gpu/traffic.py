@@ -11,7 +11,7 @@ from fsam_profiling.gpu import llvm, programs
 from fsam_profiling.gpu.launches import Launch
 from fsam_profiling.gpu.programs import REGION, Access
 
-SECTOR = 32  # bytes that memory moves at the least
+SECTOR = 32  # the smallest number of bytes that memory moves
 
 
 class Traffic(NamedTuple):
@@ -29,7 +29,7 @@ class Traffic(NamedTuple):
 
 
 def count(launch: Launch, text: str, wavefront: int) -> Traffic:
-    """Run the programs of the first row, which all rows repeat; or the first and the last, where programs have rows.
+    """Run the programs of the first row, which all rows repeat; the first and the last where a program has rows.
 
     Raises:
         Unreadable: from `programs`.
@@ -71,7 +71,7 @@ def bytes_touched(accesses: list[Access]) -> int:
 
 
 def full_width(runs: list[list[Access]], bulk: set[int], *, store: bool) -> int:
-    """The narrowest access that carries a tenth of an array, in the program where that is widest: the full path."""
+    """The narrowest access that carries a tenth of an array, in the program where it is widest: that of full chunks."""
     found = []
     for argument in bulk:
         widths = [_narrowest([a for a in each if a.argument == argument and a.store == store]) for each in runs]

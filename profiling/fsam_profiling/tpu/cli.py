@@ -1,4 +1,4 @@
-"""`fsam profile tpu`: what the TPU compiler makes of heads, steps and parameter operations."""
+"""`fsam profile tpu`: heads, steps and parameter operations by the TPU compiler, without the chip."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fsam_profiling.tpu import head, parameters, scale, step
 
 @dataclass(frozen=True)
 class TpuOptions:
-    """What the TPU compiler makes of heads and steps, for a chip that need not be here: cycles, memory, kernels."""
+    """What the TPU compiler makes of heads and steps, without the chip: cycles, memory, kernels."""
 
     chip: str = "v5e"
     """v4, v5e, v5p, v6e or tpu7x"""
@@ -20,25 +20,25 @@ class TpuOptions:
     head: str = "reference"
     """shape: tiny, 2m, 24m, 43m, 118m, 1208m, reference, gpt2, llama3-8b"""
     backend: Literal["all", "xla", "pallas"] = "all"
-    """whose loss and gradients: all of them (of scale: xla), xla or pallas"""
+    """whose loss and gradients: all (of scale: xla), xla or pallas"""
     rows: int = 2048
     """rows of a chunk of the head"""
     preset: str = "24m"
     """of a step: the model"""
     batch: int | None = None
-    """of a step: sequences, all on one core, 16 without it; sharded over all chips, the preset's without it"""
+    """of a step: sequences, all on one core, default 16; of a sharded step over all chips, default the preset's"""
     micro_batches: int = 8
-    """of a sharded step: parts that a batch is computed in"""
+    """of a sharded step: parts in which a batch is computed"""
     seq_len: int | None = None
     """of a step: tokens a sequence"""
     vocab_size: int | None = None
     """of a step: size of the vocabulary"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """of a step: what the model computes in; weights, gradients and moments are float32"""
+    """of a step: compute dtype of the model; weights, gradients and moments are float32"""
     only: str = "adamw,precond-functional-sam"
     """of a step: methods and savings as in `fsam profile step --only`, textbook, or all"""
     model: str = "24m"
-    """of the parameter operations: whose tensors, 24m, 118m, 1208m or gpt2"""
+    """of the parameter operations: model whose tensors they work on, 24m, 118m, 1208m or gpt2"""
     json: Path | None = None
     """also write the figures here"""
 

@@ -1,4 +1,4 @@
-"""What the devices of a sharded program send each other: its collective operations, read from the compiled text."""
+"""The collective operations of a sharded program, read from its compiled text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 
 
 class Collective(NamedTuple):
-    """One operation of the program; it runs `times`, and each device holds its result of `bytes` in `arrays`."""
+    """One operation of the program, which runs `times`; each device holds its result, `arrays` of `bytes` together."""
 
     kind: str
     arrays: tuple[tuple[str, tuple[int, ...]], ...]
@@ -25,15 +25,15 @@ class Collective(NamedTuple):
 
     @property
     def is_small(self) -> bool:
-        """Whether it is of single values only: losses, counts, norms."""
+        """Whether it is of scalars only: losses, counts, norms."""
         return all(math.prod(shape) == 1 for _, shape in self.arrays)
 
 
 def read(text: str) -> list[Collective]:
-    """The collectives of a compiled program, those in loops counted as often as the loops turn.
+    """The collectives of a compiled program, those in loops counted once an iteration.
 
     Raises:
-        UserError: as `tpu_hlo.each`.
+        UserError: as `hlo.each`.
     """
     found = []
     for one, times in hlo.each(text):
@@ -41,7 +41,7 @@ def read(text: str) -> list[Collective]:
         if kind not in KINDS:
             continue
         arrays = tuple((dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _ARRAY.findall(one.type))
-        # An asynchronous gather or exchange gives what went in beside what comes out.
+        # An asynchronous gather or exchange returns its operand beside its result.
         if is_start and kind in ("all-gather", "collective-permute"):
             arrays = arrays[1:2]
         found.append(Collective(kind, arrays, times))
@@ -49,7 +49,7 @@ def read(text: str) -> list[Collective]:
 
 
 def totals(program: list[Collective]) -> dict[str, dict[str, int]]:
-    """Of each kind that occurs, how many operations a step runs and the bytes of their results on a device."""
+    """Kind -> the number of operations that a step runs, and the bytes of their results on a device."""
     kinds: dict[str, dict[str, int]] = {}
     for one in program:
         sums = kinds.setdefault(one.kind, {"operations": 0, "bytes": 0})
@@ -59,5 +59,5 @@ def totals(program: list[Collective]) -> dict[str, dict[str, int]]:
 
 
 def bytes_of(sums: dict[str, dict[str, int]], *kinds: str) -> int:
-    """The bytes of these kinds together, of what `totals` gives."""
+    """The bytes of these kinds together, from `totals`."""
     return sum(sums.get(kind, {}).get("bytes", 0) for kind in kinds)

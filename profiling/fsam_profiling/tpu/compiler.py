@@ -1,13 +1,13 @@
-"""What the TPU compiler makes of a JAX function, on a machine that has no TPU.
+"""A JAX function compiled for a TPU, on a machine without one.
 
-`compile_for` compiles ahead of time for v4, v5e, v5p, v6e or tpu7x with libtpu's own compiler. Whose figures these are:
+`compile_for` compiles ahead of time for v4, v5e, v5p, v6e or tpu7x with libtpu's own compiler. The figures come from:
 
 * memory (arguments, outputs, temporaries in HBM) and FLOPs: the compiler's analysis of the program;
-* cycles of XLA's instructions: the compiler's cost model (`tpu_hlo`);
-* cycles of a Pallas kernel: the larger of what its schedule takes (`schedules`) and what its blocks take to cross the
-  memory bus at the published bandwidth. Copies that do not overlap with the schedule are not seen.
+* cycles of XLA's instructions: the compiler's cost model (`hlo`);
+* cycles of a Pallas kernel: the larger of its schedule (`schedules`) and the transfer of its blocks at the published
+  bandwidth. Copies that do not overlap with the schedule are not seen.
 
-None of it is a measurement of a running chip.
+None of them is measured on a running chip.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from fsam_profiling.tpu.loops import Loop, read_loops
 # name -> (topology that libtpu knows, cores that share a program). The clock follows from the published peak and the
 # multiply-adds a matrix unit does in a cycle: see `Chip`.
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2x1", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2x1", "tpu7x": "tpu7x:2x2x1"}
-# The compiler spends a fifth of its time in glibc's malloc, much of it joining freed chunks that it asks for again:
-# with large caches and nothing joined or given back a 24m step on v6e compiles in 185 s instead of 207, to the same
-# program. Of the 185, 84 are the dumps: no flag was found that leaves some out and takes less time.
+# The compiler spends a fifth of its time in glibc's malloc, much of it joining freed chunks that it requests again.
+# With large caches and no joining a 24m step on v6e compiles in 185 s instead of 207, to the same program. The dumps
+# take 84 of the 185; no flag was found that omits some of them and saves time.
 MALLOC = ":".join(
     f"glibc.malloc.{name}={value}"
     for name, value in {
@@ -53,7 +53,7 @@ _MXU_SIZE = {"v4": 128, "v5e": 128, "v5p": 128, "v6e": 256, "tpu7x": 256}
 
 @dataclass(frozen=True)
 class Chip:
-    """One core of a chip, by the figures that the compiler publishes for it."""
+    """One core of a chip, by the compiler's own figures for it."""
 
     name: str
     bytes_per_second: float
@@ -68,7 +68,7 @@ class Chip:
 
     @property
     def flops_per_cycle(self) -> float:
-        """Of all matrix units together, in bf16."""
+        """All matrix units together, in bf16."""
         return self.mxus * 2 * _MXU_SIZE[self.name] ** 2 / self.row_cycles
 
     @property
@@ -84,7 +84,7 @@ class Chip:
 class Kernel:
     """A Pallas kernel in a compiled program; `cycles` are of one run, and it runs `times`.
 
-    `inserted` says that the compiler put it there by itself.
+    `inserted`: the compiler put it there by itself.
     """
 
     name: str
@@ -107,18 +107,18 @@ class Compiled:
     """A function compiled for a chip.
 
     Attributes:
-        argument_bytes, output_bytes, temporary_bytes, aliased_bytes: in HBM; an output that takes the place of a
-            donated argument is counted in both and in aliased_bytes.
+        argument_bytes, output_bytes, temporary_bytes, aliased_bytes: in HBM; an output in the place of a donated
+            argument is counted in both and in aliased_bytes.
         flops, bytes_accessed: the compiler's cost analysis, in which the body of a loop counts once and a Pallas kernel
             not at all; None where it has none.
         product_flops: of the matrix products in the traced function, loops and kernels counted (`flops.of_trace`).
-        xla_cycles: estimate for the XLA instructions, loops counted as often as they turn.
+        xla_cycles: estimate for the XLA instructions, loops counted once an iteration.
         xla_bytes: bytes the XLA instructions move between HBM and the core, loops likewise.
-        excluded_cycles: of XLA instructions and kernels under `hlo.CONDITIONAL`, as if they ran; in no other figure.
-        unknown: XLA instructions that carry no estimate, and so count nothing, as "name (bytes)".
-        kernels: the Pallas kernels; empty where they were not asked for.
+        excluded_cycles: of conditional branches (`regions.CONDITIONAL`), as if they ran; in no other figure.
+        unknown: XLA instructions without an estimate, which count as 0, as "name (bytes)".
+        kernels: the Pallas kernels; empty unless requested.
         regions: cycles by region of a step (`fsam_core.regions`), in the order they run; they sum to `cycles`.
-        loops: XLA's own fused loops with their schedules; empty where they were not asked for.
+        loops: XLA's own fused loops with their schedules; empty unless requested.
     """
 
     chip: Chip
@@ -140,12 +140,12 @@ class Compiled:
 
     @property
     def bytes(self) -> int:
-        """Between HBM and the core, of XLA's instructions and of the kernels whose blocks are known."""
+        """Bytes between HBM and the core, of XLA's instructions and of the kernels whose blocks are known."""
         return self.xla_bytes + sum((x.bytes or 0) * x.times for x in self.kernels if not x.excluded)
 
     @property
     def peak_bytes(self) -> int:
-        """Of HBM: arguments, results that take no argument's place, and temporaries."""
+        """HBM for arguments, results that are in no argument's place, and temporaries."""
         return self.argument_bytes + self.output_bytes - self.aliased_bytes + self.temporary_bytes
 
     @property
@@ -155,16 +155,16 @@ class Compiled:
 
     @property
     def scheduled_cycles(self) -> int:
-        """The same with XLA's loops judged as kernels are (`loops`), and no less than all bytes over the bandwidth.
+        """`cycles` with XLA's loops judged as kernels are (`loops`), and no less than all bytes over the bandwidth.
 
-        `loops` have to have been asked for.
+        Needs `loops`.
         """
         rest = self.cycles - sum(x.estimate for x in self.loops)
         return max(rest + sum(x.cycles for x in self.loops), round(self.bytes / self.chip.bytes_per_cycle))
 
     @property
     def scheduled_regions(self) -> dict[str, int]:
-        """`regions` with XLA's loops judged as kernels are; `loops` have to have been asked for."""
+        """`regions` with XLA's loops judged as kernels are. Needs `loops`."""
         found = dict(self.regions)
         for x in self.loops:
             found[x.region] += x.cycles - x.estimate
@@ -194,15 +194,15 @@ def compile_for(
         args: (shape, dtype) of each argument, None for an argument that is None.
         options: keyword arguments of the function; what JSON can hold.
         donate: positions of donated arguments.
-        kernels: read the schedules of Pallas kernels too, which takes half as long again. Without, a function that
-            calls a kernel is refused, because its cycles would be missing from the sum. "if any" compiles again where
-            there are some, which pays where there are none. (Tried, and no gain worth having: kernels compiled in a
-            program of their own, 26 s instead of 33 for a small step; but what XLA puts into VMEM beforehand, or
-            fuses into a kernel, is then missing, and schedules differ by up to 30 %.)
-        loops: read the schedules of XLA's own loops too, those outside any `while`; with `kernels`.
+        kernels: read the schedules of Pallas kernels too, which takes half as long again. False refuses a function that
+            calls a kernel, because its cycles would be missing from the sum. "if any" compiles a second time where
+            there are some, which is faster where there are none. (Tried without gain: kernels compiled in a program
+            of their own, 26 s instead of 33 for a small step. What XLA moves to VMEM beforehand or fuses into a
+            kernel is then missing, and schedules differ by up to 30 %.)
+        loops: read the schedules of XLA's own loops too, outside any `while`; needs `kernels`.
 
     Raises:
-        UserError: for an unknown chip, a libtpu that is missing or whose dumps cannot be read, and where the compiler
+        UserError: for an unknown chip, a libtpu that is missing or whose dumps are unreadable, and where the compiler
             refuses the function (its last lines are quoted).
     """
     if chip not in TOPOLOGIES:
@@ -246,7 +246,7 @@ def compile_for(
 
 
 def to_json(compiled: Compiled) -> dict[str, Any]:
-    """Every figure of a compiled function as JSON holds it; the text of the program is left out."""
+    """Every figure of a compiled function as JSON holds it, without the text of the program."""
     figures = asdict(compiled) | {
         name: getattr(compiled, name) for name in ("cycles", "seconds", "bytes", "peak_bytes")
     }
@@ -267,10 +267,10 @@ def _libtpu() -> str | None:
 
 
 def ask(chip: str, child: str, request: dict[str, Any], what: str, dumps: Path | None = None) -> dict[str, Any]:
-    """The answer of `python -m CHILD REQUEST.json ANSWER.json`, where libtpu is loaded, with dumps where asked for.
+    """The answer of `python -m CHILD REQUEST.json ANSWER.json`, which loads libtpu and writes dumps on request.
 
     Raises:
-        UserError: where the compiler refuses `what` it was asked to compile; its last lines are quoted.
+        UserError: where the compiler refuses `what`; its last lines are quoted.
     """
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -299,7 +299,7 @@ def ask(chip: str, child: str, request: dict[str, Any], what: str, dumps: Path |
 def _kernel(
     chip: Chip, kernel: hlo.Kernel, others: list[hlo.Kernel], calls: list[dict[str, Any]], dumps: Path
 ) -> Kernel:
-    """The schedule of one kernel, and the bytes its blocks move for the arrays that lie in HBM."""
+    """The schedule of one kernel, and the bytes that its blocks move for the arrays in HBM."""
     shapes = [*kernel.operands, *kernel.results]
     match = next((x for x in calls if x["shapes"] == shapes), None)
     if kernel.inserted is not None:
@@ -308,7 +308,7 @@ def _kernel(
         raise UserError(
             f"tpu: no pallas_call of the traced function has the shapes of kernel {kernel.name}: {', '.join(shapes)}"
         )
-    # Of several calls of one kernel the compiler compiles, and dumps, the first.
+    # The compiler compiles and dumps the first of several calls of one kernel.
     base = lambda x: x.name.partition(".")[0]
     same = [x.name for x in others if base(x) == base(kernel) and [*x.operands, *x.results] == shapes]
     name = next((x for x in same if schedules.has(dumps, x)), kernel.name)

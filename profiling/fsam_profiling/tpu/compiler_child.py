@@ -1,7 +1,7 @@
 """The process that compiles for a TPU: `python -m fsam_profiling.tpu.compiler_child REQUEST.json ANSWER.json`.
 
-A process of its own, because the compiler reads its options once, when it is loaded. `tpu.compile_for` starts it and
-reads what it leaves: the compiled text, the compiler's memory and cost figures, and what each Pallas call asks for.
+It is a process of its own because the compiler reads its options once, when it is loaded. `compiler.compile_for` starts
+it and reads its answer: the compiled text, the compiler's memory and cost figures, grid and blocks of each Pallas call.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fsam_profiling import flops
-from fsam_profiling.tpu.hlo import CONDITIONAL
+from fsam_profiling.regions import CONDITIONAL
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Compile request["function"] for request["topology"] and say what the compiler says.
+    """Compile request["function"] for request["topology"]; returns the compiler's text and figures.
 
     With "args" (a list of [shape, dtype], or null for an argument that is None) the function is compiled with "options"
     as its keyword arguments; without, it is called with them and returns (function, arguments).
@@ -86,12 +86,12 @@ def _pallas_calls(jaxpr: Any) -> Iterator[Any]:
 
 
 def _call(eqn: Any) -> dict[str, Any]:
-    """What one pallas_call asks for: grid, and for every operand and result its shape and the bytes its blocks move."""
+    """One pallas_call: its grid, and for every operand and result the shape and the bytes that its blocks move."""
     mapping = eqn.params["grid_mapping"]
     grid = tuple(int(x) for x in mapping.grid)
     arrays = [*eqn.invars, *eqn.outvars]
     blocks = list(mapping.block_mappings)
-    skipped = len(arrays) - len(blocks)  # scalars that are prefetched come first and have no block
+    skipped = len(arrays) - len(blocks)  # prefetched scalars come first and have no block
     return {
         "grid": grid,
         "shapes": [_shape(x.aval) for x in arrays],

@@ -1,4 +1,4 @@
-"""The head's programs alone, compiled for one core of a TPU: `fsam profile tpu --what head`."""
+"""The programs of the head alone, compiled for one core of a TPU: `fsam profile tpu --what head`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fsam_profiling.tpu.compiler import Compiled, compile_for, to_json
 
 
 def run(chip: str, head: str, backends: tuple[str, ...], rows: int, path: Path | None) -> int:
-    """Compile the head's programs for the chip, print what the compiler says, write the file; 0.
+    """Compile, print, write; 0.
 
     Raises:
         UserError: as `compile_for`, and for an unknown head.
@@ -43,7 +43,7 @@ def run(chip: str, head: str, backends: tuple[str, ...], rows: int, path: Path |
 
 
 def print_tables(compiled: dict[str, Compiled], title: str, flops: float) -> None:
-    """A table of the programs, and one of their Pallas kernels where they have any; `flops` are the least needed."""
+    """Print a table of the programs, and one of their Pallas kernels; `flops` are the least needed."""
     chip = next(iter(compiled.values())).chip
     console = Console() if sys.stdout.isatty() else Console(width=150)
     floor = flops / chip.flops_per_cycle
@@ -69,15 +69,15 @@ def print_tables(compiled: dict[str, Compiled], title: str, flops: float) -> Non
     console.print(
         f"floor: {flops / 1e9:,.0f} GFLOP at {chip.flops_per_second / 1e12:.0f} TFLOP/s = {floor / 1e6:.2f} Mcycles. "
         "Estimates, not timings: XLA's instructions by the compiler's cost model; kernels by their schedule, with the "
-        "matrix units at their published peak, or by bytes over bandwidth where that is more.",
+        "matrix units at their published peak, or by bytes over bandwidth, whichever is more.",
         markup=False,
     )
 
 
 def _kernel_table(compiled: dict[str, Compiled]) -> Table:
     units = ("MXU", "VALU", "EUP", "XLU", "VLOAD", "VSTORE")
-    heads = ("kernel", "grid", "runs", "cycles", "schedule", "matrix units", "bytes", "spills", "VMEM MB")
-    table = Table(*heads, *(f"{x} %" for x in units), title="Pallas kernels, cycles of one run")
+    headings = ("kernel", "grid", "runs", "cycles", "schedule", "matrix units", "bytes", "spills", "VMEM MB")
+    table = Table(*headings, *(f"{x} %" for x in units), title="Pallas kernels, cycles of one run")
     for name, one in compiled.items():
         for x in one.kernels:
             plan = x.schedule

@@ -1,6 +1,6 @@
-"""The programs `fsam profile tpu` and `head_curve` compile: a head's passes, and what they are held against.
+"""The programs of a head that the TPU compiler compiles: its passes, and the programs they are compared with.
 
-Each takes a shape and options that JSON can hold, and returns (function, arguments) as `tpu.compile_for` wants them.
+Each takes a shape and options that JSON can hold, and returns (function, arguments) for `compiler.compile_for`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def products(N: int, D: int, V: int, dtype: str = "bfloat16", *, logits: bool = 
 
 
 def log_softmax(N: int, D: int, V: int, dtype: str = "bfloat16") -> Program:
-    """The loss and both gradients as one writes them without this package: log-softmax of all logits, and autodiff."""
+    """The loss and both gradients as written without this package: log-softmax of all logits, and autodiff."""
 
     def loss(h_NxD: jax.Array, w_VxD: jax.Array, labels_N: jax.Array) -> jax.Array:
         logp_NxV = jax.nn.log_softmax((h_NxD @ w_VxD.T).astype(jnp.float32))
@@ -49,7 +49,7 @@ def log_softmax(N: int, D: int, V: int, dtype: str = "bfloat16") -> Program:
 def row_figures(
     N: int, D: int, V: int, dtype: str = "bfloat16", *, backend: str = "pallas", tiles: bool = True
 ) -> Program:
-    """The forward stage alone: a pass over the logits that leaves row figures, and what P is made of under `tiles`."""
+    """The forward stage alone: a pass over the logits for the row statistics, with `tiles` also those that make P."""
     softmax = importlib.import_module(f"fsam_kernels.{backend}.softmax_stats")
 
     def function(h_NxD: jax.Array, w_VxD: jax.Array, labels_N: jax.Array) -> Any:
@@ -94,7 +94,7 @@ def first_pass(
 def second_pass(
     N: int, D: int, V: int, dtype: str = "bfloat16", *, backend: str, rows: int, keep: bool = True
 ) -> Program:
-    """`logit_vjp` of a cotangent that was kept, or is made again, in chunks of `rows` rows."""
+    """`logit_vjp` of a cotangent that was kept or is recomputed, in chunks of `rows` rows."""
     softmax = importlib.import_module(f"fsam_kernels.{backend}.softmax_stats")
     h, w, labels, weights = arrays(N, D, V, dtype)
 

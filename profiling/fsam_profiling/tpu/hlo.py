@@ -1,8 +1,8 @@
 """Cycles of a compiled TPU program, read from the text of its scheduled HLO.
 
-The TPU compiler leaves its own estimate beside every instruction it schedules (`"estimated_cycles"`). Their sum over
-the entry computation, with the body of a loop counted as often as the loop turns, is the estimate for the program; the
-text has no estimate for a Pallas kernel, which `schedules` reads instead.
+The TPU compiler writes its own estimate beside every instruction that it schedules (`"estimated_cycles"`). Their sum
+over the entry computation, loop bodies counted once an iteration, is the estimate for the program. The text has no
+estimate for a Pallas kernel; `schedules` reads those.
 """
 
 from __future__ import annotations
@@ -16,14 +16,11 @@ from fsam_core.errors import UserError
 from fsam_profiling import regions
 from fsam_profiling.tpu.inserted import Inserted, inserted_kernel
 
-# What a branch taken once in a blue moon is traced under (`jax.named_scope`): its cycles are shown, but not summed.
-CONDITIONAL = "conditional branch"
-
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%(\S+) = (.+?) ([a-z][\w\-]*)\((.*)$")
 _SHAPE = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
 _ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
 _SCOPE = re.compile(r'op_name="([^"]*)"')
-# They take no time of the core: names for memory, or the start and the end of a copy that runs beside it.
+# Instructions that take no time of the core: names for memory, starts and ends of copies that run beside it.
 _FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast copy-done slice-done after-all optimization-barrier "  # noqa: SIM905
     "partition-id replica-id async-start async-done async-update".split()
@@ -46,7 +43,7 @@ class Instruction(NamedTuple):
 class Counted(NamedTuple):
     """One scheduled instruction: cycles of one execution (None: the compiler gave none) and how often it runs.
 
-    `region` is the part of a step it belongs to (`step_regions.region`), by its own name or its operands'.
+    `region` is the part of a step that it belongs to (`regions.region`), by its own scope or its operands'.
     """
 
     name: str
@@ -64,9 +61,9 @@ class Counted(NamedTuple):
 
 @dataclass(frozen=True)
 class Kernel:
-    """A Pallas kernel where it is called: its operands' and results' shapes, which lie in HBM, how often it runs.
+    """A call of a Pallas kernel: shapes of operands and results, which of them lie in HBM, how often it runs.
 
-    `inserted` is what one asks for that the compiler put there by itself.
+    `inserted` describes a kernel that the compiler put there by itself.
     """
 
     name: str
@@ -81,7 +78,7 @@ class Kernel:
 
 @dataclass
 class Program:
-    """What the text of a compiled module says."""
+    """The figures in the text of a compiled module."""
 
     counted: list[Counted] = field(default_factory=list)
     kernels: list[Kernel] = field(default_factory=list)
@@ -89,17 +86,17 @@ class Program:
 
     @property
     def cycles(self) -> int:
-        """Σ cycles × times, without what is traced under the scope `CONDITIONAL`."""
+        """Σ cycles × times, conditional branches (`regions.CONDITIONAL`) excluded."""
         return sum(x.total for x in self.counted if not x.excluded)
 
     @property
     def bytes(self) -> int:
-        """Bytes between HBM and the core, of XLA instructions and the copies beside them that are not `CONDITIONAL`."""
+        """Bytes between HBM and the core, of XLA instructions and copies beside them; conditional branches excluded."""
         return self.copied + sum(x.bytes * x.times for x in self.counted if not x.excluded)
 
     @property
     def excluded_cycles(self) -> int:
-        """The same for what is under `CONDITIONAL`, as if it ran every time."""
+        """Σ cycles × times of the conditional branches alone, as if they ran every time."""
         return sum(x.total for x in self.counted if x.excluded)
 
     @property
@@ -112,7 +109,7 @@ def read(text: str) -> Program:
     """The scheduled program in `text`, which is `compiled.as_text()`.
 
     Raises:
-        UserError: where the text is not what this version of the compiler writes, or a loop's trips cannot be told.
+        UserError: where the text is not what this version of the compiler writes, or the length of a loop is unknown.
     """
     if "is_scheduled=true" not in text.partition("\n")[0]:
         raise UserError("tpu: the compiled module is not a scheduled one, so its cycles cannot be summed")
@@ -135,9 +132,9 @@ def instructions(text: str) -> dict[str, tuple[str, str]]:
 
 
 def each(text: str) -> Iterator[tuple[Instruction, int]]:
-    """Every instruction of a compiled module, of any platform, those inside fusions too, and how often it runs.
+    """Every instruction of a compiled module of any platform, inside fusions too, and how often it runs.
 
-    What is inside a loop under `CONDITIONAL` is left out.
+    Loops inside conditional branches are excluded.
 
     Raises:
         UserError: as `read`.
@@ -207,7 +204,7 @@ def _count(computations: dict, name: str, times: int, excluded: bool, program: P
         is_excluded = excluded or _is_excluded(one)
         if one.opcode == "while":
             inside = called(one, "body")
-            # A loop that turns now and then, under `CONDITIONAL`, is counted as if it turned once.
+            # A loop in a conditional branch has no known length; it counts as one iteration.
             trips = 1 if is_excluded else _trips(computations, body, one)
             _count(computations, inside, times * trips, is_excluded, program)
         elif one.opcode == "conditional":
@@ -241,11 +238,11 @@ def _scope(one: Instruction) -> str:
 
 
 def _is_excluded(one: Instruction) -> bool:
-    return CONDITIONAL in _scope(one).split("/")
+    return regions.CONDITIONAL in _scope(one).split("/")
 
 
 def _region(computations: dict, body: dict[str, Instruction], one: Instruction, depth: int = 8) -> str:
-    """By its own name, else that of what is fused in it, else its operands': a copy belongs to what it copies."""
+    """By its own scope, else that of an instruction fused in it, else its operands': a copy belongs to its source."""
     if found := regions.region(_scope(one)):
         return found
     inside = computations[called(one, "calls")].values() if one.opcode == "fusion" else ()
@@ -260,7 +257,7 @@ def _region(computations: dict, body: dict[str, Instruction], one: Instruction, 
 
 
 def _moved(computations: dict, body: dict[str, Instruction], one: Instruction) -> int:
-    """Bytes between HBM and the core: operands and results, of which only a slice where only a slice is touched."""
+    """Bytes between HBM and the core: operands and results, or only the slice of them that is touched."""
     if one.opcode != "fusion":
         read = sum(hbm_bytes_of(body[x].type) for x in one.operands if x in body)
         return read + hbm_bytes_of(one.type)
@@ -311,14 +308,14 @@ def _is_free(one: Instruction) -> bool:
         return True
     if one.opcode == "custom-call":
         return any(f'custom_call_target="{x}"' in one.text for x in _FREE_TARGETS)
-    # Scalars are worked on beside the vector units; the compiler estimates none of them.
+    # Scalars are computed beside the vector units; the compiler estimates none of them.
     return bytes_of(one.type) <= 8 and not _ESTIMATE.search(one.text)
 
 
 def called(one: Instruction, role: str) -> str:
     match = re.search(rf"\b{role}=%([\w.\-]+)", one.text)
     if match is None:
-        raise UserError(f"tpu: {one.opcode} {one.name} names no {role}; this text is of a compiler not known here")
+        raise UserError(f"tpu: {one.opcode} {one.name} names no {role}; this text is of an unknown compiler")
     return match[1]
 
 
@@ -332,14 +329,14 @@ def _branches(one: Instruction) -> Iterator[str]:
 
 
 def _trips(computations: dict, around: dict[str, Instruction], loop: Instruction) -> int:
-    """How often a `while` turns: from its annotation, or from start, step and limit of its counter."""
+    """Iterations of a `while`: from its annotation, or from start, step and limit of its counter."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text)
     if known:
         return int(known[1])
     condition, body = computations[called(loop, "condition")], computations[called(loop, "body")]
     test = next(x for x in condition.values() if x.root)
     problem = UserError(
-        f"tpu: how often the loop {loop.name} turns is not in the compiled module; give it a fixed length"
+        f"tpu: the number of iterations of loop {loop.name} is not in the compiled module; give it a fixed length"
     )
     if test.opcode != "compare" or "direction=LT" not in test.text:
         raise problem

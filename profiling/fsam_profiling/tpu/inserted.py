@@ -1,7 +1,7 @@
-"""Kernels that the TPU compiler puts in a program by itself, such as the "online-softmax" it makes of attention.
+"""Kernels that the TPU compiler inserts by itself, such as the "online-softmax" that it makes of attention.
 
-They are Pallas kernels that no `pallas_call` of the traced function asked for. Their grid and blocks are read from the
-kernel's own code, which the compiled module carries as text.
+They are Pallas kernels without a `pallas_call` in the traced function. Their grid and blocks are read from the kernel's
+own code, which the compiled module carries as text.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import numpy as np
 
 
 class Inserted(NamedTuple):
-    """The grid, and the bytes that each operand's and result's blocks move over it; None where that is not known."""
+    """The grid, and the bytes that the blocks of each operand and result move over it; None where unknown."""
 
     grid: tuple[int, ...]
     moved: tuple[int | None, ...]
 
 
 def inserted_kernel(text: str, shapes: list[str]) -> Inserted | None:
-    """What the kernel called in an instruction asks for; None where its code is not given as text.
+    """Grid and bytes of the kernel that an instruction calls; None where its code is not given as text.
 
     Args:
         text: the instruction's, from its opening bracket.
@@ -32,7 +32,7 @@ def inserted_kernel(text: str, shapes: list[str]) -> Inserted | None:
     try:
         code = base64.b64decode(body[1]).decode() if body else ""
     except (binascii.Error, UnicodeDecodeError):
-        return None  # compact bytecode: a kernel that someone asked for
+        return None  # compact bytecode: a kernel of a `pallas_call`
     bounds = re.search(r"iteration_bounds = array<i64(?:: ([\d, ]+))?>", code)
     windows = re.findall(r"transform_indices = @(\w+), window_bounds = array<i64: ([\d, ]+)>", code)
     if bounds is None or len(windows) != len(shapes):
@@ -59,7 +59,7 @@ def _moved(code: str, name: str, window: str, grid: tuple[int, ...], shape: str)
         elif one in constants:
             columns.append(np.full(len(at[0]) if at else 1, constants[one]))
         else:
-            return None  # an index that is computed
+            return None  # a computed index
     sizes, dims = [int(x) for x in window.split(",")], [int(x) for x in array[3].split(",") if x]
     if not len(sizes) == len(dims) == len(columns):
         return None

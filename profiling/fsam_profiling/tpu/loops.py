@@ -1,9 +1,8 @@
-"""The schedules of the loops that XLA itself makes of element-wise work and sums, read as those of Pallas kernels are.
+"""The schedules of XLA's own loops of element-wise work and sums, read like those of Pallas kernels.
 
-XLA's own estimate of such a loop and the figure of a Pallas kernel (`tpu.Kernel.cycles`) are not of one kind: the
-estimate grants a bare copy 1.2 to 1.3 times its bytes over the bandwidth, and a kernel is taken to hide its copies
-completely. Here a loop is judged as a kernel is, by the larger of its schedule and its bytes over the bandwidth, so
-that the two can be set against each other.
+XLA's own estimate of such a loop and the figure of a Pallas kernel (`compiler.Kernel.cycles`) are not comparable: the
+estimate grants a bare copy 1.2 to 1.3 times its bytes over the bandwidth, while a kernel is assumed to hide its copies
+completely. Here a loop is judged as a kernel is, by the larger of its schedule and its bytes over the bandwidth.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from fsam_core.errors import UserError
 from fsam_profiling.tpu import hlo, schedules
 
 _BOUNDS = re.compile(r'"iteration_bounds":\[([^\]]*)\]')
-# Loops that were fused with nothing.
+# Loops that are no fusion.
 _ALONE = frozenset(("copy", "convert", "negate", "reshape", "reduce", "broadcast", "transpose"))
 _TILE = re.compile(r'"output_window_bounds":\[([^\]]*)\]')
 
@@ -27,12 +26,12 @@ class Loop:
     """One fused loop; cycles and bytes are of one run.
 
     Attributes:
-        region: the part of a step it belongs to, as `tpu_hlo.Counted.region`.
-        bounds: the grid XLA gave it.
-        issued: bundles of its schedule; None where that has a loop whose turns depend on data (copies of a window's
-            ragged end) or was not left by the compiler, and XLA's estimate stands for it.
+        region: as `hlo.Counted.region`.
+        bounds: its grid, chosen by XLA.
+        issued: bundles of its schedule; None where the compiler left no schedule, or one with a loop whose length
+            depends on data (copies of a window's ragged end). XLA's estimate then stands for it.
         estimate: XLA's own cycles.
-        bytes: between HBM and the core; what was copied to VMEM beforehand is not in it.
+        bytes: between HBM and the core, without what was copied to VMEM beforehand.
         bytes_cycles: those over the bandwidth.
     """
 
@@ -52,22 +51,22 @@ class Loop:
 def read_loops(text: str, dumps: Path, bytes_per_cycle: float) -> tuple[Loop, ...]:
     """The loops of a compiled program's entry computation, in the order they run.
 
-    Products are not among them, whatever is fused into them, nor is what runs inside a `while`: for those XLA's
-    estimate has to do.
+    Products, with whatever is fused into them, and instructions inside a `while` are not among them: XLA's estimate
+    stands for those.
 
     Args:
         text: `compiled.as_text()`.
-        dumps: where the compiler left its dumps.
+        dumps: folder of the compiler's dumps.
 
     Raises:
-        UserError: where a dump is of another format, or there is none of any loop.
+        UserError: where a dump is of another format, or no loop has one.
     """
     computations, entry = hlo.computations_of(text)
     body = computations[entry]
     counted = {x.name: x for x in hlo.read(text).counted if not x.excluded}
     is_loop = lambda x: x.opcode in _ALONE or (x.opcode == "fusion" and "kind=kLoop" in x.text)
     loops = [x for x in body.values() if x.name in counted and is_loop(x) and _BOUNDS.search(x.text)]
-    # Of loops that are the same but for their names the compiler dumps one.
+    # The compiler dumps one of the loops that differ in their names alone.
     dumped = {_kind(computations, body, x): x.name for x in loops if schedules.has(dumps, x.name)}
     if loops and not dumped:
         raise UserError(f"tpu: the compiler left no schedule of {loops[0].name}, nor of any loop in {dumps}")

@@ -1,8 +1,8 @@
 """The parameter operations over all tensors of a model on a TPU: `fsam profile tpu --what parameters`.
 
-Two figures for each, because there are two ways to tell: XLA's cost model, which grants a bare copy 1.2 to 1.3 times
-its bytes over the bandwidth, and the larger of schedule and bytes over the bandwidth, by which Pallas kernels are
-judged (`tpu_loops`). Neither is a measurement of a running chip. The bytes are counted in the compiled program.
+Each has two figures: XLA's cost model, which grants a bare copy 1.2 to 1.3 times its bytes over the bandwidth, and the
+larger of schedule and bytes over the bandwidth, by which Pallas kernels are judged (`loops`). Neither is measured on a
+running chip. The bytes are counted in the compiled program.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fsam_profiling.tpu.compiler import compile_for
 
 
 class Operation(NamedTuple):
-    """An operation over float32 weights: the least bytes a weight, and which arguments are donated."""
+    """An operation over float32 weights: the least bytes a weight, and the donated arguments."""
 
     least_bytes: int
     donate: tuple[int, ...] = ()
@@ -40,7 +40,7 @@ OPERATIONS: dict[str, Operation] = {
 
 
 def program(operation: str, shapes: Sequence[Sequence[int]]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """(function, arguments) of one operation over weights of these shapes, as `compiler.compile_for` wants them."""
+    """(function, arguments) of one operation over weights of these shapes, for `compiler.compile_for`."""
     import jax
     import jax.numpy as jnp
 
@@ -78,7 +78,7 @@ def read(
     floor; temporary_bytes; loops and kernels (how many of each), and of how many loops the bundles are XLA's estimate.
 
     Args:
-        programs: what gives the program, called as `program` is.
+        programs: "module:name" of the function that returns the program, called as `program` is.
 
     Raises:
         UserError: as `compiler.compile_for`.
@@ -115,8 +115,16 @@ def table(found: list[dict[str, Any]], model: str) -> Table:
     """One line an operation over the tensors of a model."""
     first = found[0]
     size = f"{model}, {first['tensors']} tensors, {first['parameters'] / 1e6:,.1f} M float32 weights"
-    heads = ("operation", "bytes a weight", "bytes/least", "floor Mcycles", "bundles", "by schedule", "by cost model")
-    result = Table(*heads, "temporaries MB", "loops", title=f"TPU {first['chip']}: {size}")
+    headings = (
+        "operation",
+        "bytes a weight",
+        "bytes/least",
+        "floor Mcycles",
+        "bundles",
+        "by schedule",
+        "by cost model",
+    )
+    result = Table(*headings, "temporaries MB", "loops", title=f"TPU {first['chip']}: {size}")
     for row in found:
         result.add_row(
             row["operation"],
@@ -145,7 +153,7 @@ def run(chip: str, model: str, path: Path | None) -> int:
     console = Console() if sys.stdout.isatty() else Console(width=150)
     console.print(table(found, model))
     console.print(
-        "floor: least bytes over the published bandwidth; bundles: what the core issues, one a cycle. Not timings: by "
+        "floor: least bytes over the published bandwidth; bundles: issued by the core, one a cycle. Not timings: by "
         "schedule is the larger of a loop's bundles and its bytes over the bandwidth, by cost model the compiler's own "
         "estimate, which also stands for the bundles of a few loops in a row with a star.",
         markup=False,

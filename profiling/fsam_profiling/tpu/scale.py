@@ -1,7 +1,7 @@
-"""A sharded step compiled for all chips of a TPU topology that need not be here: `fsam profile tpu --what scale`.
+"""A sharded step compiled for all chips of a TPU topology, without the chips: `fsam profile tpu --what scale`.
 
-What each chip holds is the compiler's own account of HBM, and what the chips send each other is read in the compiled
-program. The batch is spread over the chips, and so are weights and moments (`--fsdp` of the trainer, all chips).
+The memory of each chip is the compiler's own account of HBM; the traffic between chips is read in the compiled program.
+The batch, the weights and the moments are sharded over all chips (the trainer's `--fsdp`).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def run(
     """Compile each row's step, print, write; 0.
 
     Raises:
-        UserError: for an unknown chip or preset, and where the compiler refuses a step: one that does not fit, say.
+        UserError: for an unknown chip or preset, and where the compiler refuses a step, for example one that does not fit.
     """
     if chip not in CHIPS:
         raise UserError(f"--chip: {chip!r} is no chip of --what scale; use {', '.join(CHIPS)}")
@@ -77,7 +77,7 @@ def run(
         rows.append({"row": name, "method": method, "options": changes, "peak_bytes": peak, "x_adamw": peak / base})
         rows[-1] |= found
         print(f"compiled {name}: {peak / 2**30:.2f} GiB a chip", file=sys.stderr)
-        if path is not None:  # each takes minutes: what is there is kept
+        if path is not None:  # after every row, which takes minutes: an interruption loses none
             results.write(path, "tpu scale", rows, about)
     console = Console() if sys.stdout.isatty() else Console(width=150)
     console.print(table(rows, about))
@@ -86,10 +86,10 @@ def run(
 
 
 def chosen(only: str | None) -> dict[str, tuple[str, dict[str, Any]]]:
-    """The rows that `--only` names, AdamW's first; all of them without it.
+    """The rows that `--only` names, AdamW's first; all rows by default.
 
     Raises:
-        UserError: for a name that no row has.
+        UserError: for an unknown row.
     """
     if only is None:
         return ROWS
@@ -100,7 +100,7 @@ def chosen(only: str | None) -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 def compiled(chip: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """What `scale_child` answers for these settings.
+    """The answer of `scale_child` for these settings.
 
     Raises:
         UserError: where the compiler refuses; its last lines are quoted.

@@ -1,6 +1,6 @@
 """The process that compiles a sharded step for all chips of a TPU topology: `… REQUEST.json ANSWER.json`.
 
-A process of its own, as `tpu_child`. It answers with what each chip holds and what the chips send each other.
+It is a process of its own as `compiler_child` is, and answers with the memory and the collectives of each chip.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> None:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Compile the step of request["settings"] for request["topology"], the whole of it one program."""
+    """Compile the step of request["settings"] for request["topology"], as one program."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=request["topology"]).devices
     chosen = step_settings(**request["settings"])
     mesh = jax_mesh.make(chosen, devices)

@@ -1,15 +1,15 @@
 """The schedule of a Pallas kernel, read from the TPU compiler's low-level dumps.
 
-A TPU core issues one bundle of instructions a cycle, so the bundles of a kernel, each counted as often as it is
-issued, are the least cycles it takes. `*-final_bundles.txt` is the schedule; how often a bundle is issued follows from
-the loops and branches in it, whose scalar code is evaluated here for every step of the grid. A branch that cannot be
-evaluated (it depends on data) is counted as running every time, and reported. `*-final_hlo-static-per-bundle-
-utilization.txt` has, bundle by bundle, how many slots of each unit are used. The format of both is undocumented, so
-this reads the files of the one version `VERSION` and refuses others.
+A TPU core issues one bundle of instructions a cycle, so the bundles of a kernel, each counted as often as it is issued,
+are the least cycles that it takes. `*-final_bundles.txt` is the schedule. How often a bundle is issued follows from the
+loops and branches in it, whose scalar code is evaluated here for every step of the grid. A branch that cannot be
+evaluated (it depends on data) is counted as running every time, and reported.
+`*-final_hlo-static-per-bundle-utilization.txt` holds the used slots of each unit for every bundle. Both formats are
+undocumented, so only the files of `VERSION` are read and others are refused.
 
 The schedule alone flatters a kernel that is bound by its matrix units: it issues a bf16 product of 16 rows every 13 to
 15 bundles on v5e, where the published peak allows one every 16 (a plain matmul then seems to run at 115 % of the peak).
-So every stretch of `WINDOW` bundles takes as many cycles as its products keep the matrix units busy, if that is more.
+Every stretch of `WINDOW` bundles therefore takes at least as many cycles as its products occupy the matrix units.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FLAGS = (
     "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_html=false --xla_jf_emit_annotations=true "
     "--xla_jf_dump_llo_pass_label_regex=.*final.*"
 )
-# Over so many bundles the queue in front of a matrix unit is taken to even out.
+# The queue in front of a matrix unit is assumed to even out over so many bundles.
 WINDOW = 256
 # A branch is decided this many bundles before it takes effect.
 _DELAY_SLOTS = 4
@@ -44,18 +44,18 @@ _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a kernel's dumps say.
+    """The figures of a kernel's dumps.
 
     Attributes:
         bundles: of the whole program, each once.
         issued: bundles issued over all steps of the grid.
-        cycles: the same, with the matrix units no faster than their peak.
-        mxu_cycles: cycles the matrix units are busy at their peak, a unit.
+        cycles: issued, with the matrix units no faster than their peak.
+        mxu_cycles: cycles that each matrix unit is busy at its peak.
         steps: of the grid.
-        spills, fills: vector register stores and loads for want of registers, in the program text.
-        vmem_bytes: on-chip memory the kernel allocates: windows (twice where they are double-buffered) and scratch.
-        use: unit -> share of its slots that is used, over the issued bundles.
-        assumed: branches that depend on data and were taken to run every time.
+        spills, fills: spilled vector registers stored and loaded, in the program text.
+        vmem_bytes: on-chip memory that the kernel allocates: windows (twice where double-buffered) and scratch.
+        use: unit -> used share of its slots, over the issued bundles.
+        assumed: branches that depend on data and were counted as running every time.
     """
 
     bundles: int
@@ -71,7 +71,7 @@ class Schedule:
 
 
 def check_version(version: str | None) -> None:
-    """Refuse a compiler whose dumps were never read.
+    """Refuse a compiler of another version than `VERSION`.
 
     Raises:
         UserError: naming both versions.
@@ -91,10 +91,10 @@ def read(folder: Path, kernel: str, grid: tuple[int, ...], mxus: int, row_cycles
         kernel: name of the instruction in the compiled module.
         grid: as given to `pallas_call`.
         mxus: matrix units of a core.
-        row_cycles: cycles a matrix unit takes for one row of its left operand at the published peak, in bf16.
+        row_cycles: cycles of a matrix unit for one row of its left operand at the published peak, in bf16.
 
     Raises:
-        UserError: where a file is missing or is not what `VERSION` writes.
+        UserError: where a file is missing or of another format.
     """
     text = file(folder, kernel, "final_bundles")
     bundles = bundles_of(text, kernel)
@@ -174,12 +174,12 @@ def _vmem(text: str, kernel: str) -> int:
 
 
 def _rows(bundle: str) -> int:
-    """Rows that the products in a bundle send through a matrix unit: 16 in a register of bf16, 8 of float32."""
+    """Rows that the products of a bundle send through a matrix unit: a register holds 16 of bf16, 8 of float32."""
     return sum(16 if ".bf16" in name else 8 for name in re.findall(r"vmatmul\.[\w.]+", bundle))
 
 
 def _paced(issued: np.ndarray, busy: np.ndarray) -> float:
-    """Cycles of bundles issued so often, where the matrix units are busy for `busy` cycles by one issue of each."""
+    """Cycles of bundles that are issued `issued` times, each of which occupies the matrix units for `busy` cycles."""
     cycles, edges = 0.0, [0, *(np.flatnonzero(np.diff(issued)) + 1), len(issued)]
     for a, b in itertools.pairwise(edges):
         for start in range(a, b, WINDOW):
@@ -189,7 +189,7 @@ def _paced(issued: np.ndarray, busy: np.ndarray) -> float:
 
 
 def issued_of(bundles: list[str], grid: tuple[int, ...], kernel: str) -> tuple[np.ndarray, int]:
-    """How often each bundle is issued, and how many branches were taken to run for want of knowledge."""
+    """How often each bundle is issued, and the number of branches that were assumed to run."""
     starts = {int(n): i for i, text in enumerate(bundles) for n in _STARTS.findall(text)}
     scalars = _Scalars(bundles, grid)
     loops: list[tuple[int, int, str, bool]] = []
@@ -201,28 +201,28 @@ def issued_of(bundles: list[str], grid: tuple[int, ...], kernel: str) -> tuple[n
             target = starts[int(region)]
             (loops if target <= i else skips).append((i, target, predicate, bool(negated)))
     steps: tuple[int, int] | None = None
-    # The loop over the grid first: how often another one turns may depend on the step.
+    # The loop over the grid first: the length of another one may depend on the step.
     for i, target, predicate, _ in loops:
         trips, over_grid = scalars.trips(predicate)
         if over_grid and trips is not None:
             steps = (target, i + _DELAY_SLOTS + 1)
             scalars.over_grid(int(trips))
-    turned: list[tuple[int, int, Any]] = []
+    iterated: list[tuple[int, int, Any]] = []
     for i, target, predicate, _ in loops:
         trips, over_grid = scalars.trips(predicate)
         if trips is None:
-            raise _unreadable(kernel, f"how often the loop that ends at bundle {i:#x} turns cannot be told")
+            raise _unreadable(kernel, f"the number of iterations of the loop that ends at bundle {i:#x} is unknown")
         if not over_grid:
-            turned.append((target, i + _DELAY_SLOTS + 1, np.broadcast_to(trips, scalars.turns)))
-    return _issued_in(len(bundles), steps, skips, turned, scalars)
+            iterated.append((target, i + _DELAY_SLOTS + 1, np.broadcast_to(trips, scalars.iterations)))
+    return _issued_in(len(bundles), steps, skips, iterated, scalars)
 
 
 def _issued_in(
     bundles: int, steps: tuple[int, int] | None, skips: list, regions: list[tuple[int, int, Any]], scalars: _Scalars
 ) -> tuple[np.ndarray, int]:
-    """Over all turns of the loop over the grid: where branches let a bundle run, times the turns of loops around it.
+    """Summed over the grid: where branches let a bundle run, times the iterations of the loops around it.
 
-    `regions` are the other loops: first bundle, the one after the last, and their turns in each step of the grid.
+    `regions` are the other loops: first bundle, the one after the last, and their iterations in each step of the grid.
     """
     assumed = 0
     for i, target, predicate, negated in skips:
@@ -233,12 +233,12 @@ def _issued_in(
         if taken is None:
             assumed += 1
             continue
-        regions.append((first, target, np.broadcast_to(np.asarray(taken, bool) == negated, scalars.turns)))
+        regions.append((first, target, np.broadcast_to(np.asarray(taken, bool) == negated, scalars.iterations)))
     edges = sorted({0, bundles, *(e for first, last, _ in regions for e in (first, last)), *(steps or ())})
     issued = np.zeros(bundles, dtype=np.int64)
     for a, b in itertools.pairwise(edges):
         inside = steps is not None and steps[0] <= a < steps[1]
-        runs = np.ones(scalars.turns if inside else 1, np.int64)
+        runs = np.ones(scalars.iterations if inside else 1, np.int64)
         for first, last, times in regions:
             if first <= a < last:
                 runs = runs * (times if inside else times[:1])
@@ -247,10 +247,10 @@ def _issued_in(
 
 
 class _Scalars:
-    """The kernel's scalar code, evaluated for every turn of the loop over the grid at once; None where unknown."""
+    """The kernel's scalar code, evaluated for all iterations of the loop over the grid at once; None where unknown."""
 
     def __init__(self, bundles: list[str], grid: tuple[int, ...]) -> None:
-        self.grid, self.turns = grid, 1
+        self.grid, self.iterations = grid, 1
         self.definitions: dict[str, tuple[str, str, str]] = {}
         self.known: dict[str, Any] = {}
         stored: dict[str, list[str]] = {}
@@ -266,7 +266,7 @@ class _Scalars:
         self.stored = {place: names[0] for place, names in stored.items() if len(names) == 1}
 
     def trips(self, predicate: str) -> tuple[Any, bool]:
-        """Turns of the loop that the predicate ends, one number or one a step, and whether it is that over the grid."""
+        """Iterations of the loop that the predicate ends, one number or one a step; whether it runs over the grid."""
         name, arguments, _ = self.definitions.get(predicate, ("", "", ""))
         match = re.fullmatch(r"%(\w+), (-?\d+|%\w+)", arguments)
         if not name.startswith("scmp.ge") or match is None:
@@ -284,7 +284,7 @@ class _Scalars:
         return np.maximum(turns, 1), "iteration index" in phi[2]  # tested at its end
 
     def _source(self, name: str) -> tuple[str, str, str]:
-        """The definition of a value that was moved, or stored for want of a register and loaded again."""
+        """The definition of a value that was moved, or spilled and loaded again."""
         found = self.definitions.get(name, ("", "", ""))
         for _ in range(len(self.definitions)):
             stored = re.match(r"\[smem:\[#(\w+_spill)\]\]", found[1]) if found[0] == "sld" else None
@@ -296,13 +296,13 @@ class _Scalars:
                 break
         return found
 
-    def over_grid(self, turns: int) -> None:
-        self.turns = turns
+    def over_grid(self, iterations: int) -> None:
+        self.iterations = iterations
         self.known.clear()
 
     def value(self, name: str) -> Any:
         if name not in self.known:
-            self.known[name] = None  # a value that depends on itself is not known
+            self.known[name] = None  # a value that depends on itself is unknown
             self.known[name] = self._evaluate(*self.definitions.get(name, ("", "", "")))
         return self.known[name]
 
@@ -329,8 +329,8 @@ class _Scalars:
         match = _INDEX.search(slot)
         if match is None:
             return None
-        stage, turn = int(match[1]), np.arange(self.turns)
-        # The loop runs ahead of the computation by one step, in which it only starts copies.
+        stage, turn = int(match[1]), np.arange(self.iterations)
+        # The loop runs one step ahead of the computation; that step only starts copies.
         if match[2] is None:
             return turn if stage == 0 else None
         at = np.clip(turn - stage, 0, int(np.prod(self.grid, dtype=np.int64)) - 1)

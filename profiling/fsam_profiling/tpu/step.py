@@ -1,10 +1,10 @@
-"""Whole training steps compiled for one core of a TPU that need not be here: `fsam profile tpu --what step`.
+"""Whole training steps compiled for one core of a TPU, without the chip: `fsam profile tpu --what step`.
 
-Whose figures these are: temporaries, arguments and results are the compiler's own account of HBM; cycles are its cost
-model's for XLA's instructions, and the schedule's or the bytes' for kernels (`tpu`), bytes are counted in the compiled
-program, FLOPs in the traced one (`flops`). The floor is this program's own: its matrix products at the chip's published
-peak, or every argument read and every result written once at its published bandwidth, whichever takes longer. None of
-it is a measurement.
+Temporaries, arguments and results are the compiler's own account of HBM. Cycles are its cost model's for XLA's
+instructions, and the schedule's or the bytes' for kernels (`compiler`). Bytes are counted in the compiled program, FLOPs
+in the traced one (`flops`). The floor is that of this program: its matrix products at the chip's published peak, or
+every argument read and every result written once at its published bandwidth, whichever takes longer. Nothing is
+measured on a chip.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from fsam_profiling.rows import programs
 from fsam_profiling.tpu.compiler import TOPOLOGIES, Compiled, compile_for, to_json
 
 PROGRAMS = "fsam_profiling.tpu.step_programs:"
-BATCH = 16  # sequences of a core, where none are asked for
+BATCH = 16  # sequences of a core by default
 TEXTBOOK = ("adamw", "sam", "functional-sam")
 
 
 @dataclass(frozen=True)
 class TpuVariant:
-    """A row: what the table calls it, and how `step_programs` makes its program."""
+    """A row: its names in the table, and how `step_programs` makes its program."""
 
     method: str
     saving: str
@@ -44,14 +44,14 @@ class TpuVariant:
 
 
 def variants(only: str, backends: tuple[str, ...], **same: Any) -> list[TpuVariant]:
-    """The rows asked for, by method or saving as in `fsam profile step`, in each backend; then the textbook's.
+    """The requested rows, by method or saving as in `fsam profile step`, in each backend; then the textbook's.
 
     Args:
         only: names separated by commas; "textbook" for its three; "all" for everything.
-        same: options of all programs.
+        same: options that all programs share.
 
     Raises:
-        UserError: for a name that no row has.
+        UserError: for an unknown row.
     """
     names = {name.strip() for name in only.split(",") if name.strip()}
     textbook = bool(names & {"textbook", "all"})
@@ -67,7 +67,7 @@ def variants(only: str, backends: tuple[str, ...], **same: Any) -> list[TpuVaria
 
 
 def compile_variant(chip: str, variant: TpuVariant, loops: bool = False) -> Compiled:
-    """The program of one row, its state donated as the trainer donates it; with `loops`, their schedules too.
+    """The program of one row, its state donated as the trainer does; with `loops`, their schedules too.
 
     Raises:
         UserError: as `compiler.compile_for`.
@@ -97,7 +97,7 @@ def row(chip: str, variant: TpuVariant, one: Compiled, base: Compiled) -> dict[s
 
 
 def floors(one: Compiled) -> tuple[float, float]:
-    """Cycles that the products take at the peak, and that arguments and results take at the published bandwidth."""
+    """Cycles of the products at the peak, and of arguments and results at the published bandwidth."""
     least = one.argument_bytes + one.output_bytes
     return one.product_flops / one.chip.flops_per_cycle, least / one.chip.bytes_per_cycle
 
@@ -132,11 +132,11 @@ def run(
     bases: dict[str, Compiled] = {}
     for variant in variants(only, backends, **same):
         one = compile_variant(chip, variant, loops=True)
-        # The textbook is held against the AdamW step of the first backend.
+        # The textbook is compared with the AdamW step of the first backend.
         base = bases.setdefault(variant.backend if variant.function == "step" else backends[0], one)
         rows.append(row(chip, variant, one, base))
         print(f"compiled {variant.name}: {one.cycles / 1e6:,.1f} Mcycles", file=sys.stderr)
-        if path is not None:  # as it grows: what was compiled before an interruption is not lost
+        if path is not None:  # after every row: an interruption loses none
             results.write(path, "tpu step", rows, {"chip": chip, **same})
     console = Console() if sys.stdout.isatty() else Console(width=150)
     console.print(table(rows, f"{preset}, {same['batch']} sequences, compute in {dtype}"))

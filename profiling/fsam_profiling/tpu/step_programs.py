@@ -1,6 +1,6 @@
-"""Whole training steps for `tpu.compile_for`: the trainers' decoder, `fsam_core.jax` and optax, by shape alone.
+"""Whole training steps for `compiler.compile_for`: the trainers' decoder, `fsam_core.jax` and optax, by shape alone.
 
-No weight is made. The peers are what one writes without this package: two backward passes and logits that are stored.
+The peers are steps as written without this package: two backward passes and stored logits.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def textbook(*, preset: str, kind: str, **of_settings: Any) -> Program:
 
 
 def peer(chosen: Settings, whose: str, kind: str) -> Program:
-    """The step of the settings as "textbook" or "optax.contrib" has it; of one micro-batch."""
+    """The step of "textbook" or "optax.contrib" with these settings; of one micro-batch."""
     tx = optimizer_of(chosen, whose, kind)
     make = textbook_jax.step if whose == "textbook" else textbook_jax.contrib_step
     step = make(kind, _logits(chosen), tx, chosen.rho)
