@@ -55,7 +55,9 @@ def choose(framework: str, backend: str | None = None) -> Choice:
     asked, source = (backend, "asked for") if backend else (os.environ.get("FSAM_BACKEND"), "FSAM_BACKEND")
     if asked and asked != "auto":
         if asked not in known:
-            raise UserError(f"backend: {asked!r} ({source}) is none of {framework}'s: use auto, {', '.join(known)}")
+            raise UserError(
+                f"backend: {asked!r} ({source}) is not a backend of {framework}: use auto, {', '.join(known)}"
+            )
         if not built(asked):
             have = ", ".join(name for name in known if built(name))
             raise UserError(f"backend: {asked!r} ({source}) is not part of this version, which has {have}")

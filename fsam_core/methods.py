@@ -108,7 +108,7 @@ class Perturbed:
         ascent = self.direction
         _check_choice("cut", self.cut, get_args(Cut))
         if self.cut == "hidden" and self.path != "functional":
-            raise UserError(f"cut: 'hidden' needs the functional method, which holds its cotangent; got {self.path!r}")
+            raise UserError(f"cut: 'hidden' needs the functional method, which stores its cotangent; got {self.path!r}")
         if not _is_number(self.fraction) or not 0 < self.fraction <= 1:
             raise UserError(f"fraction must be a number in (0, 1], got {self.fraction!r} (1/8, say)")
         if not _is_number(self.strength) or not 0 <= self.strength < math.inf:
@@ -122,7 +122,7 @@ class Perturbed:
                 raise UserError(f"ascent_fraction: {share} goes with ascent='part' and fraction=1, got {got}")
         if ascent.source == "micro" and not self.exact:
             raise UserError(
-                f"ascent: 'micro' corrects every micro-batch; it goes with fraction=1 and strength=1, got "
+                f"ascent: 'micro' corrects every micro-batch; it needs fraction=1 and strength=1, got "
                 f"{self.fraction} and {self.strength}"
             )
 

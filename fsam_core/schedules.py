@@ -120,6 +120,6 @@ def check(schedule: Schedule, method: Any) -> None:
         ascent = method.direction
         if ascent.source != "full" and not (ascent.source == "part" and method.share == 1):
             raise UserError(
-                f"between: 'reuse' needs the plain gradient, and fraction=1 with ascent={ascent.name!r} does not form "
-                "it; use between='plain', ascent='full', or a fraction below 1"
+                f"between: 'reuse' needs the plain gradient, and fraction=1 with ascent={ascent.name!r} does not "
+                "compute it; use between='plain', ascent='full', or a fraction below 1"
             )

@@ -58,7 +58,9 @@ def mask(scope: Scope, names: Sequence[str], blocks: Blocks | None) -> list[bool
     if callable(scope):
         found = [bool(scope(name)) for name in names]
     elif blocks is None:
-        raise UserError(f"scope: {scope!r} needs blocks=Blocks(...), which says what the parameters are by their names")
+        raise UserError(
+            f"scope: {scope!r} needs blocks=Blocks(...), which gives the roles of the parameters by their names"
+        )
     else:
         found = [_holds(scope, name, blocks) for name in names]
     if not any(found):
@@ -75,7 +77,7 @@ def _holds(scope: str, name: str, blocks: Blocks) -> bool:
     top = _top(scope)
     assert top is not None
     if top > blocks.count:
-        raise UserError(f"scope: {scope!r} asks for more than the {blocks.count} blocks there are")
+        raise UserError(f"scope: {scope!r} asks for more than the {blocks.count} blocks of the model")
     found = re.search(blocks.block, name)
     return int(found[1]) >= blocks.count - top if found else bool(re.search(blocks.above, name))
 

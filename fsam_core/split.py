@@ -41,7 +41,9 @@ def _cut(batch: Any, share: Fraction, flatten: Flatten) -> tuple[Any, Any]:
         raise UserError(f"fraction: the arrays of a batch must have one first axis to be cut along, got {got}")
     size, n = sizes.pop(), share.denominator
     if size % n:
-        raise UserError(f"fraction: {share} of a (micro-)batch of {size} rows is no whole number; {n} must divide it")
+        raise UserError(
+            f"fraction: {share} of a (micro-)batch of {size} rows is not a whole number of rows; {n} must divide it"
+        )
 
     def rows(x: Any, which: slice) -> Any:
         if not getattr(x, "ndim", 0):

@@ -241,7 +241,7 @@ def passes(model: Model, o: Options, chunks: int = 2) -> tuple[Pass, Pass]:
     is_top = o.scope.startswith("top:")
     top = blocks_of(o.scope) / model.layers if is_top else 1.0
     if top > 1:
-        raise UserError(f"scope: {o.scope!r} asks for more than the {model.layers} blocks there are")
+        raise UserError(f"scope: {o.scope!r} asks for more than the {model.layers} blocks of the model")
     # S is one micro-batch, so none of its results has to be stored while another runs.
     one = micro or o.micro_batches == 1 or (q < 1 and o.micro_batches_of_S <= 1)
     r = method.share if exact and method.direction.source == "part" else 1.0

@@ -47,7 +47,7 @@ class Seen:
     @property
     def previous(self) -> Params:
         if self._previous is None:
-            raise UserError("carry is missing: this ascent remembers the last gradient; give what carry_of(...) made")
+            raise UserError("carry is missing: this ascent uses the last gradient; pass the one from carry_of(...)")
         return self._previous
 
     def random(self) -> Params:
@@ -103,7 +103,7 @@ def moments(g: Params, nu: Any) -> tuple[Params, Params]:
     kept = jax.tree.map(lambda v: not _is_masked(v), nu, is_leaf=_is_masked)
     structures: list[Any] = [jax.tree.structure(kept), jax.tree.structure(g)]
     if structures[0] != structures[1]:
-        raise UserError("opt_state: its Adam state is not of these params; give the one that tx.init(params) made")
+        raise UserError("opt_state: its Adam state is not of these params; pass the one from tx.init(params)")
     pick = lambda tree: jax.tree.map(lambda keep, x, like: x if keep else jnp.zeros_like(like), kept, tree, g)
     return pick(g), pick(jax.tree.map(lambda v: 0 if _is_masked(v) else v, nu, is_leaf=_is_masked))
 

@@ -142,7 +142,7 @@ def value_and_grad(
             raise UserError(f"kind: {kind!r} is not known; use one of {', '.join(schedules.KINDS)}")
         before = Carry() if carry is None else carry
         if kind == "reused" and before.correction is None:
-            raise UserError("kind: 'reused' needs a carry with a correction; give what carry_of(...) made")
+            raise UserError("kind: 'reused' needs a carry with a correction; pass the one from carry_of(...)")
         nan = jnp.float32(jnp.nan)
         moved_loss: jax.Array | None
         base_norm: jax.Array | None

@@ -19,7 +19,6 @@ from fsam_core import backends
 
 backends.require("torch")
 
-
 from fsam_core.ascents import Ascent
 from fsam_core.errors import UserError
 from fsam_core.methods import SAM, FunctionalSAM, LogitSAM, Plain
@@ -27,9 +26,10 @@ from fsam_core.schedules import Schedule
 from fsam_core.scopes import Blocks
 from fsam_core.torch.heads import LinearHead, Logits
 from fsam_core.torch.loss_scale import LossScale
-from fsam_core.torch.parallel import reduce_wide
-from fsam_core.torch.passes import Staged
-from fsam_core.torch.step import Info, Step, masters, mean_loss
+from fsam_core.torch.parallel import reduce_upcast
+from fsam_core.torch.staged import Staged
+from fsam_core.torch.step import Info, Step, mean_loss
+from fsam_core.torch.weights import masters
 from fsam_kernels.memory import Memory
 from fsam_kernels.options import Loss
 from fsam_kernels.torch.adamw import AdamW
@@ -54,5 +54,5 @@ __all__ = [
     "UserError",
     "masters",
     "mean_loss",
-    "reduce_wide",
+    "reduce_upcast",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fsam_core.errors import UserError
 from fsam_core.heads import check
-from fsam_core.torch.vocabulary import part
+from fsam_core.torch.dtensor import local_head
 from fsam_kernels.memory import Memory
 from fsam_kernels.options import CROSS_ENTROPY, Layout, Loss
 from fsam_kernels.torch.linear_cross_entropy import compute_dtype
@@ -72,6 +72,25 @@ class Logits:
     weight: Tensor | float = 1.0
 
 
+def outputs(head: Any) -> tuple[Tensor, ...]:
+    """The tensors of a head through which gradients flow to the parameters, the model's own output first.
+
+    Raises:
+        UserError: for what is no head.
+    """
+    if isinstance(head, Logits):
+        return (head.logits,)
+    if not isinstance(head, LinearHead):
+        raise UserError(f"features must return a LinearHead or Logits, got {type(head).__name__}")
+    return (head.hidden, head.weight) if head.bias is None else (head.hidden, head.weight, head.bias)
+
+
+def with_outputs(head: Any, given: Sequence[Tensor]) -> Any:
+    """The head with these tensors in place of the first of its `outputs`."""
+    names = ("logits",) if isinstance(head, Logits) else ("hidden", "weight", "bias")
+    return dataclasses.replace(head, **dict(zip(names, given, strict=False)))
+
+
 def flat(head: Any) -> FlatHead | Logits:
     """The head checked, with its leading axes made one, its weight as [V, D], and weights where there were none.
 
@@ -80,10 +99,9 @@ def flat(head: Any) -> FlatHead | Logits:
     """
     if isinstance(head, Logits):
         return head
-    if not isinstance(head, LinearHead):
-        raise UserError(f"features must return a LinearHead or Logits, got {type(head).__name__}")
+    outputs(head)
     check(head)
-    found, vocabulary = part(head)
+    found, vocabulary = local_head(head)
     head = dataclasses.replace(head, **found)
     y, weights = head.labels.reshape(-1), head.token_weights
     if head.ignore_index is not None:
@@ -152,13 +170,13 @@ def cotangent(
     return (loss_N * share_N).sum(), zbar, None if gradients is None else _present(gradients)
 
 
-def pulled_back(
+def head_vjp(
     ops: ModuleType, head: FlatHead | Logits, zbar: Any, memory: Memory, onto: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """What the cotangent of another head of these shapes is at the outputs of this one; `onto` as in `cotangent`.
+    """The logit cotangent of another head of these shapes, contracted with this one: cotangents of its `outputs`.
 
-    A tuple is already that, as far as it goes: the cotangents of the hidden states and, in one micro-batch, of the
-    head's weight and bias.
+    `onto` is as in `cotangent`. A tuple holds such cotangents already: of the hidden states and, in one micro-batch, of
+    the head's weight and bias.
     """
     if isinstance(head, Logits):
         return (zbar,)
@@ -177,11 +195,11 @@ def keeps(head: FlatHead | Logits, micro_batches: int, memory: Memory) -> bool:
 
 
 def sums_in_place(head: FlatHead | Logits) -> bool:
-    """Whether the cotangent of the head's weight may be written to its `.grad` with no graph between.
+    """Whether the cotangent of the head's weight may be written to its `.grad` without autograd.
 
-    So it may where the weight is a parameter itself and nobody waits for its gradient: that is then one array, which
-    the products of every chunk, micro-batch and pass add to, and autograd's sums with the embedding's gradient, of the
-    size of the vocabulary each, fall away.
+    That needs a weight which is a parameter itself and has no hooks. The products of every chunk, micro-batch and pass
+    then add to one array, and autograd's sums with the embedding's gradient, each as large as the vocabulary, fall
+    away.
     """
     if isinstance(head, Logits):
         return False
@@ -190,33 +208,34 @@ def sums_in_place(head: FlatHead | Logits) -> bool:
     return bool(w.is_leaf and w.requires_grad and type(w) in (Tensor, nn.Parameter) and not any(hooks))
 
 
-def summed(head: FlatHead | Logits) -> Tensor | None:
-    """Of a head that sums in place, the gradient its weight has and that matrix products may add more to."""
+def weight_gradient_so_far(head: FlatHead | Logits) -> Tensor | None:
+    """The gradient that the weight of a head that sums in place has so far, if matrix products can add to it."""
     assert isinstance(head, FlatHead)
-    gradient, wide = head.weight.grad, torch.promote_types(head.hidden.dtype, torch.float32)
-    return gradient if gradient is not None and not gradient.is_sparse and gradient.dtype == wide else None
+    gradient, accum = head.weight.grad, torch.promote_types(head.hidden.dtype, torch.float32)
+    return gradient if gradient is not None and not gradient.is_sparse and gradient.dtype == accum else None
 
 
-def backward(head: FlatHead | Logits, gradients: Sequence[Tensor], *, in_place: bool = False, own: bool = True) -> None:
-    """Pull the cotangents of the model's outputs back into every parameter's `.grad`.
+def backward(
+    head: FlatHead | Logits, gradients: Sequence[Tensor], *, in_place: bool = False, donate: bool = True
+) -> None:
+    """Add the VJP of the cotangents of the head's `outputs` to every parameter's `.grad`.
 
     Args:
         in_place: the head's weight, which allows for it, gets its cotangent first and without autograd.
-        own: whether that cotangent is nobody else's.
+        donate: whether that cotangent's buffer may be reused.
     """
-    outputs = (head.logits,) if isinstance(head, Logits) else (head.hidden, head.weight, head.bias)
-    pairs = [(x, g) for x, g in zip(outputs, gradients, strict=False) if x is not None and x.requires_grad]
+    pairs = [(x, g) for x, g in zip(outputs(head), gradients, strict=False) if x.requires_grad]
     if in_place and isinstance(head, FlatHead):
         for wbar_VxD in (g for x, g in pairs if x is head.weight):
-            _accumulate(head.weight, wbar_VxD, own)
+            _accumulate(head.weight, wbar_VxD, donate)
         pairs = [(x, g) for x, g in pairs if x is not head.weight]
     if pairs:
         torch.autograd.backward([x for x, _ in pairs], [g for _, g in pairs])
 
 
-def _accumulate(p: Tensor, gradient: Tensor, own: bool) -> None:
+def _accumulate(p: Tensor, gradient: Tensor, donate: bool) -> None:
     if p.grad is None:
-        p.grad = gradient if own else gradient.clone()
+        p.grad = gradient if donate else gradient.clone()
     elif p.grad is not gradient:
         p.grad.add_(gradient)
 

@@ -1,21 +1,20 @@
-"""The processes that train one model together: DistributedDataParallel's, FSDP2's (`fully_shard`) and tensor ranks.
+"""The processes that train one model together: DistributedDataParallel, FSDP2 (`fully_shard`) and tensor parallelism.
 
 The first two average gradients over their ranks. A loss that each rank divides by the ranks' mean token weight is
 therefore the mean over all target tokens of all ranks, however many each has. Under FSDP2 a parameter is a DTensor, of
-which a rank holds a shard: the parameters' work is done on shards, and a norm takes one reduction of a few scalars.
+which a rank holds a shard: the work on parameters is done on shards, and a norm takes one reduction of a few scalars.
 
 Ranks along a mesh axis for tensor parallelism have the same tokens and parts of some weights. Means over them change
-nothing, and norms count what they all hold once. Both are reduced over the ranks of all axes at once, so that every
+nothing, and norms count once what all of them hold. Both are reduced over the ranks of all axes at once, so that every
 rank clips, perturbs and skips by the same numbers.
 
-`features` is called inside the wrapper's forward, because its hooks run there, and with the module that was wrapped: it
-is what it is in one process, and may call the model, or parts of it, or read its head's weight.
+`features` is called inside the wrapper's forward pass, because its hooks run there, and with the module that was
+wrapped: as in one process it may call the model, or parts of it, or read its head's weight.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -26,80 +25,80 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fsam_core.errors import UserError
-from fsam_core.torch.heads import LinearHead, Logits
+from fsam_core.torch import heads
+from fsam_core.torch.dtensor import local
 
 Sync = Literal["global", "local"]
-MEAN_BYTES = 2**28  # that `Ranks.mean_` copies together, so that small tensors share a reduction
+BUCKET_BYTES = 2**28  # of small tensors that `Parallel.all_reduce_mean_` reduces together
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
-class Ranks:
+class Parallel:
     """One process and its model: nothing is reduced.
 
     Attributes:
         model: as the user gave it.
         inner: the module that a wrapper holds, or the model itself; what `features` is called with.
-        alone: whether no wrapper waits for gradients as they come.
+        hooked: whether a wrapper's hooks must see each gradient as autograd makes it.
         count: how many ranks have data of their own (along tensor axes they share it).
-        sharded: whether a rank holds but a part of each weight.
+        sharded: whether a rank holds only a part of each weight.
         reuses_gradients: whether the next pass writes its gradients over those of this one.
-        adds: whether what a tensor's `.grad` holds before a pass is reduced with what the pass adds to it.
-        no_local: why gradients cannot be each rank's own, "" where they can.
+        reduces_accumulated: whether what `.grad` holds before a pass is reduced together with what the pass adds.
+        why_not_local: why gradients cannot be each rank's own, "" where they can.
     """
 
-    alone = True
     count = 1
-    no_local = ""
-    sharded = reuses_gradients = adds = False
+    why_not_local = ""
+    hooked = sharded = reuses_gradients = reduces_accumulated = False
 
     def __init__(self, model: nn.Module, inner: nn.Module | None = None) -> None:
         self.model, self.inner = model, model if inner is None else inner
 
-    def head(self, features: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
+    def call_features(self, features: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
         """What `features` returns for the batch."""
         return features(self.model, batch)
 
     @contextlib.contextmanager
     def accumulating(self, more: bool) -> Iterator[None]:
-        """A pass whose gradients are reduced with a later one's, where `more` says that there is one."""
+        """A forward and backward pass; with `more` its gradients are reduced together with those of a later one."""
         yield
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean over all ranks."""
         return x
 
-    def sums(self, params: Sequence[Any], sums: Sequence[Tensor], each: bool) -> Sequence[Tensor]:
+    def all_reduce_sums(self, params: Sequence[Any], sums: Sequence[Tensor], each: bool) -> Sequence[Tensor]:
         """Sums over whole tensors, from those of `params`' parts: one for each, or over all without `each`."""
         return sums
 
-    def norm_here(self, params: Sequence[Any], tensors: Sequence[Tensor]) -> Tensor:
+    def local_norm(self, params: Sequence[Any], tensors: Sequence[Tensor]) -> Tensor:
         """‖·‖₂ over these parts of `params`, such that the squares of all ranks add up."""
         return norm_of(tensors)
 
-    def norm(self, here: Tensor) -> Tensor:
-        """‖·‖₂ over the whole tensors, from `norm_here`."""
-        return here
+    def norm(self, local_norm: Tensor) -> Tensor:
+        """‖·‖₂ over the whole tensors, from `local_norm`."""
+        return local_norm
 
-    def share_of(self, norm: Tensor) -> Tensor:
-        """What `norm` takes back to this."""
+    def local_share(self, norm: Tensor) -> Tensor:
+        """The inverse of `norm`: a `local_norm` that is the same on every rank."""
         return norm
 
-    def agreed(self, means: Sequence[Tensor | None], norms: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def all_reduce_scalars(self, means: Sequence[Tensor | None], norms: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Means over all ranks and norms of the whole tensors, the same on every rank, in one reduction."""
         return [*means, *norms]
 
-    def mean_(self, tensors: Sequence[Tensor]) -> None:
-        """Each tensor, replaced by its mean over all ranks; one reduction for each dtype and `MEAN_BYTES`."""
+    def all_reduce_mean_(self, tensors: Sequence[Tensor]) -> None:
+        """Each tensor, replaced by its mean over all ranks; one reduction for each dtype and `BUCKET_BYTES`."""
 
     def reshard(self) -> None:
-        """Whole weights that a forward pass has gathered are given up; the next one gathers them anew."""
+        """Free the whole weights that a forward pass has gathered; the next one gathers them anew."""
 
     def reset(self) -> None:
-        """After a pass that raised."""
+        """Recover from a pass that raised."""
 
 
-class _Group(Ranks):
-    alone = False
+class _Group(Parallel):
+    hooked = True
 
     def __init__(self, model: nn.Module, inner: nn.Module, group: Any) -> None:
         super().__init__(model, inner)
@@ -111,16 +110,16 @@ class _Group(Ranks):
         dist.all_reduce(x, group=self.group)
         return x / self.size
 
-    def agreed(self, means: Sequence[Tensor | None], norms: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def all_reduce_scalars(self, means: Sequence[Tensor | None], norms: Sequence[Tensor | None]) -> list[Tensor | None]:
         given = [*means, *(norms if self.sharded else ())]
         present = [x for x in given if x is not None]
-        wide = torch.stack([x.detach().to(present[0].device, torch.float64) for x in present])
+        upcast = torch.stack([x.detach().to(present[0].device, torch.float64) for x in present])
         at = sum(x is not None for x in means)
-        wide[at:].square_()
-        wide[:at].div_(self.size)
-        dist.all_reduce(wide, group=self.group)
-        wide[at:].sqrt_()
-        values = iter(wide)
+        upcast[at:].square_()
+        upcast[:at].div_(self.size)
+        dist.all_reduce(upcast, group=self.group)
+        upcast[at:].sqrt_()
+        values = iter(upcast)
         found = [None if x is None else next(values).to(x.dtype) for x in given]
         return found if self.sharded else [*found, *norms]
 
@@ -132,35 +131,35 @@ class DataParallel(_Group):
         super().__init__(model, model.module, model.process_group)
         self.reuses_gradients = bool(model.gradient_as_bucket_view)
         if model.static_graph:  # its first step must reduce, and what is reduced twice is the same
-            self.no_local = "which DistributedDataParallel with static_graph=True always reduces"
-        # Where it looks for parameters that a pass did not reach, it leaves those as they are.
-        self.adds = not (model.static_graph or model.find_unused_parameters)
+            self.why_not_local = "which DistributedDataParallel with static_graph=True always reduces"
+        # Where it looks for parameters that a pass did not reach, it leaves their gradients as they are.
+        self.reduces_accumulated = not (model.static_graph or model.find_unused_parameters)
 
-    def head(self, features: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
+    def call_features(self, features: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
         ddp, inner = self.model, self.inner
         made: list[Any] = []
 
-        class Here(nn.Module):
+        class Features(nn.Module):
             """Stands in the wrapper for the module, until it is called."""
 
             def forward(self, batch: Any) -> tuple[Tensor, ...]:
                 ddp.module = inner
                 made.append(features(inner, batch))
-                return _outputs(made[0])
+                return heads.outputs(made[0])
 
         try:
-            ddp.module = Here()
+            ddp.module = Features()
             outputs = ddp(batch)
         finally:
             ddp.module = inner
-        return _with_outputs(made[0], outputs)
+        return heads.with_outputs(made[0], outputs)
 
     @contextlib.contextmanager
     def accumulating(self, more: bool) -> Iterator[None]:
-        with self.model.no_sync() if more and not self.no_local else contextlib.nullcontext():  # type: ignore[operator]
+        with self.model.no_sync() if more and not self.why_not_local else contextlib.nullcontext():  # type: ignore[operator]
             yield
 
-    def mean_(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce_mean_(self, tensors: Sequence[Tensor]) -> None:
         for dtype in dict.fromkeys(x.dtype for x in tensors):
             for some in _buckets([x for x in tensors if x.dtype == dtype]):
                 whole = torch.cat([x.reshape(-1) for x in some])
@@ -171,7 +170,7 @@ class DataParallel(_Group):
 
 
 class _Shards(_Group):
-    """Weights of which a rank may hold a part: what is done to them is done to parts, and norms are summed over."""
+    """Weights of which a rank may hold a part: the work is done on parts, and norms are summed over the ranks."""
 
     sharded = True
 
@@ -179,14 +178,14 @@ class _Shards(_Group):
         super().__init__(model, model, group)
         self._replicas: dict[Any, int] = {}
 
-    def sums(self, params: Sequence[Any], sums: Sequence[Tensor], each: bool) -> Sequence[Tensor]:
+    def all_reduce_sums(self, params: Sequence[Any], sums: Sequence[Tensor], each: bool) -> Sequence[Tensor]:
         factor = torch.tensor([1 / self.replicas(p) for p in params], dtype=sums[0].dtype)
         whole = torch.stack(list(sums)) * factor.to(sums[0].device, non_blocking=True)
         whole = whole if each else whole.sum(1)
         dist.all_reduce(whole, group=self.group)
         return whole.unbind()
 
-    def norm_here(self, params: Sequence[Any], tensors: Sequence[Tensor]) -> Tensor:
+    def local_norm(self, params: Sequence[Any], tensors: Sequence[Tensor]) -> Tensor:
         by_count: dict[int, list[Tensor]] = {}
         for p, x in zip(params, tensors, strict=True):
             by_count.setdefault(self.replicas(p), []).append(x)
@@ -202,23 +201,23 @@ class _Shards(_Group):
                 self._replicas[p] //= math.prod(size for size, placement in sizes if not placement.is_replicate())
         return self._replicas[p]
 
-    def norm(self, here: Tensor) -> Tensor:
-        square = here.square()
+    def norm(self, local_norm: Tensor) -> Tensor:
+        square = local_norm.square()
         dist.all_reduce(square, group=self.group)
         return square.sqrt()
 
-    def share_of(self, norm: Tensor) -> Tensor:
+    def local_share(self, norm: Tensor) -> Tensor:
         return norm / math.sqrt(self.size)
 
 
 class TensorParallel(_Shards):
     """A model with DTensors on a mesh of tensor ranks, and no wrapper: they hold a part of each weight, or all of it.
 
-    Gradients are nobody's to reduce. That of a part is whole, and that of a weight which each rank has is the same on
-    all, since what reaches it, h̄ and DTensor's own sums, has been summed over the ranks.
+    No gradient has to be reduced. That of a part is whole, and that of a weight which each rank has is the same on all,
+    since what reaches it, h̄ and DTensor's own sums, has been summed over the ranks.
     """
 
-    alone = True
+    hooked = False
 
     def __init__(self, model: nn.Module, group: Any) -> None:
         super().__init__(model, group)
@@ -234,7 +233,7 @@ class Sharded(_Shards):
     The mesh may have tensor axes beside FSDP2's own; some weights are then cut along them, too.
     """
 
-    no_local = "of which FSDP2 keeps nothing"
+    why_not_local = "of which FSDP2 keeps nothing"
 
     def __init__(self, model: nn.Module, mesh: Any) -> None:
         if mesh.ndim == 1:
@@ -249,10 +248,10 @@ class Sharded(_Shards):
         self.count = self._data_mesh.size()
         self._replicates = self._data_mesh.ndim > 1
 
-    def head(self, features: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
+    def call_features(self, features: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
         root, made = self.model, []
 
-        def here(batch: Any) -> Tensor | None:
+        def forward(batch: Any) -> Tensor | None:
             # Once inside, the root is an ordinary module: a call of it must not begin another forward of FSDP's.
             del root.forward
             hooks = root._forward_pre_hooks, root._forward_hooks
@@ -261,15 +260,15 @@ class Sharded(_Shards):
                 made.append(features(root, batch))
             finally:
                 root._forward_pre_hooks, root._forward_hooks = hooks
-            return _outputs(made[0])[0]
+            return heads.outputs(made[0])[0]
 
-        root.forward = here
+        root.forward = forward
         try:
             output = root(batch)
         finally:
             root.__dict__.pop("forward", None)
-        head = _with_outputs(made[0], (output,))
-        for x in (head.weight, head.bias) if isinstance(head, LinearHead) else ():
+        head = heads.with_outputs(made[0], (output,))
+        for x in (head.weight, head.bias) if isinstance(head, heads.LinearHead) else ():
             self._check_gathered(x)
         return head
 
@@ -280,8 +279,8 @@ class Sharded(_Shards):
             raise UserError(
                 "features: the head's weight is a shard; leave its module to the root, without a fully_shard of its own"
             )
-        here = local(x)
-        if here.numel() and not here.untyped_storage().size():
+        part = local(x)
+        if part.numel() and not part.untyped_storage().size():
             raise UserError("features: the head's weight is resharded after forward; fully_shard the root without that")
 
     @contextlib.contextmanager
@@ -300,14 +299,14 @@ class Sharded(_Shards):
             self.model.reset_iter_state()  # type: ignore[operator]
 
 
-def of(model: nn.Module) -> Ranks:
+def detect_parallelism(model: nn.Module) -> Parallel:
     """The ranks that the model was wrapped for.
 
     Raises:
         UserError: for a wrapper that is not known, or a sharded model that is not FSDP2's root.
     """
     if not (dist.is_available() and dist.is_initialized()):
-        return Ranks(model)
+        return Parallel(model)
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
 
@@ -320,7 +319,7 @@ def of(model: nn.Module) -> Ranks:
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return DataParallel(model)
     if not meshes:
-        return Ranks(model)
+        return Parallel(model)
     mesh = max(meshes, key=lambda mesh: mesh.ndim)
     axes = set(mesh.mesh_dim_names or ())
     if not all(one == mesh or set(one.mesh_dim_names or axes) < axes for one in meshes):
@@ -337,10 +336,10 @@ def of(model: nn.Module) -> Ranks:
     return TensorParallel(model, mesh.get_group())
 
 
-def reduce_wide(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def reduce_upcast(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """DistributedDataParallel's reduction with the sum of half floats taken in float32, and rounded once.
 
-        ddp.register_comm_hook(None, reduce_wide)
+        ddp.register_comm_hook(None, reduce_upcast)
 
     Without it a bfloat16 model's gradients are summed in bfloat16, with a rounding for every rank. FSDP2 has
     `MixedPrecisionPolicy(reduce_dtype=torch.float32)` for that.
@@ -350,49 +349,20 @@ def reduce_wide(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Ten
         bucket: gradients, as the hook is given them.
     """
     given = bucket.buffer()
-    wide = given.to(torch.promote_types(given.dtype, torch.float32))
-    sent = dist.all_reduce(wide.div_(dist.get_world_size(group)), group=group, async_op=True).get_future()
-    return sent.then(lambda done: given if wide is given else given.copy_(done.value()[0]))
+    upcast = given.to(torch.promote_types(given.dtype, torch.float32))
+    sent = dist.all_reduce(upcast.div_(dist.get_world_size(group)), group=group, async_op=True).get_future()
+    return sent.then(lambda done: given if upcast is given else given.copy_(done.value()[0]))
 
 
-reduce_wide.__annotations__.clear()  # DistributedDataParallel looks at them and does not know them as strings
-
-
-def local(x: Any) -> Any:
-    """This rank's part of a DTensor, as a view; any other tensor as it is."""
-    if not hasattr(x, "to_local"):
-        return x
-    with torch.no_grad():
-        return x.to_local()
-
-
-def like(p: Any, x: Tensor) -> Tensor:
-    """This rank's part `x` as a DTensor where p is one."""
-    if not hasattr(p, "to_local") or hasattr(x, "to_local"):
-        return x
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(x, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
-
-
-def part(p: Any, whole: Tensor) -> Tensor:
-    """Of a tensor that every rank has whole, what p's shard would hold, as a DTensor where p is one."""
-    if not hasattr(p, "to_local"):
-        return whole
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    sizes, offsets = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-    for axis, (size, offset) in enumerate(zip(sizes, offsets, strict=True)):
-        whole = whole.narrow(axis, min(offset, whole.shape[axis]), size)
-    return like(p, whole.clone())
+reduce_upcast.__annotations__.clear()  # DistributedDataParallel looks at them and does not know them as strings
 
 
 def norm_of(tensors: Sequence[Any]) -> Tensor:
     """‖·‖₂ over all tensors, each summed in float32 or wider."""
     if not tensors:
         return torch.zeros(())
-    wide = [torch.promote_types(x.dtype, torch.float32) for x in tensors]
-    norms = [torch.linalg.vector_norm(x, dtype=kind) for x, kind in zip(tensors, wide, strict=True)]
+    dtypes = [torch.promote_types(x.dtype, torch.float32) for x in tensors]
+    norms = [torch.linalg.vector_norm(x, dtype=kind) for x, kind in zip(tensors, dtypes, strict=True)]
     return torch.linalg.vector_norm(torch.stack([x.to(norms[0].device) for x in norms]))
 
 
@@ -402,30 +372,15 @@ def plain_name(name: str) -> str:
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors in order, together up to `MEAN_BYTES`; one that is larger by itself."""
+    """The tensors in order, together up to `BUCKET_BYTES`; one that is larger by itself."""
     bucket: list[Tensor] = []
     for x in tensors:
-        if bucket and sum(y.nbytes for y in bucket) + x.nbytes > MEAN_BYTES:
+        if bucket and sum(y.nbytes for y in bucket) + x.nbytes > BUCKET_BYTES:
             yield bucket
             bucket = []
         bucket.append(x)
     if bucket:
         yield bucket
-
-
-def _outputs(head: Any) -> tuple[Tensor, ...]:
-    """The tensors of a head that a wrapper's hooks have to see, the model's output first."""
-    if isinstance(head, Logits):
-        return (head.logits,)
-    if not isinstance(head, LinearHead):
-        raise UserError(f"features must return a LinearHead or Logits, got {type(head).__name__}")
-    return (head.hidden, head.weight) if head.bias is None else (head.hidden, head.weight, head.bias)
-
-
-def _with_outputs(head: Any, outputs: Sequence[Tensor]) -> Any:
-    """The head with what became of them in the wrapper."""
-    names = ("logits",) if isinstance(head, Logits) else ("hidden", "weight", "bias")
-    return dataclasses.replace(head, **dict(zip(names, outputs, strict=False)))
 
 
 def _data_mesh(module: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,100 +13,151 @@ from fsam_core.errors import UserError
 from fsam_core.methods import Perturbed, check_rho
 from fsam_core.regions import in_torch
 from fsam_core.torch import rng
-from fsam_core.torch.parallel import like, local
-from fsam_core.torch.passes import Passes
+from fsam_core.torch.dtensor import likes, local_parts
+from fsam_core.torch.passes import Gradients, PassConfig
 
 
-class Seen:
-    """See `ascents.Seen`: lists with one tensor for each of `params`."""
+class StepInputs(NamedTuple):
+    """What a method is given for one step.
 
-    def __init__(
-        self,
-        params: Sequence[Any],
-        optimizer: torch.optim.Optimizer,
-        gradients: dict[Any, Tensor] | None,
-        previous: dict[Any, Tensor],
-        seed: int,
-        step: int,
-    ) -> None:
-        self._params, self._optimizer, self._gradients, self._previous = params, optimizer, gradients, previous
-        self._seed, self._step = seed, step
+    Attributes:
+        step: completed optimizer steps.
+        previous: ĝ of the last step that was taken, for an ascent that remembers it.
+        outside: ids of the tensors that the scope leaves alone.
+        keeps_correction: whether the correction is wanted by itself, so that g_B is needed of every tensor.
+        shares_prefix: whether a `Staged` model's prefix reaches no tensor that moves, by a micro-batch; None without.
+    """
+
+    config: PassConfig
+    method: Perturbed
+    step: int
+    clip_norm: float | None
+    previous: Gradients
+    outside: frozenset[int]
+    keeps_correction: bool
+    shares_prefix: Callable[[Any], bool] | None
+
+
+class StepResult(NamedTuple):
+    """What a method gives: ĝ, and what the passes saw; None for what was not evaluated.
+
+    With several ranks the mean of their losses is the loss over all ranks, the weight is the ranks' mean, and the base
+    norm is `Parallel.local_norm`.
+
+    Attributes:
+        correction: w (g'_S − g_S), where it was asked for.
+    """
+
+    g_hat: Gradients
+    loss: Tensor
+    moved_loss: Tensor | None
+    weight: Tensor
+    base_norm: Tensor | None
+    length: Tensor | None
+    correction: Gradients | None = None
+
+
+class AscentInputs:
+    """See `ascents.AscentInputs`: lists with one tensor for each of `params`."""
+
+    def __init__(self, inputs: StepInputs, params: Sequence[Any], gradients: Gradients | None) -> None:
+        self._inputs, self._params, self._gradients = inputs, params, gradients
 
     @property
     def gradient(self) -> list[Tensor]:
         if self._gradients is None:
             raise UserError("ascent: it looks at the gradient, so its source must be 'full' or 'part', not 'none'")
-        return [like(p, _or_zero(self._gradients.get(p), p)) for p in self._params]
+        return self._of(self._gradients)
 
     @property
     def momentum(self) -> list[Tensor]:
-        states = [self._optimizer.state.get(p, {}) for p in self._params]
+        optimizer = self._inputs.config.optimizer
+        states = [optimizer.state.get(p, {}) for p in self._params]
         if any(state and "exp_avg" not in state for state in states):
-            kind = type(self._optimizer).__name__
+            kind = type(optimizer).__name__
             raise UserError(f"optimizer: this ascent needs one that keeps exp_avg (AdamW), got {kind}")
         return [_or_zero(state.get("exp_avg"), p) for state, p in zip(states, self._params, strict=True)]
 
     @property
     def previous(self) -> list[Tensor]:
-        return [_or_zero(self._previous.get(p), p) for p in self._params]
+        return self._of(self._inputs.previous)
 
     def random(self) -> list[Tensor]:
-        return rng.normal(self._params, self._seed, self._step)
+        return rng.normal(self._params, self._inputs.method.seed, self._inputs.step)
 
     def map(self, function: Callable[..., Tensor], *lists: Sequence[Tensor]) -> list[Tensor]:
         return [function(*row) for row in zip(*lists, strict=True)]
 
+    def _of(self, gradients: Gradients) -> list[Tensor]:
+        return likes(self._params, [_or_zero(gradients.get(p), p) for p in self._params])
 
-def perturbed(
-    ops: ModuleType,
-    method: Perturbed,
-    passes: Passes,
-    params: list[Any],
-    ascent: list[Tensor],
-    *,
-    norm: Tensor | None,
-    clip_norm: float | None,
-    step: int,
+
+def perturb(
+    inputs: StepInputs, params: list[Any], gradients: Gradients | None, *, norm: Tensor | None
 ) -> tuple[list[Tensor], Tensor]:
-    """(θ + ε for each of params, ‖ε‖₂); ε = 0 where the ascent is 0. Nothing here waits for a device.
+    """(θ + ε for each of params, ‖ε‖₂) along the method's ascent; ε = 0 where that is 0. No wait for a device.
 
-    `norm` is `Ranks.norm_here` of a where it is known. Compute copies of masters are written in place, everything else
-    beside θ. Of what is sharded this rank's part is given and returned; the norms are those of the whole.
+    Copies of masters are written in place, everything else beside θ. Of what is sharded this rank's part is returned;
+    the norms are those of the whole.
+
+    Args:
+        gradients: what the ascent may look at, None for an ascent that is known before the step.
+        norm: `Parallel.local_norm` of the ascent, where it is known.
     """
-    rho = check_rho(method.rho_at(step), f"rho({step})")
-    ranks = passes.ranks
+    config, method = inputs.config, inputs.method
+    ops, parallel, copies = config.ops, config.parallel, config.weights.copies
+    rho = check_rho(method.rho_at(inputs.step), f"rho({inputs.step})")
+    given = method.direction.of(AscentInputs(inputs, params, gradients))
+    ascent = local_parts(a.to(p.dtype) for a, p in zip(given, params, strict=True))
     with in_torch("norm"):
-        ascent = [local(a) for a in ascent]
         clip: Tensor | float = 1.0
-        if clip_norm is not None:
-            here = ranks.norm_here(params, ascent) if norm is None else norm
-            clip = (clip_norm / ranks.norm(here)).clamp(max=1.0)
-        v, adam = moments(ops, method, passes.optimizer, params) if method.precondition == "adam" else (None, None)
+        if inputs.clip_norm is not None:
+            local_norm = parallel.local_norm(params, ascent) if norm is None else norm
+            clip = (inputs.clip_norm / parallel.norm(local_norm)).clamp(max=1.0)
+        v, adam = None, None
+        if method.precondition == "adam":
+            v, adam = second_moments(ops, method, config.optimizer, params)
         each = method.norm == "per-tensor"
-        out = [passes.copies[p].data for p in params] if passes.copies else passes.room_for(params)
+        out = config.weights.destinations(params)
         into = getattr(ops, "direction_and_norm", None)
-        if into and v and out and not passes.copies and method.norm != "dual" and _wide(out):
-            # The perturbed weights' room holds the direction meanwhile.
+        if into and v and out and not copies and method.norm != "dual" and _are_accumulated(out):
+            # The array of the perturbed weights holds the direction meanwhile.
             sumsq = square = into(ascent, v, clip=clip, adam=adam, out=out, per_tensor=each)
             ascent, v, adam, clip = out, None, None, 1.0
         else:
-            sums = ops.preconditioned_norm(ascent, v, clip=clip, adam=adam, per_tensor=each or ranks.sharded)
-            sumsq, dot = ranks.sums(params, sums, each)
+            sums = ops.preconditioned_norm(ascent, v, clip=clip, adam=adam, per_tensor=each or parallel.sharded)
+            sumsq, dot = parallel.all_reduce_sums(params, sums, each)
             square = dot if method.norm == "dual" else sumsq
         scale = torch.where(square == 0, 0, rho / torch.where(square == 0, 1, square).sqrt())
         length = (scale.square() * sumsq).sum().sqrt()
     options: dict[str, Any] = {"clip": clip, "adam": adam, "out": out}
-    rounding = getattr(passes.optimizer, "rounding", None)
-    if passes.copies and rounding is not None:
-        options["rounding"] = rounding._replace(step=step)
+    rounding = getattr(config.optimizer, "rounding", None)
+    if copies and rounding is not None:
+        options["rounding"] = rounding._replace(step=inputs.step)
     with in_torch("perturb"):
-        return ops.perturb([local(p) for p in params], ascent, v, scale, **options), length
+        return ops.perturb(local_parts(params), ascent, v, scale, **options), length
 
 
-def moments(
+def in_scope(inputs: StepInputs, params: Sequence[Any]) -> list[Any]:
+    """Those of the tensors that the method's scope moves.
+
+    Raises:
+        UserError: where there are none.
+    """
+    found = [p for p in params if id(p) not in inputs.outside]
+    if not found:
+        raise UserError("scope: none of the parameters it holds got a gradient; is that part of the model frozen?")
+    return found
+
+
+def second_moments(
     ops: ModuleType, method: Perturbed, optimizer: torch.optim.Optimizer, params: Sequence[Any]
 ) -> tuple[list[Tensor], list[Any]]:
-    """(AdamW's second moment of each parameter before this step, its settings for the direction)."""
+    """(AdamW's second moment of each parameter before this step, its settings for the direction).
+
+    Raises:
+        UserError: for an optimizer that keeps none.
+    """
     current = method.second_moment == "current"
     settings = {p: group for group in optimizer.param_groups for p in group["params"]}
     found, adam = [], []
@@ -115,11 +166,11 @@ def moments(
         if state and "exp_avg_sq" not in state:
             kind = type(optimizer).__name__
             raise UserError(f"optimizer: precondition='adam' needs one that keeps exp_avg_sq (AdamW), got {kind}")
-        found.append(local(state["exp_avg_sq"]) if state else torch.zeros_like(local(p)))
+        found.append(state["exp_avg_sq"] if state else torch.zeros_like(p))
         b2 = float(settings[p]["betas"][1])
         correction = _bias_correction(b2, state.get("step", 0), current)
         adam.append(ops.Adam(b2, float(settings[p]["eps"]), correction, current))
-    return found, adam
+    return local_parts(found), adam
 
 
 def _bias_correction(b2: float, step: Tensor | float, current: bool) -> Tensor | float:
@@ -131,8 +182,8 @@ def _bias_correction(b2: float, step: Tensor | float, current: bool) -> Tensor |
     return 1 - b2**count if count > 0 else 1.0
 
 
-def _wide(tensors: Sequence[Tensor]) -> bool:
-    """Whether each is of the dtype that directions are computed in."""
+def _are_accumulated(tensors: Sequence[Tensor]) -> bool:
+    """Whether each has the dtype that directions are computed in."""
     return all(x.dtype == torch.promote_types(x.dtype, torch.float32) for x in tensors)
 
 

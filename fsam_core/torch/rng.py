@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fsam_core.torch.parallel import part
+from fsam_core.torch.dtensor import shard_like
 
 State = dict[Any, Tensor]
 
@@ -48,5 +48,5 @@ def normal(like: Sequence[Tensor], seed: int, step: int) -> list[Tensor]:
             generators[x.device] = torch.Generator(x.device).manual_seed(int(words) % 2**63)
         kind = torch.promote_types(x.dtype, torch.float32)
         whole = torch.randn(x.shape, generator=generators[x.device], dtype=kind, device=x.device)
-        drawn.append(part(x, whole))
+        drawn.append(shard_like(x, whole))
     return drawn

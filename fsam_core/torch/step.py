@@ -9,17 +9,21 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from fsam_core import backends, schedules
+from fsam_core import backends, schedules, scopes
 from fsam_core.errors import UserError
 from fsam_core.methods import Method, Perturbed, Plain
 from fsam_core.regions import in_torch
 from fsam_core.schedules import ALWAYS, Schedule
 from fsam_core.scopes import Blocks
-from fsam_core.torch import heads, parallel
-from fsam_core.torch.correction import Corrections, Outcome
+from fsam_core.torch import correction, gradients, heads, passes
+from fsam_core.torch.dtensor import like, local
+from fsam_core.torch.gradients import Gradients
 from fsam_core.torch.loss_scale import LossScale, Scaling
-from fsam_core.torch.parallel import Sync, local
-from fsam_core.torch.passes import Features, Passes
+from fsam_core.torch.parallel import Sync, detect_parallelism, plain_name
+from fsam_core.torch.passes import Features, PassConfig
+from fsam_core.torch.perturbation import StepInputs, StepResult
+from fsam_core.torch.staged import SharedPrefix, Staged
+from fsam_core.torch.weights import Weights
 from fsam_kernels.memory import AUTO, Memory
 from fsam_kernels.torch.adamw import AdamW
 
@@ -104,21 +108,23 @@ class Step:
         if clip_norm is not None and not clip_norm > 0:
             raise UserError(f"clip_norm must be > 0, or None for no clipping; got {clip_norm!r}")
         schedules.check(schedule, method)
-        ranks = parallel.of(model)
+        parallel = detect_parallelism(model)
         if sync not in get_args(Sync):
             raise UserError(f"sync: {sync!r} is not known; use 'global' or 'local'")
-        if sync == "local" and ranks.no_local:
-            raise UserError(f"sync: 'local' needs each rank's own gradient, {ranks.no_local}; use sync='global'")
+        if sync == "local" and parallel.why_not_local:
+            raise UserError(
+                f"sync: 'local' needs each rank's own gradient, {parallel.why_not_local}; use sync='global'"
+            )
         self.model, self.optimizer, self.method, self.schedule = model, optimizer, method, schedule
-        self.clip_norm = clip_norm
+        self.features, self.memory, self.clip_norm = features, memory, clip_norm
         self.steps = self.skipped_steps = 0
         self.info: Info | None = None
         chosen = backends.choose("torch", backend)
         for device in sorted({p.device.type for p in model.parameters()}):
             backends.check_device(chosen.name, device)
         self.ops = backends.load("torch", chosen.name)
-        copies: Any = dict(getattr(optimizer, "copies", {}))
-        if copies and ranks.sharded:
+        copies: Any = getattr(optimizer, "copies", {})
+        if copies and parallel.sharded:
             raise UserError(
                 "optimizer: shards of weights are the masters themselves; leave `copies` out and give fully_shard "
                 "MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)"
@@ -129,10 +135,23 @@ class Step:
                 "masters(model, torch.float16)"
             )
         self._scaling = None if loss_scale is None else Scaling.begun(loss_scale)
-        self._ranks, self._passes = ranks, Passes(self.ops, ranks, optimizer, features, memory, copies)
-        reuses = schedule.between == "reuse"
-        sync = sync if ranks.count > 1 else "global"
-        self._corrections = Corrections(self._passes, method, clip_norm, blocks, reuses=reuses, sync=sync)
+        self._parallel, self._weights = parallel, Weights(parallel, copies)
+        self._local = sync == "local" and parallel.count > 1
+        # Between steps: ĝ of the last one that was taken, and the last correction, where the method needs them.
+        self._previous: Gradients = {}
+        self._correction: Gradients = {}
+        names = {id(p): plain_name(name) for name, p in parallel.inner.named_parameters()}
+        names |= {id(master): names.get(id(p), "") for master, p in self._weights.copies.items()}
+        self._outside: frozenset[int] = frozenset()
+        self._shares_prefix: SharedPrefix | None = None
+        if isinstance(method, Perturbed):
+            known = sorted(set(names.values()))
+            mask = scopes.mask(method.scope, known, blocks)
+            moves = dict.fromkeys(known, True) if mask is None else dict(zip(known, mask, strict=True))
+            self._outside = frozenset(i for i, name in names.items() if not moves.get(name, True))
+            if isinstance(features, Staged):
+                moving = {i: name for i, name in names.items() if i not in self._outside}
+                self._shares_prefix = SharedPrefix(features, parallel.inner, method, moving)
 
     def __call__(self, batch: Any) -> Tensor:
         """Take one step; returns the mean loss at θ, detached.
@@ -141,16 +160,29 @@ class Step:
         them all, each token weighing the same. If either pass raises, weights and optimizer state are as before.
         """
         try:
-            loss, clip = self._gradient(batch)
+            loss, g_hat, clip = self._gradient(batch)
             assert self.info is not None
             if self.info.skipped:
+                gradients.write(g_hat)
                 self.skipped_steps += 1
             else:
                 with in_torch("update"):
-                    self._update(clip)
+                    self._update(g_hat, clip)
                 self.steps += 1
         finally:
-            self._passes.refresh()
+            self._weights.sync_from_masters()
+        return loss
+
+    def gradient(self, batch: Any) -> Tensor:
+        """The first half of a step: leaves ĝ, clipped, in every parameter's `.grad` and takes no optimizer step.
+
+        Returns the mean loss at θ, detached; whether ĝ is to be used says `info.skipped`.
+        """
+        try:
+            loss, g_hat, clip = self._gradient(batch)
+            gradients.write(_clipped(g_hat, clip))
+        finally:
+            self._weights.sync_from_masters()
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -162,8 +194,10 @@ class Step:
         state: dict[str, Any] = {"steps": self.steps, "skipped_steps": self.skipped_steps}
         if self._scaling is not None:
             state["loss_scale"] = self._scaling.state()
-        for name, tensors in self._remembered():
-            state[name] = {str(i): tensors.get(p, torch.zeros_like(p)) for i, p in enumerate(self._corrections.all())}
+        for name, of in (("previous", self._previous), ("correction", self._correction)):
+            if self._remembers(name):
+                every = {p: like(p, of[p]) if p in of else torch.zeros_like(p) for p in self._params()}
+                state[name] = {str(i): x for i, x in enumerate(every.values())}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -171,114 +205,119 @@ class Step:
         self.steps, self.skipped_steps = int(state["steps"]), int(state["skipped_steps"])
         if self._scaling is not None and "loss_scale" in state:
             self._scaling.load(state["loss_scale"])
-        for name, tensors in self._remembered():
-            tensors.clear()
-            for i, p in enumerate(self._corrections.all()):
-                if str(i) in state.get(name, {}):
-                    tensors[p] = state[name][str(i)].to(p.device, p.dtype)
+        self._previous, self._correction = (self._loaded(name, state) for name in ("previous", "correction"))
 
-    def gradient(self, batch: Any) -> Tensor:
-        """The first half of a step: leaves ĝ, clipped, in every parameter's `.grad` and takes no optimizer step.
+    def _loaded(self, name: str, state: dict[str, Any]) -> Gradients:
+        if not self._remembers(name):
+            return {}
+        of = {p: state.get(name, {}).get(str(i)) for i, p in enumerate(self._params())}
+        return {p: local(x.to(p.device, p.dtype)) for p, x in of.items() if x is not None}
 
-        Returns the mean loss at θ, detached; whether ĝ is to be used says `info.skipped`.
-        """
-        try:
-            loss, clip = self._gradient(batch)
-            self._scale(clip)
-        finally:
-            self._passes.refresh()
-        return loss
+    def _remembers(self, name: str) -> bool:
+        """Whether "previous" or "correction" goes from step to step."""
+        if not isinstance(self.method, Perturbed):
+            return False
+        return self.method.direction.remembers if name == "previous" else self.schedule.between == "reuse"
 
-    def _gradient(self, batch: Any) -> tuple[Tensor, float]:
-        """(loss, the factor that clips): ĝ in `.grad`, unclipped."""
+    def _params(self) -> list[Any]:
+        """The optimizer's tensors."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _gradient(self, batch: Any) -> tuple[Tensor, Gradients, float]:
+        """(loss, ĝ, the factor that clips it)."""
         batches = batch if isinstance(batch, list) else [batch]
         if not batches:
             raise UserError("batch: got an empty list of micro-batches; give at least one")
-        method, passes, ranks = self.method, self._passes, self._ranks
-        passes.loss_scale = 1.0 if self._scaling is None else self._scaling.scale
-        kind = self.schedule.kind(self.steps) if isinstance(method, Perturbed) else "plain"
+        kind = self.schedule.kind(self.steps) if isinstance(self.method, Perturbed) else "plain"
+        local = self._local and kind == "corrected"
+        config = PassConfig(
+            ops=self.ops,
+            parallel=self._parallel,
+            weights=self._weights,
+            features=self.features,
+            memory=self.memory,
+            params=self._params(),
+            optimizer=self.optimizer,
+            loss_scale=1.0 if self._scaling is None else self._scaling.scale,
+            reduces=not local,
+        )
         try:
-            if kind == "corrected":
-                seen = self._corrections.gradient(batches, self.steps)
-                norm = self._corrections.norm_here(passes.params())
-            else:
-                base = passes.base(batches)
-                norm = base_norm = self._corrections.norm_here(self._corrections.checked())
-                seen = Outcome(base.loss, None, base.weight, base_norm, None)
-                if kind == "reused":
-                    for p in passes.params():
-                        if p in self._corrections.correction:
-                            p.grad.add_(self._corrections.correction[p])
-                    norm = self._corrections.norm_here(passes.params())
-            loss, moved_loss, base_norm, norm, length = self._agreed(seen, norm, kind)
+            result = self._corrected(config, batches, local) if kind == "corrected" else self._plain(config, batches)
+            base_norm, g_hat = result.base_norm, result.g_hat
+            if kind == "reused":
+                g_hat = {p: g.add_(self._correction[p]) if p in self._correction else g for p, g in g_hat.items()}
+            norm = base_norm if kind == "plain" else gradients.local_norm(self._parallel, config.params, g_hat)
+            scalars = self._reduced(result, norm, local)
         except BaseException:
-            passes.clear()
-            ranks.reset()
+            passes.clear_gradients(config)
+            self._parallel.reset()
             raise
-        given = [loss, moved_loss, seen.weight * ranks.count, base_norm, norm, length]
-        # The one place where the host waits for the device.
-        tensors = [x.detach().to(norm.device, torch.float64) for x in given if x is not None]
-        values = iter(torch.stack(tensors).tolist())
-        numbers = [math.nan if x is None else next(values) for x in given]
-        evaluated = [x for x, tensor in zip(numbers, given, strict=True) if tensor is not None]
-        numbers[-1] = 0.0 if length is None else numbers[-1]
-        self.info = info = Info._make([*numbers, not all(map(math.isfinite, evaluated))])
+        self.info = info = _info(result.weight * self._parallel.count, *scalars)
         if self._scaling is not None:
             self._scaling.seen(info.skipped)
-        if isinstance(method, Perturbed) and method.direction.remembers and not info.skipped:
-            self._corrections.previous = passes.held({p: p.grad for p in passes.params()})
+        if self._remembers("previous") and not info.skipped:
+            # A copy: the optimizer's zero_grad(set_to_none=False) writes over what is in `.grad`.
+            self._previous = {p: g.clone() for p, g in g_hat.items()}
+        if result.correction is not None and not info.skipped:
+            self._correction = result.correction
         clips = self.clip_norm is not None and not info.skipped and info.grad_norm > self.clip_norm
-        return loss, (self.clip_norm or 1.0) / info.grad_norm if clips else 1.0
+        loss = scalars[0]
+        assert loss is not None
+        return loss, g_hat, (self.clip_norm or 1.0) / info.grad_norm if clips else 1.0
 
-    def _agreed(self, seen: Outcome, norm: Any, kind: str) -> list[Any]:
-        """(loss, perturbed loss, base norm, norm, ‖ε‖) over all ranks, so that they skip a step all or none."""
-        losses = (seen.loss, seen.moved_loss)
-        if kind == "corrected" and self._corrections.sync == "local":
-            loss, moved, base, length, norm = self._ranks.agreed((*losses, seen.base_norm, seen.length), (norm,))
-        else:
-            loss, moved, base, norm = self._ranks.agreed(losses, (seen.base_norm, norm))
-            length = seen.length
-        return [loss, moved, base, norm, length]
+    def _plain(self, config: PassConfig, batches: list[Any]) -> StepResult:
+        g_B, base = passes.loss_and_grad(config, batches)
+        norm = gradients.local_norm(self._parallel, gradients.with_gradient(g_B), g_B)
+        return StepResult(g_B, base.loss, None, base.weight, norm, None)
 
-    def _update(self, clip: float) -> None:
+    def _corrected(self, config: PassConfig, batches: list[Any], local: bool) -> StepResult:
+        assert isinstance(self.method, Perturbed)
+        inputs = StepInputs(
+            config=config,
+            method=self.method,
+            step=self.steps,
+            clip_norm=self.clip_norm,
+            previous=self._previous,
+            outside=self._outside,
+            keeps_correction=self._remembers("correction"),
+            shares_prefix=self._shares_prefix,
+        )
+        return correction.corrected(inputs, batches, local=local)
+
+    def _reduced(self, result: StepResult, norm: Any, local: bool) -> list[Any]:
+        """(loss, perturbed loss, base norm, norm, ‖ε‖₂) over all ranks, so that they skip a step all or none."""
+        losses, reduce = (result.loss, result.moved_loss), self._parallel.all_reduce_scalars
+        if local:
+            loss, moved, base, length, norm = reduce((*losses, result.base_norm, result.length), (norm,))
+            return [loss, moved, base, norm, length]
+        return [*reduce(losses, (result.base_norm, norm)), result.length]
+
+    def _update(self, g_hat: Gradients, clip: float) -> None:
         if isinstance(self.optimizer, AdamW):
+            gradients.write(g_hat)
             self.optimizer.step(clip=clip)
-            self._passes.fresh()  # it has written the copies of its masters
+            self._weights.mark_synced()  # it has written the copies of its masters
         else:
-            self._scale(clip)
+            gradients.write(_clipped(g_hat, clip))
             self.optimizer.step()
 
-    def _remembered(self) -> list[tuple[str, dict[Any, Tensor]]]:
-        method = self.method
-        keeps = isinstance(method, Perturbed) and method.direction.remembers
-        reuses = isinstance(method, Perturbed) and self.schedule.between == "reuse"
-        return [("previous", self._corrections.previous)] * keeps + [
-            ("correction", self._corrections.correction)
-        ] * reuses
 
-    def _scale(self, factor: float) -> None:
-        if factor != 1:
-            grads = [local(p.grad) for p in self._passes.params()]
-            if self._corrections.previous:  # it is of before clipping
-                self._corrections.previous = {p: g.clone() for p, g in self._corrections.previous.items()}
-            torch._foreach_mul_(grads, factor)
+def _clipped(g_hat: Gradients, factor: float) -> Gradients:
+    """ĝ times the factor, in place."""
+    if factor != 1:
+        torch._foreach_mul_(list(g_hat.values()), factor)
+    return g_hat
 
 
-def masters(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> dict[Tensor, nn.Parameter]:
-    """Turn the model's floating parameters to `dtype` and return their masters: what the optimizer is to be given.
-
-        copies = masters(model)
-        optimizer = AdamW(copies, lr=3e-4, copies=copies)
-
-    Returns:
-        master, a float32 tensor that requires gradients as the parameter does -> the parameter.
-    """
-    found: dict[Tensor, nn.Parameter] = {}
-    for p in model.parameters():
-        if p.is_floating_point():
-            found[p.detach().float().clone().requires_grad_(p.requires_grad)] = p
-            p.data = p.data.to(dtype)
-    return found
+def _info(weight: Tensor, loss: Any, moved_loss: Any, base_norm: Any, norm: Tensor, length: Any) -> Info:
+    """The figures as numbers: the one place where the host waits for the device."""
+    given = [loss, moved_loss, weight, base_norm, norm, length]
+    tensors = [x.detach().to(norm.device, torch.float64) for x in given if x is not None]
+    values = iter(torch.stack(tensors).tolist())
+    numbers = [math.nan if x is None else next(values) for x in given]
+    evaluated = [number for number, x in zip(numbers, given, strict=True) if x is not None]
+    numbers[-1] = 0.0 if length is None else numbers[-1]
+    return Info._make([*numbers, not all(map(math.isfinite, evaluated))])
 
 
 def mean_loss(
@@ -293,10 +332,10 @@ def mean_loss(
 
     @torch.no_grad()
     def loss(model: nn.Module, batch: Any) -> Tensor:
-        ranks = parallel.of(model)
-        head = heads.flat(ranks.head(features, batch))
-        weight = ranks.mean(heads.weight(head))
+        parallel = detect_parallelism(model)
+        head = heads.flat(parallel.call_features(features, batch))
+        weight = parallel.mean(heads.weight(head))
         unit = torch.where(weight > 0, weight, 1)
-        return ranks.mean(heads.cotangent(ops, head, unit, memory, gradient=False, keep=False)[0])
+        return parallel.mean(heads.cotangent(ops, head, unit, memory, gradient=False, keep=False)[0])
 
     return loss

@@ -212,7 +212,7 @@ def reused(framework: str, method: Any, features: Any) -> dict[str, np.ndarray]:
         schedule = in_torch.Schedule(every=2, between="reuse")
         step = in_torch.Step(net, adamw(net), method, features=features, schedule=schedule, blocks=BLOCKS)
         step.gradient(as_torch(batch))
-        return {name: step._corrections.correction[p].numpy() for name, p in net.named_parameters()}
+        return {name: step._correction[p].numpy() for name, p in net.named_parameters()}
     grad = in_jax.value_and_grad(features, method, blocks=BLOCKS)
     params = jax.tree.map(jnp.asarray, values)
     carry = in_jax.carry_of(method, params, in_jax.Schedule(every=2, between="reuse"))

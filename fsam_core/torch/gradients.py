@@ -1,0 +1,71 @@
+"""Gradients as dictionaries by tensor, and the sums of them that a correction consists of, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fsam_core.errors import UserError
+from fsam_core.regions import in_torch
+from fsam_core.torch.dtensor import likes
+from fsam_core.torch.parallel import Parallel
+
+Gradients = dict[Any, Tensor]
+"""Tensor of the optimizer -> its gradient, in the optimizer's order; of what is sharded, this rank's part."""
+
+
+def base_minus_correction(parallel: Parallel, g_B: Gradients, g_S: Gradients, w: float) -> Gradients:
+    """g_B − w g_S, in the arrays of g_B where those are not g_S's too."""
+    of = {p: g.clone() if g_S.get(p) is g else g for p, g in clone_if_reused(parallel, g_B).items()}
+    return {p: g.sub_(g_S[p], alpha=w) if p in g_S else g for p, g in of.items()}
+
+
+def add_correction(onto: Gradients, g_moved: Gradients, w: float) -> Gradients:
+    """onto + w g', in the arrays of `onto`, or in those of g' where that has nothing."""
+    found = {p: g if p not in g_moved else g.add_(g_moved[p], alpha=w) for p, g in onto.items()}
+    return found | {p: g.mul_(w) if w != 1 else g for p, g in g_moved.items() if p not in onto}
+
+
+def difference(g_hat: Gradients, g_B: Gradients | None) -> Gradients | None:
+    """ĝ − g_B, in the arrays of g_B."""
+    return None if g_B is None else {p: torch.sub(g_hat[p], g, out=g) for p, g in g_B.items()}
+
+
+def add_weighted(total: Gradients, gradients: Gradients, weight: Tensor) -> None:
+    """Add gradients times a weight, in their own arrays."""
+    for p, gradient in gradients.items():
+        total[p] = gradient.mul_(weight.to(gradient)).add_(total.get(p, 0))
+
+
+def clone_if_reused(parallel: Parallel, gradients: Gradients) -> Gradients:
+    """The same, such that the next pass does not write over them."""
+    if not parallel.reuses_gradients:
+        return gradients
+    return {p: x.clone() for p, x in gradients.items()}
+
+
+def local_norm(parallel: Parallel, params: Sequence[Any], gradients: Gradients) -> Tensor:
+    """`Parallel.local_norm` of the gradients of those tensors that have one."""
+    having = [p for p in params if p in gradients]
+    with in_torch("norm"):
+        return parallel.local_norm(having, [gradients[p] for p in having])
+
+
+def with_gradient(gradients: Gradients) -> list[Any]:
+    """The tensors that got a gradient.
+
+    Raises:
+        UserError: where there are none.
+    """
+    if not gradients:
+        raise UserError("optimizer: none of its parameters got a gradient; is the model frozen, or not its own?")
+    return list(gradients)
+
+
+def write(gradients: Gradients) -> None:
+    """These as the `.grad` of their tensors."""
+    for p, gradient in zip(gradients, likes(gradients, gradients.values()), strict=True):
+        p.grad = gradient
