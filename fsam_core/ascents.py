@@ -21,7 +21,7 @@ from fsam_core.errors import UserError
 Source = Literal["full", "part", "micro", "none"]
 
 
-class Seen(Protocol):
+class AscentInputs(Protocol):
     """The inputs of an ascent, computed on access: trees in JAX, lists of tensors in PyTorch."""
 
     @property
@@ -56,7 +56,7 @@ class Ascent:
     """
 
     name: str
-    of: Callable[[Seen], Any]
+    of: Callable[[AscentInputs], Any]
     source: Source = "full"
     remembers: bool = False
 

@@ -25,7 +25,7 @@ class Adam(NamedTuple):
 
 
 class Seen:
-    """The inputs of an ascent (`ascents.Seen`), as trees like the parameters."""
+    """The inputs of an ascent (`ascents.AscentInputs`), as trees like the parameters."""
 
     def __init__(self, params: Params, opt_state: Any, gradient: Any, previous: Any, seed: int) -> None:
         self._params, self._opt_state, self._gradient, self._previous = params, opt_state, gradient, previous
