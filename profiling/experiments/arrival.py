@@ -1,16 +1,16 @@
-"""How much of a perturbation arrives in the weights that the second pass reads.
+"""How much of a perturbation reaches the weights that the second pass reads.
 
     python profiling/experiments/arrival.py
 
-Weights are drawn from N(0, 0.02²), scales of layer norms from N(1, 0.02²); gradients with a size of their own for each
-row, over five orders of magnitude in the embedding; second moments as of gradients of the same rows. ε is formed in
-float64 by `fsam_kernels.spec`; what is written, by `fsam_kernels.torch.perturb`. With Δ = compute(θ + ε) − compute(θ),
-compute the rounding to the compute dtype:
+Weights are drawn from N(0, 0.02²), scales of layer norms from N(1, 0.02²). Each row of a gradient has a scale of its
+own, over five orders of magnitude in the embedding; second moments are those of gradients of the same rows. ε is
+computed in float64 by `fsam_kernels.spec`, the written weights by `fsam_kernels.torch.perturb`. With
+Δ = compute(θ + ε) − compute(θ), where compute rounds to the compute dtype:
 
-    projection   Δᵀ ε / ‖ε‖²: what arrives along ε, 1 where nothing is lost
+    projection   Δᵀ ε / ‖ε‖²: the part of ε that arrives, 1 where nothing is lost
     length       ‖Δ‖ / ‖ε‖: more than 1 where rounding adds noise
 
-A perturbation that is added to bfloat16 weights in place is what is not to be done, and shown for comparison.
+Adding the perturbation to bfloat16 weights in place is wrong, and shown for comparison.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ WAYS = ("float32", "bfloat16 from masters", "bfloat16 from masters, at random", 
 
 @dataclass(frozen=True)
 class ArrivalOptions:
-    """Measure what arrives of a preconditioned perturbation in float32 and in bfloat16 weights."""
+    """Measure how much of a preconditioned perturbation arrives in float32 and in bfloat16 weights."""
 
     model: str = "24m"
     """whose tensors: 24m, 118m, 1208m or gpt2"""
@@ -52,11 +52,11 @@ class ArrivalOptions:
 
 
 def tensors(shapes: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(θ, g, v) of one weight after the other, the same each time."""
+    """(θ, g, v) of each weight, deterministic."""
     for i, shape in enumerate(shapes):
         make = torch.Generator().manual_seed(i)
         draw = lambda *size: torch.randn(size, generator=make)
-        spread = 2.0 if i == 0 else 0.5  # of the logarithm of a row's size; the embedding comes first
+        spread = 2.0 if i == 0 else 0.5  # of the logarithm of a row's scale; the embedding comes first
         rows = 1e-4 * torch.exp(spread * draw(shape[0], *(1 for _ in shape[1:])))
         theta = draw(*shape) * 0.02 + (1.0 if len(shape) == 1 else 0.0)
         seen = torch.stack([draw(*shape).square() for _ in range(4)]).mean(0) * rows.square()

@@ -1,11 +1,11 @@
-"""What bfloat16 does to the correction: ‖c_bf16 − c_fp32‖ / ‖c_fp32‖ on real batches, by where it is used.
+"""The error of the correction in bfloat16, ‖c_bf16 − c_fp32‖ / ‖c_fp32‖ on real batches, by where bfloat16 is used.
 
     python profiling/experiments/correction_rounding.py --json docs/data/correction-rounding.json
 
-A short float32 run of AdamW gives weights and moments; then c = ĝ − g of the preconditioned functional method is taken
-on further batches: with everything in float32, with the weights of both passes rounded and all else in float32, and
-with the whole computation in bfloat16; in each case the perturbation is added to float32 masters. The last row adds it
-to weights that are bfloat16 already, as an implementation without masters does.
+A short float32 run of AdamW provides weights and moments. Then c = ĝ − g of the preconditioned functional method is
+computed on further batches: in float32, with the weights of both passes rounded and all else in float32, and wholly in
+bfloat16. In each case the perturbation is added to float32 masters. The last row adds it to weights that are bfloat16
+already, as an implementation without masters does.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from fsam_trainers.data import Batches, prepare
 from fsam_trainers.files import write_json
 from fsam_trainers.jax import engine
 from fsam_trainers.models import flax_decoder
-from study import METHOD, Study, settings_of
+from study import Study, settings_of
 
 BF16 = jnp.bfloat16
 
 
 @dataclass(frozen=True)
 class RoundingOptions:
-    """Measure what bfloat16 does to the correction."""
+    """Measure the error of the correction in bfloat16."""
 
     steps: int = 200
-    """of AdamW before"""
+    """AdamW steps before the measurement"""
     batches: int = 5
-    """on which the correction is taken"""
+    """batches on which the correction is computed"""
     batch: int = 8
     """sequences a step"""
     preset: str = "tiny"
@@ -53,14 +53,14 @@ class RoundingOptions:
 
 
 def rounded(tree: Any) -> Any:
-    """Values that bfloat16 holds, in float32; its derivative is taken as 1."""
+    """Round to bfloat16, in float32; the derivative is 1."""
     return jax.tree.map(lambda x: x + jax.lax.stop_gradient(x.astype(BF16).astype(x.dtype) - x), tree)
 
 
 def measure(options: RoundingOptions) -> list[dict[str, Any]]:
     """One row for each ρ and each place where bfloat16 is used."""
     study = Study(steps=options.steps + options.batches, batch=options.batch, preset=options.preset)
-    settings = settings_of(study, "adamw")
+    settings = settings_of(study, "AdamW")
     model = flax_decoder.Decoder(settings.model)
     corpus = prepare(
         study.data, vocab_size=settings.model.vocab_size, seq_len=settings.model.seq_len, max_tokens=300_000
@@ -87,9 +87,9 @@ def measure(options: RoundingOptions) -> list[dict[str, Any]]:
 
     rows = []
     for rho in options.rhos:
-        method = settings_of(study, METHOD, rho=rho).as_method()
+        method = settings_of(study, "exact", rho=rho).as_method()
         of = {name: jax.jit(_correction(f, method, settings)) for name, f in places.items()}
-        # Weights that are bfloat16 already: what a perturbation below half an ulp adds is lost.
+        # Weights that are bfloat16 already lose any perturbation below half an ulp.
         of["perturbed in place"] = jax.jit(_in_place(features, method, settings))
         found: dict[str, list[float]] = {name: [] for name in of}
         for i in range(options.batches):
@@ -116,7 +116,7 @@ def _correction(features: Any, method: Any, settings: Any) -> Any:
 
 
 def _in_place(features: Any, method: Any, settings: Any) -> Any:
-    """Both passes at weights that bfloat16 holds, θ rounded first and θ + ε rounded again; computed in float32."""
+    """Both passes at bfloat16 weights, θ rounded first and θ + ε rounded again; computed in float32."""
     inner = _correction(lambda params, batch: features(rounded(params), batch), method, settings)
     at_rounded = lambda params: jax.tree.map(lambda x: x.astype(BF16).astype(x.dtype), params)
     return lambda params, batch, state: inner(at_rounded(params), batch, state)

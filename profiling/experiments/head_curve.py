@@ -2,9 +2,9 @@
 
     python profiling/experiments/head_curve.py
 
-Loss, both gradients and what is kept, by XLA alone and with the Pallas forward stage, against the three bare matrix
-products; and the second pass through a cotangent that was kept, or is made again, against its two. Everything is
-compiled for the chip by its own compiler, without one: see `tpu` for whose estimates these are.
+Loss, both gradients and the kept cotangent, by XLA alone and with the Pallas forward stage, are compared with the three
+bare matrix products; the second pass through a kept or a recomputed cotangent is compared with its two. Everything is
+compiled by the TPU's own compiler, without the chip; `tpu.compiler` says where the estimates come from.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class HeadCurveOptions:
 
 
 def measure(options: HeadCurveOptions) -> list[dict[str, Any]]:
-    """One row a program: its name, backend and chunk, the figures of `tpu.to_json`, its ratio to the products.
+    """One row a program: its name, backend and chunk, the figures of `compiler.to_json`, its ratio to the products.
 
     Raises:
-        UserError: as `tpu.compile_for`, and for an unknown head.
+        UserError: as `compile_for`, and for an unknown head.
     """
     if options.head not in HEADS:
         raise UserError(f"--head: {options.head!r} is not known; use {', '.join(HEADS)}")
@@ -86,8 +86,17 @@ def main() -> None:
         about = {"chip": options.chip, "head": options.head, **size._asdict()}
         results.write(options.json, "tpu head", rows, about, "head_curve")
     title = f"TPU {options.chip}, {options.head}: N={size.N} D={size.D} V={size.V}, bfloat16"
-    heads = ("program", "backend", "rows a chunk", "Mcycles", "of it kernels", "x products", "temporaries MB", "spills")
-    table = Table(*heads, title=title)
+    headings = (
+        "program",
+        "backend",
+        "rows a chunk",
+        "Mcycles",
+        "of it kernels",
+        "x products",
+        "temporaries MB",
+        "spills",
+    )
+    table = Table(*headings, title=title)
     for row in rows:
         kernels = [x for x in row["kernels"] if not x["excluded"]]
         table.add_row(

@@ -1,7 +1,9 @@
-"""Pallas kernels of the norm and of AdamW that were tried and lost: `python profiling/experiments/parameter_trial.py`.
+"""Pallas kernels of the norm and of AdamW that were tried and gained nothing.
 
-A leaf of two axes is one call over blocks of its rows; all smaller leaves are packed into one array and one call. They
-are compiled for a TPU and set beside what XLA makes of the plain operations (`fsam_profiling.tpu.parameters`).
+    python profiling/experiments/parameter_trial.py
+
+A leaf of two axes is one call over blocks of its rows; all smaller leaves are packed into one array and one call. The
+kernels are compiled for a TPU and compared with XLA's loops for the plain operations (`fsam_profiling.tpu.parameters`).
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ def packed(leaves: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def unpacked(arrays: Sequence[jax.Array], like: Sequence[jax.Array]) -> list[jax.Array]:
-    """The leaves again."""
+    """The leaves, from the arrays of `packed`."""
     large, flat, at, found = iter(arrays), arrays[-1].ravel(), 0, []
     for x in like:
         if x.ndim == 2:
@@ -126,13 +128,14 @@ def adamw(theta: Any, g: Any, m: Any, v: Any, *, step: Any, lr: Any, clip: Any, 
 
 
 def _rows(rows: int, columns: int) -> int:
-    """Of a block, a multiple of 8; one that divides the rows where there is any."""
+    """Rows of a block: a multiple of 8, which divides the rows where possible."""
     most = max(8, BLOCK_BYTES // (4 * columns) // 8 * 8)
     return next((x for x in range(min(most, rows // 8 * 8), 0, -8) if rows % x == 0), most)
 
 
 def program(operation: str, shapes: Sequence[Sequence[int]]) -> Any:
-    """As `tpu_parameters.program`, of the trial's kernels."""
+    """As `parameters.program`, for the trial's kernels."""
+    run: Any
     if operation == "preconditioned norm":
         run = lambda g, v, clip, correction: norm(g, v, clip=clip, adam=Adam(0.95, 1e-8, correction))
     else:
@@ -141,7 +144,7 @@ def program(operation: str, shapes: Sequence[Sequence[int]]) -> Any:
 
 
 def compare(chip: str, shapes: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
-    """The figures of `tpu_parameters.read` of XLA's loops and of the trial's kernels, for the norm and for AdamW."""
+    """The figures of `parameters.read` for XLA's loops and for the trial's kernels, of the norm and of AdamW."""
     found = []
     for operation in ("preconditioned norm", "adamw"):
         found.append(parameters.read(chip, operation, shapes))
@@ -152,7 +155,7 @@ def compare(chip: str, shapes: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class TrialOptions:
-    """Compile the norm and AdamW over the tensors of a model for a TPU, by XLA alone and by the trial's kernels."""
+    """Compile the norm and AdamW over the tensors of a model for a TPU, by XLA alone and with the trial's kernels."""
 
     chip: str = "v5e"
     """v4, v5e, v5p, v6e or tpu7x"""

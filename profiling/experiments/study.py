@@ -1,13 +1,13 @@
-"""What each saving gives up: many short runs on the trainers' own data, tuned, three seeds, resumable run by run.
+"""What each saving loses of the gain: many short tuned runs on the trainers' own data, three seeds, resumable by run.
 
     python profiling/experiments/study.py --out runs/study --jobs 2
 
-Two regimes: one pass over the data, and many passes over a small part of it, where AdamW overfits. In each, AdamW's
-learning rate is tuned, then with that rate weight decay and dropout (the rivals that a user would reach for first),
-the exact method's ρ and SAM's; every variant takes these over. Then all variants with three seeds, in the second regime
-also on top of the best rival; and at last some with as many steps as AdamW's time pays for, by measured cost ratios.
+There are two regimes: one pass over the data, and many passes over a small part of it, where AdamW overfits. In each
+regime AdamW's learning rate is tuned; then, with that rate, weight decay and dropout (the rivals that a user would try
+first), the exact method's ρ and SAM's. Every variant uses these values. All variants are trained with three seeds, in
+the second regime also on top of the best rival, and with as many steps as AdamW's time pays for (by measured cost).
 
-A run that is done is a line in a file and is not done again: stopped at any moment, the same command goes on.
+A finished run is a line in a file and is not repeated: stopped at any moment, the same command resumes.
 """
 
 from __future__ import annotations
@@ -30,59 +30,57 @@ from rich.console import Console as Rich
 
 from fsam_core import UserError
 from fsam_trainers import metrics, timing
-from fsam_trainers.cli.compare import Compare
-from fsam_trainers.cli.options import parse
-from fsam_trainers.cli.variants import variants
 from fsam_trainers.config import Settings
 from fsam_trainers.data import Batches, prepare
 from fsam_trainers.files import disk_errors, write_json
+from fsam_trainers.presets import preset
 
 METHOD = "precond-functional-sam"
 SMALL = 8_000
-# Regime -> options beside the rest; None for as many tokens as one pass takes.
+# Regime -> tokens of data; None for as many as one pass takes.
 REGIMES: dict[str, int | None] = {"many passes": SMALL, "one pass": None}
-# Of a run. Where there are many passes the best comes before the end; in one pass it is the end.
+# Evaluations of a run. The best one comes before the end in many passes, and is the last in one pass.
 EVALUATIONS = {"many passes": 10, "one pass": 4}
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 DECAYS = (1e-2, 0.1, 0.3, 1.0)
 DROPOUTS = (0.05, 0.1, 0.2, 0.3)
 RHOS = (0.05, 0.1, 0.2, 0.4)
 SAM_RHOS = (0.02, 0.05, 0.1, 0.2)
-# A sweep whose best value is its first or last goes on beyond it, up to as many values.
+# A sweep whose best value is its first or last is extended beyond it, up to this many values.
 MOST_VALUES = 7
 
-# Name -> (whose tuned ρ it takes, options), as in `fsam compare --methods`.
-VARIANTS: dict[str, str] = {
-    "AdamW": "adamw",
-    "AdamW, average of the weights": "adamw:ema=0.98",
-    "SAM": "sam",
-    "exact": METHOD,
+# Name -> (method, settings that it changes).
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "AdamW": ("adamw", {}),
+    "AdamW, average of the weights": ("adamw", {"ema": 0.98}),
+    "SAM": ("sam", {}),
+    "exact": (METHOD, {}),
     **{
-        f"q = 1/{n}, ascent {ascent}": f"{METHOD}:correction-fraction=1/{n}:ascent={ascent}"
+        f"q = 1/{n}, ascent {ascent}": (METHOD, {"correction_fraction": 1 / n, "ascent": ascent})
         for n in (2, 4, 8)
         for ascent in ("full", "part")
     },
-    "hidden cut": f"{METHOD}:cut=hidden",
-    "q = 1/8, hidden cut": f"{METHOD}:savings=cheap",
-    "upper half of the blocks": f"{METHOD}:scope=top:2",
-    "last quarter of the run": f"{METHOD}:start=0.75",
-    "previous gradient": f"{METHOD}:ascent=previous",
-    "momentum": f"{METHOD}:ascent=momentum",
+    "hidden cut": (METHOD, {"cut": "hidden"}),
+    "q = 1/8, hidden cut": (METHOD, {"correction_fraction": 1 / 8, "cut": "hidden"}),
+    "upper half of the blocks": (METHOD, {"scope": "top:2"}),
+    "last quarter of the run": (METHOD, {"start": 0.75}),
+    "previous gradient": (METHOD, {"ascent": "previous"}),
+    "momentum": (METHOD, {"ascent": "momentum"}),
 }
-EQUAL_TIME = tuple(name for name, text in VARIANTS.items() if not text.startswith("adamw"))
+EQUAL_TIME = tuple(name for name, (method, _) in VARIANTS.items() if method != "adamw")
 RIVALS = ("AdamW, weight decay", "AdamW, dropout")
-# Which kind of row it is, after a variant's name.
+# Kinds of rows, named after a variant's name.
 SAME_TIME, BEST_RIVAL = "AdamW's time", "on top of the best rival"
 
 
 @dataclass(frozen=True)
 class Study:
-    """Train every variant in both regimes; run again, it goes on."""
+    """Train every variant in both regimes; the same command resumes."""
 
     out: Path = Path("runs/study")
     """folder of the runs and of results.json"""
     done: Path = Path("docs/results/study-runs.jsonl")
-    """file that receives a line for each run that is done"""
+    """file that receives a line for each finished run"""
     steps: int = 160
     """optimizer steps of a run; the whole plan then takes two hours or more on two cores"""
     batch: int = 8
@@ -116,12 +114,12 @@ def main() -> None:
         print(f"fsam: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; the same command resumes", file=sys.stderr)
         sys.exit(130)
 
 
 def execute(study: Study, rich: Rich) -> dict[str, Any]:
-    """All of it; returns, and writes, what `results.json` holds."""
+    """Run the whole plan; returns the content of `results.json`, which it writes."""
     study.out.mkdir(parents=True, exist_ok=True)
     costs = _costs(study)
     options = {**dataclasses.asdict(study), "out": str(study.out), "done": str(study.done)}
@@ -151,17 +149,13 @@ def _rows(study: Study, plan: Iterator[tuple[str, list[Run]]], rich: Rich) -> di
 
 
 def settings_of(study: Study, variant: str, **options: Any) -> Settings:
-    """Of a variant as `fsam compare --methods` writes it; options that stand in it go before these."""
-    common = {
-        "methods": variant,
-        "data": study.data,
-        "preset": study.preset,
-        "steps": study.steps,
-        "batch": study.batch,
-    }
-    given = [x for name, value in (common | options).items() for x in (f"--{name.replace('_', '-')}", str(value))]
-    (found,) = variants(parse(Compare, given, "fsam compare"), variant).values()
-    return found
+    """The settings of one of `VARIANTS`, whose own changes take precedence over `options`."""
+    method, changes = VARIANTS[variant]
+    size = preset(study.preset)
+    chosen = {"learning_rate": size.learning_rate, "rho": size.rho, "dropout": 0.0, **options, **changes}
+    model = size.model(tied=True, dropout=chosen.pop("dropout"))
+    run: dict[str, Any] = {"framework": "jax", "steps": study.steps, "warmup": min(1000, study.steps // 10)}
+    return Settings(method=method, model=model, batch=study.batch, **run, **chosen)
 
 
 def _tune(study: Study, regime: str, rich: Rich) -> dict[str, Any]:
@@ -174,19 +168,19 @@ def _tune(study: Study, regime: str, rich: Rich) -> dict[str, Any]:
             losses = {value: figures[run.name]["val_loss"] for value, run in runs.items()}
             swept[label] = {f"{value:g}": loss for value, loss in losses.items()}
             chosen = min(losses, key=lambda value: losses[value])
-            # A best value at the end of what was tried is not known to be one.
+            # A best value at the end of a sweep may not be the best.
             wider = {values[0]: values[0] ** 2 / values[1], values[-1]: values[-1] ** 2 / values[-2]}.get(chosen)
             if wider is None or len(values) >= MOST_VALUES or (label == "dropout" and wider >= 1):
                 return chosen
             values = tuple(sorted((*values, wider)))
 
     swept: dict[str, dict[str, float]] = {}
-    rate = best("rate", RATES, lambda x: settings_of(study, "adamw", learning_rate=x))
+    rate = best("rate", RATES, lambda x: settings_of(study, "AdamW", learning_rate=x))
     at_rate = lambda variant, **more: settings_of(study, variant, learning_rate=rate, **more)
-    decay = best("decay", DECAYS, lambda x: at_rate("adamw", weight_decay=x))
-    dropout = best("dropout", DROPOUTS, lambda x: at_rate("adamw", dropout=x))
-    rho = best("rho", RHOS, lambda x: at_rate(METHOD, rho=x))
-    sam_rho = best("sam rho", SAM_RHOS, lambda x: at_rate("sam", rho=x))
+    decay = best("decay", DECAYS, lambda x: at_rate("AdamW", weight_decay=x))
+    dropout = best("dropout", DROPOUTS, lambda x: at_rate("AdamW", dropout=x))
+    rho = best("rho", RHOS, lambda x: at_rate("exact", rho=x))
+    sam_rho = best("sam rho", SAM_RHOS, lambda x: at_rate("SAM", rho=x))
     with_decay = min(swept["decay"].values()) <= min(swept["dropout"].values())
     rival = {"weight_decay": decay} if with_decay else {"dropout": dropout}
     chosen = {"learning_rate": rate, "weight_decay": decay, "dropout": dropout, "rho": rho, "sam_rho": sam_rho}
@@ -203,7 +197,7 @@ def _plan(study: Study, regime: str, tuned: dict[str, Any]) -> Iterator[tuple[st
 
 
 def _on_the_best_rival(study: Study, tuned: dict[str, Any]) -> Iterator[tuple[str, list[Run]]]:
-    """Rows with the rival's weight decay or dropout too, where there are many passes."""
+    """Rows of the regime of many passes with the rival's weight decay or dropout too."""
     for name in VARIANTS:
         if name != "AdamW":
             yield _row(study, "many passes", tuned, name, f"{name} | {BEST_RIVAL}", **tuned["rival"])
@@ -223,10 +217,10 @@ def _at_equal_time(
 def _row(
     study: Study, regime: str, tuned: dict[str, Any], name: str, label: str, **options: Any
 ) -> tuple[str, list[Run]]:
-    variant = VARIANTS[name]
-    if not variant.startswith("adamw"):
-        options["rho"] = tuned["sam_rho" if variant.startswith("sam") else "rho"]
-    one = settings_of(study, variant, learning_rate=tuned["learning_rate"], **options)
+    method, _ = VARIANTS[name]
+    if method != "adamw":
+        options["rho"] = tuned["sam_rho" if method == "sam" else "rho"]
+    one = settings_of(study, name, learning_rate=tuned["learning_rate"], **options)
     return label, [
         _run(study, regime, f"{label} seed {seed}", dataclasses.replace(one, seed=seed)) for seed in range(study.seeds)
     ]
@@ -234,7 +228,7 @@ def _row(
 
 def _run(study: Study, regime: str, name: str, settings: Settings) -> Run:
     few = REGIMES[regime]
-    # A pass over exactly what the longest run sees.
+    # One pass over exactly the tokens of the longest run.
     tokens = study.steps * study.batch * settings.model.seq_len + study.batch * settings.model.seq_len
     return Run(f"{regime} | {name}", settings, few or tokens, EVALUATIONS[regime])
 
@@ -243,13 +237,13 @@ def _run(study: Study, regime: str, name: str, settings: Settings) -> Run:
 
 
 def _all(study: Study, runs: list[Run], rich: Rich) -> dict[str, dict[str, Any]]:
-    """Figures of each run by name; those that are not there yet are trained, `jobs` at once."""
+    """Figures of each run by name; missing ones are trained, `jobs` at once."""
     trained = done_runs(study.done)
     waiting = list({key(study, run): run for run in runs if key(study, run) not in trained}.values())
     study.done.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack, study.done.open("a", encoding="utf-8") as file:
         pool = ThreadPoolExecutor(study.jobs)
-        stack.callback(pool.shutdown, cancel_futures=True)  # what has not begun when one fails, or Ctrl-C comes
+        stack.callback(pool.shutdown, cancel_futures=True)  # runs that have not begun when one fails or Ctrl-C comes
         futures = {pool.submit(_train, study, run): run for run in waiting}
         for count, future in enumerate(as_completed(futures), 1):
             run = futures[future]
@@ -271,7 +265,7 @@ def _train(study: Study, run: Run) -> dict[str, Any]:
     """Figures of one run in a process of its own, on one core.
 
     Raises:
-        UserError: with the last line that the process said, where it failed.
+        UserError: with the last line of the process's stderr, where it failed.
     """
     folder = study.out / key(study, run)
     folder.mkdir(parents=True, exist_ok=True)
@@ -289,15 +283,15 @@ def _train(study: Study, run: Run) -> dict[str, Any]:
     command = [sys.executable, str(Path(__file__).with_name("study_run.py")), str(folder / "run.json")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
+        said = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError(f"study: run {run.name!r} failed: {said}")
     return json.loads((folder / "figures.json").read_text(encoding="utf-8"))
 
 
 def key(study: Study, run: Run) -> str:
-    """Made from what is trained, so that a run that two rows share (tuned values, first seed) is trained once.
+    """A hash of what is trained, so that a run that two rows share (tuned values, first seed) is trained once.
 
-    Of the settings those count that are not the default: a run stays done when there is a new one.
+    It covers the settings that differ from their defaults: a run stays finished when a new setting is added.
     """
     trained = json.dumps([study.data, run.max_tokens, _chosen(run.settings), _chosen(run.settings.model)])
     return hashlib.sha256(trained.encode()).hexdigest()[:16]
@@ -312,7 +306,7 @@ def _costs(study: Study) -> dict[str, float]:
     """Cost ratio of every variant, measured once."""
     path = study.out / "costs.json"
     if not path.exists():
-        variants = {name: settings_of(study, text) for name, text in VARIANTS.items()}
+        variants = {name: settings_of(study, name) for name in VARIANTS}
         settings = variants["AdamW"]
         corpus = prepare(
             study.data, vocab_size=settings.model.vocab_size, seq_len=settings.model.seq_len, max_tokens=SMALL

@@ -2,9 +2,9 @@
 
     python profiling/experiments/study_cosines.py --study runs/study
 
-The run is the exact method's, over the small part of the data, with what the study has tuned for that. At some of its
+The run is the exact method's, over the small part of the data, with the values that the study tuned. At some of its
 steps every variant's gradient is taken on the same batch, at the same weights and moments; c = ĝ − g is its correction.
-Of the exact correction c* are given cos(c, c*) and ‖c‖ / ‖c*‖, and of the correction itself ‖c*‖ / ‖g‖.
+With c* the exact correction, the rows hold cos(c, c*), ‖c‖ / ‖c*‖ and ‖c*‖ / ‖g‖.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from fsam_trainers.data import Batches, prepare
 from fsam_trainers.files import write_json
 from fsam_trainers.jax import engine
 from fsam_trainers.models import flax_decoder
-from study import METHOD, REGIMES, VARIANTS, Study, settings_of
+from study import REGIMES, VARIANTS, Study, settings_of
 
-# Each variant's ascent and scope matter here, not at which steps it corrects.
-COMPARED = tuple(name for name, text in VARIANTS.items() if text.startswith((METHOD, "sam")) and "start" not in text)
+# Ascent and scope of a variant matter here, not the steps that it corrects.
+COMPARED = tuple(name for name, (method, changes) in VARIANTS.items() if method != "adamw" and "start" not in changes)
 
 REGIME = "many passes"
 
@@ -56,7 +56,7 @@ def measure(options: CosinesOptions) -> list[dict[str, Any]]:
 
     def of(name: str) -> Settings:
         rho = tuned["sam_rho" if name == "SAM" else "rho"]
-        return settings_of(study, VARIANTS[name], rho=rho, learning_rate=tuned["learning_rate"])
+        return settings_of(study, name, rho=rho, learning_rate=tuned["learning_rate"])
 
     settings = of("exact")
     gradients = {name: jax.jit(engine.gradient_of(of(name)), static_argnames="kind") for name in COMPARED}

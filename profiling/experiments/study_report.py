@@ -1,4 +1,4 @@
-"""What the study found, as JSON, a page with tables, and plots.
+"""The results of the study, as JSON, a page with tables, and plots.
 
     python profiling/experiments/study_report.py --study runs/study --out docs/results
 
@@ -27,7 +27,7 @@ COMMANDS = "make study"
 
 @dataclass(frozen=True)
 class StudyReportOptions:
-    """Tables, plots and figures of a study that is done."""
+    """Tables, plots and figures of a finished study."""
 
     study: Path = Path("runs/study")
     """folder of the runs"""
@@ -46,10 +46,10 @@ def main() -> None:
 
 
 def write(options: StudyReportOptions) -> None:
-    """All three.
+    """Write all three.
 
     Raises:
-        UserError: for a study that is not done, or a disk that refuses.
+        UserError: for a study without results, or a disk that refuses.
     """
     found = gathered(options.study)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def write(options: StudyReportOptions) -> None:
 
 
 def gathered(folder: Path) -> dict[str, Any]:
-    """What study.json holds: costs, tuned values, and for each row its losses seed by seed and as means."""
+    """The content of study.json: costs, tuned values, and for each row its losses by seed and as means."""
     of = lambda name, made_by: _read(folder / name, made_by)
     runs = of("results.json", "study")
     regimes = {}
@@ -79,15 +79,15 @@ def gathered(folder: Path) -> dict[str, Any]:
                 summaries[label]["to_rival"] = _difference(row, rows[tuned["rival_row"]])
         regimes[name] = {"tuned": tuned, "data": rows["AdamW"][0]["data"]["description"], "rows": summaries}
     cosines = of("cosines.json", "study_cosines")
-    # Before the first step momentum and the previous gradient are 0, and so is their correction: it has no cosine.
+    # Momentum and the previous gradient are 0 before the first step, and so is their correction: it has no cosine.
     cosines["rows"] = [row for row in cosines["rows"] if row["cosine"] is not None]
     return {
         "command": COMMANDS,
         "machine": results.machine(),
-        # Where it was made is of that machine alone.
+        # Without the paths of the machine that made it.
         "study": {name: value for name, value in runs["study"].items() if name not in ("out", "done")},
         "complete": runs["complete"],
-        "variants": VARIANTS,
+        "variants": {name: {"method": method, **changes} for name, (method, changes) in VARIANTS.items()},
         "costs": of("costs.json", "study"),
         "regimes": regimes,
         "cosines": cosines,
@@ -115,7 +115,7 @@ def _summary(row: list[dict[str, Any]], adamw: list[dict[str, Any]]) -> dict[str
 
 
 def _difference(row: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """Of each seed, at the end and of the best evaluations."""
+    """The difference for each seed, at the end and of the best evaluations."""
     of = lambda name: [a[name] - b[name] for a, b in zip(row, other, strict=True)]
     return {"val_loss": of("val_loss"), "best_val_loss": of("best_val_loss")}
 
@@ -128,24 +128,23 @@ def page(found: dict[str, Any]) -> str:
     study, machine = Study(**found["study"]), found["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine.items() if name != "processor")
     parts = [
-        "# What each saving gives up",
+        "# What each saving loses",
         f"Made by `{found['command']}`; do not edit. {machine['processor']}, {versions}.",
         f"Preset `{study.preset}`, {study.steps} steps of {study.batch} sequences, {study.seeds} seeds. Validation "
-        "losses are means over the seeds; a difference is between runs of the same seed, its mean with the least and "
-        "the greatest. "
-        'Below 0 is better. "at AdamW\'s time" are runs with as many fewer steps as their steps cost more, with a '
-        "schedule of that length. Cost: median of 40 interleaved steps and 20th–80th percentile.",
+        "losses are means over the seeds. A difference is between runs of the same seed: mean, minimum and maximum; "
+        'below 0 is better. "at AdamW\'s time" means fewer steps, in proportion to the cost of a step, with a schedule '
+        "of that length. Cost: median of 40 interleaved steps and 20th–80th percentile.",
         "![differences](study-losses.png)",
     ]
     if not found["complete"]:
-        parts.insert(1, "**Not all of the plan is trained yet: what is missing is a dash.**")
+        parts.insert(1, "**Not all of the plan is trained yet: a dash stands for what is missing.**")
     for name, regime in found["regimes"].items():
         parts += [f"## {name[0].upper()}{name[1:]}", _tuning(regime), *_table(found, regime)]
     parts += [
         "![curves](study-curves.png)",
         "## Corrections along a run of the exact method",
-        "Cosine with the exact correction, and length beside it, on the batches that the run trains on: mean over the "
-        "run's points, with the least and the greatest.",
+        "Cosine with the exact correction, and length relative to it, on the batches that the run trains on: mean over "
+        "the run's points, minimum and maximum.",
         _corrections(found["cosines"]["rows"]),
         "![cosines](study-cosines.png)",
     ]

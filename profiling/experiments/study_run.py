@@ -19,10 +19,10 @@ from fsam_trainers.models.layout import ModelConfig
 
 
 def main(path: Path) -> None:
-    """Train what the file says; a run that was stopped goes on."""
+    """Train what the file says; a stopped run resumes."""
     asked: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     out = Path(asked["out"])
-    # Runs that differ in their seed alone are one program.
+    # Runs that differ in their seed alone share a program.
     jax.config.update("jax_compilation_cache_dir", str(out.parent / "compiled"))
     model = ModelConfig(**asked["settings"].pop("model"))
     settings = Settings(model=model, **asked["settings"])

@@ -1,11 +1,11 @@
-"""What `Step` itself costs under FSDP2: an AdamW step by it, beside the same step written by hand.
+"""The overhead of `Step` under FSDP2: an AdamW step by it, compared with the same step written by hand.
 
     python profiling/experiments/wrapper_overhead.py --preset tiny
     torchrun --nproc-per-node 4 profiling/experiments/wrapper_overhead.py
 
-Both run the same decoder under `fully_shard`, the same head and the same optimizer; by hand the loss is formed inside
-the model's forward pass, `clip_grad_norm_` clips and the loss is read on the host, as a pretraining loop does. What is
-left between them is bookkeeping: calls through the wrapper, DTensor dispatch, norms, the test for finiteness.
+Both run the same decoder under `fully_shard`, the same head and the same optimizer. The step by hand computes the loss
+inside the model's forward pass, clips by `clip_grad_norm_` and reads the loss on the host, as a pretraining loop does.
+The difference is bookkeeping: calls through the wrapper, DTensor dispatch, norms, the test for finiteness.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ BY_HAND = "by hand"
 
 @dataclass(frozen=True)
 class OverheadOptions:
-    """Time an AdamW step of `Step` under FSDP2 beside the same by hand."""
+    """Time an AdamW step of `Step` under FSDP2, compared with the same by hand."""
 
     preset: str = "tiny"
     """model size, as in `fsam train`"""
@@ -58,7 +58,7 @@ class OverheadOptions:
 
 
 class _MeanLoss(torch.autograd.Function):
-    """The head's one pass as a node of autograd: the gradients are there once the loss is."""
+    """The head's one pass as a node of autograd, which computes the gradients with the loss."""
 
     @staticmethod
     def forward(ctx: Any, ops: ModuleType, h_NxD: Tensor, w_VxD: Tensor, labels_N: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def by_hand(
 
 
 def steps(config: ModelConfig) -> dict[str, Callable[[Tensor], Any]]:
-    """By name, each a step of a model of its own with the same weights; within a process group."""
+    """Name -> step, each of a model of its own with the same weights; within a process group."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     ops = backends.load("torch", "torch")
     found: dict[str, Callable[[Tensor], Any]] = {}
@@ -152,8 +152,10 @@ def _on(step: Callable[[Tensor], Any], tokens_BxL1: Tensor, index: int) -> Any:
 def process_group() -> Iterator[None]:
     """The ranks of torchrun, or one without it."""
     with TemporaryDirectory() as folder:
-        alone = {} if "RANK" in os.environ else {"init_method": f"file://{folder}/store", "rank": 0, "world_size": 1}
-        dist.init_process_group("gloo", **alone)
+        if "RANK" in os.environ:
+            dist.init_process_group("gloo")
+        else:
+            dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
         try:
             yield
         finally:

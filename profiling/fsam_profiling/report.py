@@ -47,7 +47,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Gather files that --json wrote into one HTML page with tables and plots."""
+    """Gather files that --json wrote into one HTML page with tables and pictures."""
 
     files: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """files that `fsam profile … --json` wrote"""
@@ -85,7 +85,7 @@ def run(options: ReportOptions) -> int:
 
 
 def section(file: dict[str, Any]) -> page.Section:
-    """What the page shows of one file."""
+    """The section of one file."""
     from fsam_profiling import report_tables
 
     kind, rows = file["kind"], file["rows"]
@@ -105,7 +105,7 @@ def section(file: dict[str, Any]) -> page.Section:
 
 
 def pictures(kind: str, rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """(caption, SVG) of each picture that the rows give."""
+    """(caption, SVG) of each picture of the rows."""
     from fsam_profiling import report_plots
 
     found = []

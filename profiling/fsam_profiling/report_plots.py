@@ -1,4 +1,4 @@
-"""The pictures of a profiling report, as SVG text: narrow, so that they can be read on a phone."""
+"""The pictures of a profiling report, as SVG text, narrow enough for a phone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import matplotlib.patches  # noqa: E402
 import matplotlib.ticker  # noqa: E402
 
 WIDTH = 4.8  # inches
-# Okabe and Ito's palette, told apart by colour-blind readers: a pass's forward light, its backward dark.
+# Okabe and Ito's palette, which colour-blind readers can distinguish: forward passes light, backward passes dark.
 COLOURS = dict(
     zip(
         (*REGIONS, OTHER, IDLE),
@@ -136,7 +136,7 @@ def _figure(height: float) -> tuple[Any, Any]:
 
 
 def _svg(figure: Any) -> str:
-    """The picture as the text of an <svg> element, the same each time."""
+    """The picture as the text of an <svg> element, deterministic."""
     held = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": "fsam", "svg.fonttype": "path"}):
         figure.savefig(held, format="svg", metadata={"Date": None, "Creator": None})

@@ -1,4 +1,4 @@
-"""The tables of a profiling report: which columns each kind of file has, as plain text."""
+"""The tables of a profiling report: the columns of each kind of file, as plain text."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def amount(value: float) -> str:
 
 
 def table(kind: str, rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """(headings, cells): the kind's columns without those that are empty everywhere; of another kind all plain ones."""
+    """(headings, cells): the columns of the kind that are not empty; for an unknown kind all fields of plain values."""
     columns = (COLUMNS.get(kind) or _plain(rows)) | _regions(kind, rows)
     cells = [[of(row) for of in columns.values()] for row in rows]
     held = [i for i in range(len(columns)) if any(line[i] for line in cells)]

@@ -1,4 +1,4 @@
-"""The rate of a plain matrix product on the present device: the ceiling that a step's products are held against."""
+"""The rate of a plain matrix product on this device: the ceiling that a step's products are compared with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-# Sides of square products; the fastest counts.
+# Sides of square products; the fastest one counts.
 SIZES = {"cpu": (512, 1024, 2048)}
 LARGE = (4096, 8192)
 REPEATS = 5

@@ -36,12 +36,12 @@ OPERATIONS = {
     "norm of ĝ": 4,
     "adamw": 28,
 }
-# In the place of norm and perturbation where the direction is stored between the two, as on a CPU.
+# These replace norm and perturbation where the direction is stored between the two, as on a CPU.
 KEPT = {"direction, stored, and its norm": 12, "perturb along it": 12}
 
 
 class ParameterStep(abc.ABC):
-    """One way to do it, with weights, gradients and moments of its own; `g` and `second` are read by all."""
+    """One implementation, with weights and moments of its own; all read the same `g` and `second`."""
 
     def __init__(self, shapes: Sequence[Sequence[int]], g: list[Tensor], second: list[Tensor], device: str) -> None:
         make = torch.Generator().manual_seed(1)
@@ -49,7 +49,7 @@ class ParameterStep(abc.ABC):
         self.params = [torch.nn.Parameter((0.02 * torch.randn(tuple(s), generator=make)).to(device)) for s in shapes]
 
     def begin(self, optimizer: Any) -> None:
-        """A first update, after which there is a second moment."""
+        """Take a first update, which makes the second moments."""
         self.optimizer = optimizer
         self.second_pass()
         optimizer.step()
@@ -65,11 +65,11 @@ class ParameterStep(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self) -> None:
-        """All of it, once."""
+        """The work of one step."""
 
 
 class FsamStep(ParameterStep):
-    """By a backend's operations; first d, then θ+ε in a second array, 4 bytes a weight, which is kept."""
+    """By a backend's operations. A second array, 4 bytes a weight, is kept; it holds d, then θ+ε."""
 
     def __init__(self, backend: str, *given: Any) -> None:
         super().__init__(*given)
@@ -155,7 +155,7 @@ class TextbookStep(ParameterStep):
 
 
 class ForeachStep(ParameterStep):
-    """All tensors at a time."""
+    """All tensors together, by torch._foreach_* operations."""
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
@@ -185,7 +185,7 @@ class ForeachStep(ParameterStep):
 
 
 def parameter_steps(shapes: Sequence[Sequence[int]], device: str) -> dict[str, ParameterStep]:
-    """Every way to do it on this device; clipping, which works in place in the rivals, finds its own ĝ in each."""
+    """Every implementation for this device. The rivals clip in place, so each has a ĝ of its own."""
     make = torch.Generator().manual_seed(0)
     g, second = ([(1e-3 * torch.randn(tuple(s), generator=make)).to(device) for s in shapes] for _ in range(2))
     own = lambda: (shapes, g, [x.clone() for x in second], device)

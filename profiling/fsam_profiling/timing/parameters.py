@@ -23,16 +23,16 @@ from fsam_trainers.console import Console
 
 @dataclass(frozen=True)
 class ParametersOptions:
-    """Time what a step does in parameter space, by fsam and as a textbook SAM wrapper does it."""
+    """Time the parameter work of a step, by fsam and as in a textbook SAM wrapper."""
 
     model: str = "24m"
     """whose tensors: 24m, 118m, 1208m or gpt2"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """cuda where there is a GPU, else cpu"""
     threads: int | None = None
-    """of PyTorch, on a CPU; its own choice without it"""
+    """of PyTorch on a CPU; default: its own choice"""
     repeats: int = 15
-    """turns of each variant"""
+    """timed calls of each variant"""
     json: Path | None = None
     """also write the figures here"""
 
@@ -41,7 +41,7 @@ def run(options: ParametersOptions) -> int:
     """Measure, print two tables, write the file; 0.
 
     Raises:
-        UserError: for a model that is not known, a GPU that is not there, and numbers that make no sense.
+        UserError: for a missing package, an unknown model, a missing GPU, and counts below 1.
     """
     backends.require("torch")
     import torch

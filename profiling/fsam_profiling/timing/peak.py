@@ -12,7 +12,7 @@ STEPS = 3
 
 
 def peak_bytes(variant: Variant) -> int | None:
-    """By how much a process that holds weights and optimizer state grows at the peak of a step; None outside Linux."""
+    """Growth of a process that holds weights and optimizer state at the peak of a step; None outside Linux."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_grown, (variant,))
 
@@ -21,7 +21,7 @@ def _grown(variant: Variant) -> int | None:
     if not Path("/proc/self/clear_refs").exists():
         return None
     run = variants.make(variant)
-    run(0)  # what libraries allocate once
+    run(0)  # libraries allocate some memory once
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     before = _status("VmRSS")
     for i in range(1, STEPS):

@@ -1,8 +1,8 @@
-"""Step time of every method in both frameworks, taken turn about in one process: `fsam profile step`, `make bench`.
+"""Step time of every method in both frameworks, interleaved in one process: `fsam profile step`, `make bench`.
 
-Each row's ratio is to our AdamW step in the same framework, and the last column sets the two frameworks against each
-other. The peers of `variants` stand beside ours. A ratio is printed where it is told from 1: where the 20th and
-80th percentile are no further apart than it is from 1; elsewhere the two percentiles stand alone.
+Each row's ratio is to our AdamW step in the same framework; the last column compares the two frameworks. The peers of
+`variants` follow our rows. A ratio is printed where it is distinguishable from 1: where its 20th and 80th percentile
+are no further apart than it is from 1. Elsewhere the two percentiles stand alone.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from fsam_profiling.timing.variants import Variant
 from fsam_trainers import timing
 from fsam_trainers.console import Console
 
-WARM_UP = 1  # what JAX runs is compiled ahead, and PyTorch has taken two steps to be counted
+WARM_UP = 1  # JAX steps are compiled ahead, and PyTorch has taken two steps to count its FLOPs
 PARAMETERS = ("norm", "perturb", "update")
 Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
 class StepOptions:
-    """Time one optimizer step of each method on random tokens, beside what others have."""
+    """Time one optimizer step of each method on random tokens, beside other implementations."""
 
     preset: str = "tiny"
     """model size, as in `fsam train`"""
@@ -48,15 +48,15 @@ class StepOptions:
     vocab_size: int | None = None
     """size of the vocabulary"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """what the model computes in; bfloat16 over float32 masters"""
+    """compute dtype; bfloat16 over float32 masters"""
     repeats: int = 10
     """steps of each variant"""
     only: str = "common"
-    """rows by method or saving ('sam,1/8,cut hidden'), common, or all; with AdamW, and all models exist at once"""
+    """rows by method or saving ('sam,1/8,cut hidden'), common, or all; AdamW always; all models exist at once"""
     framework: Literal["both", "jax", "torch"] = "both"
     """jax, torch, or both beside each other"""
     peers: bool = True
-    """also the textbook's steps, optax.contrib.sam, and pytorch_optimizer's SAM where it is installed"""
+    """also the textbook steps, optax.contrib.sam, and pytorch_optimizer's SAM where it is installed"""
     regions: bool = False
     """also the share of forward, backward and parameter work, from a trace of three steps"""
     peak: bool = False
@@ -66,10 +66,10 @@ class StepOptions:
 
 
 def chosen_variants(options: StepOptions) -> dict[tuple[str, str, str], Variant]:
-    """(framework, method, saving or whose) -> variant, in the order of the table.
+    """(framework, method, saving or peer) -> variant, in the order of the table.
 
     Raises:
-        UserError: for an unknown preset or row, and for settings that do not go together.
+        UserError: for an unknown preset or row, and for contradictory settings.
     """
     frameworks, sizes = frameworks_and_sizes(options)
     found: dict[tuple[str, str, str], Variant] = {}
@@ -96,7 +96,7 @@ def measure(options: StepOptions) -> tuple[list[dict[str, Any]], dict[str, float
     asked = chosen_variants(options)
     frameworks: list[str] = list(dict.fromkeys(framework for framework, _, _ in asked))
     ceilings = {name: matmul_rate.flops_per_second(name, options.dtype) for name in frameworks}
-    # A schedule has steps of several kinds. Each is timed by itself; a plain one is AdamW's.
+    # A schedule has steps of several kinds. Each kind is timed by itself; a plain step is AdamW's.
     kinds = {name: _kinds(one) for name, one in asked.items()}
     timed = {(*name, kind): step for name, of in kinds.items() for kind, (_, step) in of.items()}
     runs = _made(timed)
@@ -127,7 +127,7 @@ def measure(options: StepOptions) -> tuple[list[dict[str, Any]], dict[str, float
 
 
 def _made(timed: Mapping[Name, Variant]) -> dict[Name, Callable[[int], Any]]:
-    """A function to call repeatedly of each, in order. XLA compiles several at once: on two cores, 0.7 of the time."""
+    """A function to call repeatedly for each variant. XLA compiles several at once: 0.7 of the time on two cores."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         compiled = {name: pool.submit(variants.make, one) for name, one in timed.items() if one.framework == "jax"}
         return {
@@ -136,7 +136,7 @@ def _made(timed: Mapping[Name, Variant]) -> dict[Name, Callable[[int], Any]]:
 
 
 def figures(milliseconds: np.ndarray, base: np.ndarray, work: float, ceiling: float) -> dict[str, Any]:
-    """Median and percentiles of a step and of its ratio to the base steps taken in turn with it, and its use of FLOPs.
+    """Median and percentiles of a step and of its ratio to the interleaved base steps, and its use of FLOPs.
 
     Args:
         work: operations of a step's matrix products.
@@ -149,13 +149,13 @@ def figures(milliseconds: np.ndarray, base: np.ndarray, work: float, ceiling: fl
 
 
 def ratio_figures(milliseconds: np.ndarray, base: np.ndarray) -> dict[str, Any]:
-    """Median ratio of neighbouring steps, its percentiles, and whether it is told from 1 by more than they differ."""
+    """Median ratio of neighbouring steps, its percentiles, and whether it is distinguishable from 1."""
     low, middle, high = (float(x) for x in np.percentile(milliseconds / base, (20, 50, 80)))
     return {"ratio": middle, "ratio_p20": low, "ratio_p80": high, "ratio_resolved": high - low <= abs(middle - 1)}
 
 
 def _kinds(one: Variant) -> dict[str, tuple[float, Variant]]:
-    """Kind of step -> (its share of the run, a variant all of whose steps are of it), as `cost.kinds_of`."""
+    """Kind of step -> (its share of the run, a variant with only such steps), as `timing.kinds_of`."""
     if one.peer or one.settings.method == "adamw":
         return {"": (1.0, one)}
     kinds: Any = timing.kinds_of(one.settings).items()
@@ -163,7 +163,7 @@ def _kinds(one: Variant) -> dict[str, tuple[float, Variant]]:
 
 
 def _mean(name: tuple[str, str, str], kinds: dict[str, tuple[float, Variant]], of: Mapping[Any, Any]) -> np.ndarray:
-    """A figure of the average step of a run: each kind of step by its share, the plain ones as AdamW's."""
+    """A figure of the average step of a run: each kind weighted by its share, plain steps as AdamW's."""
     plain = np.array(of[name[0], "adamw", "", ""])
     shares = {kind: share for kind, (share, _) in kinds.items()}
     return sum(
@@ -188,9 +188,8 @@ def run(options: StepOptions) -> int:
         console.print(inside(found))
     rates = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in ceilings.items())
     console.print(
-        f"ceiling: a {options.dtype} matrix product of its own, {rates}. FLOP use counts the products a step runs, "
-        "recomputed ones too. Where a ratio's 20th and 80th percentile are further apart than it is from 1, they stand "
-        "alone.",
+        f"ceiling: a {options.dtype} matrix product by itself, {rates}. FLOP use counts the products that a step runs, "
+        "recomputed ones too. Percentiles (20–80 %) stand alone where a ratio is not distinguishable from 1.",
         markup=False,
     )
     return 0
@@ -227,7 +226,7 @@ def table(found: list[dict[str, Any]], options: StepOptions) -> Table:
 
 
 def inside(found: list[dict[str, Any]]) -> Table:
-    """Memory of a step, and where its time goes; of what was asked for."""
+    """Memory of a step, and where its time goes, as requested."""
     result = Table(title="peak memory beside weights and moments; shares of a step's work")
     for name in ("method", "saving or peer", "framework"):
         result.add_column(name, no_wrap=True)
@@ -240,13 +239,13 @@ def inside(found: list[dict[str, Any]]) -> Table:
 
 
 def ratio_text(row: dict[str, Any], name: str) -> str:
-    """A ratio with its percentiles, or these alone where it is not told from 1."""
+    """A ratio with its percentiles, or these alone where it is not distinguishable from 1."""
     spread = f"({row[f'{name}_p20']:.2f}–{row[f'{name}_p80']:.2f})"
     return f"{row[name]:.2f} {spread}" if row[f"{name}_resolved"] else spread
 
 
 def shares(regions: dict[str, float] | None) -> list[str]:
-    """Forward, backward and parameter work over all that has a region."""
+    """Shares of forward, backward and parameter work in the time of all regions."""
     if regions is None:
         return ["", "", ""]
     of = lambda *words: sum(ms for name, ms in regions.items() if any(word in name for word in words))

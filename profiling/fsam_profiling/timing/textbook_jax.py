@@ -1,4 +1,4 @@
-"""SAM and Functional-SAM as one writes them without this package, in JAX: full logits, two backward passes."""
+"""SAM and Functional-SAM as written without this package, in JAX: full logits, two backward passes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def mean_loss(z_NxV: jax.Array, labels_N: jax.Array) -> jax.Array:
 
 
 def gradient(kind: str, logits: Callable[[Any, Any], Any], rho: float) -> Callable[[Any, Any], tuple[jax.Array, Any]]:
-    """(params, batch) -> (mean loss at θ, gradient), the direction of ascent g / ‖g‖ without a preconditioner.
+    """(params, batch) -> (mean loss at θ, gradient), the direction of ascent is g / ‖g‖ without a preconditioner.
 
     Args:
         kind: "adamw" for the plain gradient, "sam" for J(θ+ε)ᵀ z̄(θ+ε), "functional-sam" for J(θ+ε)ᵀ z̄(θ), after the
@@ -38,12 +38,12 @@ def gradient(kind: str, logits: Callable[[Any, Any], Any], rho: float) -> Callab
         raise UserError(f"textbook: {kind!r} is not known; use {', '.join(KINDS)}")
 
     def passed(which: Any, params: Any, batch: Any, zbar_NxV: jax.Array | None = None) -> Any:
-        """(loss, z̄ at these params, Jᵀ z̄ of the given one or of these params' own)."""
+        """(loss, z̄ at these params, Jᵀ z̄ of the given z̄ or of this one)."""
         with region("base forward" if which == "base" else "second forward"):
-            z_NxV, pull_back, labels_N = jax.vjp(lambda p: logits(p, batch), params, has_aux=True)
+            z_NxV, vjp, labels_N = jax.vjp(lambda p: logits(p, batch), params, has_aux=True)
         with region("base backward" if which == "base" else "second backward"):
             loss, own_NxV = jax.value_and_grad(mean_loss)(z_NxV, labels_N)
-            (g,) = pull_back(own_NxV if zbar_NxV is None else zbar_NxV)
+            (g,) = vjp(own_NxV if zbar_NxV is None else zbar_NxV)
         return loss, own_NxV, g
 
     def of(params: Any, batch: Any) -> tuple[jax.Array, Any]:
@@ -60,7 +60,7 @@ def gradient(kind: str, logits: Callable[[Any, Any], Any], rho: float) -> Callab
 
 
 def optimizer(learning_rate: float, b2: float, weight_decay: float, clip_norm: float) -> optax.GradientTransformation:
-    """AdamW behind clipping by the global norm (0: none), decay on the matrices alone."""
+    """AdamW after clipping by the global norm (0: none), decay on the matrices alone."""
     mask = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
     adamw = optax.adamw(learning_rate, b2=b2, weight_decay=weight_decay, mask=mask)
     return optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw
@@ -73,7 +73,7 @@ def contrib(tx: optax.GradientTransformation, rho: float) -> optax.GradientTrans
 
 
 def contrib_step(kind: str, logits: Callable[[Any, Any], Any], tx: Any, rho: float) -> Any:
-    """As `step`, where the optimizer is that of `contrib`."""
+    """As `step`, with the optimizer of `contrib`."""
 
     def one(state: Any, batch: Any) -> Any:
         params, opt_state = state

@@ -1,4 +1,4 @@
-"""SAM and Functional-SAM as one writes them without this package, in PyTorch: full logits, two backward passes."""
+"""SAM and Functional-SAM as written without this package, in PyTorch: full logits, two backward passes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def step(
 
 @torch.no_grad()
 def _climb(model: nn.Module, rho: float) -> list[tuple[nn.Parameter, Tensor]]:
-    """Add ρ g / ‖g‖ to every weight; returns the weights with a copy of what they were."""
+    """Add ρ g / ‖g‖ to every weight; returns the weights, each with a copy of its value before."""
     moved = [(p, p.grad) for p in model.parameters() if p.grad is not None]
     with region("norm"):
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for _, g in moved]))

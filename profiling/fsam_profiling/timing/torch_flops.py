@@ -1,4 +1,4 @@
-"""Floating-point operations of the matrix products that a piece of PyTorch runs."""
+"""Floating-point operations of the matrix products that PyTorch code runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch.utils import flop_counter
 
 _ATEN = torch.ops.aten
-# What PyTorch's own table lacks: the CPU's attention, and products that are added in place. Functions of shapes.
+# Missing in PyTorch's own table: attention on a CPU, and products added in place. Functions of shapes.
 _MORE: dict[Any, Any] = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: flop_counter.sdpa_flop_count(q, k, v),
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: (

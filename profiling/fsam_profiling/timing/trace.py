@@ -1,7 +1,7 @@
 """A trace of a few steps with the regions named, as a file for Perfetto and as a table: `fsam profile trace`.
 
-The times are this machine's, of steps under a profiler, which slows short ones down: for how long a step takes see
-`fsam profile step`; this says where in it the time goes.
+The times are of steps under a profiler on this machine, which slows short steps down. `fsam profile step` measures how
+long a step takes; this shows where in it the time goes.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class TraceOptions:
     vocab_size: int | None = None
     """size of the vocabulary"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """what the model computes in; bfloat16 over float32 masters"""
+    """compute dtype; bfloat16 over float32 masters"""
     only: str = "adamw,precond-functional-sam"
     """methods and savings as in `fsam profile step --only`"""
     steps: int = 3
-    """steps traced, after two to warm up"""
+    """traced steps, after two to warm up"""
     out: Path = Path("runs/trace")
     """folder for the traces"""
     json: Path | None = None
@@ -62,11 +62,11 @@ def run(options: TraceOptions) -> int:
     """Trace every variant, print the table, write the files; 0.
 
     Raises:
-        UserError: for an unknown preset or row, steps below 1, and a profiler whose trace cannot be read.
+        UserError: for an unknown preset or row, fewer steps than 1, and a trace that cannot be read.
     """
     if options.steps < 1:
         raise UserError(f"--steps must be at least 1, got {options.steps}")
-    # Before PyTorch is imported, whose profiler says on stderr when it starts and stops.
+    # Before PyTorch is imported: its profiler reports on stderr when it starts and stops.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     frameworks, sizes = frameworks_and_sizes(options)
     rows = []
@@ -93,8 +93,8 @@ def traced(chosen: Settings, steps: int, path: Path) -> dict[str, Any]:
     """Take `steps` steps under the profiler, write the trace to `path`.
 
     Returns:
-        step_ms (mean), regions (name -> ms a step; "other" for what has no region, "idle" for when nothing ran),
-        clock ("host" or "device": whose time it is), device, trace (the file).
+        step_ms (mean), regions (name -> ms a step; "other" has no region, "idle" is time in which nothing ran),
+        clock ("host" or "device"), device, trace (the file).
     """
     tokens = random_tokens(chosen)
     trained = registry.make(chosen)
@@ -137,7 +137,7 @@ def _jax(trained: Engine, tokens: np.ndarray, steps: int) -> tuple[dict[str, Any
 
     with tempfile.TemporaryDirectory() as folder:
         quiet = jax.profiler.ProfileOptions()
-        quiet.python_tracer_level = 0  # every Python call: megabytes, and time
+        quiet.python_tracer_level = 0  # would record every Python call: megabytes, and time
         with jax.profiler.trace(folder, profiler_options=quiet):
             for index in range(WARM_UP, WARM_UP + steps):
                 with jax.profiler.StepTraceAnnotation(trace_events.STEP, step_num=index):
@@ -151,7 +151,7 @@ def _jax(trained: Engine, tokens: np.ndarray, steps: int) -> tuple[dict[str, Any
 
 
 def _programs(events: list[dict[str, Any]]) -> dict[str, dict[str, tuple[str, str]]]:
-    """Module -> instruction -> (opcode, region), of the programs of this process that hold what the events name."""
+    """Module -> instruction -> (opcode, region), of the programs of this process that the events name."""
     import jax
 
     ran: dict[str, set[str]] = {}
@@ -164,7 +164,7 @@ def _programs(events: list[dict[str, Any]]) -> dict[str, dict[str, tuple[str, st
         for module in executable.hlo_modules():
             if module.name in ran:
                 known = hlo.instructions(module.to_string())
-                # Of several programs of one name it is the one that has most of what ran.
+                # Of several programs of one name, take the one that holds most of the instructions that ran.
                 if len(ran[module.name] & set(known)) > len(ran[module.name] & set(found.get(module.name, ()))):
                     found[module.name] = known
     return found

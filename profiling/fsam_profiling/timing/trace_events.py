@@ -1,9 +1,9 @@
 """Time by region from a trace of a few steps: the events that torch.profiler and jax.profiler write for Perfetto.
 
-PyTorch's regions are ranges of the host's time; on a GPU what counts is the device's time, of the kernels that were
-launched within them. JAX's are the names that its instructions were traced under: an event names the instruction, and
-the compiled program's text says what that was traced under. XLA runs independent instructions at the same time; a
-moment that several of them share is divided between them, so that regions sum to the time in which anything ran.
+PyTorch's regions are ranges of host time; on a GPU the device time of the kernels launched within them counts. JAX's
+regions are the scopes that its instructions were traced under: an event names the instruction, and the text of the
+compiled program names its scope. XLA runs independent instructions at the same time; time that several of them share is
+divided between them, so that regions sum to the time in which anything ran.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from fsam_core.regions import REGIONS
 from fsam_profiling.regions import IDLE, OTHER, in_order
 from fsam_trainers.files import disk_errors
 
-STEP = "fsam step"  # what the traced steps are called
-# Instructions that only run others, whose events stand by themselves.
+STEP = "fsam step"  # name of the traced steps
+# Instructions that only run others, which have events of their own.
 _CONTAINERS = frozenset(("while", "conditional", "call", "async-start", "async-done"))
-_TRACK = 4_000_000  # process and thread number of the regions' own track
+_TRACK = 4_000_000  # process and thread number of the track of regions
 
 Event = dict[str, Any]
 
 
 class Span(NamedTuple):
-    """Microseconds from `start` to `end`, and whose they are."""
+    """Microseconds from `start` to `end`, and their name."""
 
     start: float
     end: float
@@ -37,7 +37,7 @@ class Span(NamedTuple):
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A trace in Chrome's JSON, packed or not.
+    """A trace in Chrome's JSON, gzipped or not.
 
     Raises:
         UserError: for a file without `traceEvents`.
@@ -45,12 +45,12 @@ def read(path: Path) -> dict[str, Any]:
     text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     found = json.loads(text)
     if not isinstance(found, dict) or "traceEvents" not in found:
-        raise UserError(f"{path}: the profiler left no traceEvents in it, so no time can be told by region")
+        raise UserError(f"{path}: the profiler left no traceEvents in it, so time cannot be attributed to regions")
     return found
 
 
 def write(path: Path, trace: dict[str, Any], spans: Iterable[Span] = ()) -> None:
-    """Write a trace for Perfetto, packed, with the spans as a track of their own."""
+    """Write a gzipped trace for Perfetto, with the spans as a track of their own."""
     name = {"ph": "M", "pid": _TRACK, "name": "process_name", "args": {"name": "fsam regions"}}
     track = [
         {"ph": "X", "pid": _TRACK, "tid": _TRACK, "ts": x.start, "dur": x.end - x.start, "name": x.name} for x in spans
@@ -65,7 +65,7 @@ def steps_of(events: Iterable[Event]) -> list[Span]:
     """The traced steps, in order.
 
     Raises:
-        UserError: where the trace has none.
+        UserError: for a trace without steps.
     """
     found = sorted(_span(e) for e in events if e.get("ph") == "X" and e.get("name") == STEP and "dur" in e)
     if not found:
@@ -74,10 +74,10 @@ def steps_of(events: Iterable[Event]) -> list[Span]:
 
 
 def torch_spans(events: list[Event]) -> list[Span]:
-    """One span for each piece of work: of the host's ranges, or of the kernels where any ran on a GPU.
+    """One span for each range of the host, or for each kernel where any ran on a GPU.
 
     Raises:
-        UserError: where no range carries a region's name.
+        UserError: where no range has the name of a region.
     """
     ranges = sorted(
         _span(e) for e in events if e.get("cat") == "user_annotation" and e.get("name") in REGIONS and "dur" in e
@@ -118,9 +118,9 @@ def jax_spans(events: list[Event], programs: dict[str, dict[str, tuple[str, str]
 
 
 def by_region(spans: Iterable[Span], steps: list[Span]) -> dict[str, float]:
-    """Milliseconds a step of each region in the order they run, of what has none, and of when nothing ran.
+    """Milliseconds a step of each region in the order they run, of OTHER and of IDLE.
 
-    A moment that several spans share is divided between them.
+    Time that several spans share is divided between them.
     """
     total: dict[str, float] = defaultdict(float)
     begin, end = steps[0].start, steps[-1].end
@@ -146,14 +146,14 @@ def by_region(spans: Iterable[Span], steps: list[Span]) -> dict[str, float]:
 
 
 def merged(spans: Iterable[Span], gap: float = 50.0) -> list[Span]:
-    """Neighbours of one region as one span, where no other begins between them and at most `gap` us pass."""
+    """Join neighbouring spans of one region where no other begins between them and the gap is at most `gap` us."""
     found: list[Span] = []
     for span in sorted(spans):
         last = found[-1] if found else None
         if last and last.name == span.name and span.start - last.end <= gap:
             found[-1] = last._replace(end=max(last.end, span.end))
         elif last is None or span.end > last.end:
-            # On one track spans may not overlap.
+            # Spans on one track may not overlap.
             found.append(span._replace(start=max(span.start, last.end if last else span.start)))
     return [x for x in found if x.end > x.start]
 

@@ -1,7 +1,7 @@
-"""The steps that `fsam profile step` times: ours, and the peers beside them, each as a function to call repeatedly.
+"""The steps that `fsam profile step` times, ours and the peers', each as a function to call repeatedly.
 
-A peer is what a user would write or install instead: SAM and Functional-SAM by the textbook, with full logits and two
-backward passes; `optax.contrib.sam`; the SAM of `pytorch_optimizer`. Same model, same batch, same AdamW settings.
+A peer is what a user would write or install instead: textbook SAM and Functional-SAM, with full logits and two backward
+passes; `optax.contrib.sam`; the SAM of `pytorch_optimizer`. Model, batch and AdamW settings are the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fsam_profiling.settings import random_tokens
 from fsam_trainers import registry
 from fsam_trainers.config import Framework, Settings
 
-# Framework -> (method, whose) of each peer.
+# Framework -> (method, peer).
 PEERS: dict[str, tuple[tuple[str, str], ...]] = {
     "jax": (
         ("adamw", "textbook"),
@@ -38,9 +38,9 @@ PEERS: dict[str, tuple[tuple[str, str], ...]] = {
 
 @dataclass(frozen=True)
 class Variant:
-    """One step: whose code, and under which settings. `peer` is empty for ours.
+    """One step and its settings; `peer` is empty for ours.
 
-    `kind` is what all steps after the first are, by the settings' schedule: "corrected", "reused" or "plain".
+    `kind` is that of all steps after the first: "corrected", "reused" or "plain".
     """
 
     settings: Settings
@@ -53,7 +53,7 @@ class Variant:
 
 
 def peers(adamw: Settings) -> dict[tuple[str, str], Variant]:
-    """(method, whose) -> variant, of the peers that are installed, with the settings of an AdamW step."""
+    """(method, peer) -> variant, of the installed peers, with the settings of an AdamW step."""
     return {
         (method, whose): Variant(adamw, f"{whose} {method}")
         for method, whose in PEERS[adamw.framework]
@@ -62,7 +62,7 @@ def peers(adamw: Settings) -> dict[tuple[str, str], Variant]:
 
 
 def make(variant: Variant) -> Callable[[int], Any]:
-    """Take step 0, 1, … on the same random tokens and wait for it; compiled where the framework compiles."""
+    """A function that takes step 0, 1, … on the same random tokens and waits for it; compiled in JAX."""
     tokens_BxL1 = random_tokens(variant.settings)
     if variant.peer:
         whose, kind = variant.peer.split()
@@ -73,7 +73,7 @@ def make(variant: Variant) -> Callable[[int], Any]:
 
 
 def flops(variant: Variant, run: Callable[[int], Any]) -> int:
-    """Matrix products of one step, counted: in JAX as it is traced, in PyTorch as it runs."""
+    """FLOPs of the matrix products of one step: in JAX as it is traced, in PyTorch as it runs."""
     if variant.framework == "torch":
         from fsam_profiling.timing import torch_flops
 
@@ -123,7 +123,7 @@ def _torch(chosen: Settings, whose: str, kind: str, tokens_BxL1: np.ndarray) -> 
     rates: Any = {"lr": chosen.learning_rate, "betas": (chosen.b1, chosen.b2), "eps": chosen.eps}
 
     def logits(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # What one writes for bfloat16: autocast, and the loss of float32 logits.
+        # The usual way for bfloat16: autocast, and the loss of float32 logits.
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=chosen.dtype == "bfloat16"):
             h_NxD, w_VxD = model(tokens[:, :-1])
             z_NxV = h_NxD @ w_VxD.T

@@ -53,7 +53,7 @@ def run(
     """Compile each row's step, print, write; 0.
 
     Raises:
-        UserError: for an unknown chip or preset, and where the compiler refuses a step, for example one that does not fit.
+        UserError: for an unknown chip or preset, and where the compiler refuses a step, as one that does not fit.
     """
     if chip not in CHIPS:
         raise UserError(f"--chip: {chip!r} is no chip of --what scale; use {', '.join(CHIPS)}")
@@ -110,7 +110,7 @@ def compiled(chip: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def peak_bytes(found: dict[str, Any]) -> int:
-    """Of HBM on a chip: arguments, results that take no argument's place, and temporaries."""
+    """HBM of a chip for arguments, results that are in no argument's place, and temporaries."""
     return found["argument_bytes"] + found["output_bytes"] - found["aliased_bytes"] + found["temporary_bytes"]
 
 

@@ -1,9 +1,9 @@
 """Whole training steps compiled for one core of a TPU, without the chip: `fsam profile tpu --what step`.
 
 Temporaries, arguments and results are the compiler's own account of HBM. Cycles are its cost model's for XLA's
-instructions, and the schedule's or the bytes' for kernels (`compiler`). Bytes are counted in the compiled program, FLOPs
-in the traced one (`flops`). The floor is that of this program: its matrix products at the chip's published peak, or
-every argument read and every result written once at its published bandwidth, whichever takes longer. Nothing is
+instructions, and the schedule's or the bytes' for kernels (`compiler`). Bytes are counted in the compiled program,
+FLOPs in the traced one (`flops`). The floor is that of this program: its matrix products at the chip's published peak,
+or every argument read and every result written once at its published bandwidth, whichever takes longer. Nothing is
 measured on a chip.
 """
 

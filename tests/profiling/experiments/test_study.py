@@ -95,7 +95,7 @@ def test_sweep_extends_while_its_end_is_best(tmp_path, monkeypatch):
 def test_finished_run_is_not_repeated(tmp_path, monkeypatch):
     plan = Study(out=tmp_path, done=tmp_path / "runs.jsonl", jobs=2)
     runs = [
-        study._run(plan, "one pass", f"rate {x}", study.settings_of(plan, "adamw", learning_rate=x)) for x in (1, 2)
+        study._run(plan, "one pass", f"rate {x}", study.settings_of(plan, "AdamW", learning_rate=x)) for x in (1, 2)
     ]
     trained = []
 
