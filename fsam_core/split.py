@@ -11,16 +11,19 @@ from fsam_core.errors import UserError
 Flatten = Callable[[Any], tuple[list[Any], Callable[[list[Any]], Any]]]
 
 
-def split(batches: list[Any], fraction: float, flatten: Flatten) -> tuple[list[Any], list[Any]]:
+def split(
+    batches: list[Any], fraction: float, flatten: Flatten, is_key: Callable[[Any], bool] = lambda leaf: False
+) -> tuple[list[Any], list[Any]]:
     """(S, the rest) as lists of micro-batches; S is `fraction` of all rows, and never empty.
 
     S takes whole micro-batches first, then every n-th row of the next one, so that every device of a batch sharded
-    along its first axis contributes its share. Leaves without axes (a random key, a number) go to both.
+    along its first axis contributes its share. Leaves without axes (a number), and random keys, go to both.
 
     Args:
         batches: micro-batches, trees of arrays.
         fraction: 0 < q ≤ 1.
         flatten: tree -> (its leaves, a function that puts such leaves back).
+        is_key: whether a leaf is a random key, which may have an axis.
 
     Raises:
         UserError: if a micro-batch cannot be cut at that fraction.
@@ -28,14 +31,15 @@ def split(batches: list[Any], fraction: float, flatten: Flatten) -> tuple[list[A
     whole, share = divmod(Fraction(fraction).limit_denominator(1 << 16) * len(batches), 1)
     part, rest = batches[:whole], batches[whole:]
     if share:
-        mine, others = _cut(rest[0], share, flatten)
+        mine, others = _cut(rest[0], share, flatten, is_key)
         part, rest = [*part, mine], [others, *rest[1:]]
     return part, rest
 
 
-def _cut(batch: Any, share: Fraction, flatten: Flatten) -> tuple[Any, Any]:
+def _cut(batch: Any, share: Fraction, flatten: Flatten, is_key: Callable[[Any], bool]) -> tuple[Any, Any]:
     leaves, rebuild = flatten(batch)
-    sizes = {x.shape[0] for x in leaves if getattr(x, "ndim", 0)}
+    has_rows = lambda x: bool(getattr(x, "ndim", 0)) and not is_key(x)
+    sizes = {x.shape[0] for x in leaves if has_rows(x)}
     if len(sizes) != 1:
         got = ", ".join(map(str, sorted(sizes))) or "no arrays"
         raise UserError(f"fraction: the arrays of a batch must have one first axis to be cut along, got {got}")
@@ -46,7 +50,7 @@ def _cut(batch: Any, share: Fraction, flatten: Flatten) -> tuple[Any, Any]:
         )
 
     def rows(x: Any, which: slice) -> Any:
-        if not getattr(x, "ndim", 0):
+        if not has_rows(x):
             return x
         groups = x.reshape((size // n, n, *x.shape[1:]))[:, which]
         return groups.reshape((-1, *x.shape[1:]))

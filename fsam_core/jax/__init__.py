@@ -25,8 +25,8 @@ backends.require("optax")
 from fsam_core.ascents import Ascent
 from fsam_core.errors import UserError
 from fsam_core.jax.heads import LinearHead, Logits
-from fsam_core.jax.passes import Staged
 from fsam_core.jax.perturbation import adam_state
+from fsam_core.jax.staged import Staged
 from fsam_core.jax.step import Carry, Info, carry_of, mean_loss, skip_nonfinite, value_and_grad
 from fsam_core.methods import SAM, FunctionalSAM, LogitSAM, Plain
 from fsam_core.schedules import Schedule

@@ -122,7 +122,7 @@ def cotangent(
     return jnp.sum(loss_N * share_N), weight, zbar, None if gradients is None else _present(gradients)
 
 
-def pulled_back(
+def head_vjp(
     ops: ModuleType, head: LinearHead | Logits, zbar: Any, share: jax.Array, memory: Memory
 ) -> tuple[jax.Array, ...]:
     """The vjp at this head's `outputs` of `share` times the cotangent of a head with the same shapes."""

@@ -16,15 +16,15 @@ from jax.sharding import PartitionSpec
 
 from fsam_core.errors import UserError
 from fsam_core.jax import correction
-from fsam_core.jax.passes import wide
-from fsam_core.jax.step_types import Outcome, Step
+from fsam_core.jax.passes import is_key, upcast
+from fsam_core.jax.perturbation import StepInputs, StepResult
 
 
-def corrected(step: Step, batches: list[Any], axis: str) -> Outcome:
+def corrected(inputs: StepInputs, batches: list[Any], axis: str) -> StepResult:
     """`correction.corrected` for each shard of the batch along `axis`; losses and norms are weighted means.
 
     Along `axis` the weights are replicated, and the arrays of a batch are sharded along their first axis. A random key
-    (a typed one, `jax.random.key`) is folded with the shard's index.
+    is folded with the shard's index.
 
     Raises:
         UserError: if the current mesh has no such axis, or a micro-batch cannot be cut into that many shards.
@@ -34,37 +34,34 @@ def corrected(step: Step, batches: list[Any], axis: str) -> Outcome:
         has = ", ".join(shape) or "none: call the step under jax.set_mesh(mesh)"
         raise UserError(f"axis: the mesh in use has no axis {axis!r}; it has {has}")
     whole, rows = PartitionSpec(), PartitionSpec(axis)
+    has_rows = lambda x: jnp.ndim(x) and not is_key(x)
     for x in jax.tree.leaves(batches):
-        if jnp.ndim(x) and len(x) % shape[axis]:
+        if has_rows(x) and len(x) % shape[axis]:
             raise UserError(
                 f"sync='local': a micro-batch of {len(x)} rows cannot be cut into the {shape[axis]} shards of axis "
                 f"{axis!r}; give it a number of rows that they divide"
             )
-    memory = step.run.memory
+    memory = inputs.config.memory
     inside = dataclasses.replace(memory, row_axes=tuple(x for x in memory.row_axes if x != axis))
-    run = step.run._replace(memory=inside)
+    config = inputs.config._replace(memory=inside)
 
-    def mine(params: Any, opt_state: Any, previous: Any, batches: list[Any]) -> Outcome:
+    def mine(params: Any, opt_state: Any, previous: Any, batches: list[Any]) -> StepResult:
         index = jax.lax.axis_index(axis)
-        own = jax.tree.map(lambda x: jax.random.fold_in(x, index) if _is_key(x) else x, batches)
-        here = step._replace(run=run, params=params, opt_state=opt_state, previous=previous)
+        own = jax.tree.map(lambda x: jax.random.fold_in(x, index) if is_key(x) else x, batches)
+        here = inputs._replace(config=config, params=params, opt_state=opt_state, previous=previous)
         found = correction.corrected(here, own)
-        if not step.reuses:
+        if not inputs.reuses:
             found = found._replace(g_B=None)
         weight = jax.lax.psum(found.weight, axis)
         share = found.weight / jnp.where(weight > 0, weight, 1)
-        mean = lambda x: jax.lax.psum(wide(x) * share, axis).astype(x.dtype)
+        mean = lambda x: jax.lax.psum(upcast(x) * share, axis).astype(x.dtype)
         return jax.tree.map(mean, found)._replace(weight=weight)
 
     # Axes of size 1 are manual too, so that a kernel, which cannot be partitioned, is in a single-device program.
     names = {axis, *(x for x, size in shape.items() if size == 1)}
-    specs = jax.tree.map(lambda x: rows if jnp.ndim(x) else whole, batches)
+    specs = jax.tree.map(lambda x: rows if has_rows(x) else whole, batches)
     # check_vma is off because the correction does not declare over which axes its values vary.
     each = jax.shard_map(
         mine, in_specs=(whole, whole, whole, specs), out_specs=whole, axis_names=names, check_vma=False
     )
-    return each(step.params, step.opt_state, step.previous, batches)
-
-
-def _is_key(x: Any) -> bool:
-    return jnp.issubdtype(getattr(x, "dtype", float), jax.dtypes.prng_key)
+    return each(inputs.params, inputs.opt_state, inputs.previous, batches)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -21,26 +20,7 @@ Params = Any
 Features = Callable[[Params, Any], "LinearHead | Logits"]
 
 
-@dataclass(frozen=True)
-class Staged:
-    """A model in two stages, so that an unperturbed lower stage runs once for both passes.
-
-    If the scope contains no parameter of the lower stage (`scope="top:K"` with a prefix that ends where those blocks
-    begin), both passes share its activations, and it has one backward pass.
-
-    Attributes:
-        prefix: (params, batch) -> the lower stage's output: an array or a tree of arrays, all floating.
-        suffix: (params, that output, batch) -> `LinearHead` or `Logits`.
-    """
-
-    prefix: Callable[[Params, Any], Any]
-    suffix: Callable[[Params, Any, Any], LinearHead | Logits]
-
-    def __call__(self, params: Params, batch: Any) -> LinearHead | Logits:
-        return self.suffix(params, self.prefix(params, batch), batch)
-
-
-class Run(NamedTuple):
+class PassConfig(NamedTuple):
     """The arguments that all passes of a step share."""
 
     ops: ModuleType
@@ -61,7 +41,7 @@ class Cotangents(NamedTuple):
     is_hidden: bool
 
 
-class Passed(NamedTuple):
+class PassResult(NamedTuple):
     """The results of a pass over micro-batches: mean loss, weight, Jᵀ z̄ or None, and z̄ or None."""
 
     loss: jax.Array
@@ -70,8 +50,8 @@ class Passed(NamedTuple):
     cotangents: Cotangents | None
 
 
-def base(
-    run: Run,
+def loss_and_grad(
+    config: PassConfig,
     params: Params,
     items: Any,
     *,
@@ -79,44 +59,46 @@ def base(
     keep: bool = False,
     cut: str = "logits",
     region: str = "base",
-) -> Passed:
+) -> PassResult:
     """Loss and z̄ at `params` over all micro-batches; `backward` also gives Jᵀ z̄, `keep` z̄ for another pass."""
     hidden = keep and cut == "hidden"
 
     def one(item: Any) -> Any:
         if backward:
-            head, pull_back = _linearize(run.features, params, item, region)
+            head, pull_back = _linearize(config.features, params, item, region)
         else:
             with regions.in_jax(_named(region, "forward")):
-                head, pull_back = heads.flat(run.features(params, item)), None
+                head, pull_back = heads.flat(config.features(params, item)), None
         if hidden and isinstance(head, Logits):
             raise UserError("cut: 'hidden' needs features to return a LinearHead, got Logits")
-        holds = keep and not hidden and heads.keeps(head, _count(items), run.memory)
+        holds = keep and not hidden and heads.keeps(head, _count(items), config.memory)
         with regions.in_jax(_named(region, "backward" if backward else "forward")):
             loss, weight, zbar, out = heads.cotangent(
-                run.ops, head, run.memory, gradient=backward or hidden, keep=holds
+                config.ops, head, config.memory, gradient=backward or hidden, keep=holds
             )
             g = () if pull_back is None else pull_back(out)
         of_head = out[1:] if hidden and out is not None else ()
         kept = (out[0] if hidden and out is not None else _without_head(zbar, items)) if keep else ()
         return (loss, weight, (g, of_head)), (kept, weight)
 
-    (loss, weight, (g, of_head)), (each, weights) = mean(one, items)
+    (loss, weight, (g, of_head)), (each, weights) = micro_batch_mean(one, items)
     g = jax.tree.map(lambda x, p: x.astype(p.dtype), g, params) if backward else None
     if not keep:
-        return Passed(loss, weight, g, None)
+        return PassResult(loss, weight, g, None)
     if hidden:
-        return Passed(loss, weight, g, Cotangents(each, _shares(weights, weight), of_head, True))
-    return Passed(loss, weight, g, _kept(run, params, items, each, weights, weight))
+        return PassResult(loss, weight, g, Cotangents(each, _shares(weights, weight), of_head, True))
+    return PassResult(loss, weight, g, _kept(config, params, items, each, weights, weight))
 
 
-def pull_back(run: Run, params: Params, items: Any, cotangents: Cotangents | None, region: str = "second") -> Params:
+def vjp(
+    config: PassConfig, params: Params, items: Any, cotangents: Cotangents | None, region: str = "second"
+) -> Params:
     """J(params)ᵀ z̄ with the Jacobian at these params and any cotangents; it computes no logits and no loss."""
     assert cotangents is not None
 
     def one(item: Any) -> Any:
         batch, zbar, share = item
-        head, back = _linearize(run.features, params, batch, region)
+        head, back = _linearize(config.features, params, batch, region)
         with regions.in_jax(_named(region, "backward")):
             if cotangents.is_hidden:
                 hidden, *rest = heads.outputs(head)
@@ -125,22 +107,22 @@ def pull_back(run: Run, params: Params, items: Any, cotangents: Cotangents | Non
                 if cotangents.common:
                     weight_VxD, *bias_V = cotangents.common
                     zbar = dataclasses.replace(zbar, w_VxD=weight_VxD, bias_V=bias_V[0] if bias_V else None)
-                out = heads.pulled_back(run.ops, head, zbar, share, run.memory)
-            return jax.tree.map(wide, back(out)), ()
+                out = heads.head_vjp(config.ops, head, zbar, share, config.memory)
+            return jax.tree.map(upcast, back(out)), ()
 
     g = total(one, _zipped(items, cotangents.each, cotangents.share))[0]
     if cotangents.is_hidden:
         # The head's own gradient, once for all micro-batches. This evaluates the model, but the compiler drops
         # everything except the path from the parameters to the head's weight.
         with regions.in_jax(_named(region, "backward")):
-            _, back = jax.vjp(lambda p: _head_weights(run, p, items), params)
-            like = _head_weights(run, params, items)
+            _, back = jax.vjp(lambda p: _head_weights(config, p, items), params)
+            like = _head_weights(config, params, items)
             (of_head,) = back(tuple(x.astype(w.dtype) for x, w in zip(cotangents.common, like, strict=True)))
             g = jax.tree.map(lambda x, y: x + y.astype(x.dtype), g, of_head)
     return jax.tree.map(lambda x, p: x.astype(p.dtype), g, params)
 
 
-def merged(passes: list[tuple[jax.Array, Any]]) -> tuple[jax.Array, Any]:
+def weighted_mean(passes: list[tuple[jax.Array, Any]]) -> tuple[jax.Array, Any]:
     """The weighted mean of the trees of several (weight, tree), with the total weight."""
     if len(passes) == 1:
         return passes[0]
@@ -148,13 +130,20 @@ def merged(passes: list[tuple[jax.Array, Any]]) -> tuple[jax.Array, Any]:
     shares = [w / jnp.where(weight > 0, weight, 1) for w, _ in passes]
 
     def leaf(*x: jax.Array) -> jax.Array:
-        scaled = [wide(y) * s for y, s in zip(x, shares, strict=True)]
+        scaled = [upcast(y) * s for y, s in zip(x, shares, strict=True)]
         return sum(scaled[1:], scaled[0]).astype(x[0].dtype)
 
     return weight, jax.tree.map(leaf, *(tree for _, tree in passes))
 
 
-def wide(x: jax.Array) -> jax.Array:
+def add_correction(g_B: Params, g_moved: Params, g_S: Params, strength: float) -> Params:
+    """ĝ = g_B + w (g'_S − g_S)."""
+    leaf = lambda b, moved, s: (upcast(b) + strength * (upcast(moved) - upcast(s))).astype(b.dtype)
+    with regions.in_jax("update"):
+        return jax.tree.map(leaf, g_B, g_moved, g_S)
+
+
+def upcast(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -176,9 +165,9 @@ def _linearize(features: Features, params: Params, batch: Any, region: str) -> t
     return heads.with_outputs(seen[-1], out), lambda cotangents: pull_back(cotangents)[0]
 
 
-def _head_weights(run: Run, params: Params, items: Any) -> tuple[jax.Array, ...]:
+def _head_weights(config: PassConfig, params: Params, items: Any) -> tuple[jax.Array, ...]:
     """(weight[, bias]) of the head, the same for every micro-batch."""
-    return heads.outputs(heads.flat(run.features(params, _first(items))))[1:]
+    return heads.outputs(heads.flat(config.features(params, _first(items))))[1:]
 
 
 # --- micro-batches ----------------------------------------------------------------------------------------------------
@@ -193,6 +182,16 @@ class _Stack(NamedTuple):
 def flatten(batch: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     leaves, tree = jax.tree.flatten(batch)
     return leaves, lambda leaves: jax.tree.unflatten(tree, leaves)
+
+
+def is_key(x: Any) -> bool:
+    """Whether x is a random key: a typed one, or an old-style `jax.random.PRNGKey` by its dtype and shape."""
+    dtype = getattr(x, "dtype", None)
+    if dtype is None:
+        return False
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return x.ndim == 0
+    return dtype == jnp.uint32 and x.shape == jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
 
 
 def stacked(batches: list[Any]) -> Any:
@@ -230,7 +229,7 @@ def total(one: Callable[[Any], tuple[Any, Any]], items: Any) -> tuple[Any, Any]:
     return jax.tree.map(lambda *x: sum(x[1:], x[0]), *summed), list(kept)
 
 
-def mean(one: Callable[[Any], tuple[Any, Any]], items: Any) -> tuple[Any, Any]:
+def micro_batch_mean(one: Callable[[Any], tuple[Any, Any]], items: Any) -> tuple[Any, Any]:
     """As `total` for one(item) -> ((loss, weight, g), kept); loss and g become means, weighted by `weight`."""
     if isinstance(items, list) and len(items) == 1:
         summed, kept = one(items[0])
@@ -238,7 +237,7 @@ def mean(one: Callable[[Any], tuple[Any, Any]], items: Any) -> tuple[Any, Any]:
 
     def weighted(item: Any) -> Any:
         (loss, weight, g), kept = one(item)
-        return (loss * weight, weight, jax.tree.map(lambda x: wide(x) * weight, g)), kept
+        return (loss * weight, weight, jax.tree.map(lambda x: upcast(x) * weight, g)), kept
 
     (loss, weight, g), kept = total(weighted, items)
     safe = jnp.where(weight > 0, weight, 1)
@@ -266,8 +265,8 @@ def _shares(weights: Any, total: jax.Array) -> Any:
     return jax.tree.map(lambda w: w / jnp.where(total > 0, total, 1), weights)
 
 
-def _kept(run: Run, params: Params, items: Any, each: Any, weights: Any, total: jax.Array) -> Cotangents:
+def _kept(config: PassConfig, params: Params, items: Any, each: Any, weights: Any, total: jax.Array) -> Cotangents:
     # A scan would stack a copy of the head weight for each micro-batch, though it is the same for all. Instead this
     # evaluates the model once more, of which the compiler keeps only the weight.
     lacks = isinstance(items, _Stack) and _is_recomputed(each)
-    return Cotangents(each, _shares(weights, total), _head_weights(run, params, items) if lacks else (), False)
+    return Cotangents(each, _shares(weights, total), _head_weights(config, params, items) if lacks else (), False)

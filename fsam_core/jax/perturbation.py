@@ -11,7 +11,7 @@ import optax
 
 from fsam_core import regions, scopes
 from fsam_core.errors import UserError
-from fsam_core.jax.passes import Params, Run, wide
+from fsam_core.jax.passes import Params, PassConfig, upcast
 from fsam_core.methods import Perturbed
 from fsam_core.scopes import Blocks
 
@@ -24,7 +24,7 @@ class Adam(NamedTuple):
     clip_norm: float | None
 
 
-class Seen:
+class AscentInputs:
     """The inputs of an ascent (`ascents.AscentInputs`), as trees like the parameters."""
 
     def __init__(self, params: Params, opt_state: Any, gradient: Any, previous: Any, seed: int) -> None:
@@ -62,10 +62,42 @@ class Seen:
         return jax.tree.map(function, *trees)
 
 
-def perturbed(
-    run: Run, method: Perturbed, params: Params, seen: Seen, opt_state: Any, adam: Adam, mask: Any
-) -> tuple[Params, jax.Array]:
-    """(θ + ε, ‖ε‖₂); ε = 0 if the ascent is 0. A masked leaf is returned as the same array."""
+class StepInputs(NamedTuple):
+    """The inputs of a method."""
+
+    config: PassConfig
+    method: Perturbed
+    params: Params
+    opt_state: Any
+    previous: Any
+    adam: Adam
+    mask: Any
+    reuses: bool
+    """Whether the correction itself is stored, which needs g_B of every leaf."""
+    pass_axis: str | None = None
+
+
+class StepResult(NamedTuple):
+    """The results of a step's passes; None for what was not evaluated."""
+
+    loss: jax.Array
+    moved_loss: jax.Array | None
+    weight: jax.Array
+    base_norm: jax.Array | None
+    length: jax.Array
+    g_hat: Params
+    g_B: Params | None
+
+
+def perturb(inputs: StepInputs, gradient: Any) -> tuple[Params, jax.Array]:
+    """(θ + ε, ‖ε‖₂) along the method's ascent; ε = 0 if that is 0. A masked leaf is returned as the same array.
+
+    Args:
+        gradient: what the ascent may use, None for one that is known before the step.
+    """
+    config, method, params, opt_state = inputs.config, inputs.method, inputs.params, inputs.opt_state
+    adam, mask = inputs.adam, inputs.mask
+    seen = AscentInputs(params, opt_state, gradient, inputs.previous, method.seed)
     ascent = jax.tree.map(lambda a, p: a.astype(p.dtype), method.direction.of(seen), params)
     v, settings, count = None, None, 0
     if method.precondition == "adam" or callable(method.rho):
@@ -78,16 +110,16 @@ def perturbed(
             ascent, v = moments(ascent, state.nu)
             current = method.second_moment == "current"
             used = count + current  # the number of gradients in the moment
-            settings = run.ops.Adam(adam.b2, adam.eps, jnp.where(used > 0, 1 - adam.b2**used, 1), current)
+            settings = config.ops.Adam(adam.b2, adam.eps, jnp.where(used > 0, 1 - adam.b2**used, 1), current)
         same = {"clip": clip, "adam": settings, "mask": mask}
-        sumsq, dot = run.ops.preconditioned_norm(ascent, v, **same, per_tensor=method.norm == "per-tensor")
+        sumsq, dot = config.ops.preconditioned_norm(ascent, v, **same, per_tensor=method.norm == "per-tensor")
         rho = method.rho_at(count)
         root = lambda square: jnp.where(square == 0, 0, rho * jax.lax.rsqrt(jnp.where(square == 0, 1, square)))
         scale = jax.tree.map(root, dot if method.norm == "dual" else sumsq)
-        squares = jax.tree.map(lambda k, square: wide(jnp.square(k) * square), scale, sumsq)
+        squares = jax.tree.map(lambda k, square: upcast(jnp.square(k) * square), scale, sumsq)
         length = jnp.sqrt(sum(jax.tree.leaves(squares)))
     with regions.in_jax("perturb"):
-        return run.ops.perturb(params, ascent, v, scale, **same), length
+        return config.ops.perturb(params, ascent, v, scale, **same), length
 
 
 def mask_of(method: Perturbed, params: Params, blocks: Blocks | None) -> Any:
@@ -126,7 +158,7 @@ def norm_of(tree: Any, mask: Any = None) -> jax.Array:
     """‖·‖₂ over all leaves that are not masked, summed in float32 or float64."""
     leaves = jax.tree.leaves(tree)
     held = [True] * len(leaves) if mask is None else jax.tree.leaves(mask)
-    return optax.tree.norm([wide(x) for x, keep in zip(leaves, held, strict=True) if keep])
+    return optax.tree.norm([upcast(x) for x, keep in zip(leaves, held, strict=True) if keep])
 
 
 def clip_factor(norm: jax.Array, clip_norm: float | None) -> jax.Array:

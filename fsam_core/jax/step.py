@@ -13,9 +13,8 @@ from fsam_core import backends, regions, schedules
 from fsam_core.errors import UserError
 from fsam_core.jax import heads, local_sync, passes
 from fsam_core.jax.correction import corrected
-from fsam_core.jax.passes import Features, Params, Run
-from fsam_core.jax.perturbation import Adam, mask_of, norm_of
-from fsam_core.jax.step_types import Step
+from fsam_core.jax.passes import Features, Params, PassConfig
+from fsam_core.jax.perturbation import Adam, StepInputs, mask_of, norm_of
 from fsam_core.methods import Method, Perturbed, Plain
 from fsam_core.schedules import ALWAYS, Kind, Schedule
 from fsam_core.scopes import Blocks
@@ -129,7 +128,7 @@ def value_and_grad(
         raise UserError(f"sync must be global or local, got {sync!r}")
     if sync == "local" and pass_axis is not None:
         raise UserError("sync='local' and pass_axis cannot be combined; give one of the two")
-    run = Run(backends.load("jax", backend), features, memory)
+    config = PassConfig(backends.load("jax", backend), features, memory)
     adam = Adam(b2, eps, clip_norm)
 
     def grad(
@@ -148,7 +147,7 @@ def value_and_grad(
         base_norm: jax.Array | None
         correction = before.correction
         if isinstance(method, Plain) or kind != "corrected":
-            seen = passes.base(run, params, passes.stacked(batches))
+            seen = passes.loss_and_grad(config, params, passes.stacked(batches))
             loss, weight, g_hat = seen.loss, seen.weight, seen.g
             moved_loss, length = None, jnp.zeros_like(loss)
             with regions.in_jax("norm"):
@@ -159,8 +158,8 @@ def value_and_grad(
         else:
             mask = mask_of(method, params, blocks)
             reuses = correction is not None
-            step = Step(run, method, params, opt_state, before.previous, adam, mask, reuses, pass_axis)
-            found = corrected(step, batches) if sync == "global" else local_sync.corrected(step, batches, axis)
+            inputs = StepInputs(config, method, params, opt_state, before.previous, adam, mask, reuses, pass_axis)
+            found = corrected(inputs, batches) if sync == "global" else local_sync.corrected(inputs, batches, axis)
             loss, moved_loss, weight, length = found.loss, found.moved_loss, found.weight, found.length
             g_hat, base_norm = found.g_hat, found.base_norm
             if reuses:
