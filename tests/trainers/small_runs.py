@@ -1,4 +1,4 @@
-"""Small real runs for the tests of the trainers: the tiny preset on this repository's kind of text, short sequences."""
+"""Small real runs for the tests of the trainers: one block, short sequences, real text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from fsam_trainers import checkpoints, cli, engine, registry
 from fsam_trainers.cli.options import parse
 from fsam_trainers.cli.train import Train
 
-SMALL = ["--preset", "tiny", "--seq-len", "16", "--vocab-size", "300", "--batch", "4", "--quiet"]
+SIZES = ["--layers", "1", "--width", "16", "--heads", "4", "--seq-len", "16", "--vocab-size", "300"]
+SMALL = ["--preset", "tiny", *SIZES, "--batch", "4", "--learning-rate", "0.01", "--quiet"]
 
 
 def arguments(text: Path, out: Path, *more: object, command: str = "train") -> list[str]:
@@ -30,14 +31,10 @@ def fsam(*arguments: object) -> int:
     raise AssertionError("main must exit")
 
 
-def hindered_process(arguments: list[str]) -> subprocess.Popen[str]:
-    """The command on a disk as `hindered_run.py` has it."""
-    return spawn.start(Path(__file__).with_name("hindered_run.py"), *arguments)
-
-
-def fsam_process(arguments: list[str], **options) -> subprocess.Popen[str]:
-    """The command in a process of its own."""
-    return spawn.start("-m", "fsam_trainers.cli", *arguments, **options)
+def fsam_process(arguments: list[str], step_seconds: float = 0.03, **options) -> subprocess.Popen[str]:
+    """The command in a process of its own, by `hindered_run.py`: its steps take long enough to be interrupted."""
+    env = {"HINDERED_STEP_SECONDS": str(step_seconds)}
+    return spawn.start(Path(__file__).with_name("hindered_run.py"), *arguments, env=env, **options)
 
 
 def train_options(arguments: list[str]) -> Train:

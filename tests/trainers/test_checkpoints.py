@@ -1,11 +1,11 @@
 """Checkpoints that are damaged, another run's, or cannot be written."""
 
+import contextlib
 import json
 import resource
 import shutil
 
 import pytest
-import spawn
 from small_runs import arguments, final_weights, fsam, steps_done
 
 from fsam_core import UserError
@@ -57,11 +57,27 @@ SPOIL = {
 }
 
 
+def found_instead(out) -> str:
+    """What is said of the newest checkpoint, after checking that the one before it is taken."""
+    said = []
+    found = checkpoints.newest(out / "checkpoints", said.append)
+    assert found is not None
+    assert found.run["progress"]["step"] == 3
+    (warning,) = said
+    return warning
+
+
 @pytest.mark.parametrize("how", SPOIL)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(how, run, capsys):
+def test_a_damaged_checkpoint_is_named_and_passed_over(how, run):
+    _, out = run
+    SPOIL[how](newest(out))
+    assert f"checkpoint {newest(out)} is damaged" in found_instead(out)
+
+
+def test_a_run_resumes_from_the_one_before_a_damaged(run, capsys):
     command, out = run
     weights = final_weights(command)
-    SPOIL[how](newest(out))
+    SPOIL["a truncated file"](newest(out))
     assert fsam(*[x for x in command if x != "--quiet"]) == 0
     errors = capsys.readouterr().err
     assert f"checkpoint {newest(out)} is damaged" in errors
@@ -92,7 +108,7 @@ def test_when_every_checkpoint_is_damaged_nothing_is_overwritten(run, capsys):
         (["--steps", "9"], "steps 6 (now 9)"),
         (["--method", "sam"], "method 'adamw' (now 'sam')"),
         (["--seed", "1"], "seed 0 (now 1)"),
-        (["--learning-rate", "0.5"], "learning_rate 0.002 (now 0.5)"),
+        (["--learning-rate", "0.5"], "learning_rate 0.01 (now 0.5)"),
     ],
 )
 def test_resuming_with_other_settings_is_refused(more, said, run, capsys):
@@ -117,25 +133,33 @@ def test_a_checkpoint_that_cannot_fit_is_refused_before_it_is_begun(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-LIMITED = """
-import resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
-from fsam_trainers.cli import main
-main(sys.argv[2:])
-"""
+@contextlib.contextmanager
+def small_files(monkeypatch):
+    """From the first checkpoint on no file may grow beyond 20 kB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    begin = checkpoints.begin
+
+    def limit_and_begin(*given):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        return begin(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "begin", limit_and_begin)
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_a_disk_that_refuses_a_checkpoint_costs_only_that_checkpoint(framework, text, tmp_path, capsys):
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
+def test_a_disk_that_refuses_costs_only_that_checkpoint(framework, text, tmp_path, capfd, monkeypatch):
     out = tmp_path / "run"
     command = arguments(text, out, "--framework", framework, "--method", "adamw", "--steps", 6, "--probe-steps", 0)
-    # The tokens are cached first: it is the checkpoint that must not fit.
-    assert fsam(*command, "--out", tmp_path / "first", "--steps", 1) == 0
-    done = spawn.run("-c", LIMITED, 200_000, *command, check=False)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    (line,) = [x for x in done.stderr.splitlines() if x.startswith("fsam: error")]
+    with small_files(monkeypatch):
+        assert fsam(*command) == 2
+    errors = capfd.readouterr().err
+    assert "Traceback" not in errors
+    (line,) = [x for x in errors.splitlines() if x.startswith("fsam: error")]
     assert line.startswith("fsam: error: cannot write")
     assert line.endswith("no space left for it; nothing was left half-written")
     assert list((out / "checkpoints").glob("*")) == []

@@ -8,7 +8,7 @@ import spawn
 from rank_runs import figures
 from small_runs import arguments
 
-STEPS, BLOCKS = 6, 4
+STEPS, BLOCKS = 6, 2
 KINDS = {"ddp": (), "fsdp": ("--fsdp", 2), "tensor": ("--tensor-parallel", 2)}
 FUNCTIONAL = ("--method", "precond-functional-sam")
 # Passes of a step: of the batch, at θ+ε; with a part S of it the passes of S, of the rest, and of S at θ+ε.
@@ -23,7 +23,7 @@ def trained(text, folder, *more):
     """What the metrics of two ranks say, and what each rank compiled."""
     folder.mkdir()
     pace = ("--steps", STEPS, "--evaluate-every", 3, "--evaluation-batches", 2, "--probe-steps", 0)
-    command = arguments(text, folder / "run", "--framework", "torch", "--batch", 8, *pace, *more)
+    command = arguments(text, folder / "run", "--framework", "torch", "--batch", 8, "--layers", BLOCKS, *pace, *more)
     process = spawn.torchrun(2, Path(__file__).with_name("compiled_run.py"), folder, *command)
     said, _ = process.communicate(timeout=600)
     assert process.returncode == 0, said

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import jax
+import mesh_child
 import numpy as np
 import pytest
 import spawn
@@ -63,7 +64,13 @@ def check(found: dict) -> None:
         assert figures["largest_share"] == pytest.approx(1 / (fsdp * tensor), abs=0.02)  # the norms' scales are whole
 
 
-def test_twenty_steps_on_eight_devices_are_those_on_one(tmp_path):
+def test_steps_on_four_devices_are_those_on_one():
+    changes = {"method": FUNCTIONAL, "correction_fraction": 1 / 4, "cut": "hidden", "model": {"layers": 1}}
+    check(mesh_child.distances({"changes": changes, "shapes": [(1, 2, 2)]}))
+
+
+@pytest.mark.slow
+def test_steps_on_eight_devices_are_those_on_one(tmp_path):
     changes = {"method": FUNCTIONAL, "correction_fraction": 1 / 4, "cut": "hidden", "model": {"layers": 1}}
     check(child(tmp_path, {"changes": changes, "shapes": [(2, 2, 2)]}))
 

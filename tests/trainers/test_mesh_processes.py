@@ -70,7 +70,8 @@ def test_the_command_in_two_processes_trains_as_in_one_and_goes_on_in_one(text, 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_disk_that_refuses_one_processs_part_ends_both_with_one_sentence(rank, text, tmp_path):
     out, count = tmp_path / "run", 2
-    pace = ("--method", "adamw", "--steps", 3000, "--checkpoint-every", 10, "--probe-steps", 0)
+    larger = ("--layers", 4, "--width", 128)
+    pace = ("--method", "adamw", "--steps", 3000, "--checkpoint-every", 10, "--probe-steps", 0, *larger)
     full = {"HINDERED_RANK": str(rank), "HINDERED_BYTES": "1000000"}  # metrics fit in that, half of the state does not
     with jax_processes(count, arguments(text, out, *pace, "--data-parallel", count), **full) as processes:
         said = [process.communicate(timeout=240)[1] for process in processes]

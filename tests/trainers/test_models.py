@@ -28,7 +28,7 @@ def tokens(rows: int = 3, length: int = 8) -> np.ndarray:
 def hidden(framework: str, c: ModelConfig, inputs: np.ndarray) -> np.ndarray:
     if framework == "torch":
         return torch_decoder.Decoder(c).eval()(torch.from_numpy(inputs))[0].detach().numpy()
-    return np.asarray(flax_decoder.Decoder(c).apply({"params": flax_decoder.parameters(c, 0)}, inputs)[0])
+    return np.asarray(jax.jit(flax_decoder.Decoder(c).apply)({"params": flax_decoder.parameters(c, 0)}, inputs)[0])
 
 
 @each_head
@@ -131,7 +131,8 @@ def test_a_shorter_sequence_is_a_prefix(framework):
 def test_dropout_is_drawn_by_key_in_flax():
     c = config(dropout=0.5)
     params, model = flax_decoder.parameters(c, 0), flax_decoder.Decoder(c)
-    call = lambda **batch: np.asarray(flax_decoder.features(model, params, {"tokens": tokens(), **batch}).hidden)
+    hidden_of = jax.jit(lambda batch: flax_decoder.features(model, params, {"tokens": tokens(), **batch}).hidden)
+    call = lambda **batch: np.asarray(hidden_of(batch))
     one, again, other = (call(key=jax.random.key(s)) for s in (1, 1, 2))
     assert np.array_equal(one, again)
     assert not np.array_equal(one, other)
@@ -169,13 +170,13 @@ def test_sizes_that_do_not_fit_are_refused(changes, says):
 @pytest.mark.parametrize("framework", ["jax", "torch"])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_checkpointed_blocks_keep_their_inputs_alone_and_give_the_same_gradients(framework, dropout):
-    c = config(dropout=dropout, layers=3)
+    c = config(dropout=dropout)
     (loss, grads, kept), (again, same, fewer) = (differentiated(framework, c, remat) for remat in (False, True))
     assert again == pytest.approx(loss, rel=1e-6)
     for name, g in grads.items():
         np.testing.assert_allclose(same[name], g, rtol=1e-4, atol=1e-5 * np.abs(g).max(), err_msg=name)
     N, F = 3 * 7, 4 * 12
-    assert kept.count((N, F)) >= 3
+    assert kept.count((N, F)) >= 2
     assert (N, F) not in fewer
     assert (N, 3 * 12) not in fewer
 
@@ -201,6 +202,7 @@ def differentiated(framework: str, c: ModelConfig, remat: bool) -> tuple[float, 
         return -jax.nn.log_softmax(out.hidden @ out.weight.T)[np.arange(len(out.labels)), out.labels].mean()
 
     params = flax_decoder.parameters(c, 3)
-    loss, grads = jax.value_and_grad(loss_of)(params)
-    kept = [tuple(x.shape) for x in jax.tree.leaves(jax.vjp(loss_of, params)[1])]
+    loss, grads = jax.jit(jax.value_and_grad(loss_of))(params)
+    residuals = jax.eval_shape(lambda params: jax.vjp(loss_of, params)[1], params)
+    kept = [tuple(x.shape) for x in jax.tree.leaves(residuals)]
     return float(loss), {k: np.asarray(x) for k, x in flattened(grads).items()}, kept

@@ -1,12 +1,13 @@
 """A run that is interrupted in any way and goes on ends in the weights of one that was not, to the bit."""
 
+import fcntl
 import random
 import signal
 import time
 
 import numpy as np
 import pytest
-from small_runs import arguments, final_weights, fsam, fsam_process, hindered_process, steps_done, valid_steps
+from small_runs import arguments, final_weights, fsam, fsam_process, steps_done, valid_steps
 
 FRAMEWORKS = ("jax", "torch")
 STEPS = 40
@@ -35,12 +36,21 @@ def uninterrupted(request, text, tmp_path_factory):
     """(framework, its weights, its metrics) after a run in one piece."""
     out = tmp_path_factory.mktemp(request.param) / "whole"
     command = run_arguments(text, out, request.param)
-    process = fsam_process(command)
-    assert process.wait() == 0, process.communicate()[1]
+    assert fsam(*command) == 0
     return request.param, final_weights(command), out
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+# One interruption of a process for each framework; the others are slow.
+@pytest.mark.parametrize(
+    ("uninterrupted", "number"),
+    [
+        ("torch", signal.SIGTERM),
+        pytest.param("jax", signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param("torch", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("jax", signal.SIGINT, marks=pytest.mark.slow),
+    ],
+    indirect=["uninterrupted"],
+)
 def test_a_signal_finishes_the_step_saves_and_the_same_command_goes_on(uninterrupted, number, text, tmp_path):
     framework, weights, _ = uninterrupted
     out = tmp_path / "run"
@@ -72,7 +82,7 @@ def test_kill_9_at_ten_random_moments_and_the_weights_are_those_of_one_piece(uni
             time.sleep(rng.uniform(0, 0.05))
         process.kill()
         process.communicate()
-    process = fsam_process(command)
+    process = fsam_process(command, step_seconds=0)
     assert process.wait() == 0, process.communicate()[1]
     assert_same_weights(final_weights(command), weights)
     assert not list((out / "checkpoints").glob(".writing-*"))
@@ -83,12 +93,13 @@ def metrics_steps(out):
     return [line.split(",")[0] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.parametrize("uninterrupted", ["jax", pytest.param("torch", marks=pytest.mark.slow)], indirect=True)
 def test_kill_9_while_a_checkpoint_is_written_leaves_the_one_before(uninterrupted, text, tmp_path, monkeypatch, capsys):
     framework, weights, whole = uninterrupted
     out = tmp_path / "run"
     command = run_arguments(text, out, framework)
     monkeypatch.setenv("HINDERED_SECONDS", "0.5")
-    process = hindered_process(command)
+    process = fsam_process(command)
     while not list((out / "checkpoints").glob(".writing-step_00000010-*")):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.005)
@@ -103,17 +114,11 @@ def test_kill_9_while_a_checkpoint_is_written_leaves_the_one_before(uninterrupte
     assert metrics_steps(out) == metrics_steps(whole)
 
 
-def test_a_second_process_in_the_same_folder_is_turned_away(text, tmp_path):
+def test_a_second_run_in_the_same_folder_is_turned_away(text, tmp_path, capsys):
     out = tmp_path / "run"
-    command = [*run_arguments(text, out, "torch"), "--steps", "2000", "--checkpoint-every", "0"]
-    process = fsam_process(command)
-    try:
-        wait_for_step(process, out, 1)
-        other = fsam_process(command)
-        _, errors = other.communicate(timeout=60)
-        assert other.returncode == 2
-        assert "another process is training in" in errors
-        assert process.poll() is None
-    finally:
-        process.kill()
-        process.communicate()
+    out.mkdir()
+    with (out / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as the first run holds it
+        assert fsam(*run_arguments(text, out, "torch")) == 2
+    assert "another process is training in" in capsys.readouterr().err
+    assert steps_done(out) == 0

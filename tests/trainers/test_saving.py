@@ -10,7 +10,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from small_runs import arguments, fsam, hindered_process, steps_done, train_options, valid_steps
+from small_runs import arguments, fsam, fsam_process, steps_done, train_options, valid_steps
 
 from fsam_core import UserError
 from fsam_trainers import checkpoints, registry, saving
@@ -139,11 +139,12 @@ def test_an_error_elsewhere_does_not_cost_the_checkpoint_that_is_being_written(t
     assert valid_steps(out) == [3]
 
 
+@pytest.mark.slow
 def test_a_signal_while_a_checkpoint_is_written_ends_with_it_and_its_own_step_valid(text, tmp_path, monkeypatch):
     out = tmp_path / "run"
     monkeypatch.setenv("HINDERED_SECONDS", "1")
     more = ("--framework", "torch", "--method", "adamw", "--steps", 2000, "--checkpoint-every", 20)
-    process = hindered_process(command_of(text, out, *more, "--evaluate-every", 0))
+    process = fsam_process(command_of(text, out, *more, "--evaluate-every", 0))
     try:
         wait_until(lambda: list((out / "checkpoints").glob(".writing-*")), "no checkpoint was begun")
         wait_until(lambda: steps_done(out) > 20, "no step was taken while it was written")

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 from rank_runs import figures, jax_processes, torchrun
 from small_runs import arguments, final_weights, fsam, fsam_process, steps_done
+
+from fsam_trainers import metrics
 
 STEPS = 40
 
@@ -72,15 +75,24 @@ def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
-def kill_worker(shards: Path, out: Path, framework: str, step: int) -> None:
+def kill_worker(shards: Path, out: Path, framework: str, step: int, capsys, monkeypatch) -> None:
     """A run whose tokenizing process is killed: it ends with a sentence that names the shard."""
-    process = fsam_process(command_of(shards, out, framework))
-    wait_for_step(process, out, step)
-    (worker,) = children(process.pid)
-    os.kill(worker, signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2, errors
-    (line,) = errors.splitlines()
+    killed = []
+
+    def kill() -> None:
+        while steps_done(out) < step:
+            time.sleep(0.005)
+        killed.extend(children(os.getpid()))
+        os.kill(killed[0], signal.SIGKILL)
+
+    killer, write = threading.Thread(target=kill, daemon=True), metrics.JsonLines.write
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.JsonLines, "write", lambda *given: (write(*given), time.sleep(0.03)))
+        killer.start()
+        assert fsam(*command_of(shards, out, framework)) == 2
+    killer.join()
+    (line,) = capsys.readouterr().err.splitlines()
+    (worker,) = killed
     assert f"process {worker} was killed by signal 9" in line
     assert str(shards) in line
     assert ".jsonl, from row " in line
@@ -96,10 +108,12 @@ def kill_run(shards: Path, out: Path, framework: str, step: int) -> None:
     assert gone(workers)
 
 
-def test_a_killed_worker_then_a_killed_run_and_the_weights_are_those_of_one_piece(shards, tmp_path):
+def test_a_killed_worker_then_a_killed_run_and_the_weights_are_those_of_one_piece(
+    shards, tmp_path, capsys, monkeypatch
+):
     weights = whole_run(shards, tmp_path / "whole", "torch")
     out = tmp_path / "run"
-    kill_worker(shards, out, "torch", 7)
+    kill_worker(shards, out, "torch", 7, capsys, monkeypatch)
     kill_run(shards, out, "torch", 18)
     command = command_of(shards, out, "torch", "--data-workers", 0)
     assert fsam(*command) == 0

@@ -12,8 +12,16 @@ from rank_runs import figures, torchrun
 from small_runs import arguments, final_weights, fsam, steps_done, valid_steps
 from spawn import alive, rank_pids
 
+UPPER = ("--layers", 2, "--scope", "top:1")
 STEPS = 40
 MINUTE = 60
+LARGER = ("--layers", 4, "--width", 128)  # half of its state is 5 MB
+
+
+@pytest.fixture(autouse=True)
+def _slow_steps(monkeypatch):
+    """So that a run of small steps can be interrupted."""
+    monkeypatch.setenv("HINDERED_STEP_SECONDS", "0.03")
 
 
 def run_arguments(text, out, *more):
@@ -59,6 +67,7 @@ def test_a_signal_to_one_rank_of_two_stops_both_and_one_process_goes_on(alone, t
     assert_same_run(out, alone)
 
 
+@pytest.mark.slow
 def test_two_tensor_ranks_take_the_steps_of_one_process(text, tmp_path):
     short = ("--steps", 4, "--evaluate-every", 2, "--micro-batches", 2)
     alone, out = tmp_path / "alone", tmp_path / "run"
@@ -192,7 +201,7 @@ def test_ten_kills_of_any_rank_in_any_phase_end_the_run_within_a_minute_and_lose
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_disk_that_refuses_one_ranks_part_ends_all_with_one_sentence(rank, text, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    command = run_arguments(text, out, "--steps", 2000, "--checkpoint-every", 10)
+    command = run_arguments(text, out, "--steps", 2000, "--checkpoint-every", 10, *LARGER)
     monkeypatch.setenv("HINDERED_RANK", str(rank))
     monkeypatch.setenv("HINDERED_BYTES", "1000000")  # metrics fit in that, half of the state does not
     process = torchrun(2, command)
@@ -239,7 +248,19 @@ def test_a_rank_that_lives_and_does_not_answer_is_given_up(phase, text, tmp_path
         ("--remat", "--dtype", "bfloat16", "--fsdp", 2),
         ("--remat", "--micro-batches", 2),
         ("--tensor-parallel", 2, "--dtype", "bfloat16"),
-        ("--tensor-parallel", 2, "--ema", 0.9, "--scope", "top:2", "--correction-fraction", "1/2", "--no-tied"),
+        (
+            "--tensor-parallel",
+            2,
+            "--ema",
+            0.9,
+            "--layers",
+            2,
+            "--scope",
+            "top:1",
+            "--correction-fraction",
+            "1/2",
+            "--no-tied",
+        ),
         ("--tensor-parallel", 2, "--remat", "--dropout", 0.2, "--micro-batches", 2, "--cut", "hidden"),
         ("--tensor-parallel", 2, "--method", "precond-sam", "--every", 2, "--between", "reuse"),
     ],
