@@ -51,6 +51,8 @@ class OverheadOptions:
     """model size, as in `fsam train`"""
     batch: int | None = None
     """sequences a step and rank"""
+    seq_len: int | None = None
+    """tokens a sequence"""
     repeats: int = 30
     """steps of each"""
     json: Path | None = None
@@ -133,7 +135,7 @@ def measure(options: OverheadOptions) -> list[dict[str, Any]]:
     """
     if options.repeats < 10:
         raise UserError(f"--repeats must be at least 10 for a median worth printing, got {options.repeats}")
-    chosen = step_settings(options.preset, "adamw", batch=options.batch)
+    chosen = step_settings(options.preset, "adamw", batch=options.batch, seq_len=options.seq_len)
     tokens_BxL1 = torch.from_numpy(random_tokens(chosen)).long()
     all_steps = steps(chosen.model)
     losses = {name: [float(step(tokens_BxL1)) for _ in range(2)] for name, step in all_steps.items()}

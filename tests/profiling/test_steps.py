@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import spawn
 import torch
 
 from fsam_core import NAMES
@@ -256,3 +257,20 @@ def test_tpu_variants_list_backends_then_textbook():
     assert found[1].options["changes"] == {"correction_fraction": 0.125}
     with pytest.raises(UserError, match="--only: half is no row"):
         tpu_step.variants("half", ("xla",))
+
+
+STEP = """
+import sys
+from fsam_profiling.cli import main
+from fsam_profiling.timing import matmul_rate
+matmul_rate.SIZES = {"cpu": (64,)}
+frameworks = {"jax", "torch", "triton"}
+assert not frameworks & set(sys.modules), "the command line itself needs no framework"
+sizes = ("--batch", "2", "--seq-len", "8", "--vocab-size", "64")
+main(["step", "--framework", "jax", "--only", "adamw", "--no-peers", *sizes])
+assert frameworks & set(sys.modules) == {"jax"}
+"""
+
+
+def test_step_command_imports_its_framework_alone():
+    assert "x AdamW" in spawn.run("-c", STEP).stdout

@@ -14,7 +14,7 @@ import wrapper_overhead
 def test_steps_are_compared_with_the_handwritten_one(tmp_path):
     out = tmp_path / "overhead.json"
     script = Path(wrapper_overhead.__file__)  # in a process of its own, since FSDP2 stays in one
-    spawn.run(script, "--batch", 1, "--repeats", 10, "--json", out)
+    spawn.run(script, "--batch", 1, "--seq-len", 16, "--repeats", 10, "--json", out)
     content = json.loads(out.read_text())
     assert content["about"] == {"preset": "tiny", "ranks": 1, "repeats": 10}
     by_hand, *ours = content["rows"]
