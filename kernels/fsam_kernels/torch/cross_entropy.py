@@ -144,7 +144,7 @@ def _rows(
     softmax: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss_N, and top_N, scale_N, target_N to recompute the cotangent from)."""
-    loss_N, _, z, _ = linear_cross_entropy(
+    loss_N, _, cotangent, _ = linear_cross_entropy(
         h_NxD,
         w_VxD,
         labels_N,
@@ -154,7 +154,7 @@ def _rows(
         chunk_bytes=chunk_bytes,
         softmax=softmax_ops(softmax),
     )
-    return loss_N, z.top_N, z.scale_N, z.target_N
+    return loss_N, cotangent.top_N, cotangent.scale_N, cotangent.target_N
 
 
 @_rows.register_fake
@@ -199,8 +199,8 @@ def _rows_vjp(
     """(h̄, w̄, b̄) for per-row losses whose cotangents are g_N."""
     weights_N = torch.where(labels_N >= 0, g_N, 0).to(accum_dtype(h_NxD))
     loss = Loss(label_smoothing, z_loss, soft_cap)
-    z = Cotangent(h_NxD, w_VxD, bias_V, top_N, scale_N, target_N, labels_N, weights_N, None, loss)
-    gradients = logit_vjp(z, h_NxD, w_VxD, bias_V=bias_V, chunk_bytes=chunk_bytes, softmax=softmax_ops(softmax))
+    cotangent = Cotangent(h_NxD, w_VxD, bias_V, top_N, scale_N, target_N, labels_N, weights_N, None, loss)
+    gradients = logit_vjp(cotangent, h_NxD, w_VxD, bias_V=bias_V, chunk_bytes=chunk_bytes, softmax=softmax_ops(softmax))
     return _without_none(gradients)
 
 

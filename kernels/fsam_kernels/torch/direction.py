@@ -126,17 +126,16 @@ class Scratch:
         return self._buffers[key][: like.numel()]
 
 
-def pieces(arrays: Sequence[Tensor | None]) -> Iterator[tuple[Any, ...]]:
+def pieces(arrays: Sequence[Tensor | None]) -> list[tuple[Any, ...]]:
     """The arrays, one piece at a time; an empty tensor has no pieces."""
     given = next(x for x in arrays if x is not None)
     n, size = given.numel(), PIECE
     if given.device.type == "cpu":
         size = CPU_PIECE * max(1, torch.get_num_threads() // 8)
     if n <= size:
-        yield from (tuple(arrays),) if n else ()
-        return
-    for start in range(0, n, size):
-        yield tuple(None if x is None else x[start : start + size] for x in arrays)
+        return [tuple(arrays)] if n else []
+    part = lambda x, start: None if x is None else x[start : start + size]
+    return [tuple(part(x, start) for x in arrays) for start in range(0, n, size)]
 
 
 class Direction:

@@ -130,8 +130,9 @@ def linear_cross_entropy(
     local_loss = loss
     if vocabulary is not None:
         labels_N, local_loss = vocabulary.labels(labels_N, len(w_VxD)), vocabulary.local_loss(loss, len(w_VxD))
-    weights_N = torch.where(labels_N >= 0, weights_N, 0).to(accum_dtype(h_NxD))
-    stats = RowStats(*(h_NxD.new_empty(len(h_NxD), dtype=accum_dtype(h_NxD)) for _ in RowStats._fields))
+    accum = accum_dtype(h_NxD)
+    weights_N = torch.where(labels_N >= 0, weights_N, 0).to(accum)
+    stats = RowStats(*(h_NxD.new_empty(len(h_NxD), dtype=accum) for _ in RowStats._fields))
     kept_NxV = softmax.empty_chunk(len(h_NxD), len(w_VxD), h_NxD) if keep else None
     total = Sums(h_NxD, w_VxD, bias_V, weights_N, upcast_wbar, onto_VxD, vocabulary) if gradient else None
     base = product(w_VxD, bias_V, h_NxD.dtype, softmax)
@@ -213,18 +214,19 @@ class Sums:
     ) -> None:
         self.upcast_wbar, self.vocabulary = upcast_wbar, vocabulary
         self.h_NxD, self.w_VxD, self.bias_V, self.weights_N = h_NxD, w_VxD, bias_V, weights_N
+        self.accum = accum_dtype(h_NxD)
         self.unit: Tensor | None = None
-        if h_NxD.dtype != accum_dtype(h_NxD) and len(weights_N):
+        if h_NxD.dtype != self.accum and len(weights_N):
             largest = weights_N.abs().max()
             self.unit = torch.where(largest > 0, largest, 1)
         self.cast_VxD = w_VxD.to(h_NxD.dtype)
         self.hbar_NxD = torch.empty_like(h_NxD)
         self.onto_VxD = onto_VxD
-        if onto_VxD is not None and onto_VxD.dtype != accum_dtype(h_NxD):
-            raise ValueError(f"onto_VxD: w̄ is summed in {accum_dtype(h_NxD)}, got a tensor of {onto_VxD.dtype}")
+        if onto_VxD is not None and onto_VxD.dtype != self.accum:
+            raise ValueError(f"onto_VxD: w̄ is summed in {self.accum}, got a tensor of {onto_VxD.dtype}")
         # Without a unit the products add to `onto` directly; with one, the sum is multiplied by it before it is added.
         self.wbar_VxD = onto_VxD if self.unit is None else None
-        self.bbar_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=accum_dtype(h_NxD))
+        self.bbar_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=self.accum)
 
     def add(self, p_CxV: Tensor, rows: slice) -> None:
         """Contract one chunk's P with its head."""
@@ -236,7 +238,7 @@ class Sums:
         weighted_CxD = h_CxD * relative_C[:, None]
         first = self.wbar_VxD is None
         if self.wbar_VxD is None:  # not zero-filled: touching new pages costs an eighth of the product
-            self.wbar_VxD = torch.empty_like(self.w_VxD, dtype=accum_dtype(h_CxD))
+            self.wbar_VxD = torch.empty_like(self.w_VxD, dtype=self.accum)
         if self.unit is None and first:
             torch.mm(p_CxV.T, weighted_CxD, out=self.wbar_VxD)
         elif self.unit is None:
@@ -257,7 +259,7 @@ class Sums:
         scaled = lambda x, like: self._times_unit(x).to(x.dtype if self.upcast_wbar else like.dtype)
         bbar_V = None if self.bbar_V is None else scaled(self.bbar_V, self.bias_V)
         if self.wbar_VxD is None:  # the batch has no rows
-            self.wbar_VxD = torch.zeros_like(self.w_VxD, dtype=accum_dtype(self.h_NxD))
+            self.wbar_VxD = torch.zeros_like(self.w_VxD, dtype=self.accum)
         if self.vocabulary is not None:
             self.hbar_NxD = self.vocabulary.all_reduce(self.hbar_NxD)
         if self.onto_VxD is None:

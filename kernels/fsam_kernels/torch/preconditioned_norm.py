@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -133,11 +133,11 @@ def _added(parts: Tensor, counts: list[int], per_tensor: bool) -> Tensor:
     return torch.stack([x.sum() for x in parts.split(counts)]) if per_tensor else parts.sum()
 
 
-def _parts(entry: Entry) -> Iterator[tuple[Any, ...]]:
+def _parts(entry: Entry) -> list[tuple[Any, ...]]:
     """The pieces of an entry; on a CPU the whole tensor where only its sum of squares is needed."""
     x, _ = entry.arrays
     if entry.adam is None and x.device.type == "cpu" and x.dtype == torch.promote_types(x.dtype, torch.float32):
-        return iter([entry.arrays] if x.numel() else [])
+        return [entry.arrays] if x.numel() else []
     return pieces(entry.arrays)
 
 

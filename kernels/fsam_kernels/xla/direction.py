@@ -41,7 +41,9 @@ def leaves(name: str, tree: Any, like: Any) -> list[Any]:
         lacks = [f"lacks {at or 'a leaf'}" for at in others if at not in mine]
         more = [f"has {at or 'one leaf'} besides" for at in mine if at not in others]
         why = (lacks + more or ["is made of other containers"])[0]
-        raise ValueError(f"{name}: a tree like those beside it is needed, with {len(others)} leaves; this one {why}")
+        raise ValueError(
+            f"{name}: a tree like the other arguments is needed, with {len(others)} leaves; this one {why}"
+        )
     return jax.tree.leaves(tree)
 
 

@@ -72,15 +72,15 @@ def linear_cross_entropy(
     row_axes: tuple[str, ...] = (),
     softmax: SoftmaxOps = plain,
 ) -> tuple[jax.Array, jax.Array, Cotangent, HeadGradients | None]:
-    """(loss_N, lse_N, the cotangent of Σ_n weight_n loss_n, it pulled back through this same head or None).
+    """(loss_N, lse_N, the cotangent of Σ_n weight_n loss_n, its vjp through this same head or None).
 
-    With `gradient` the head's gradients are formed while a chunk's logits exist, which saves the ordinary backward pass
-    one matrix product. Formulas in `spec.linear_cross_entropy` and `spec.logit_vjp`.
+    With `gradient` the head's gradients are computed while a chunk's logits exist, which saves the ordinary backward
+    pass one matrix product. Formulas: `spec.linear_cross_entropy` and `spec.logit_vjp`.
 
     Args:
-        h_NxD: last hidden states, any float dtype; the products are taken in it.
-        w_VxD: head weight; a head stored as [D, V] is given transposed. Given in float32 beside a narrower h, w̄ comes
-            back as it was summed, not rounded.
+        h_NxD: last hidden states, any float dtype, which is also the dtype of the products.
+        w_VxD: head weight; pass a weight stored as [D, V] transposed. For a float32 weight with a half-precision h, w̄
+            is returned in float32, as it was summed.
         labels_N: integers; a row with a negative label is ignored. A label ≥ V gives a NaN loss.
         weights_N: weight of each row in the mean, already divided by its normaliser.
         bias_V: added to the logits, or None.
@@ -118,12 +118,12 @@ def linear_cross_entropy(
         return total, (rows, hbar_CxD, softmax.keep(*inputs) if keep else None)
 
     pieces = split(h_NxD), split(labels_N, fill=-1), split(weights_N)
-    total, (rows, hbar, kept) = chunks.each(one, sums.zero() if gradient else (), pieces)
+    total, (rows, hbar_mxCxD, kept) = chunks.each(one, sums.zero() if gradient else (), pieces)
     stats = RowStats(*(join(x) for x in rows))
     h, w, b = (None, None, None) if keep else (h_NxD, w_VxD, bias_V)
     _, _, top_N, scale_N, target_N = stats
     cotangent = Cotangent(h, w, b, top_N, scale_N, target_N, labels_N, weights_N, kept, loss)
-    gradients = sums.result(total, join(hbar)) if gradient else None
+    gradients = sums.result(total, join(hbar_mxCxD)) if gradient else None
     return stats.loss_C, stats.lse_C, cotangent, gradients
 
 
