@@ -1,0 +1,7 @@
+"""What the GPU compilers make of the Triton kernels, on a machine without the card.
+
+cli             `fsam profile gpu`; kernels (the head's), parameters and step hold one `--what` each
+launches        every launch of the head's kernels, recorded; parameter_launches: those of the parameter operations
+code            compiles a launch, and reads registers, spills, widths and matrix instructions
+traffic         counts the bytes of a launch: llvm parses the generated code, programs executes it for its addresses
+"""
