@@ -10,11 +10,11 @@ import pytest
 from data_helpers import prose
 
 from fsam_core.errors import UserError
-from fsam_trainers.data import prepare, text_shards
+from fsam_trainers.data import prepare, shards
 from fsam_trainers.data.documents import Row, row_split
 from fsam_trainers.data.records import record_rows
 from fsam_trainers.data.sharded import ShardedText, open_sharded
-from fsam_trainers.data.text_shards import piece_count, text_rows
+from fsam_trainers.data.shards import piece_count, text_rows
 
 TEXTS = [prose(12, seed) for seed in range(100)]
 NAMES = ["a.jsonl", "a.jsonl.gz", "a.json.zst", "a.parquet"]
@@ -62,8 +62,8 @@ def test_rows_of_another_part_are_not_decoded(tmp_path):
 @pytest.mark.parametrize("content", [prose(900), "é€🙂" * 400, "x" * 999 + "\n" + "y" * 1001, "a\n" * 300, "🙂"])
 @pytest.mark.parametrize(("piece", "reach"), [(64, 16), (100, 99), (13, 6)])
 def test_pieces_of_a_text_are_the_text(tmp_path, monkeypatch, content, piece, reach):
-    monkeypatch.setattr(text_shards, "PIECE", piece)
-    monkeypatch.setattr(text_shards, "REACH", reach)
+    monkeypatch.setattr(shards, "PIECE", piece)
+    monkeypatch.setattr(shards, "REACH", reach)
     path = tmp_path / "a.txt"
     path.write_bytes(content.encode())
     rows = list(text_rows(path, 0, 0, 1))

@@ -407,7 +407,7 @@ def test_what_is_streamed_if_nothing_is_asked_for(tmp_path, monkeypatch):
     stored = load(local, **sizes)
     assert not isinstance(stored, StreamedCorpus)
     assert stored.description.endswith("tokens, vocabulary 300, stored")
-    monkeypatch.setattr("fsam_trainers.data.streaming.STREAMED_BYTES", 1000)
+    monkeypatch.setattr("fsam_trainers.data.stream.STREAMED_BYTES", 1000)
     large = load(local, **sizes)
     assert isinstance(large, StreamedCorpus)
     assert "streamed (0.0 GB, more than 1e-06) from 5 shards" in large.description

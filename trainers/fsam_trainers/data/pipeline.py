@@ -25,7 +25,7 @@ from fsam_trainers.data.vocabulary import TRAINING_CHARACTERS, load_tokenizer, s
 
 _FORMAT = 1  # raise it when the same documents and settings are to give other tokens
 HELD_OUT_TOKENS = 1 << 16  # tokens that are held out, if there are as many, however few are trained on
-_CHARACTERS_PER_TOKEN = 4  # about
+CHARACTERS_PER_TOKEN = 4  # about
 
 
 def prepare(
@@ -160,7 +160,7 @@ def _fill(
     if tokenizer is None:
         wanted = TRAINING_CHARACTERS
         if limits["train"] is not None:  # about the text that the training split will hold
-            wanted = min(wanted, limits["train"] * _CHARACTERS_PER_TOKEN)
+            wanted = min(wanted, limits["train"] * CHARACTERS_PER_TOKEN)
         texts, streams[0] = take_head(streams[0], wanted)
         given, tokenizer = learn_tokenizer(texts, vocab_size, say)
         del texts

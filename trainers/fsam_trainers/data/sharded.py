@@ -10,8 +10,8 @@ from fsam_core.errors import UserError
 from fsam_trainers.data import hub
 from fsam_trainers.data.documents import HELD_OUT, Row, Split, content_digest, held_out, rank, row_split
 from fsam_trainers.data.records import own_validation, record_rows
+from fsam_trainers.data.shards import piece_count, text_rows
 from fsam_trainers.data.specs import Files, find_files
-from fsam_trainers.data.text_shards import piece_count, text_rows
 
 _OPEN = 8  # shards that a sample is taken from turn about
 
