@@ -1,6 +1,6 @@
-"""Kernels whose bytes, widths and faults are known beforehand, compiled and read in a process without the interpreter.
+"""Kernels with known bytes, widths and faults, compiled and read in a process without the interpreter.
 
-`python gpu_kernels.py` prints what the reader makes of each on sm_90 and gfx942, as JSON: tests/profiling/test_gpu.py.
+`python gpu_kernels.py` prints the reader's figures of each on sm_90 and gfx942 as JSON, for tests/profiling/test_gpu.py.
 """
 
 from __future__ import annotations

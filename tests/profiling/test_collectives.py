@@ -1,4 +1,4 @@
-"""Collectives are counted in what XLA compiled, those in loops as often as they turn."""
+"""Collectives are counted in the compiled program, those in loops once an iteration."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_kinds_shapes_bytes_and_loops():
 def test_conditional_branch_is_excluded():
     def function(a, b):
         with jax.named_scope(regions.CONDITIONAL):
-            # How often it turns is not in the program; each turn reduces.
+            # Its length is not in the program; each iteration reduces.
             return jax.lax.while_loop(lambda x: (x > 1).any(), lambda x: x / (1 + jnp.abs(x).sum()), a) + b.sum()
 
     found = program(function, ((8, 3), ROWS), ((16, 2), ROWS))

@@ -1,4 +1,4 @@
-"""The offline reader of Triton kernels: what it says of every kernel of ours, and of kernels whose figures are known.
+"""The offline reader of Triton kernels, on every kernel of ours and on kernels with known figures.
 
 Compiling needs a process without Triton's interpreter, which `tests/conftest.py` switches on for all others.
 """
@@ -321,7 +321,7 @@ def test_missing_tool_is_named(monkeypatch):
         code._tool("nosuchtool")
 
 
-# Threads below 20 store 4 bytes at x + 4 t, the others 8 bytes at x + 1024 + 8 t; all join again and load one label.
+# Threads below 20 store 4 bytes at x + 4 t, the others 8 bytes at x + 1024 + 8 t; all rejoin and load one label.
 BRANCHES = """
 define ptx_kernel void @k(ptr addrspace(1) %0, ptr addrspace(1) %1, i32 %2) {
   %4 = tail call i32 @llvm.nvvm.read.ptx.sreg.tid.x(), !dbg !4

@@ -1,4 +1,4 @@
-"""The regression guard: what it calls worse, what it says, and that slowdowns that are planted are caught."""
+"""The regression guard: what counts as worse, its messages, and that planted slowdowns are found."""
 
 from __future__ import annotations
 

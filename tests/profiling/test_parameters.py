@@ -1,4 +1,4 @@
-"""What `fsam profile parameters` times: ways that do the same, and figures that belong together."""
+"""`fsam profile parameters`: its implementations agree, and its figures are consistent."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ def values(tensors) -> list[np.ndarray]:
 
 
 def test_all_implementations_agree():
-    ways = parameter_steps.parameter_steps(SHAPES, "cpu")
-    assert list(ways) == ["textbook", "foreach", "fsam torch"]
+    steps = parameter_steps.parameter_steps(SHAPES, "cpu")
+    assert list(steps) == ["textbook", "foreach", "fsam torch"]
     for _ in range(3):
-        for way in ways.values():
-            way()
+        for step in steps.values():
+            step()
     for name in ("foreach", "fsam torch"):
-        for x, y in zip(values(ways[name].params), values(ways["textbook"].params), strict=True):
+        for x, y in zip(values(steps[name].params), values(steps["textbook"].params), strict=True):
             assert np.abs(x - y).max() <= TRACE * np.abs(y).max() + 1e-6 * parameter_steps.LR
 
 
 def test_triton_agrees_with_torch():
     """In its interpreter, on small tensors."""
     make = lambda seed: [0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for shape in SHAPES]
-    ways = [parameter_steps.FsamStep(backend, SHAPES, make(1), make(2), "cpu") for backend in ("torch", "triton")]
-    for way in ways:
-        way()
-    for x, y in zip(*(values(way.params) + values(way.moved) for way in ways), strict=True):
+    steps = [parameter_steps.FsamStep(backend, SHAPES, make(1), make(2), "cpu") for backend in ("torch", "triton")]
+    for step in steps:
+        step()
+    for x, y in zip(*(values(step.params) + values(step.moved) for step in steps), strict=True):
         assert np.abs(x - y).max() <= TRACE * np.abs(y).max()
 
 
@@ -66,12 +66,12 @@ def test_fsam_step_matches_spec_and_keeps_gradients():
 
 def test_every_implementation_clips(monkeypatch):
     monkeypatch.setattr(parameter_steps, "CLIP", 0.01)
-    ways = parameter_steps.parameter_steps(SHAPES, "cpu")
-    for way in ways.values():
-        way()
+    steps = parameter_steps.parameter_steps(SHAPES, "cpu")
+    for step in steps.values():
+        step()
     for name in ("foreach", "fsam torch"):
-        for p, q in zip(ways[name].params, ways["textbook"].params, strict=True):
-            x, y = (w.optimizer.state[r]["exp_avg_sq"] for w, r in ((ways[name], p), (ways["textbook"], q)))
+        for p, q in zip(steps[name].params, steps["textbook"].params, strict=True):
+            x, y = (w.optimizer.state[r]["exp_avg_sq"] for w, r in ((steps[name], p), (steps["textbook"], q)))
             np.testing.assert_allclose(x, y, rtol=1e-3)  # clip_grad_norm_ adds 1e-6 to the norm
 
 

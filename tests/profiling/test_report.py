@@ -1,4 +1,4 @@
-"""The HTML report: what it gathers, what it leaves out, and that it needs nothing else."""
+"""The HTML report: what it gathers, what it leaves out, and that it is self-contained."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_ratio_not_distinguishable_from_1_is_omitted():
     headings, cells = report_tables.table("step", steps())
     column = headings.index("× AdamW (20–80 %)")
     assert [line[column] for line in cells] == ["1.00 (1.00–1.00)", "1.90 (1.80–2.00)", "(0.90–1.30)"]
-    assert "peak MiB" not in headings  # nobody asked for it
+    assert "peak MiB" not in headings  # not requested
     assert cells[2][headings.index("base forward")] == "300"
     assert cells[0][headings.index("base forward")] == ""
 

@@ -1,4 +1,4 @@
-"""What the commands that time and count steps stand on: rows, ratios, counted operations, peers that do the work."""
+"""The basis of the commands that time and count steps: rows, ratios, counted operations, equivalent peers."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_both_frameworks_count_the_same_products():
     scores = 2 * N * model.seq_len * model.width * model.layers  # one of attention's products
     trunk = 2 * N * 12 * model.width**2 * model.layers + 2 * scores
     assert counted["jax"] == 3 * (trunk + 2 * N * model.width * model.vocab_size)
-    assert counted["torch"] == counted["jax"] + scores  # its backward pass makes the scores again
+    assert counted["torch"] == counted["jax"] + scores  # its backward pass recomputes the scores
 
 
 @pytest.mark.parametrize("framework", ["jax", "torch"])
@@ -139,7 +139,7 @@ def test_reused_correction_counts_as_an_adamw_step(framework):
 
 
 def weights_after_a_step(variant: Variant) -> dict[str, np.ndarray]:
-    """Of our engine."""
+    """The weights of our engine."""
     from fsam_trainers import registry
 
     trained = registry.make(variant.settings)

@@ -1,4 +1,4 @@
-"""The parameter operations as the TPU's compiler makes them: least bytes, nothing but the bus to wait for."""
+"""The parameter operations by the TPU compiler: they move the least bytes and are bound by them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Time by region: whose an event is, what moments shared by several count, and traces of real steps."""
+"""Time by region: which region an event belongs to, how shared time is divided, and traces of real steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The perturbation that arrives: all of it in float32 and from masters, not where bfloat16 is moved in place."""
+"""All of the perturbation arrives in float32 and from masters; in-place bfloat16 loses it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def check(shapes, rhos) -> None:
         float32, nearest, drawn, _ = (found[rho, way] for way in arrival.WAYS)
         assert abs(float32["projection"] - 1) < 0.001
         assert abs(nearest["projection"] - 1) < 0.02
-        # Drawn at random, the noise that is left along ε goes with the length of what is written.
+        # With stochastic rounding the noise along ε is proportional to the length of what is written.
         assert abs(drawn["projection"] - 1) < max(0.02, 3 * drawn["length"] / math.sqrt(count(shapes)))
-    # The negative control: what is smaller than half a unit in the last place of a weight is gone.
+    # The negative control: anything below half a unit in the last place of a weight is lost.
     assert found[min(rhos), "bfloat16 in place"]["projection"] < 0.5
 
 

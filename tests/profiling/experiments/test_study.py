@@ -1,4 +1,4 @@
-"""The study's plan, and its page, plots and figures from results made here."""
+"""The study's plan, and its page, plots and figures from invented results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TUNED |= {"rival": {"weight_decay": 1.0}, "rival_row": RIVALS[0], "swept": {"rat
 
 
 def results(tmp_path, regime="many passes", offset=None, complete=True, without=""):
-    """A study's folder with losses that are made up: seed s of row i ends at 6 + s − offset, best at 0.5 less."""
+    """A study's folder with invented losses: seed s of row i ends at 6 + s − offset, its best is 0.5 less."""
     plan = Study(out=tmp_path, seeds=2)
     rows = {}
     labels = [label for label, _ in study._plan(plan, regime, TUNED)]
@@ -72,7 +72,7 @@ def test_equal_rows_share_a_run(tmp_path):
     plan = Study(out=tmp_path)
     rows = dict(study._plan(plan, "many passes", {**TUNED, "weight_decay": 1e-4, "rival": {"dropout": 0.1}}))
     files = lambda label: [study.key(plan, run) for run in rows[label]]
-    assert files("AdamW") == files("AdamW, weight decay")  # the best decay is the one that AdamW has anyway
+    assert files("AdamW") == files("AdamW, weight decay")  # the best decay is AdamW's default
     assert not set(files("AdamW")) & set(files("AdamW, dropout"))
     assert files("exact") != files("hidden cut")
     assert len(set(files("exact"))) == plan.seeds
