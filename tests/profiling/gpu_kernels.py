@@ -1,6 +1,6 @@
 """Kernels with known bytes, widths and faults, compiled and read in a process without the interpreter.
 
-`python gpu_kernels.py` prints the reader's figures of each on sm_90 and gfx942 as JSON, for tests/profiling/test_gpu.py.
+`python gpu_kernels.py` prints the figures of each on sm_90 and gfx942 as JSON, for test_gpu.py.
 """
 
 from __future__ import annotations
