@@ -99,7 +99,7 @@ def _ratio(budget: str, measured: timing.Cost, settings: Settings) -> float:
 def _counted(settings: Settings) -> counting.Cost:
     """The run's steps by `fsam_core.cost`; whether the cotangent is kept as on a CPU."""
     options = options_of(settings, "cpu")
-    return counting.of(counted(settings.model, settings.framework), options, settings.tokens_per_step)
+    return counting.estimate(counted(settings.model, settings.framework), options, settings.tokens_per_step)
 
 
 def _file_name(variant: str) -> str:
