@@ -44,22 +44,22 @@ lint: install
 bench: install
 	$(BIN)/fsam profile step
 
-# What the compilers make of every kernel and step, against profiling/baseline.json: fails where a figure is 3 % worse.
+# What the compilers make of every kernel and step, compared with profiling/baseline.json: fails at 3 % worse.
 # Half an hour; nothing is timed, so it may run beside other work. `fsam profile check --quick` is what CI runs.
 bench-check: install
 	$(BIN)/fsam profile check
 
-# Take the present figures over, and print how they differ.
+# Write the present figures into the baseline, and print how they differ.
 baseline: install
 	$(BIN)/fsam profile check --update
 
-# What each saving gives up: some 270 short runs, tuned, three seeds. Two hours or more on two cores; stopped, it goes on.
+# What each saving loses: some 270 short tuned runs, three seeds. Two hours or more on two cores; a stopped study resumes.
 study: install
 	$(BIN)/python profiling/experiments/study.py --out runs/study --jobs 2
 	$(BIN)/python profiling/experiments/study_cosines.py --study runs/study
 	$(BIN)/python profiling/experiments/study_report.py --study runs/study --out docs/results
 
-# What each chip of a TPU slice holds in a sharded step, by its compiler; there need be no TPU. Hours on two cores.
+# The memory of each chip of a TPU slice in a sharded step, by its compiler, without a TPU. Hours on two cores.
 scale: install
 	$(BIN)/fsam profile tpu --what scale --preset 118m --chip v5e --json docs/data/scale-tpu-118m.json
 	$(BIN)/fsam profile tpu --what scale --preset 1208m --chip v5p --json docs/data/scale-tpu-1208m.json
