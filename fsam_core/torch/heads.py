@@ -230,7 +230,9 @@ def backward(
             _accumulate(head.weight, wbar_VxD, donate)
         pairs = [(x, g) for x, g in pairs if x is not head.weight]
     if pairs:
-        torch.autograd.backward([x for x, _ in pairs], [g for _, g in pairs])
+        # Autograd may make a view of it the gradient itself, of a weight stored as [D, V].
+        given = [g.clone() if x is getattr(head, "weight", None) and not donate else g for x, g in pairs]
+        torch.autograd.backward([x for x, _ in pairs], given)
 
 
 def _accumulate(p: Tensor, gradient: Tensor, donate: bool) -> None:
