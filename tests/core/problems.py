@@ -59,9 +59,13 @@ def linear(p: Any, batch: dict) -> Any:
 
 
 def mlp_logits(p: Any, batch: dict) -> Any:
-    """`mlp` with its logits and its own loss, which is 0 where every label is ignored."""
-    out = mlp(p, batch)
-    z, y, weights = out.hidden @ out.weight.T, out.labels.reshape(-1), out.token_weights
+    """`mlp` with its logits and its own loss."""
+    return logits_of(mlp(p, batch))
+
+
+def logits_of(head: Any) -> Any:
+    """A plain LinearHead as Logits, whose loss is 0 where every label is ignored."""
+    z, y, weights = head.hidden @ head.weight.T, head.labels.reshape(-1), head.token_weights
     torchy = isinstance(z, torch.Tensor)
     seen = (y >= 0) * (1 if weights is None else weights.reshape(-1))
     total = seen.sum()

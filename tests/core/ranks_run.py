@@ -3,7 +3,7 @@
     python ranks_run.py RESULTS.json CASE ...
 
 A case is KIND:NAME[:STEPS], KIND a way to wrap the model and NAME one of `CASES`. The processes are forked, so that
-PyTorch is imported once.
+PyTorch is imported once, with the modules that it would import at the first step.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ import dataclasses
 import datetime
 import functools
 import json
-import multiprocessing
 import sys
-import tempfile
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import spawn
 import torch
+import torch._dynamo.distributed
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
@@ -34,8 +35,8 @@ from fsam_core import torch as fsam
 from fsam_core.torch import SAM, Ascent, FunctionalSAM, LinearHead, LogitSAM, Plain, Schedule, Step
 
 RANKS, V, D, L, ROWS = 4, 37, 8, 5, 16
-COMPILED: Counter[str] = Counter()  # graphs that torch.compile made in this process, and how often they ran
-# Kinds whose ranks are not one for each part of the batch: those along a tensor axis have the same.
+COMPILED: Counter[str] = Counter()  # graphs that torch.compile captured in this process, and their runs
+# Data-parallel parts of the kinds with a tensor axis, whose ranks share a part of the batch.
 PARTS = {"tensor": 1, "fsdp-tensor": 2, "fsdp-tensor-remat": 2}
 
 
@@ -49,7 +50,7 @@ class Case:
     schedule: Schedule = schedules.ALWAYS
     sync: str = "global"
     staged: bool = False
-    foreign: bool = False  # torch.optim.AdamW in place of this project's
+    foreign: bool = False  # torch.optim.AdamW instead of this project's
 
 
 ADAM = {"precondition": "adam"}
@@ -115,7 +116,7 @@ class Block(nn.Module):
 
 
 def looked_up(tokens: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-    """Rows of an embedding, which may be cut along its rows."""
+    """Rows of an embedding, which may be sharded along its rows."""
     if not isinstance(embedding, DTensor):
         return F.embedding(tokens, embedding)
     mesh = embedding.device_mesh
@@ -123,7 +124,7 @@ def looked_up(tokens: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
 
 
 def features(model: Any, batch: dict) -> LinearHead:
-    """As one writes it for one process: the head's weight is read from the model."""
+    """Written as for one process: the head's weight is read from the model."""
     return LinearHead(model(batch["x"]), model.embedding, batch["y"])
 
 
@@ -136,7 +137,7 @@ BLOCKS = fsam.Blocks(2, r"^blocks\.(\d+)\.(up|down|scale)$", r"^nothing$", r"^em
 
 
 def batch_of(step: int, micro: int, rank: int | None, kind: str = "ddp") -> list[dict]:
-    """The step's micro-batches, or a rank's part of each; the later rows have fewer and fewer targets."""
+    """The step's micro-batches, or a rank's part of each; later rows have fewer targets."""
     parts = PARTS.get(kind, RANKS)
     generator = torch.Generator().manual_seed(1000 + step)
     x, y = torch.randint(0, V, (2, ROWS, L), generator=generator).unbind()
@@ -150,7 +151,7 @@ def batch_of(step: int, micro: int, rank: int | None, kind: str = "ddp") -> list
 
 
 def captured(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-    """A backend of torch.compile that runs what was captured, both ways, as it is, and counts."""
+    """A backend of torch.compile that runs the captured graphs as they are, forwards and backwards, and counts."""
     run = torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     def counted(*args: Any) -> Any:
@@ -192,14 +193,14 @@ def wrapped(kind: str) -> nn.Module:
 
 
 def cut(model: Model, mesh: Any) -> None:
-    """The vocabulary and the hidden units of the first block's MLP over the mesh's ranks; the rest is on each."""
+    """Shards the vocabulary and the hidden units of the first block's MLP over the mesh; the rest is replicated."""
     block = model.blocks[0]
     for module, name, axis in ((model, "embedding", 0), (block, "up", 1), (block, "down", 0)):
         whole = getattr(module, name).detach()
         setattr(module, name, nn.Parameter(distribute_tensor(whole, mesh, [Shard(axis)])))
 
 
-def made(case: Case, kind: str) -> Step:
+def made(case: Case, kind: str, of: Any = features) -> Step:
     model = wrapped(kind)
     adamw = torch.optim.AdamW if case.foreign else fsam.AdamW
     optimizer = adamw(model.parameters(), lr=0.01, eps=1e-4)
@@ -207,7 +208,7 @@ def made(case: Case, kind: str) -> Step:
         model,
         optimizer,
         case.method,
-        features=STAGED if case.staged else features,
+        features=STAGED if case.staged else of,
         clip_norm=case.clip,
         schedule=case.schedule,
         blocks=BLOCKS if case.staged else None,
@@ -216,7 +217,7 @@ def made(case: Case, kind: str) -> Step:
 
 
 def whole(x: Any) -> torch.Tensor:
-    """A tensor as it is in one process."""
+    """A tensor as one process has it."""
     return (x.full_tensor() if hasattr(x, "full_tensor") else x).detach().clone()
 
 
@@ -254,7 +255,7 @@ def alone(name: str, steps: int) -> tuple[list[torch.Tensor], torch.Tensor]:
 
 
 class Collectives(TorchDispatchMode):
-    """Counts what goes through the process groups: how often each, and how many bytes of it."""
+    """Counts the collectives of the process groups, and the bytes of each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -273,7 +274,7 @@ class Collectives(TorchDispatchMode):
 
 
 def counted(case: Case, kind: str, rank: int) -> dict[str, Any]:
-    """The collectives of one step, after two that come with their set-up."""
+    """The collectives of one step, after two steps that set things up."""
     step = made(case, kind)
     for index in range(2):
         step(batch_of(index, case.micro, rank, kind))
@@ -282,10 +283,10 @@ def counted(case: Case, kind: str, rank: int) -> dict[str, Any]:
     return {"counts": dict(seen.counts), "bytes": dict(seen.bytes)}
 
 
-def one_process(results: Path, cases: list[str], rank: int, store: str) -> None:
+def one_process(rank: int, store: str, results: Path, cases: list[str]) -> None:
     torch.set_num_threads(1)
-    patience = datetime.timedelta(seconds=120)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS, timeout=patience)
+    timeout = datetime.timedelta(seconds=120)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS, timeout=timeout)
     found: dict[str, Any] = {}
     for name in cases:
         kind, of, *more = name.split(":")
@@ -306,31 +307,40 @@ def one_process(results: Path, cases: list[str], rank: int, store: str) -> None:
 
 
 def local(rank: int) -> dict[str, Any]:
-    """Each rank along its own gradient is, in one process, each micro-batch along its own."""
+    """Each rank along its own gradient, against one process with each micro-batch along its own."""
     case = Case(FunctionalSAM(0.1), sync="local")
-    tensors, _ = trained(case, "ddp", 10, rank)
-    expected, _ = trained(Case(FunctionalSAM(0.1, ascent="micro"), micro=RANKS), "one", 10, None)
+    tensors, _ = trained(case, "ddp", 5, rank)
+    expected, _ = trained(Case(FunctionalSAM(0.1, ascent="micro"), micro=RANKS), "one", 5, None)
     apart = max(float((a - b).norm() / b.norm()) for a, b in zip(tensors, expected, strict=True))
-    steered, _ = trained(Case(FunctionalSAM(0.1)), "one", 10, None)
+    steered, _ = trained(Case(FunctionalSAM(0.1)), "one", 5, None)
     far = max(float((a - b).norm() / b.norm()) for a, b in zip(tensors, steered, strict=True))
     return {"apart": apart, "from_global": far, **counted(case, "ddp", rank)}
 
 
+class Changed:
+    """`features`, whose head `change` replaces."""
+
+    def __init__(self) -> None:
+        self.change: Callable[[LinearHead], LinearHead] = lambda head: head
+
+    def __call__(self, model: Any, batch: dict) -> LinearHead:
+        return self.change(features(model, batch))
+
+
 def raising(kind: str, rank: int) -> dict[str, Any]:
     """A pass at the perturbed weights that raises on every rank, and the step after it."""
-    step = made(Case(FunctionalSAM(0.1)), kind)
+    changed, calls = Changed(), []
+    step = made(Case(FunctionalSAM(0.1)), kind, changed)
     step(batch_of(0, 1, rank, kind))
     before = [whole(p) for p in step.model.parameters()]
-    calls, original = [], step._passes.features
 
-    def features(model: Any, batch: dict) -> LinearHead:
-        head = original(model, batch)
+    def broken(head: LinearHead) -> LinearHead:
         calls.append(1)
         if len(calls) == 2:
             raise ValueError("broken")
         return head
 
-    step._passes.features = features
+    changed.change = broken
     raised = False
     try:
         step(batch_of(1, 1, rank, kind))
@@ -340,25 +350,25 @@ def raising(kind: str, rank: int) -> dict[str, Any]:
     same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     step(batch_of(1, 1, rank, kind))
     expected = trained(Case(FunctionalSAM(0.1)), kind, 2, rank)[0]
-    goes_on = all(torch.equal(whole(p), x) for p, x in zip(step.model.parameters(), expected, strict=False))
-    return {"raised": raised, "same": same, "goes_on": goes_on}
+    resumes = all(torch.equal(whole(p), x) for p, x in zip(step.model.parameters(), expected, strict=False))
+    return {"raised": raised, "same": same, "resumes": resumes}
 
 
 def not_finite(kind: str, rank: int) -> dict[str, Any]:
-    """One rank's forward pass at θ, or at θ+ε, overflows: all skip, or none would train the same model."""
+    """One rank's forward pass at θ, or at θ+ε, overflows: all ranks skip the step, or their models would differ."""
     found = {}
     for where in (1, 2):
-        step = made(Case(SAM(0.1, **ADAM), clip=0.1), kind)
+        changed, calls = Changed(), []
+        step = made(Case(SAM(0.1, **ADAM), clip=0.1), kind, changed)
         step(batch_of(0, 1, rank, kind))
-        before, calls, original = [whole(p) for p in step.model.parameters()], [], step._passes.features
+        before = [whole(p) for p in step.model.parameters()]
 
-        def features(model: Any, batch: dict) -> LinearHead:
-            head = original(model, batch)
+        def overflowing(head: LinearHead) -> LinearHead:
             calls.append(1)
             bad = rank == 2 and len(calls) == where
             return dataclasses.replace(head, hidden=head.hidden * (float("inf") if bad else 1.0))
 
-        step._passes.features = features
+        changed.change = overflowing
         step(batch_of(1, 1, rank, kind))
         same = all(torch.equal(a, whole(b)) for a, b in zip(before, step.model.parameters(), strict=True))
         found[str(where)] = [step.info.skipped, same, step.skipped_steps]
@@ -372,7 +382,7 @@ def evaluated(rank: int) -> dict[str, Any]:
 
 
 def refused(rank: int) -> dict[str, Any]:
-    """What is said of what cannot work."""
+    """The error sentence of each set-up that is refused."""
 
     def said(function: Any) -> str:
         try:
@@ -412,7 +422,7 @@ def refused(rank: int) -> dict[str, Any]:
 
 
 def remembered(rank: int) -> dict[str, Any]:
-    """What a step remembers is sharded as the weights are, and loads again."""
+    """A step's own state is sharded as the weights are, and loads again."""
     case = Case(SAM(0.1, ascent="previous"))
     step = made(case, "fsdp")
     step(batch_of(0, 1, rank))
@@ -426,13 +436,13 @@ def remembered(rank: int) -> dict[str, Any]:
 
 
 def wide(rank: int) -> dict[str, Any]:
-    """A bfloat16 model's gradients with `reduce_wide`: each rank's own, summed in float32 and rounded once."""
+    """A bfloat16 model's gradients with `reduce_upcast`: summed over ranks in float32 and rounded once."""
     grads = {}
     for kind in ("one", "ddp"):
         model = Model().to(torch.bfloat16)
         if kind == "ddp":
             model = nn.parallel.DistributedDataParallel(model)
-            model.register_comm_hook(None, fsam.reduce_wide)
+            model.register_comm_hook(None, fsam.reduce_upcast)
         inner, batch = getattr(model, "module", model), batch_of(0, 1, rank)[0]
         with Collectives() as seen:
             (model(batch["x"]) @ inner.embedding.T).float().square().mean().backward()
@@ -476,18 +486,5 @@ EXTRA: dict[str, Any] = {
 }
 
 
-def main() -> None:
-    results, cases = Path(sys.argv[1]), sys.argv[2:]
-    context = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory() as folder:
-        given = [(results, cases, rank, f"{folder}/store") for rank in range(RANKS)]
-        processes = [context.Process(target=one_process, args=one) for one in given]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-    sys.exit(any(process.exitcode for process in processes))
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(spawn.fork_ranks(RANKS, one_process, Path(sys.argv[1]), sys.argv[2:]))

@@ -122,7 +122,7 @@ class Attending(flax.linen.Module):
         return self.embed.attend(self.hidden(ids))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["sam", "precond-functional"])
 def test_flax_gradient_is_that_of_embed_attend(name):
     with jax.enable_x64(True):
         model = Attending()
@@ -143,7 +143,7 @@ def test_flax_gradient_is_that_of_embed_attend(name):
 
         def grads(features, memory):
             call = in_jax.value_and_grad(features, METHODS[name], b2=B2, eps=EPS, memory=memory)
-            found = call(params, parts, adam_state(params, nu))[1]
+            found = jax.jit(call)(params, parts, adam_state(params, nu))[1]
             return {f"{a}.{b}": np.asarray(x) for a, leaves in found.items() for b, x in leaves.items()}
 
         assert distance(grads(linear_head, Memory(chunk_bytes=5 * V * 12)), grads(attend, Memory())) < 1e-12

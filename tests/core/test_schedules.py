@@ -10,8 +10,8 @@ import numpy as np
 import optax
 import pytest
 import torch
+from formula import momenta, remembered
 from problems import B2, EPS, FRAMEWORKS, STEPS, Weights, adamw, as_torch, batch_of, distance, moments
-from savings import momenta, remembered
 from stacks import I, model, weights
 
 from fsam_core import SAM, Ascent, FunctionalSAM, Plain, Schedule, UserError

@@ -1,49 +1,32 @@
-"""A vocabulary over four gloo processes, alone and under FSDP2 on a 2x2 mesh; `tensor_ranks_run.py` is them."""
+"""A vocabulary sharded over four gloo processes, alone and under FSDP2; `tensor_ranks_run.py` runs them."""
 
 import re
-from pathlib import Path
 
 import pytest
-from test_ranks import CLOSE, METHODS, OPTIONS, assert_close, every_rank, run
+from rank_cases import CLOSE, METHODS, OPTIONS, TENSOR, assert_close, every_rank, run
 
-SCRIPT = Path(__file__).with_name("tensor_ranks_run.py")
 KINDS = ("tensor", "fsdp-tensor", "fsdp-tensor-remat")
-QUICK = [
-    "tensor:precond-functional-micro:4", "tensor:quarter-part:4", "tensor:hidden:4", "tensor:random:4",
-    "fsdp-tensor:adamw-clip:4", "fsdp-tensor:precond-functional:4", "fsdp-tensor:logit:4", "fsdp-tensor:random:4",
-    "fsdp-tensor-remat:hidden-quarter:4", "fsdp-tensor-remat:precond-sam:4",
-]  # fmt: skip
-COUNTED = [f"tensor:{name}:count" for name in ("adamw", "functional", "hidden-quarter", "sam")]
-BEHAVIOUR = [
-    "run:options-tensor", "run:options-fsdp-tensor", "run:same-tensor", "run:same-fsdp-tensor", "run:raising-tensor",
-    "run:raising-fsdp-tensor", "run:not-finite-tensor", "run:checkpointed", "run:evaluated-tensor", "run:mixed",
-    "run:refused-tensor",
-]  # fmt: skip
 ROWS, WIDTH, PARTS = 16 * 5, 8, 4
+pytestmark = pytest.mark.xdist_group("ranks")
 
 
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("ranks"), [*QUICK, *COUNTED, *BEHAVIOUR], SCRIPT)
-
-
-@pytest.mark.parametrize("case", QUICK)
-def test_losses_gradients_and_weights_are_those_of_one_process(case, quick):
-    assert_close(quick, case)
+@pytest.mark.parametrize("case", TENSOR)
+def test_training_is_that_of_one_process(case, ranks):
+    assert_close(ranks, case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_method_and_option_trains_as_one_process_for_twenty_steps(kind, tmp_path):
+def test_every_option_trains_as_in_one_process(kind, tmp_path):
     cases = [f"{kind}:{name}" for name in (*METHODS, *OPTIONS)]
-    found = run(tmp_path, cases, SCRIPT)
+    found = run(tmp_path, cases)
     for case in cases:
         assert_close(found, case)
 
 
 @pytest.mark.parametrize("kind", ["tensor", "fsdp-tensor"])
-def test_every_option_of_a_head_with_its_cotangent_kept_and_recomputed(kind, quick):
-    found = every_rank(quick, f"run:options-{kind}")
+def test_every_option_of_a_head_kept_and_recomputed(kind, ranks):
+    found = every_rank(ranks, f"run:options-{kind}")
     assert max(found.values()) < CLOSE, found
 
 
@@ -51,12 +34,12 @@ def test_every_option_of_a_head_with_its_cotangent_kept_and_recomputed(kind, qui
     ("method", "gathered", "summed", "scalars"),
     [("adamw", 1, 1, 1), ("functional", 1, 2, 2), ("sam", 2, 2, 2), ("hidden-quarter", 2, 2, 2)],
 )
-def test_a_step_gathers_three_floats_a_row_and_sums_hbar_for_each_pass(method, gathered, summed, scalars, quick):
-    """And nothing else but norms and losses; a second pass from the hidden cut has no vocabulary in it.
+def test_step_gathers_three_floats_a_row_and_sums_hbar(method, gathered, summed, scalars, ranks):
+    """Besides norms and losses nothing else is sent; with the hidden cut the second pass has no vocabulary.
 
-    The quarter and the rest of the batch are passes of their own, of all rows together.
+    The quarter and the rest of the batch are separate passes, over all rows together.
     """
-    found = every_rank(quick, f"tensor:{method}:count")
+    found = every_rank(ranks, f"tensor:{method}:count")
     assert found["counts"] == {"_allgather_base_": gathered, "allreduce_": summed, "scalar": scalars}
     once = method == "hidden-quarter"
     assert found["bytes"]["_allgather_base_"] == (1 if once else gathered) * 3 * PARTS * ROWS * 4
@@ -64,32 +47,32 @@ def test_a_step_gathers_three_floats_a_row_and_sums_hbar_for_each_pass(method, g
 
 
 @pytest.mark.parametrize("kind", ["tensor", "fsdp-tensor"])
-def test_weights_that_are_not_cut_stay_the_same_on_all_tensor_ranks_to_the_bit(kind, quick):
-    for rank in quick:
+def test_replicated_weights_stay_the_same_on_tensor_ranks(kind, ranks):
+    for rank in ranks:
         assert rank[f"run:same-{kind}"] == {"uncut": 4, "same": True}
 
 
 @pytest.mark.parametrize("kind", ["tensor", "fsdp-tensor"])
-def test_a_pass_that_raises_leaves_the_weights_as_they_were_to_the_bit_and_the_run_goes_on(kind, quick):
-    assert every_rank(quick, f"run:raising-{kind}") == {"raised": True, "same": True, "goes_on": True}
+def test_pass_that_raises_restores_weights_and_run_resumes(kind, ranks):
+    assert every_rank(ranks, f"run:raising-{kind}") == {"raised": True, "same": True, "resumes": True}
 
 
-def test_what_is_not_finite_on_one_rank_is_skipped_by_all(quick):
-    for rank in quick:
+def test_non_finite_value_on_one_rank_is_skipped_by_all(ranks):
+    for rank in ranks:
         assert rank["run:not-finite-tensor"] == {"skipped": True, "kept": True}
 
 
-def test_a_checkpoint_goes_on_to_the_bit_and_loads_in_one_process(quick):
-    for rank in quick:
-        assert rank["run:checkpointed"] == {"loss": True, "goes_on": True, "loads": True}
+def test_checkpoint_resumes_bit_for_bit_and_loads_in_one_process(ranks):
+    for rank in ranks:
+        assert rank["run:checkpointed"] == {"loss": True, "resumes": True, "loads": True}
 
 
-def test_evaluation_is_that_of_one_process(quick):
-    assert max(every_rank(quick, "run:evaluated-tensor")["apart"]) < 1e-6
+def test_evaluation_is_that_of_one_process(ranks):
+    assert max(every_rank(ranks, "run:evaluated-tensor")["apart"]) < 1e-6
 
 
-def test_bfloat16_compute_weights_over_float32_shards(quick):
-    found = every_rank(quick, "run:mixed")
+def test_bfloat16_compute_weights_over_float32_shards(ranks):
+    found = every_rank(ranks, "run:mixed")
     assert found["dtypes"] == ["torch.float32"]
     assert 0 < found["apart"] < 5e-3
 
@@ -109,5 +92,5 @@ def test_bfloat16_compute_weights_over_float32_shards(quick):
         ("", r"^$"),
     ],
 )
-def test_what_cannot_work_is_said_in_one_sentence(case, said, quick):
-    assert re.search(said, quick[0]["run:refused-tensor"][case])
+def test_unsupported_setup_is_refused_in_one_sentence(case, said, ranks):
+    assert re.search(said, ranks[0]["run:refused-tensor"][case])

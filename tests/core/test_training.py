@@ -1,4 +1,4 @@
-"""200 steps of training with the head of this package and with the model's own logits: the same losses, in float32."""
+"""Steps of training with the head of this package and with the model's own logits: the same losses, in float32."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fsam_kernels.memory import Memory
 from fsam_trainers.models import flax_decoder, torch_decoder
 from fsam_trainers.models.layout import ModelConfig
 
-STEPS, V, L = 200, 257, 16
+STEPS, V, L = 120, 257, 16
 CONFIG = ModelConfig(layers=1, width=24, heads=2, seq_len=L, vocab_size=V, tied=True)
 METHODS = {"adamw": Plain(), "precond-functional-sam": FunctionalSAM(0.1, precondition="adam")}
 CHUNKED = {form: Memory(form, chunk_bytes=30 * V * 8) for form in ("keep", "recompute")}
