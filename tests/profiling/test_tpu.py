@@ -53,7 +53,7 @@ def test_documented_figures_are_reproduced():
 @needs_libtpu
 def test_loop_body_counts_once_an_iteration():
     x, y = ((64, 2048, 2048), "bfloat16"), ((2048, 2048), "bfloat16")
-    few, many = (compiled("v5e", "twice_over", x, y, turns=turns).cycles for turns in (24, 48))
+    few, many = (compiled("v5e", "twice_over", x, y, iterations=iterations).cycles for iterations in (24, 48))
     assert many == pytest.approx(2 * few, rel=0.05)
     assert few > 24 * 2 * 2048**3 / 131072
 
@@ -105,12 +105,12 @@ def test_branches_and_loops_count_as_often_as_they_run():
         (kernel,) = compiled("v5e", "row_sums_kernel", array, kernels=True, rows=128, columns=256, **options).kernels
         return kernel.schedule.cycles, kernel.schedule.assumed
 
-    (short, none), (long, _) = (cycles(turns=turns, first_only=True) for turns in (100, 200))
-    every, _ = cycles(turns=100, first_only=False)
-    of_data, one = cycles(turns=100, first_only=True, by_value=True)
-    turn = (long - short) / (8 * 100)  # 8 blocks of rows
-    assert turn == round(turn) > 0
-    assert every > short + 50 * 100 * turn  # in 64 steps instead of 8
+    (short, none), (long, _) = (cycles(iterations=iterations, first_only=True) for iterations in (100, 200))
+    every, _ = cycles(iterations=100, first_only=False)
+    of_data, one = cycles(iterations=100, first_only=True, by_value=True)
+    iteration = (long - short) / (8 * 100)  # 8 blocks of rows
+    assert iteration == round(iteration) > 0
+    assert every > short + 50 * 100 * iteration  # in 64 steps instead of 8
     assert of_data >= every
     assert (none, one) == (0, 1)
 

@@ -23,17 +23,17 @@ def axpy(x, y):
     return 3.0 * x + y
 
 
-def twice_over(x, y, *, turns: int):
-    """The sum of `turns` products, in a loop whose body XLA cannot take out."""
+def twice_over(x, y, *, iterations: int):
+    """The sum of `iterations` products, in a loop whose body XLA cannot hoist."""
 
     def one(total, x):
         return total + x @ y, None
 
-    return jax.lax.scan(one, jnp.zeros((x.shape[1], y.shape[1]), jnp.float32), x[:turns])[0]
+    return jax.lax.scan(one, jnp.zeros((x.shape[1], y.shape[1]), jnp.float32), x[:iterations])[0]
 
 
 def cross_entropy(h, w, y):
-    """What one writes without this package: log-softmax of the logits, and autodiff."""
+    """As written without this package: log-softmax of the logits, and autodiff."""
 
     def loss(h, w):
         z = (h @ w.T).astype(jnp.float32)
@@ -47,7 +47,7 @@ def three_products(h, w, p):
 
 
 def sometimes(x, y):
-    """A branch that is not counted, because it is marked as excluded."""
+    """A branch that is excluded, because it is traced as a conditional branch."""
     with jax.named_scope("head"):
         z = x @ y
 
@@ -93,8 +93,8 @@ def matmul_kernel(x, y, *, rows: int, columns: int):
     )(x, y)
 
 
-def row_sums_kernel(x, *, rows: int, columns: int, turns: int, first_only: bool, by_value: bool = False):
-    """Row sums of a [N, V] array over a grid (N / rows, V / columns); a heavy branch of `turns` turns of a loop.
+def row_sums_kernel(x, *, rows: int, columns: int, iterations: int, first_only: bool, by_value: bool = False):
+    """Row sums of a [N, V] array over a grid (N / rows, V / columns); a heavy branch with a loop of `iterations`.
 
     Args:
         first_only: the branch runs where a row block starts; else in every step.
@@ -109,10 +109,10 @@ def row_sums_kernel(x, *, rows: int, columns: int, turns: int, first_only: bool,
             total[...] = jnp.zeros_like(total)
 
         def heavy():
-            def turn(i, value):
+            def iteration(i, value):
                 return jnp.abs(value - 1.5) * 0.5
 
-            total[...] += jax.lax.fori_loop(0, turns, turn, x[:, :128])
+            total[...] += jax.lax.fori_loop(0, iterations, iteration, x[:, :128])
 
         runs = first if first_only else pl.program_id(1) >= 0
         pl.when(runs & (jnp.max(x[:8, :128]) > 0) if by_value else runs)(heavy)

@@ -46,7 +46,7 @@ def log_softmax(N: int, D: int, V: int, dtype: str = "bfloat16") -> Program:
     return jax.value_and_grad(loss, (0, 1)), arrays(N, D, V, dtype)[:3]
 
 
-def row_figures(
+def row_stats(
     N: int, D: int, V: int, dtype: str = "bfloat16", *, backend: str = "pallas", tiles: bool = True
 ) -> Program:
     """The forward stage alone: a pass over the logits for the row statistics, with `tiles` also those that make P."""
