@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-# XLA on a CPU with the one device it has unless told otherwise: quick to compile, one thread.
+# XLA on a CPU with its default of one device: quick to compile, one thread.
 ONE_DEVICE = "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=1"
 NOTHING: Mapping[str, str | None] = {}
 _started: weakref.WeakSet[subprocess.Popen[str]] = weakref.WeakSet()

@@ -37,7 +37,7 @@ from fsam_profiling.settings import random_tokens, step_settings
 from fsam_trainers import timing
 from fsam_trainers.models import torch_decoder
 from fsam_trainers.models.layout import ModelConfig
-from fsam_trainers.timing import against
+from fsam_trainers.timing import relative_cost
 
 CLIP = 1.0
 BY_HAND = "by hand"
@@ -143,7 +143,7 @@ def measure(options: OverheadOptions) -> list[dict[str, Any]]:
         torch.testing.assert_close(values, losses[BY_HAND], rtol=1e-5, atol=0)
     turn = {name: partial(_on, step, tokens_BxL1) for name, step in all_steps.items()}
     times = timing.interleaved(turn, options.repeats, warm_up=1)
-    return [{"step": name, **against(ms, times[BY_HAND])._asdict()} for name, ms in times.items()]
+    return [{"step": name, **relative_cost(ms, times[BY_HAND])._asdict()} for name, ms in times.items()]
 
 
 def _on(step: Callable[[Tensor], Any], tokens_BxL1: Tensor, index: int) -> Any:

@@ -69,7 +69,7 @@ def distances(case: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def moved(case: dict[str, Any]) -> dict[str, float]:
-    """How far a run that goes on halfway on another mesh ends from the same in one piece on the first; relative."""
+    """Relative distance of a run that is resumed halfway on another mesh from the uninterrupted one on the first."""
     changes, (first, second) = case["changes"], case["moved"]
     whole = JaxEngine(settings(tuple(first), **changes))
     train(whole, 0, STEPS // 2)

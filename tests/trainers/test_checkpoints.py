@@ -58,7 +58,7 @@ SPOIL = {
 
 
 def found_instead(out) -> str:
-    """What is said of the newest checkpoint, after checking that the one before it is taken."""
+    """The warning about the newest checkpoint; checks that the one before it is used."""
     said = []
     found = checkpoints.newest(out / "checkpoints", said.append)
     assert found is not None
@@ -127,7 +127,7 @@ def test_resuming_on_other_data_is_refused(run, tmp_path, capsys):
     assert "other data" in capsys.readouterr().err
 
 
-def test_a_checkpoint_that_cannot_fit_is_refused_before_it_is_begun(tmp_path):
+def test_a_checkpoint_larger_than_the_free_space_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"it takes 1,000,000,000 MB and [\d,]+ MB are free"):
         checkpoints.begin(tmp_path, 1, size=10**15)
     assert list(tmp_path.iterdir()) == []

@@ -56,7 +56,7 @@ def test_both_frameworks_train_to_the_same_losses(text, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ascent", ["full", "part"])
-def test_a_correction_on_part_of_the_batch_trains_alike_in_both_frameworks(ascent, text, tmp_path):
+def test_a_correction_fraction_is_equal_in_both_frameworks(ascent, text, tmp_path):
     losses = {}
     for framework in ("jax", "torch"):
         out = tmp_path / framework
@@ -94,13 +94,13 @@ HEADS_ARE_TRAINED_ONCE = pytest.mark.xdist_group("the head's options")
 
 @HEADS_ARE_TRAINED_ONCE
 @pytest.mark.parametrize("name", HEADS)
-def test_the_heads_options_train_alike_in_both_frameworks(name, head_losses):
+def test_head_options_are_equal_in_both_frameworks(name, head_losses):
     np.testing.assert_allclose(head_losses[name, "jax"], head_losses[name, "torch"], rtol=3e-4)
 
 
 @HEADS_ARE_TRAINED_ONCE
 @pytest.mark.parametrize("framework", ["jax", "torch"])
-def test_the_heads_options_do_what_they_say(framework, head_losses):
+def test_head_options_change_the_loss_as_documented(framework, head_losses):
     plain = np.array(head_losses["plain", framework])
     of = {name: np.array(head_losses[name, framework]) for name in HEADS}
     np.testing.assert_allclose(of["keep"], plain, rtol=1e-5)
@@ -128,7 +128,7 @@ def test_the_cost_ratio_is_measured_against_a_base_step(text, tmp_path):
 
 
 @pytest.mark.parametrize("budget", ["steps", "time", pytest.param("flops", marks=pytest.mark.slow)])
-def test_compare_writes_table_plot_and_a_page_that_needs_nothing_else(budget, text, tmp_path, capsys):
+def test_compare_writes_table_plot_and_self_contained_page(budget, text, tmp_path, capsys):
     out = tmp_path / "compare"
     more = ("--framework", "torch", "--steps", 12, "--seeds", 2, "--budget", budget, "--json", tmp_path / "c.json")
     command = arguments(text, out, *more, command="compare")

@@ -11,7 +11,7 @@ import pytest
 from fsam_core import UserError, cost
 from fsam_trainers import cost_table, machine_probe
 from fsam_trainers.cli.cost import figures, run
-from fsam_trainers.cli.cost_options import Cost
+from fsam_trainers.cli.cost_options import CostOptions
 from fsam_trainers.config import SAVINGS as TRAINED
 from fsam_trainers.config import Settings
 from fsam_trainers.cost_table import SAVINGS, counted
@@ -33,7 +33,7 @@ def test_a_preset_is_counted_to_the_last_parameter(name, framework, tied):
 
 def test_one_method_has_its_regions_and_its_memory(tmp_path, capsys):
     file = tmp_path / "cost.json"
-    assert run(Cost(preset="24m", correction_fraction="1/8", cut="hidden", devices=8, json=file)) == 0
+    assert run(CostOptions(preset="24m", correction_fraction="1/8", cut="hidden", devices=8, json=file)) == 0
     printed = capsys.readouterr().out
     found = json.loads(file.read_text())
     (row,) = found["rows"]
@@ -45,24 +45,24 @@ def test_one_method_has_its_regions_and_its_memory(tmp_path, capsys):
         assert text in printed
 
 
-def test_all_has_a_row_for_every_saving_that_goes_with_the_method():
-    rows = figures(Cost(all=True))["rows"]
+def test_all_has_a_row_for_every_saving_the_method_allows():
+    rows = figures(CostOptions(all=True))["rows"]
     assert [row["name"] for row in rows] == [name for name, _ in SAVINGS]
     ratios = {row["name"]: row["flops_ratio"] for row in rows}
     assert (ratios["AdamW"], ratios["SAM"]) == (1, 2)
     assert ratios["fraction 1/8, cut hidden"] < ratios["fraction 1/8"] < ratios["fraction 1/4"]
     left_out = {"cut hidden", "fraction 1/8, cut hidden"}
-    of_sam = {row["name"] for row in figures(Cost(all=True, method="sam"))["rows"]}
+    of_sam = {row["name"] for row in figures(CostOptions(all=True, method="sam"))["rows"]}
     assert of_sam == set(ratios) - left_out
 
 
 def test_a_budget_lists_what_fits_cheapest_first():
-    found = figures(Cost(preset="24m", budget=1.15))
+    found = figures(CostOptions(preset="24m", budget=1.15))
     ratios = [row["time_ratio"] for row in found["rows"]]
     assert ratios == sorted(ratios)
     assert all(1 < x <= 1.15 for x in ratios)
     assert "fraction 1/8" in {row["name"] for row in found["rows"]}
-    more = figures(Cost(preset="24m", budget=1.15, spare=True))["rows"]
+    more = figures(CostOptions(preset="24m", budget=1.15, spare=True))["rows"]
     assert {row["name"] for row in found["rows"]} < {row["name"] for row in more}
 
 
@@ -71,8 +71,8 @@ def test_savings_by_name_are_the_trainers():
         name: {k.removeprefix("correction_"): x for k, x in one.items()} for name, one in TRAINED.items()
     }
     for name in cost.PRESETS:
-        assert figures(Cost(savings=name))["rows"][0]["flops_ratio"] == pytest.approx(
-            figures(Cost(**_as_options(name)))["rows"][0]["flops_ratio"]
+        assert figures(CostOptions(savings=name))["rows"][0]["flops_ratio"] == pytest.approx(
+            figures(CostOptions(**_as_options(name)))["rows"][0]["flops_ratio"]
         )
 
 
@@ -97,7 +97,7 @@ def test_a_run_of_the_trainers_as_options():
 def test_the_machine_at_hand(framework, monkeypatch):
     for name, small in (("LARGE", 2**20), ("NORMALS", 2**14), ("REPEATS", 2), ("ROWS", 64)):
         monkeypatch.setattr(machine_probe, name, small)
-    found = figures(Cost(preset="tiny", machine="here", framework=framework, batch=2))
+    found = figures(CostOptions(preset="tiny", machine="here", framework=framework, batch=2))
     rates = [x for name, x in found["machine"].items() if name != "name" and x is not None]
     assert len(rates) == 7
     assert all(0 < x < math.inf for x in rates)
@@ -128,4 +128,4 @@ def test_the_machine_at_hand(framework, monkeypatch):
 )
 def test_bad_options_are_named(options, message):
     with pytest.raises(UserError, match=message):
-        figures(Cost(**options))
+        figures(CostOptions(**options))

@@ -118,7 +118,7 @@ def values(program, kind="all-reduce") -> int:
     return sum(int(np.prod(shape)) for shape in shapes if np.prod(shape) > 1)
 
 
-def test_replicas_reduce_one_gradient_more_than_adamw_and_nothing_else():
+def test_replicas_reduce_one_more_gradient_than_adamw():
     plain, exact = (sent((4, 1, 1), method) for method in ("adamw", FUNCTIONAL))
     assert {x.kind for x in plain + exact} == {"all-reduce"}
     model = settings().model
@@ -130,13 +130,13 @@ def test_replicas_reduce_one_gradient_more_than_adamw_and_nothing_else():
     assert len(single) < 10
 
 
-def test_replicas_that_ascend_by_themselves_reduce_one_gradient():
+def test_local_sync_reduces_one_gradient():
     found = sent((4, 1, 1), FUNCTIONAL, sync="local")
     assert {x.kind for x in found} == {"all-reduce"}
     assert values(found) == settings().model.parameters
 
 
-def test_the_number_of_replicas_that_ascend_by_themselves_is_part_of_the_run():
+def test_local_sync_makes_replicas_part_of_the_settings():
     two, four = (settings((n, 1, 1), sync="local").as_dict() for n in (2, 4))
     assert difference(two, four) == "data_parallel 4 (now 2)"
     assert difference(*(settings((n, 1, 1)).as_dict() for n in (2, 4))) == ""
@@ -144,7 +144,7 @@ def test_the_number_of_replicas_that_ascend_by_themselves_is_part_of_the_run():
         settings(sync="both")
 
 
-def test_no_device_gathers_the_head_or_forms_rows_of_the_whole_vocabulary():
+def test_no_device_gathers_the_whole_vocabulary():
     model = ModelConfig(1, 16, 4, 8, 192)
     chosen = settings((1, 2, 2), model=model)
     V, D, rows = model.vocab_size, model.width, chosen.batch * model.seq_len // 2
@@ -183,7 +183,7 @@ def test_each_device_is_sent_its_own_part_alone():
         ((1, 1, 2), {"model": ModelConfig(1, 16, 4, 8, 63)}, r"--tensor-parallel: .* vocabulary, 63, must be"),
     ],
 )
-def test_what_cannot_be_divided_is_said(shape, changes, message):
+def test_indivisible_sizes_are_refused(shape, changes, message):
     with pytest.raises(UserError, match=message):
         jax_mesh.make(settings(shape, **changes))
 
@@ -223,7 +223,7 @@ def test_a_checkpoint_is_of_the_run_and_not_of_its_mesh(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "second"), [((2, 2, 2), (1, 1, 1)), ((1, 1, 1), (8, 1, 1))])
-def test_a_run_goes_on_on_another_mesh(first, second, tmp_path):
+def test_a_run_resumes_on_another_mesh(first, second, tmp_path):
     changes = {"method": FUNCTIONAL, "correction_fraction": 1 / 4, "ema": 0.9}
     found = child(tmp_path, {"changes": changes, "moved": [first, second], "folder": str(tmp_path / "state")})
     assert found["reports"] < CLOSE
@@ -231,7 +231,7 @@ def test_a_run_goes_on_on_another_mesh(first, second, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_goes_on_on_another_mesh_after_a_signal(text, tmp_path):
+def test_the_command_resumes_on_another_mesh_after_a_signal(text, tmp_path):
     pace = ("--steps", 40, "--checkpoint-every", 5, "--evaluate-every", 20, "--probe-steps", 0, "--batch", 8)
     losses = {}
     for name, before, after in (("one", (), ()), ("moved", ("--fsdp", 2, "--tensor-parallel", 2), ("--fsdp", 4))):

@@ -25,7 +25,7 @@ PROCESS = Path(__file__).with_name("mesh_process.py")
 
 
 @pytest.mark.slow
-def test_two_processes_train_save_and_go_on_as_one_does(tmp_path):
+def test_two_processes_train_save_and_resume_like_one(tmp_path):
     port = spawn.free_port()
     processes = [spawn.start(PROCESS, rank, 2, port, tmp_path) for rank in range(2)]
     said = [process.communicate(timeout=900) for process in processes]
@@ -44,7 +44,7 @@ def test_two_processes_train_save_and_go_on_as_one_does(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_in_two_processes_trains_as_in_one_and_goes_on_in_one(text, tmp_path):
+def test_two_processes_of_the_command_resume_in_one(text, tmp_path):
     """Started as a launcher starts them; one of them alone writes."""
     pace = ("--steps", 12, "--checkpoint-every", 6, "--evaluate-every", 6, "--probe-steps", 0)
     losses = {}
@@ -68,7 +68,7 @@ def test_the_command_in_two_processes_trains_as_in_one_and_goes_on_in_one(text, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_disk_that_refuses_one_processs_part_ends_both_with_one_sentence(rank, text, tmp_path):
+def test_a_full_disk_of_one_process_ends_both(rank, text, tmp_path):
     out, count = tmp_path / "run", 2
     larger = ("--layers", 4, "--width", 128)
     pace = ("--method", "adamw", "--steps", 3000, "--checkpoint-every", 10, "--probe-steps", 0, *larger)
@@ -111,7 +111,7 @@ def wait_for_phase(processes, out: Path, phase: str, rng: random.Random) -> None
 
 
 @pytest.mark.slow
-def test_kills_of_either_process_in_any_phase_end_both_within_a_minute_and_lose_nothing(text, tmp_path, monkeypatch):
+def test_a_killed_process_ends_both_and_loses_no_checkpoint(text, tmp_path, monkeypatch):
     steps = 100
     pace = ("--steps", steps, "--checkpoint-every", 10, "--evaluate-every", 20, "--probe-steps", 0)
     command_of = lambda out: [x for x in arguments(text, out, *pace, "--data-parallel", 2) if x != "--quiet"]
@@ -156,7 +156,7 @@ def test_kills_of_either_process_in_any_phase_end_both_within_a_minute_and_lose_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_process_that_lives_and_does_not_answer_is_given_up(victim, text, tmp_path):
+def test_a_process_that_does_not_answer_times_out(victim, text, tmp_path):
     out = tmp_path / "run"
     command = arguments(text, out, "--method", "adamw", "--steps", 5000, "--probe-steps", 0, "--data-parallel", 2)
     with jax_processes(2, command, FSAM_RANK_TIMEOUT="10") as processes:

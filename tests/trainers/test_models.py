@@ -169,7 +169,7 @@ def test_sizes_that_do_not_fit_are_refused(changes, says):
 
 @pytest.mark.parametrize("framework", ["jax", "torch"])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_checkpointed_blocks_keep_their_inputs_alone_and_give_the_same_gradients(framework, dropout):
+def test_remat_keeps_block_inputs_only_and_equal_gradients(framework, dropout):
     c = config(dropout=dropout)
     (loss, grads, kept), (again, same, fewer) = (differentiated(framework, c, remat) for remat in (False, True))
     assert again == pytest.approx(loss, rel=1e-6)

@@ -1,4 +1,4 @@
-"""A run that is interrupted in any way and goes on ends in the weights of one that was not, to the bit."""
+"""A run that is interrupted and resumed ends in the weights of an uninterrupted one, bit for bit."""
 
 import fcntl
 import random
@@ -33,7 +33,7 @@ def assert_same_weights(a, b):
 
 @pytest.fixture(scope="module", params=FRAMEWORKS)
 def uninterrupted(request, text, tmp_path_factory):
-    """(framework, its weights, its metrics) after a run in one piece."""
+    """(framework, weights, folder) of an uninterrupted run."""
     out = tmp_path_factory.mktemp(request.param) / "whole"
     command = run_arguments(text, out, request.param)
     assert fsam(*command) == 0
@@ -51,7 +51,7 @@ def uninterrupted(request, text, tmp_path_factory):
     ],
     indirect=["uninterrupted"],
 )
-def test_a_signal_finishes_the_step_saves_and_the_same_command_goes_on(uninterrupted, number, text, tmp_path):
+def test_a_signal_saves_and_the_same_command_resumes(uninterrupted, number, text, tmp_path):
     framework, weights, _ = uninterrupted
     out = tmp_path / "run"
     command = run_arguments(text, out, framework)
@@ -67,7 +67,7 @@ def test_a_signal_finishes_the_step_saves_and_the_same_command_goes_on(uninterru
 
 
 @pytest.mark.slow
-def test_kill_9_at_ten_random_moments_and_the_weights_are_those_of_one_piece(uninterrupted, text, tmp_path):
+def test_ten_random_kills_leave_the_weights_bit_identical(uninterrupted, text, tmp_path):
     framework, weights, whole = uninterrupted
     out = tmp_path / "run"
     command = run_arguments(text, out, framework)
@@ -94,7 +94,7 @@ def metrics_steps(out):
 
 
 @pytest.mark.parametrize("uninterrupted", ["jax", pytest.param("torch", marks=pytest.mark.slow)], indirect=True)
-def test_kill_9_while_a_checkpoint_is_written_leaves_the_one_before(uninterrupted, text, tmp_path, monkeypatch, capsys):
+def test_kill_9_during_a_checkpoint_leaves_the_one_before(uninterrupted, text, tmp_path, monkeypatch, capsys):
     framework, weights, whole = uninterrupted
     out = tmp_path / "run"
     command = run_arguments(text, out, framework)
@@ -114,7 +114,7 @@ def test_kill_9_while_a_checkpoint_is_written_leaves_the_one_before(uninterrupte
     assert metrics_steps(out) == metrics_steps(whole)
 
 
-def test_a_second_run_in_the_same_folder_is_turned_away(text, tmp_path, capsys):
+def test_a_second_run_in_the_same_folder_is_refused(text, tmp_path, capsys):
     out = tmp_path / "run"
     out.mkdir()
     with (out / ".lock").open("w") as file:

@@ -1,4 +1,4 @@
-"""Checkpoints that are written while training goes on."""
+"""Checkpoints that are written in the background."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def states(command, out) -> dict[int, list[np.ndarray]]:
 
 
 @pytest.mark.parametrize("framework", ["jax", "torch"])
-def test_training_goes_on_while_the_state_of_the_step_before_is_written(framework, text, tmp_path, monkeypatch):
-    """Each phase of the writing waits until training has gone on; what is written is that of its step, to the bit."""
+def test_training_continues_while_a_checkpoint_is_written(framework, text, tmp_path, monkeypatch):
+    """Each phase of writing waits until training has taken a step; the checkpoint is bit-identical to its own step."""
     command = lambda out: command_of(text, out, "--framework", framework, "--method", "adamw", "--ema", 0.9)
     in_background, save = saving._in_background, saving.Saver.save
     out, still = tmp_path / "on", tmp_path / "still"
@@ -90,9 +90,7 @@ def test_what_a_checkpoint_cost_the_loop_is_reported(text, tmp_path, monkeypatch
     assert 200 <= json.loads(figures.read_text())["checkpoint_ms"] < 1000 * (time.perf_counter() - began) / 3
 
 
-def test_a_disk_that_fills_while_training_goes_on_ends_the_run_and_costs_that_checkpoint(
-    text, tmp_path, monkeypatch, capsys
-):
+def test_a_disk_that_fills_during_training_costs_one_checkpoint(text, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     seal = checkpoints.seal
 
@@ -116,7 +114,7 @@ def test_a_disk_that_fills_while_training_goes_on_ends_the_run_and_costs_that_ch
     assert valid_steps(out) == [3, 6, 9]
 
 
-def test_an_error_elsewhere_does_not_cost_the_checkpoint_that_is_being_written(text, tmp_path, monkeypatch):
+def test_an_error_in_a_step_leaves_the_pending_checkpoint_valid(text, tmp_path, monkeypatch):
     out = tmp_path / "run"
     in_background = saving._in_background
 
@@ -140,7 +138,7 @@ def test_an_error_elsewhere_does_not_cost_the_checkpoint_that_is_being_written(t
 
 
 @pytest.mark.slow
-def test_a_signal_while_a_checkpoint_is_written_ends_with_it_and_its_own_step_valid(text, tmp_path, monkeypatch):
+def test_a_signal_during_a_checkpoint_leaves_both_valid(text, tmp_path, monkeypatch):
     out = tmp_path / "run"
     monkeypatch.setenv("HINDERED_SECONDS", "1")
     more = ("--framework", "torch", "--method", "adamw", "--steps", 2000, "--checkpoint-every", 20)
@@ -160,8 +158,8 @@ def test_a_signal_while_a_checkpoint_is_written_ends_with_it_and_its_own_step_va
     assert not list((out / "checkpoints").glob(".writing-*"))
 
 
-def test_ranks_hear_of_the_first_error_alone():
-    """What `from_all` makes of several: the first rank tells its own, the others that they were told."""
+def test_only_the_first_ranks_error_is_reported():
+    """`from_all` with several errors: the first rank raises its own, the others AlreadyReported."""
 
     class Third(Processes):
         rank, count = 2, 3
@@ -179,12 +177,12 @@ def test_ranks_hear_of_the_first_error_alone():
         Third().from_all(lambda: "c")
     Third.others = (("a", None), ("b", None))
     assert Third().from_all(lambda: "c") == ["a", "b", "c"]
-    with pytest.raises(UserError, match="this one too") as told:
+    with pytest.raises(UserError, match="this one too") as raised:
         Third().from_all(full)
-    assert not isinstance(told.value, AlreadyReported)
+    assert not isinstance(raised.value, AlreadyReported)
 
 
-def test_a_folder_of_a_process_that_is_gone_is_swept(tmp_path):
+def test_a_dead_processs_temporary_folder_is_removed(tmp_path):
     gone = tmp_path / f".writing-step_00000003-{2**22 + 1}"  # no process has a number beyond the kernel's largest
     (gone / "state").mkdir(parents=True)
     assert checkpoints.newest(tmp_path, lambda text: None) is None

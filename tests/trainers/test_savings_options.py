@@ -105,7 +105,7 @@ def test_methods_of_a_comparison_have_options_of_their_own():
         ("sam:start=2", r"--start must be a share of the run"),
     ],
 )
-def test_options_of_a_comparison_that_are_wrong_are_said(text, says):
+def test_wrong_options_of_a_comparison_are_refused(text, says):
     with pytest.raises(UserError, match=says):
         compared(text)
 
@@ -124,7 +124,7 @@ def test_a_run_costs_what_its_kinds_of_steps_do():
     assert 0.5 < found["late"].ratio < 2
 
 
-def test_half_floats_over_masters_follow_float32_in_both_frameworks():
+def test_half_precision_follows_float32_in_both_frameworks():
     halves = [("jax", "bfloat16"), ("torch", "bfloat16"), ("torch", "float16")]
     runs = {
         (f, d): losses(f, {"dtype": d, "rho": 0.05}) for f, d in [("jax", "float32"), ("torch", "float32"), *halves]
@@ -174,7 +174,7 @@ def test_the_loss_scale_of_a_run_is_in_its_checkpoint(tmp_path):
     ],
     ids=["bfloat16, average, reused", "previous"],
 )
-def test_a_restored_run_goes_on_to_the_same_bits(framework, changes, tmp_path):
+def test_a_restored_run_is_bit_identical(framework, changes, tmp_path):
     random = np.random.default_rng(0)
     batches = [random.integers(0, 64, (8, 17), dtype=np.int32) for _ in range(BASE.steps)]
     settings = dataclasses.replace(BASE, framework=framework, **changes)

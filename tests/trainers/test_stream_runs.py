@@ -1,4 +1,4 @@
-"""`fsam train` on a stream: whatever ends it, the same command goes on to the same weights."""
+"""`fsam train` on a stream: after any interruption the same command resumes and ends in the same weights."""
 
 import json
 import os
@@ -76,7 +76,7 @@ def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
 
 
 def kill_worker(shards: Path, out: Path, framework: str, step: int, capsys, monkeypatch) -> None:
-    """A run whose tokenizing process is killed: it ends with a sentence that names the shard."""
+    """A run whose tokenizing process is killed: the error names the shard."""
     killed = []
 
     def kill() -> None:
@@ -108,9 +108,7 @@ def kill_run(shards: Path, out: Path, framework: str, step: int) -> None:
     assert gone(workers)
 
 
-def test_a_killed_worker_then_a_killed_run_and_the_weights_are_those_of_one_piece(
-    shards, tmp_path, capsys, monkeypatch
-):
+def test_a_killed_worker_and_run_leave_the_weights_identical(shards, tmp_path, capsys, monkeypatch):
     weights = whole_run(shards, tmp_path / "whole", "torch")
     out = tmp_path / "run"
     kill_worker(shards, out, "torch", 7, capsys, monkeypatch)
@@ -120,7 +118,7 @@ def test_a_killed_worker_then_a_killed_run_and_the_weights_are_those_of_one_piec
     assert_same(final_weights(command), weights)
 
 
-def test_a_stream_is_told_from_a_stored_corpus_and_other_buffers(shards, tmp_path, capsys):
+def test_a_stream_and_a_stored_corpus_are_different_runs(shards, tmp_path, capsys):
     out = tmp_path / "run"
     command = command_of(shards, out, "torch", "--steps", 2, "--data-workers", 0)
     assert fsam(*command) == 0
@@ -134,7 +132,7 @@ def test_a_stream_is_told_from_a_stored_corpus_and_other_buffers(shards, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("framework", ["jax", "torch"])
-def test_kill_9_at_random_moments_and_the_weights_are_those_of_one_piece(framework, shards, tmp_path):
+def test_random_kills_leave_the_weights_bit_identical(framework, shards, tmp_path):
     weights = whole_run(shards, tmp_path / "whole", framework)
     out = tmp_path / "run"
     draw = random.Random(framework)
@@ -156,7 +154,7 @@ def test_kill_9_at_random_moments_and_the_weights_are_those_of_one_piece(framewo
 
 
 @pytest.mark.slow
-def test_a_signal_saves_and_the_stream_goes_on(shards, tmp_path):
+def test_a_signal_saves_and_the_stream_resumes(shards, tmp_path):
     weights = whole_run(shards, tmp_path / "whole", "jax")
     out = tmp_path / "run"
     process = fsam_process(command_of(shards, out, "jax"), start_new_session=True)
@@ -173,7 +171,7 @@ def losses(out: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_ranks_share_a_stream_out_and_fewer_go_on_with_it(shards, tmp_path):
+def test_a_stream_of_two_ranks_resumes_on_one(shards, tmp_path):
     more = ("--micro-batches", 2, "--batch", 8, "--warmup", 2)
 
     def run(out: Path, steps: int) -> None:
@@ -215,7 +213,7 @@ def rows(request, shards, tmp_path) -> Path:
 
 
 @pytest.mark.slow
-def test_two_jax_processes_share_a_stream_out_and_go_on_at_the_exact_token(rows, tmp_path):
+def test_two_jax_processes_resume_a_stream_at_the_exact_token(rows, tmp_path):
     def run(out: Path, stop_at: int | None = None) -> list[int]:
         with jax_processes(2, command_of(rows, out, "jax", "--data-parallel", 2)) as processes:
             if stop_at:

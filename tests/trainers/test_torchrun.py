@@ -50,7 +50,7 @@ def alone(text, tmp_path_factory):
     return out
 
 
-def test_a_signal_to_one_rank_of_two_stops_both_and_one_process_goes_on(alone, text, tmp_path):
+def test_a_signal_to_one_rank_stops_both_and_one_resumes(alone, text, tmp_path):
     out = tmp_path / "run"
     process = torchrun(2, run_arguments(text, out, "--fsdp", 2))
     wait_for_step(process, out, 1)
@@ -101,7 +101,7 @@ def half(request, text, tmp_path_factory):
     ("ranks", "more"),
     [(1, ()), (2, ()), (2, ("--fsdp", 2)), (4, ("--fsdp", 4)), (4, ()), (4, ("--tensor-parallel", 4))],
 )
-def test_a_checkpoint_of_four_ranks_goes_on_with_any_number(ranks, more, half, alone, text, tmp_path):
+def test_a_checkpoint_of_four_ranks_resumes_on_any_number(ranks, more, half, alone, text, tmp_path):
     import shutil
 
     out = tmp_path / "run"
@@ -118,7 +118,7 @@ STARTING, STEPPING, WRITING = "while it starts", "between steps", "while a check
 
 @pytest.fixture(scope="module", params=[(), ("--fsdp", 4)], ids=["ddp", "fsdp"])
 def whole(request, text, tmp_path_factory):
-    """(options, folder) of a run of four ranks in one piece."""
+    """(options, folder) of an uninterrupted run of four ranks."""
     out = tmp_path_factory.mktemp("whole") / "run"
     process = torchrun(4, run_arguments(text, out, "--steps", LONG, *request.param))
     said, _ = process.communicate(timeout=10 * MINUTE)
@@ -150,9 +150,7 @@ def wait_for_phase(process, out: Path, phase: str, rng: random.Random) -> None:
 
 
 @pytest.mark.slow
-def test_ten_kills_of_any_rank_in_any_phase_end_the_run_within_a_minute_and_lose_nothing(
-    whole, text, tmp_path, monkeypatch
-):
+def test_ten_kills_of_any_rank_lose_no_checkpoint(whole, text, tmp_path, monkeypatch):
     more, expected = whole
     out = tmp_path / "run"
     # Half a second in each thread: a kill "while a checkpoint is written" is one before, in or between its phases.
@@ -199,7 +197,7 @@ def test_ten_kills_of_any_rank_in_any_phase_end_the_run_within_a_minute_and_lose
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_disk_that_refuses_one_ranks_part_ends_all_with_one_sentence(rank, text, tmp_path, monkeypatch):
+def test_a_full_disk_of_one_rank_ends_all(rank, text, tmp_path, monkeypatch):
     out = tmp_path / "run"
     command = run_arguments(text, out, "--steps", 2000, "--checkpoint-every", 10, *LARGER)
     monkeypatch.setenv("HINDERED_RANK", str(rank))
@@ -216,7 +214,7 @@ def test_a_disk_that_refuses_one_ranks_part_ends_all_with_one_sentence(rank, tex
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", [STEPPING, WRITING])
-def test_a_rank_that_lives_and_does_not_answer_is_given_up(phase, text, tmp_path, monkeypatch):
+def test_a_rank_that_does_not_answer_times_out(phase, text, tmp_path, monkeypatch):
     monkeypatch.setenv("FSAM_RANK_TIMEOUT", "10")
     every = 0
     if phase == WRITING:  # the second checkpoint waits for the first
@@ -298,7 +296,7 @@ def test_options_train_the_same_on_two_ranks(more, text, tmp_path):
         (("--data", "/nowhere/at/all.txt"), "/nowhere/at/all.txt"),
     ],
 )
-def test_bad_input_is_said_once(more, said, text, tmp_path):
+def test_bad_input_is_reported_once(more, said, text, tmp_path):
     process = torchrun(2, run_arguments(text, tmp_path / "run", *more))
     output, _ = process.communicate(timeout=2 * MINUTE)
     assert process.returncode != 0

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: a folder a step, complete or absent, checked against its own list of checksums when read.
+"""Checkpoints of a run: one folder a step, complete or absent, verified by its list of checksums when read.
 
 OUT/checkpoints/step_00000100/state/      the framework's own format (orbax, torch.distributed.checkpoint)
                               run.json    settings, data, position, seconds so far
@@ -41,7 +41,7 @@ def begin(root: Path, step: int, size: int) -> tuple[Path, Path]:
     folder = begin_folder(target)
     with disk_errors(target):
         free = shutil.disk_usage(folder).free
-    # Asked first, because the frameworks' writers say "disk full" late, at length and in words of their own.
+    # Checked first: the frameworks' writers report a full disk late, at length and each differently.
     if free < size:
         shutil.rmtree(folder)
         raise UserError(
@@ -67,7 +67,7 @@ def seal(folder: Path, target: Path, run: dict[str, Any], keep: int) -> None:
 
 @contextlib.contextmanager
 def as_user_error(target: Path) -> Iterator[None]:
-    """Turn whatever a framework raises while it writes `target` into one sentence; a lost rank stays what it is."""
+    """Turn what a framework raises while it writes `target` into a UserError; the error of a lost rank is kept."""
     try:
         with disk_errors(target):
             yield
@@ -77,14 +77,14 @@ def as_user_error(target: Path) -> Iterator[None]:
         if processes.is_lost(error):
             raise
         full = any(text in str(error) for text in ("No space left", "File too large", "Disk quota exceeded"))
-        # PyTorch closes its archive over the disk's error: "enforce fail … unexpected pos".
+        # PyTorch hides the disk's error behind its own: "enforce fail … unexpected pos".
         full = full or any(is_full(one) for one in _behind(error)) or shutil.disk_usage(target.parent).free < 2**20
         reason = "no space left for it" if full else _first_line(error)
         raise UserError(f"cannot write {target}: {reason}; nothing was left half-written") from error
 
 
 def newest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that is whole, None where there are none; each damaged one on the way is warned about.
+    """The newest intact checkpoint, None if there are no checkpoints; warns about each damaged one before it.
 
     Raises:
         UserError: when there are checkpoints and every one is damaged.
@@ -125,7 +125,7 @@ def _damage(folder: Path) -> str:
 
 
 def _behind(error: BaseException | None) -> Iterator[BaseException]:
-    """The errors that were being handled when this one was raised."""
+    """The chain of errors that caused this one."""
     while error and (error := error.__cause__ or error.__context__):
         yield error
 

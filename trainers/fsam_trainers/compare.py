@@ -51,8 +51,8 @@ def compare(
 ) -> dict[str, Any] | None:
     """Train every variant with every seed under `out`, then write comparison.json, plot.png and report.html there.
 
-    Runs that are already there are taken over, an interrupted one goes on. With budget "time" each variant gets as many
-    steps as fit into the time of AdamW's, by the cost ratio measured first; with "flops" into its matrix products, by
+    Finished runs are reused and an interrupted one is resumed. With budget "time" each variant gets as many steps as
+    fit into AdamW's time, by the cost ratio measured first; with "flops" as many as fit into its matrix products, by
     the cost model.
 
     Returns:
@@ -89,15 +89,15 @@ def compare(
     return comparison
 
 
-def _ratio(budget: str, measured: timing.Cost, settings: Settings) -> float:
-    """What the average step of a run takes of the budget, in steps of AdamW."""
+def _ratio(budget: str, measured: timing.RelativeCost, settings: Settings) -> float:
+    """How many AdamW steps of the budget the run's average step takes."""
     if budget == "flops":
         return _counted(settings).flops_ratio
     return measured.ratio if budget == "time" else 1.0
 
 
 def _counted(settings: Settings) -> counting.Cost:
-    """The run's steps by `fsam_core.cost`; whether the cotangent is kept as on a CPU."""
+    """The run's steps by `fsam_core.cost`, with the choice of the cotangent that a CPU makes."""
     options = options_of(settings, "cpu")
     return counting.estimate(counted(settings.model, settings.framework), options, settings.tokens_per_step)
 
@@ -109,8 +109,8 @@ def _file_name(variant: str) -> str:
 
 def _costs(
     variants: Mapping[str, Settings], corpus: Corpus | StreamedCorpus, out: Path, repeats: int, console: Console
-) -> dict[str, timing.Cost]:
-    """The cost of every variant, measured once for a folder: a time budget must not change when a run goes on."""
+) -> dict[str, timing.RelativeCost]:
+    """The cost of every variant, measured once for a folder: a time budget must not change when a run is resumed."""
     path = out / "costs.json"
     settings = next(iter(variants.values()))
     asked = {"variants": {name: one.as_dict() for name, one in variants.items()}}
@@ -118,13 +118,13 @@ def _costs(
         try:
             known = json.loads(path.read_text(encoding="utf-8"))
             if known["asked"] == json.loads(json.dumps(asked)):
-                return {name: timing.Cost(*values) for name, values in known["costs"].items()}
+                return {name: timing.RelativeCost(*values) for name, values in known["costs"].items()}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"--out: {path} is damaged; delete it, or give another --out") from error
         raise UserError(f"--out: {out} holds a comparison with other settings or methods; give another --out")
     with contextlib.closing(processes.batches(settings, corpus)) as batches:
         tokens = batches.at(0)
-    with console.counting("timing the methods turn about", (repeats + 2) * timing.timed_steps(variants)) as tick:
+    with console.counting("timing the methods, interleaved", (repeats + 2) * timing.timed_steps(variants)) as tick:
         costs = timing.measure(variants, tokens, repeats, tick)
     write_json(path, {"asked": asked, "costs": costs})
     return costs
@@ -134,7 +134,7 @@ def _summary(
     settings: Settings,
     runs: dict[str, list[dict[str, Any]]],
     curves: dict[str, list[list[dict[str, Any]]]],
-    costs: dict[str, timing.Cost],
+    costs: dict[str, timing.RelativeCost],
     corpus: Corpus | StreamedCorpus,
     budget: str,
     seeds: int,
@@ -153,7 +153,7 @@ def _summary(
             "val_loss_mean": statistics.fmean(losses),
             "val_loss_spread": statistics.stdev(losses) if len(losses) > 1 else None,
             "val_losses": losses,
-            # Seed by seed, so that what the seeds have in common does not hide the difference.
+            # Paired by seed: the variance that the seeds share does not hide the difference.
             "difference": statistics.fmean(np.subtract(losses, first)) if losses is not first else 0.0,
             "best_val_loss_mean": statistics.fmean(x["val_loss"] for x in best),
             "best_steps": [x["step"] for x in best],
@@ -189,7 +189,7 @@ def _summary(
             f"Validation loss at the end, in nats a token, {spread_note}; 'vs first' is paired by seed.",
             "Best: the lowest evaluation of each run, and the step it was at.",
             "Seconds in training steps alone, without compilation, evaluation and checkpoints.",
-            f"x AdamW: median of {cost_steps} steps of each method timed turn about in one process, "
+            f"x AdamW: median of {cost_steps} steps of each method, interleaved in one process, "
             "with the 20th and 80th percentile.",
         ],
         "budget": budget,

@@ -27,7 +27,7 @@ RhoSchedule = Literal["constant", "cosine", "learning-rate"]
 PLACEMENT = ("data_parallel", "fsdp", "tensor_parallel")
 # What changes the result no more than rounding does.
 NUMERICS_NEUTRAL = (*PLACEMENT, "compile", "remat")
-# How the command reads a field: its words are checked here and not by tyro, whose message is not one sentence.
+# How tyro reads a field: as text. `Settings` checks the choices, because tyro's message is not one sentence.
 TEXT = PrimitiveConstructorSpec(
     nargs=1,
     metavar="STR",
@@ -42,7 +42,7 @@ SHARE: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(
     is_instance=lambda value: value is None or isinstance(value, float),
     str_from_instance=lambda value: [str(value)],
 )
-# Option sets by name; what is given beside one is taken on top of it.
+# Option sets by name; options that are given as well override them.
 SAVINGS: dict[str, dict[str, Any]] = {
     name: {"correction_fraction" if option == "fraction" else option: value for option, value in options.items()}
     for name, options in cost.PRESETS.items()
@@ -53,7 +53,7 @@ SAVINGS: dict[str, dict[str, Any]] = {
 class Settings:
     """A run: two runs with equal settings and equal data end in the same weights, to the bit on one machine.
 
-    The command's options are these fields, their help is what stands under each; `cli/options.py` reads them.
+    `cli/options.py` makes the command's options of these fields; the text under each field is the option's help.
 
     Raises:
         UserError: naming the command-line option that is wrong.
@@ -189,13 +189,13 @@ class Settings:
                 self._check_share("--ascent-fraction", method.share)
 
     def _check_share(self, option: str, q: float) -> None:
-        """Whether that share of the batch is whole sequences, the same in each micro-batch."""
+        """Check that this share of the batch is whole sequences, the same number in each micro-batch."""
         fits = f"a share that cuts --batch {self.batch} into whole sequences, and into the same in each micro-batch"
         cut = (Fraction(q).limit_denominator(1 << 16) * self.micro_batches) % 1
         _check((self.batch // self.micro_batches) % cut.denominator == 0, option, q, fits)
 
     def as_method(self, learning_rate_at: Callable[[Any], Any] | None = None) -> Method:
-        """The method; `learning_rate_at` is the schedule as the framework has it, `learning_rate_at` without it."""
+        """The method. `learning_rate_at`: the framework's own schedule, by default `Settings.learning_rate_at`."""
         names = ("norm", "second_moment", "ascent", "ascent_fraction", "scope", "cut", "seed")
         options = {name: getattr(self, name) for name in names}
         rho: Any = self.rho
@@ -206,12 +206,12 @@ class Settings:
         return named(self.method, rho, argument="--method", fraction=self.correction_fraction, **options)
 
     def schedule(self) -> Schedule:
-        """At which steps there is a correction."""
+        """Which steps have a correction."""
         start = math.ceil(self.start * self.steps)
         return Schedule(self.every, start, self.probability, self.seed, self.between)
 
     def kind(self, step: int) -> str:
-        """What step `step` = 0, 1, … is: corrected, reused or plain."""
+        """The kind of the step after `step` completed ones: corrected, reused or plain."""
         return "plain" if self.method == "adamw" else self.schedule().kind(step)
 
     def losses(self) -> tuple[Loss, Loss]:
@@ -224,7 +224,7 @@ class Settings:
         return self.batch * self.model.seq_len
 
     def learning_rate_at(self, step: int) -> float:
-        """The learning rate of optimizer step 0, 1, …: linear warm-up from 0, then a cosine over the rest."""
+        """The learning rate after `step` completed steps: linear warm-up from 0, then a cosine over the rest."""
         if step < self.warmup:
             return self.learning_rate * step / self.warmup
         progress = min((step - self.warmup) / max(self.steps - self.warmup, 1), 1.0)
@@ -270,7 +270,7 @@ def steps_for(tokens_per_param: float, model: ModelConfig, batch: int) -> int:
 
 
 def _share(text: str) -> float | str:
-    """1/8 -> 0.125; what is no number stays as it is, for `Settings` to refuse."""
+    """1/8 -> 0.125; text that is no number is returned, and `Settings` refuses it."""
     try:
         return float(Fraction(text))
     except (ValueError, ZeroDivisionError):
@@ -278,7 +278,7 @@ def _share(text: str) -> float | str:
 
 
 def difference(mine: dict[str, Any], other: dict[str, Any]) -> str:
-    """The first few settings in which two `as_dict`s differ, as text; "" where they agree."""
+    """The first few settings in which two `as_dict`s differ, as text; "" if they agree."""
     mine, other = ({**x, **{f"model.{k}": v for k, v in x["model"].items()}} for x in (mine, other))
     same = set(NUMERICS_NEUTRAL) - ({"data_parallel"} if mine["sync"] == "local" else set())
     names = [k for k in mine if k not in ("model", *same) and mine[k] != other.get(k)]

@@ -1,4 +1,4 @@
-"""What a person sees while something runs: on a terminal a progress bar, elsewhere a line now and then."""
+"""Progress for a person: a bar on a terminal, elsewhere a line every few seconds."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Console:
 
     @contextlib.contextmanager
     def counting(self, label: str, total: int) -> Iterator[Callable[[], None]]:
-        """A bar for `total` equal pieces of work; the yielded function counts one."""
+        """A bar for `total` equal pieces of work; the yielded function advances it by one."""
         with rich.progress.Progress(console=self.rich, transient=True, disable=not self.rich.is_terminal) as bar:
             task = bar.add_task(label, total=total)
             yield lambda: bar.advance(task)
@@ -68,13 +68,13 @@ class Console:
 def line(settings: Settings, base_ms: float | None, loss: float, milliseconds: float) -> str:
     """Loss, speed and cost of a step in one line."""
     tokens = settings.tokens_per_step / milliseconds * 1000
-    # An AdamW run beside its own first steps would show how the machine drifts, not what a method costs.
+    # The ratio of an AdamW run to its own first steps would show the machine's drift and not a cost.
     ratio = f" ({milliseconds / base_ms:.2f}x AdamW)" if base_ms and settings.method != "adamw" else ""
     return f"loss {loss:.4f} | {tokens:,.0f} tokens/s | {milliseconds:,.0f} ms/step{ratio}"
 
 
 def stdout(width: int = 160) -> rich.console.Console:
-    """For results. A table that is piped somewhere keeps its columns whole, up to that width."""
+    """The console for results. Where stdout is no terminal, tables may be `width` characters wide."""
     return rich.console.Console() if sys.stdout.isatty() else rich.console.Console(width=width)
 
 

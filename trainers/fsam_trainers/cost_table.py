@@ -1,4 +1,4 @@
-"""What methods and savings cost beside AdamW, counted for the trainers' models; or which of them fit a budget."""
+"""The cost of methods and savings relative to AdamW, counted for the trainers' models, and what fits a budget."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def counted(config: ModelConfig, framework: Any) -> cost.Model:
     return cost.decoder(*sizes, tied=c.tied, framework=framework)
 
 
-# What `--all` prints: (what a row is called, changes of the options). A row that does not go with the rest is left out.
+# The rows of `--all`: (name, changes of the options). A row that the given options exclude is left out.
 SAVINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("AdamW", {"path": "base"}),
     ("SAM", {"path": "sam"}),
@@ -60,7 +60,7 @@ def figures(
     budget: float | None = None,
     spare: bool = False,
 ) -> dict[str, Any]:
-    """Everything that is printed, as plain values. Bytes and seconds are of one device.
+    """All printed figures, as plain values. Bytes and seconds are those of one device.
 
     Args:
         settings: a run on one of the devices.
@@ -122,14 +122,14 @@ def options_of(settings: Settings, platform: str, *, devices: int = 1) -> cost.O
 
 
 def _with_cotangent(o: cost.Options, settings: Settings) -> cost.Options:
-    """The cotangent as the step would decide about it."""
+    """The options with the cotangent kept or recomputed, as the step would decide."""
     rows, model = int(settings.tokens_per_step * o.fraction), settings.model
     keeps = Memory(settings.cotangent).keeps(rows, model.vocab_size, o.itemsize)
     return dataclasses.replace(o, cotangent="keep" if keeps else "recompute")
 
 
 def _every_saving(settings: Settings, model: cost.Model, asked: cost.Options) -> list[tuple[str, cost.Options]]:
-    """The rows of `SAVINGS` that go with what was asked for."""
+    """The rows of `SAVINGS` that the given options allow."""
     found = []
     for name, row in SAVINGS:
         changes = {**row, "scope": f"top:{max(1, model.layers // 2)}"} if row.get("scope") == "half" else row
@@ -142,7 +142,7 @@ def _every_saving(settings: Settings, model: cost.Model, asked: cost.Options) ->
 
 
 def _platform(machine: str, framework: str) -> str:
-    """Of the machine; of one by name all that matters is that it is no CPU."""
+    """The platform of the machine; a machine with a name is an accelerator."""
     if machine != "here":
         return "accelerator"
     if framework == "torch":

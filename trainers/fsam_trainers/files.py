@@ -1,4 +1,4 @@
-"""Files that are either the old one or the new one, whole, whatever happens meanwhile."""
+"""Atomic replacement of files and folders: at any moment a path holds the old content or the new, never a part."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fsam_core import UserError
 
 
 def begin_folder(target: Path) -> Path:
-    """A temporary folder beside `target`, to be filled and given to `publish`.
+    """A temporary folder next to `target`, to be filled and given to `publish`.
 
     Raises:
         UserError: when the disk refuses (full, read-only), naming the target.

@@ -22,20 +22,20 @@ from fsam_trainers.files import disk_errors
 from fsam_trainers.saving import Saver
 from fsam_trainers.timing import base_step_ms
 
-LAUNCHER_SECONDS = 5.0  # in which a launcher passes on what its ranks have got themselves
-SKIPPED_IN_A_ROW = 50  # then the run has diverged, and going on only burns time
+LAUNCHER_SECONDS = 5.0  # a launcher passes a signal on within this time; its ranks have received it already
+SKIPPED_IN_A_ROW = 50  # after so many the run has diverged
 
 
 @dataclass
 class Progress:
-    """Where a run stands: what its checkpoints hold beside the state."""
+    """How far a run is: what its checkpoints hold in addition to the state."""
 
     step: int = 0
     seconds: float = 0.0
-    """In training steps alone: without compilation, evaluation and checkpoints."""
+    """Of training steps only, without compilation, evaluation and checkpoints."""
     checkpoints: int = 0
     checkpoint_seconds: float = 0.0
-    """For which training stood still for them."""
+    """Time that training waited for them."""
     skipped_steps: int = 0
     val_loss: float | None = None
     base_step_ms: float | None = None
@@ -43,7 +43,7 @@ class Progress:
 
 @dataclass
 class Stop:
-    """Set by SIGINT and SIGTERM; a second signal ends the process at once."""
+    """The signal that has asked the run to stop; a second one ends the process at once."""
 
     signal: int = 0
     previous: dict[int, Any] = field(default_factory=dict)
@@ -57,13 +57,13 @@ def train(
     console: Console,
     base_ms: float | None = None,
 ) -> dict[str, Any]:
-    """Train, or go on training, in the folder `out`.
+    """Train in the folder `out`, or resume the run that is there.
 
     Args:
         settings: what to train; a checkpoint in `out` must have been made with the same.
         corpus: tokens; likewise.
         out: receives metrics.jsonl and checkpoints/.
-        base_ms: milliseconds of an AdamW step if that was measured already, else it is.
+        base_ms: milliseconds of an AdamW step; None to measure them.
 
     Returns:
         The run's figures: what `fsam train --json` writes. "status" is "finished" or "stopped" (by a signal).
@@ -152,10 +152,10 @@ def _steps(
     intervals: Intervals,
     saver: Saver,
 ) -> Iterator[tuple[StepReport, float]]:
-    """Take the steps that are left; yields each one's report and milliseconds, with `now` brought up to it.
+    """Take the remaining steps; yields the report and the milliseconds of each, after `now` was updated.
 
-    On a framework that computes in the background the next step is started before the last one is waited for, so that
-    the device never idles on the host, except where something must be done between the two.
+    If the framework computes in the background, the next step is started before the last one is waited for, so that the
+    device does not wait for the host. Before an evaluation or a checkpoint this waits for the step.
     """
     waiting: Callable[[], StepReport] | None = None
     began = time.perf_counter()
@@ -169,7 +169,7 @@ def _steps(
         return seen, 1000 * seconds
 
     for index in range(now.step, settings.steps):
-        # All stop after the same step. A signal that comes while this waits is heard before the next one.
+        # All ranks stop after the same step. A signal during the wait takes effect before the next step.
         if agreed := saver.poll(stop.signal):
             stop.signal = agreed
             break
@@ -235,7 +235,7 @@ def _figures(
 
 
 def _mean_of_medians(lines: list[dict[str, Any]]) -> float:
-    """Milliseconds of a step of the run: the median of each kind of step, by how many there were."""
+    """Milliseconds of the run's average step: the median of each kind of step, weighted by their numbers."""
     kinds: dict[str, list[float]] = {}
     for line in lines:
         kinds.setdefault(line["kind"], []).append(line["step_ms"])
@@ -250,7 +250,7 @@ def _same_run(mine: dict[str, Any], other: dict[str, Any], out: Path) -> None:
 
 
 class _Nowhere:
-    """Where all but the main rank write metrics."""
+    """The metrics of every rank but the main one: discarded."""
 
     def write(self, value: dict[str, Any]) -> None:
         pass
@@ -261,7 +261,7 @@ class _Nowhere:
 
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """One run a folder: two would write over each other's checkpoints."""
+    """Hold the folder's lock: two runs would overwrite each other's checkpoints."""
     with contextlib.ExitStack() as stack:
 
         def lock() -> None:
@@ -294,12 +294,12 @@ def _signals() -> Iterator[Stop]:
 
     def handle(number: int, _frame: Any) -> None:
         nonlocal began
-        # Ctrl-C reaches a launcher and its ranks, and the launcher passes it on: that is one signal.
+        # Ctrl-C reaches the ranks twice: directly, and through their launcher. That is one signal.
         again = stop.signal and time.monotonic() - began > LAUNCHER_SECONDS
         if not stop.signal:
             stop.signal, began = number, time.monotonic()
         if again or processes.current().count == 1:
-            for one, previous in stop.previous.items():  # a second signal means now
+            for one, previous in stop.previous.items():  # a second signal ends the process
                 signal.signal(one, previous)
         if again:
             signal.raise_signal(number)

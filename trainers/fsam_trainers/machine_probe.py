@@ -1,4 +1,4 @@
-"""The machine at hand as the cost model wants it: rates measured with the framework that is to run there, in seconds.
+"""This machine's rates for the cost model, measured in seconds with the framework that will run.
 
 Products are timed at the model's own sizes, because a library's rate depends on them; everything else at sizes that no
 cache holds. Each figure is the best of a few, of an otherwise idle machine.
@@ -34,7 +34,7 @@ def measure(
     backends.require(framework)
     make = _in_torch if framework == "torch" else _in_jax
     D, rows = model.width, min(rows, ROWS)
-    F = round(model.trunk_flops / 2 / model.layers / D)  # the products of a block as if they were one
+    F = round(model.trunk_flops / 2 / model.layers / D)  # all products of a block as one
     kept_rows = min(rows, KEPT_ROWS)
     trunk, head, kept, copy, taken, exponential, normal, device = make(
         rows, chunk_rows, kept_rows, D, F, model.vocabulary
@@ -43,7 +43,9 @@ def measure(
     bandwidth = 8 * LARGE / best(copy)
     for_taken = max(best(taken) - 8 * LARGE / bandwidth, 1e-9)
     logits = CHUNKS * chunk_rows * model.vocabulary
-    for_head = best(head) - 8 * CHUNKS * model.head_parameters / bandwidth  # w̄ is read and written beside the products
+    for_head = (
+        best(head) - 8 * CHUNKS * model.head_parameters / bandwidth
+    )  # reading and writing w̄ is no product
     spared = device == "cpu"
     return Machine(
         f"here ({device}, {framework})",
@@ -61,7 +63,7 @@ def _timed(run: Callable[[], Any], timer: Timer) -> float:
     began = timer()
     kept = run()
     took = timer() - began
-    del kept  # giving memory back is not timed
+    del kept  # freeing memory is not timed
     return took
 
 

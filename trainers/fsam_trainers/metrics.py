@@ -1,4 +1,4 @@
-"""Metrics of a run as JSON lines, one object a step, in step with its checkpoints."""
+"""Metrics of a run as JSON lines, one object a step, consistent with its checkpoints."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from fsam_trainers.files import disk_errors, finite, write_text
 
 
 class JsonLines:
-    """Appends objects to a file. Opened for a run that resumes at `step`, it first drops what came after that step."""
+    """Appends objects to a file. Opened for a run that resumes at `step`, it first deletes the lines of later steps."""
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
         kept = [line for line in read(path) if line["step"] <= step] if path.exists() else []
         write_text(path, "".join(_line(x) for x in kept))
-        # Line by line, so that `tail -f` shows a step when it is done and a kill loses nothing that was.
+        # Line-buffered: `tail -f` shows each finished step, and a kill loses none.
         self._file = path.open("a", buffering=1, encoding="utf-8")
 
     def write(self, value: dict[str, Any]) -> None:
@@ -29,7 +29,7 @@ class JsonLines:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file; a last line that a kill cut short is left out."""
+    """The objects of a file, without an incomplete last line."""
     values = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:

@@ -1,4 +1,4 @@
-"""The axes that a run's devices lie along, in both frameworks, and what must divide for it.
+"""The axes of a run's devices, in both frameworks, and the sizes they must divide.
 
 data     each device has its own sequences and the whole model (replicas)
 fsdp     its own sequences, and a share of every matrix and its moments; a matrix is gathered where it is used
@@ -13,7 +13,7 @@ from fsam_core.errors import UserError
 from fsam_trainers.config import Settings
 
 AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")  # what the sequences of a batch are spread over
+ROWS = ("data", "fsdp")  # the axes that shard the sequences of a batch
 
 
 def sizes(settings: Settings) -> dict[str, int]:

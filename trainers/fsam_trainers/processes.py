@@ -1,9 +1,9 @@
-"""The processes of one run: which of them this is, and what they agree upon beside the training step.
+"""The processes of one run: which of them this is, and their communication outside the training step.
 
 `registry.joined` makes the framework's own: `jax/processes.py`, `torch/processes.py`.
 
-A launcher, `torchrun` or another that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, starts the same
-command for each of them. The main rank alone writes metrics, the console, and the list that makes a checkpoint valid.
+A launcher (`torchrun`, or another that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT) starts the same
+command in each of them. Only the main rank writes metrics, the console, and the list that makes a checkpoint valid.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from fsam_trainers.config import Settings
 from fsam_trainers.data import Batches, Corpus, StreamedBatches, StreamedCorpus, training_batches
 
 T = TypeVar("T")
-# Seconds that a process waits for the others in a step before it gives them up.
+# Seconds that a process waits for the others in a step before it ends with an error.
 STEP_TIMEOUT = 50.0
-# Seconds that it waits while another tokenises. One that dies is noticed all the same, since its connections close.
+# Seconds that it waits while another tokenises. The death of a process is noticed anyway: its connections close.
 HOST_TIMEOUT = 24 * 3600.0
 
 
 class AlreadyReported(UserError):
-    """What another process has told the user already."""
+    """An error that another process has reported to the user."""
 
 
 class Processes:
@@ -45,11 +45,11 @@ class Processes:
         return self.rank == 0
 
     def from_main(self, function: Callable[[], T]) -> T:
-        """What the main rank gets from the function, which it alone calls; picklable. A UserError goes to all ranks."""
+        """The function's picklable result on the main rank, which alone calls it; its UserError is raised on all."""
         return self.from_all(lambda: function() if self.is_main else None)[0]  # type: ignore[return-value]
 
     def from_all(self, function: Callable[[], T]) -> list[T]:
-        """What each rank gets from the function, in order; picklable. The first rank's UserError goes to all."""
+        """The function's picklable result on each rank, in order; the first rank's UserError is raised on all."""
         result, own = _tried(function)
         results, said = zip(*self.gathered((result, str(own) if own else None)), strict=True)
         failed = next((rank for rank, text in enumerate(said) if text is not None), self.rank)
@@ -57,14 +57,14 @@ class Processes:
         return list(results)
 
     def first_on_host(self, function: Callable[[], T]) -> T:
-        """What the function returns; one rank of each host calls it before the others do, and leaves a cache."""
+        """The function's result; one rank of each host calls it before the others, which then find its cache."""
         first = self.local_rank == 0
         result, own = _tried(function) if first else (None, None)
         _raise(own, next(filter(None, self.gathered(str(own) if own else None)), None))
         return result if first else function()  # type: ignore[return-value]
 
     def all_reduce_max(self, *values: int) -> list[int]:
-        """For each value the largest that any rank has."""
+        """The maximum of each value over the ranks."""
         return list(values)
 
     def gathered(self, value: T) -> list[T]:
@@ -94,22 +94,26 @@ _at_once = False
 
 
 def current() -> Processes:
-    """The processes of the run that is under way."""
+    """The processes of the current run."""
     return _current
 
 
 def batches(settings: Settings, corpus: Corpus | StreamedCorpus) -> Batches | StreamedBatches:
     """This rank's training batches, to be closed."""
-    alike = 1  # ranks that have the same sequences; in JAX such devices are of one process
+    replicas = 1  # ranks with the same sequences; in JAX such devices belong to one process
     if settings.framework == "torch":
         placement.check_ranks(settings, _current.count)
-        alike = settings.tensor_parallel
-    share = {"rank": _current.rank // alike, "ranks": _current.count // alike, "micro_batches": settings.micro_batches}
+        replicas = settings.tensor_parallel
+    share = {
+        "rank": _current.rank // replicas,
+        "ranks": _current.count // replicas,
+        "micro_batches": settings.micro_batches,
+    }
     return training_batches(corpus, settings.model.seq_len, settings.batch, settings.seed, **share)
 
 
 def enter(joined: Processes) -> None:
-    """Make these the processes of the run that is under way."""
+    """Make these the processes of the current run."""
     global _current
     _current = joined
 
@@ -117,9 +121,9 @@ def enter(joined: Processes) -> None:
 def raise_if_lost(error: BaseException) -> None:
     """
     Raises:
-        UserError: in place of an error that says that another process is gone.
+        UserError: if the error says that another process is lost.
     """
-    # What gloo says JAX raises as a ValueError where a program is started, as a RuntimeError where it is waited for.
+    # JAX raises gloo's errors as ValueError when a program is started and as RuntimeError when it is waited for.
     if isinstance(error, (RuntimeError, ValueError)) and not isinstance(error, UserError) and is_lost(error):
         here = _current
         raise UserError(
@@ -129,7 +133,7 @@ def raise_if_lost(error: BaseException) -> None:
 
 
 def leave_at_once() -> None:
-    """From now on `leave` waits for no thread and no other process."""
+    """Make `leave` end the process without waiting for threads or other processes."""
     global _at_once
     _at_once = True
 
@@ -140,10 +144,10 @@ def is_leaving() -> bool:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process: at once where it is one of several of JAX that failed.
+    """End this process; at once if it is one of several JAX processes and has failed.
 
-    Such a one would wait twenty minutes for orbax's threads, which wait for a process whose part was not written, or
-    five for all to come to the end that `jax.distributed` has them share.
+    It would otherwise wait twenty minutes for orbax's threads, which wait for the part of a lost process, or five
+    minutes for the shutdown barrier of `jax.distributed`.
     """
     if _at_once:
         sys.stdout.flush()
@@ -153,7 +157,7 @@ def leave(code: int) -> NoReturn:
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether another rank is gone: one of PyTorch's errors of its own, or what gloo or JAX's coordinator says."""
+    """Whether the error says that a rank is lost: a PyTorch DistError, or a message of gloo or JAX's coordinator."""
     text = str(error).lower()
     own = any(kind.__name__ == "DistError" for kind in type(error).__mro__)
     phrases = ("gloo", "coordination service", "connection closed by peer", "connection reset by peer")

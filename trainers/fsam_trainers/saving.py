@@ -1,8 +1,8 @@
-"""Checkpoints written while training goes on: a step waits for the copy of the state, not for the disk.
+"""Checkpoints written in the background: a step waits for the copy of the state, not for the disk.
 
-One at a time, in three phases. All ranks copy their part of the state; each writes it in a thread of its own; when all
-have, the main rank adds the checksums, makes the checkpoint valid and drops old ones, in a thread again. These threads
-run no collective: all ranks go from one phase to the next together, where they agree between two steps.
+One checkpoint is written at a time, in three phases. All ranks copy their part of the state. Each rank writes its part
+in its own thread. Then the main rank, in a thread as well, adds the checksums, makes the checkpoint valid and deletes
+old ones. The threads run no collective: the ranks agree between two steps to enter the next phase.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from fsam_trainers import checkpoints, processes
 from fsam_trainers.engine import Engine, Writing
 
 T = TypeVar("T")
-IDLE, BUSY, FAILED = range(3)  # the thread of a rank; the largest of all ranks decides
-POLL_SECONDS = 1.0  # for which a rank waits for its own thread before it asks how the others are
-GRACE_SECONDS = 5.0  # for a thread to end where the run ends without it
+IDLE, BUSY, FAILED = range(3)  # the state of a rank's thread; the largest of all ranks decides
+POLL_SECONDS = 1.0  # a rank waits so long for its own thread before it asks about the others'
+GRACE_SECONDS = 5.0  # a thread has so long to end after the run has failed
 
 
 @dataclass
@@ -41,8 +41,8 @@ class _Pending:
 class Saver:
     """The checkpoints of a run, in the folder `root`, the newest `keep` of them.
 
-    As a context it ends with the last checkpoint valid. After an exception other ranks may be anywhere: then the run
-    of one process alone still ends its checkpoint, and those of several leave it to be swept.
+    As a context it ends when the last checkpoint is valid. After an exception other ranks may be anywhere: a single
+    process still finishes its checkpoint, several leave it to be removed by the next run.
     """
 
     def __init__(self, root: Path, keep: int) -> None:
@@ -50,10 +50,10 @@ class Saver:
         self._pending: _Pending | None = None
 
     def save(self, step: int, run: dict[str, Any], model: Engine) -> None:
-        """Begin the checkpoint of the state that `model` is in; the one before is ended first.
+        """Begin a checkpoint of the present state of `model`; the one before is finished first.
 
         Args:
-            run: what to write beside the state, as it is now.
+            run: what to write with the state; copied.
 
         Raises:
             UserError: when the disk refuses this checkpoint or the one before; older ones stay.
@@ -71,7 +71,7 @@ class Saver:
         self._pending = _Pending(target, folder, copy.deepcopy(run), writing, task)
 
     def poll(self, value: int = 0) -> int:
-        """Agree with the other ranks, between two steps: take the checkpoint a phase further where all are ready.
+        """Agree with the other ranks, between two steps, and enter the next phase if all are ready.
 
         Returns:
             The largest `value` of any rank.
@@ -85,7 +85,7 @@ class Saver:
         return largest
 
     def wait(self) -> None:
-        """Until the checkpoint that was begun is valid. Raises as `poll`."""
+        """Wait until the begun checkpoint is valid. Raises as `poll`."""
         while self._pending:
             self._rest(POLL_SECONDS)
             self.poll()
@@ -97,7 +97,7 @@ class Saver:
         if kind is None:
             self.wait()
         elif processes.current().count == 1 and issubclass(kind, Exception):
-            with contextlib.suppress(UserError):  # the first error is the one to tell
+            with contextlib.suppress(UserError):  # the first error is the one to report
                 self.wait()
         else:
             self._rest(GRACE_SECONDS)
@@ -113,7 +113,7 @@ class Saver:
             wait([self._pending.task], timeout=seconds)
 
     def _advance(self, pending: _Pending) -> None:
-        """All ranks are done with a phase, or one has failed."""
+        """Enter the next phase: all ranks have finished one, or a rank has failed."""
 
         def outcome() -> Any:
             self._rest(GRACE_SECONDS)
@@ -143,9 +143,9 @@ class Saver:
 
 
 def _in_background(function: Callable[[], T], target: Path) -> Future[T]:
-    """What the function will return or raise; as one sentence where `target` cannot be written.
+    """What the function will return or raise, run in a thread; a UserError where `target` cannot be written.
 
-    The thread ends with the process: an executor's would be waited for, also where a run ends because a rank is lost.
+    The thread is a daemon. An executor's thread would be waited for even when the run ends because a rank is lost.
     """
     future: Future[T] = Future()
 

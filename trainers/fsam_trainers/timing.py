@@ -1,4 +1,4 @@
-"""What a step costs beside a plain AdamW step of the same model: measured in one process, interleaved."""
+"""The cost of a step relative to an AdamW step of the same model: measured in one process, interleaved."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fsam_trainers.config import Settings
 Name = TypeVar("Name", bound=Hashable)
 
 
-class Cost(NamedTuple):
+class RelativeCost(NamedTuple):
     """Milliseconds of a step and its ratio to AdamW's, each the median with its 20th and 80th percentile."""
 
     step_ms: float
@@ -27,7 +27,7 @@ class Cost(NamedTuple):
 
 
 def base_step_ms(settings: Settings, tokens_BxL1: np.ndarray, repeats: int) -> float:
-    """Median milliseconds of an AdamW step with these settings, on a model made for this and dropped again."""
+    """Median milliseconds of an AdamW step with these settings, on a temporary model."""
     times = _timed({"adamw": as_adamw(settings)}, tokens_BxL1, repeats, lambda: None)
     return statistics.median(times["adamw"])
 
@@ -37,30 +37,30 @@ def measure(
     tokens_BxL1: np.ndarray,
     repeats: int,
     tick: Callable[[], None] = lambda: None,
-) -> dict[str, Cost]:
-    """Cost of each variant's average step over its run, and of "adamw", beside AdamW with the first one's settings.
+) -> dict[str, RelativeCost]:
+    """Cost of each variant's average step over its run, and of "adamw", relative to AdamW in the first one's settings.
 
-    All models exist at once and take turns, so a machine that slows down slows them all; each ratio is between two
-    neighbouring steps. Of a schedule each kind of step is timed by itself, and weighs what it does in the run; a plain
-    step is AdamW's. `tick` is called after every step.
+    All models exist at once and their steps are interleaved, so a machine that slows down slows them all; each ratio is
+    between two neighbouring steps. Each kind of step of a schedule is timed separately and weighted by its share of the
+    run; a plain step costs what AdamW's does. `tick` is called after every step.
     """
     timed: dict[Any, Settings] = {"adamw": as_adamw(next(iter(variants.values())))}
     timed |= {(name, kind): step for name, one in variants.items() for kind, (_, step) in kinds_of(one).items()}
     times = _timed(timed, tokens_BxL1, repeats, tick)
     base = np.array(times["adamw"])
-    found = {"adamw": against(times["adamw"], times["adamw"])}
+    found = {"adamw": relative_cost(times["adamw"], times["adamw"])}
     for name, one in variants.items():
         kinds = {kind: share for kind, (share, _) in kinds_of(one).items()}
         mean = (1 - sum(kinds.values())) * base
         mean = sum((share * np.array(times[name, kind]) for kind, share in kinds.items()), mean)
-        found[name] = against(mean.tolist(), times["adamw"])
+        found[name] = relative_cost(mean.tolist(), times["adamw"])
     return found
 
 
 def kinds_of(settings: Settings) -> dict[str, tuple[float, Settings]]:
     """Each kind of step that is not plain -> (its share of the run, settings under which all steps are of it).
 
-    Of a method that never corrects it is the plain one: what stands by costs, too.
+    For a method that never corrects it is the plain step, whose unused machinery has a cost as well.
     """
     steps = [settings.kind(i) for i in range(settings.steps)]
     if settings.method != "adamw" and set(steps) == {"plain"}:
@@ -72,14 +72,14 @@ def kinds_of(settings: Settings) -> dict[str, tuple[float, Settings]]:
 
 
 def timed_steps(variants: Mapping[str, Settings]) -> int:
-    """How many steps `measure` times together in one turn."""
+    """How many steps `measure` times in one round."""
     return 1 + sum(len(kinds_of(one)) for one in variants.values())
 
 
-def against(milliseconds: Sequence[float], base: Sequence[float]) -> Cost:
-    """The cost of steps beside the base steps that were taken in turn with them."""
+def relative_cost(milliseconds: Sequence[float], base: Sequence[float]) -> RelativeCost:
+    """The cost of steps relative to the base steps that were interleaved with them."""
     low, middle, high = (float(x) for x in np.percentile(np.array(milliseconds) / np.array(base), (20, 50, 80)))
-    return Cost(statistics.median(milliseconds), middle, low, high)
+    return RelativeCost(statistics.median(milliseconds), middle, low, high)
 
 
 def as_adamw(settings: Settings) -> Settings:

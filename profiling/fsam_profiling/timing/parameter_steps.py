@@ -215,7 +215,7 @@ def measure(shapes: Sequence[Sequence[int]], device: str, repeats: int, tick: Ca
     times = interleaved(steps, repeats, device, tick)
     rows = []
     for name, mine in times.items():
-        row: dict[str, Any] = {"variant": name, "ms": timing.against(mine, mine).step_ms}
+        row: dict[str, Any] = {"variant": name, "ms": timing.relative_cost(mine, mine).step_ms}
         for rival in RIVALS:
             row |= _ratio(f"to_{rival}", mine, times[rival])
         rows.append(row)
@@ -226,7 +226,7 @@ def measure(shapes: Sequence[Sequence[int]], device: str, repeats: int, tick: Ca
             parts = interleaved(step.pieces(), repeats, device, tick)
             for operation in parts:
                 least = (OPERATIONS | KEPT)[operation]
-                ms = timing.against(parts[operation], parts[operation]).step_ms
+                ms = timing.relative_cost(parts[operation], parts[operation]).step_ms
                 row = {"backend": name, "operation": operation, "ms": ms, "least_bytes": least * elements}
                 row["gigabytes_per_second"] = least * elements / ms / 1e6
                 operations.append(row | _ratio("to_copy", parts[operation], parts["copy of the weights"]))
@@ -234,5 +234,5 @@ def measure(shapes: Sequence[Sequence[int]], device: str, repeats: int, tick: Ca
 
 
 def _ratio(name: str, mine: Sequence[float], base: Sequence[float]) -> dict[str, float]:
-    _, middle, low, high = timing.against(mine, base)
+    _, middle, low, high = timing.relative_cost(mine, base)
     return {name: middle, f"{name}_p20": low, f"{name}_p80": high}

@@ -74,7 +74,7 @@ def test_validation_takes_the_first_windows_in_order():
     assert validation_batches(TOKENS, 8, 4, count=0) == []
 
 
-def test_validation_with_fewer_windows_than_a_batch_is_one_smaller_batch():
+def test_validation_smaller_than_a_batch_is_one_smaller_batch():
     (batch,) = validation_batches(TOKENS, 8, batch_size=64, count=9)
     assert starts(batch) == list(range(11))
 

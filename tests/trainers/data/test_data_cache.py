@@ -26,7 +26,7 @@ def build(data: str, **more):
     return prepare(data, vocab_size=300, seq_len=8, **more)
 
 
-def test_the_cache_is_the_argument_then_the_variable_then_the_users_folder(data, tmp_path, cache, monkeypatch):
+def test_the_cache_folder_is_argument_variable_or_the_users(data, tmp_path, cache, monkeypatch):
     assert build(data, cache=tmp_path / "mine").folder.parent == tmp_path / "mine"
     assert build(data).folder.parent == cache
     monkeypatch.setenv("FSAM_CACHE", "")
@@ -157,7 +157,7 @@ def test_two_builds_at_once_both_end_with_the_one_entry(data, cache, child, tmp_
     assert [path.name for path in cache.iterdir()] == [Path(found[0][0].split()[1]).name]
 
 
-def test_a_file_that_cannot_grow_is_a_user_error_and_nothing_stays(data, cache, child):
+def test_a_full_disk_is_a_user_error_and_leaves_nothing(data, cache, child):
     code = """if True:
         import resource, sys
         from fsam_core.errors import UserError

@@ -94,7 +94,7 @@ def test_a_data_set_that_does_not_fit_is_named(tmp_path, cache):
     assert not list(cache.iterdir())
 
 
-def test_a_hub_that_cannot_be_reached_is_said(child, tmp_path):
+def test_an_unreachable_hub_is_reported(child, tmp_path):
     code = """if True:
         import time
         time.sleep = lambda seconds: None  # the hub client waits longer and longer before it gives up

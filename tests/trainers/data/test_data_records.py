@@ -89,7 +89,7 @@ def test_about_a_twentieth_of_the_rows_is_held_out():
     assert 900 < held < 1100
 
 
-def test_blank_lines_are_no_rows_and_half_a_surrogate_pair_is_replaced(tmp_path):
+def test_blank_lines_are_skipped_and_lone_surrogates_replaced(tmp_path):
     path = tmp_path / "a.jsonl"
     text = prose(40)
     path.write_bytes(b"\n" + c4([text]) + b'  \n{"text": "half \\ud83d pair' + b" and more" * 10 + b'"}\n\n')

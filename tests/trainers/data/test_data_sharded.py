@@ -100,7 +100,7 @@ def test_a_text_that_is_none_is_named_or_left_out(tmp_path):
         list(text_rows(tmp_path / "gone.txt", 0, 0, 1))
 
 
-def test_a_twentieth_of_the_rows_is_held_out_of_each_shard_and_nothing_is_in_both(tmp_path):
+def test_a_twentieth_of_each_shards_rows_is_held_out(tmp_path):
     for n in range(4):
         write(tmp_path / f"{n}.parquet", [f"{n} {text}" for text in TEXTS])
     trained, validation = both(open_sharded(str(tmp_path)))
@@ -146,7 +146,7 @@ def test_of_one_text_the_end_is_held_out(tmp_path):
         open_sharded(str(path))
 
 
-def test_a_corpus_that_was_moved_is_the_same_and_a_changed_one_is_not(tmp_path):
+def test_the_fingerprint_depends_on_content_not_on_place(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         for n in range(3):

@@ -40,7 +40,7 @@ def test_meta_json_may_say_uint32_and_validation_bin_is_used(tmp_path):
     assert bounded.fingerprint != corpus.fingerprint
 
 
-def test_a_cache_entry_is_a_corpus_of_shards_with_the_same_fingerprint(tmp_path):
+def test_a_cache_entry_is_readable_as_shards(tmp_path):
     (tmp_path / "a.txt").write_text(prose(3000))
     built = prepare(str(tmp_path / "a.txt"), vocab_size=300, seq_len=8)
     shards = prepare(str(built.folder / "train.bin"), vocab_size=300, seq_len=8)

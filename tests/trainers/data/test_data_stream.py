@@ -89,7 +89,7 @@ def documents_in_order(corpus: StreamedCorpus, ranks: int, rank: int) -> Iterato
     ("kind", "ranks"),
     [("parquet", 1), ("parquet", 2), ("parquet", 4), ("parquet", 8), ("zst", 4), ("hf", 1), ("hf", 2), ("hf", 4)],
 )
-def test_ranks_see_disjoint_parts_of_the_whole_each_epoch_in_another_order(tmp_path, monkeypatch, kind, ranks):
+def test_ranks_see_disjoint_parts_in_a_new_order_each_epoch(tmp_path, monkeypatch, kind, ranks):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     corpus = stream(write_shards(tmp_path / "set", kind))
     held = {row.text for row in corpus.text.sample("validation")}
@@ -134,7 +134,7 @@ def test_windows_are_shuffled_within_buffers_of_the_stated_size(corpus):
     assert (np.concatenate([other.at(step) for step in range(2)]) != mixed[:16]).any()
 
 
-def test_a_window_goes_on_where_the_one_before_ended(corpus):
+def test_a_window_starts_where_the_last_one_ended(corpus):
     batches = batches_of(with_buffer(corpus, 1), 4)
     flat = np.concatenate([batches.at(step) for step in range(300)])
     assert flat.dtype == np.int32
@@ -163,7 +163,7 @@ def test_a_restored_stream_gives_the_same_batches(corpus, step):
     again.close()
 
 
-def test_the_moments_above_lie_in_documents_in_buffers_and_in_later_epochs(corpus):
+def test_the_tested_moments_cover_documents_buffers_and_epochs(corpus):
     batches = batches_of(corpus)
     states = []
     for step in range(701):
@@ -188,7 +188,7 @@ def test_the_order_does_not_depend_on_the_number_of_workers(corpus):
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
-def test_a_run_of_four_ranks_goes_on_with_two_and_with_one(corpus):
+def test_a_run_of_four_ranks_resumes_with_two_and_with_one(corpus):
     def all_ranks(ranks: int, state: dict | None = None) -> list[StreamedBatches]:
         made = [batches_of(corpus, 8, rank=rank, ranks=ranks) for rank in range(ranks)]
         for one in made if state else []:
@@ -270,7 +270,7 @@ def test_a_stream_goes_forward_step_by_step(corpus):
             batches.state(step)
 
 
-def test_what_does_not_fit_a_checkpoint_is_said(corpus, tmp_path):
+def test_what_does_not_fit_a_checkpoint_is_reported(corpus, tmp_path):
     state = batches_of(corpus).state(0)
     with pytest.raises(UserError, match="--shuffle-buffer: got 17, the checkpoint was made with 16"):
         batches_of(with_buffer(corpus, 17)).restore(state)
@@ -339,7 +339,7 @@ def test_a_shard_that_cannot_be_read_ends_the_run_and_is_named(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("busy", [True, False])
-def test_a_worker_that_is_killed_ends_the_run_and_its_work_is_named(corpus, busy):
+def test_a_killed_worker_ends_the_run_and_names_its_work(corpus, busy):
     batches = batches_of(with_buffer(corpus, 512, workers=2), batch=4)
     batches.at(0)
     if not busy:
@@ -358,14 +358,14 @@ def test_a_worker_that_is_killed_ends_the_run_and_its_work_is_named(corpus, busy
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
-def test_a_worker_that_cannot_start_is_said(corpus):
+def test_a_worker_that_cannot_start_is_reported(corpus):
     batches = batches_of(StreamedCorpus(**{**vars(corpus), "tokenizer": b"{}", "workers": 1}))
     with pytest.raises(UserError, match="the tokenizing process"):
         batches.at(0)
     batches.close()
 
 
-def test_no_text_to_train_on_is_said(tmp_path, corpus):
+def test_no_text_to_train_on_is_reported(tmp_path, corpus):
     text = ShardedText("blank", "", (Shard("blank", lambda start, part, parts: iter([Row(0, "")])),), ())
     with pytest.raises(UserError, match="--data: blank holds no text to train on"):
         StreamedBatches(Recipe(text, corpus.tokenizer, LENGTH, 0, 4), 2, 0).at(0)

@@ -44,7 +44,7 @@ def test_one_line_is_cut_at_the_mark(tmp_path, end):
     assert validation == content[-(len(content) // 20) :]
 
 
-def test_a_folder_is_split_by_file_in_order_and_skips_what_is_not_text(tmp_path):
+def test_a_folder_is_split_by_file_and_skips_binary_files(tmp_path):
     files = {f"{'deep/' * (n % 3)}{n:02}.txt": prose(40, n) for n in range(60)}
     folder = write(
         tmp_path / "texts",
@@ -76,7 +76,7 @@ def test_a_few_files_fill_both_splits(tmp_path, count):
     assert sorted(train + validation) == sorted(files.values())
 
 
-def test_files_whose_names_all_hash_into_validation_still_leave_one_to_train_on(tmp_path):
+def test_one_file_is_always_left_to_train_on(tmp_path):
     names = [name for n in range(400) if pieces.held_out(name := f"{n}.txt")][:3]
     corpus = build(write(tmp_path / "held", {name: prose(60, n) for n, name in enumerate(names)}))
     assert len(documents(corpus.train, corpus)) == 1
@@ -117,7 +117,7 @@ def test_the_content_and_each_setting_make_another_corpus(tmp_path):
     assert len({corpus.folder for corpus in [first, *others]}) == 4
 
 
-def test_a_small_text_learns_fewer_tokens_and_keeps_the_size_asked_for(tmp_path):
+def test_a_small_text_learns_fewer_tokens_than_the_vocabulary(tmp_path):
     corpus = build(write(tmp_path, {"a.txt": "ab " * 200}) / "a.txt", vocab_size=70000)
     assert corpus.vocab_size == 70000
     assert corpus.train.dtype == np.uint32
@@ -125,7 +125,7 @@ def test_a_small_text_learns_fewer_tokens_and_keeps_the_size_asked_for(tmp_path)
     assert int(corpus.train.max()) < 300
 
 
-def test_the_python_corpus_is_the_same_in_every_process_and_comes_from_the_cache(child, cache):
+def test_the_python_corpus_is_equal_in_every_process(child, cache):
     code = """if True:
         from fsam_trainers.data import prepare
         corpus = prepare("python", vocab_size=512, seq_len=64, max_tokens=300_000)
@@ -148,7 +148,7 @@ def test_the_python_corpus_is_the_same_in_every_process_and_comes_from_the_cache
         assert (Path(folder) / name).read_bytes() == (cache / "a" / Path(folder).name / name).read_bytes()
 
 
-def test_the_python_corpus_leaves_out_what_differs_between_distributions(tmp_path, monkeypatch):
+def test_the_python_corpus_omits_what_distributions_change(tmp_path, monkeypatch):
     wanted = ["ast.py", "json/decoder.py", "testing.py"]
     other = [
         "test/a.py",

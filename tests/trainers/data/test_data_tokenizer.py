@@ -60,7 +60,7 @@ def test_the_tokenizers_content_makes_another_corpus(data, tmp_path):
     assert len({own.fingerprint, given.fingerprint, other.fingerprint}) == 3
 
 
-def test_the_tokenizer_learned_earlier_gives_the_same_corpus_again(data):
+def test_a_learned_tokenizer_reproduces_its_corpus(data):
     own = prepare(data, vocab_size=300, seq_len=8)
     again = prepare(data, vocab_size=300, seq_len=8, tokenizer=own.folder / "tokenizer.json")
     assert again.fingerprint == own.fingerprint

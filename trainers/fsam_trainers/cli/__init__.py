@@ -13,9 +13,9 @@ from fsam_trainers import host_memory, processes
 # Subcommand -> (the module whose `main(arguments)` runs it and returns the exit code, what it does). The profiling
 # package is imported by name, as nothing else of it is.
 COMMANDS = {
-    "train": ("fsam_trainers.cli.train", "train one model with one method; run again, it is resumed where it stopped"),
+    "train": ("fsam_trainers.cli.train", "train one model with one method, or resume the run"),
     "compare": ("fsam_trainers.cli.compare", "train several methods on the same data and budget: table, plot, report"),
-    "cost": ("fsam_trainers.cli.cost", "count what a step costs beside AdamW; nothing is trained"),
+    "cost": ("fsam_trainers.cli.cost", "count the cost of a step relative to AdamW; nothing is trained"),
     "profile": (
         "fsam_trainers.cli.profile",
         "where time and bytes go; what the compilers make of a step",

@@ -19,7 +19,7 @@ from fsam_trainers.files import writable, write_json
 
 @dataclass(frozen=True)
 class ComparedOptions(RunOptions):
-    """`RunOptions` but for what --methods and --seeds say."""
+    """`RunOptions` without --method and --seed, which --methods and --seeds replace."""
 
     method: tyro.conf.Suppress[str]
     seed: tyro.conf.Suppress[int] = 0
@@ -27,7 +27,7 @@ class ComparedOptions(RunOptions):
 
 @dataclass(frozen=True)
 class ComparedIntervals(RunIntervals):
-    """`RunIntervals` of runs whose AdamW steps are timed before the first."""
+    """`RunIntervals` without --probe-steps: AdamW is timed once, before the first run."""
 
     probe_steps: tyro.conf.Suppress[int] = 0
 

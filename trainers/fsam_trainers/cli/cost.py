@@ -1,6 +1,6 @@
-"""`fsam cost`: what methods and savings cost beside AdamW, counted; or which of them fit a budget.
+"""`fsam cost`: the counted cost of methods and savings relative to AdamW, or the savings that fit a budget.
 
-Nothing is trained. With `--machine here` the rates of the machine at hand are measured first, in seconds.
+Nothing is trained. `--machine here` measures this machine's rates first, which takes seconds.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import tyro
 from rich.table import Table
 
 from fsam_trainers import cost_table
-from fsam_trainers.cli.cost_options import Cost, settings_of
+from fsam_trainers.cli.cost_options import CostOptions, settings_of
 from fsam_trainers.console import stdout
 from fsam_trainers.files import writable, write_json
 
 
 def main(arguments: list[str]) -> int:
     """Run the command; returns the exit code."""
-    return run(tyro.cli(Cost, prog="fsam cost", args=arguments))
+    return run(tyro.cli(CostOptions, prog="fsam cost", args=arguments))
 
 
-def run(options: Cost) -> int:
+def run(options: CostOptions) -> int:
     """Count, print the tables, write the file; 0.
 
     Raises:
@@ -41,8 +41,8 @@ def run(options: Cost) -> int:
     return 0
 
 
-def figures(options: Cost) -> dict[str, Any]:
-    """What `cost_table.figures` says of these options."""
+def figures(options: CostOptions) -> dict[str, Any]:
+    """`cost_table.figures` of these options."""
     return cost_table.figures(
         settings_of(options),
         options.preset,
@@ -55,7 +55,7 @@ def figures(options: Cost) -> dict[str, Any]:
 
 
 def tables(found: dict[str, Any], *, several: bool, devices: int) -> list[Table]:
-    """The rows of `cost_table.figures` beside each other, and of a single one its regions."""
+    """One table of all rows of `cost_table.figures`; for a single row also its regions and its memory."""
     reduced = devices > 1
     summary = Table(title=found["title"])
     summary.add_column("options" if several else "method")
@@ -74,7 +74,7 @@ def tables(found: dict[str, Any], *, several: bool, devices: int) -> list[Table]
 
 
 def _regions(row: dict[str, Any]) -> Table:
-    """Of the average step, where its operations, bytes and time are."""
+    """Operations, bytes and time of the average step by region."""
     unit, name = next((u, n) for u, n in ((1e12, "T"), (1e9, "G")) if row["flops"] / u >= 1 or u == 1e9)
     table = Table(title="the average step by region")
     table.add_column("region")
@@ -103,7 +103,7 @@ def _cells(x: dict[str, float], unit: float) -> tuple[float, ...]:
 
 
 def _memory(row: dict[str, Any]) -> Table:
-    """Of each kind of step, what is held when most is."""
+    """What each kind of step holds at its peak."""
     table = Table(title="memory at its peak, GiB")
     table.add_column("held")
     names = list(dict.fromkeys(name for one in row["steps"].values() for name in one["memory"]))

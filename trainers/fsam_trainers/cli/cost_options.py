@@ -11,12 +11,12 @@ from fsam_core import UserError
 from fsam_trainers.config import SAVINGS, Settings
 from fsam_trainers.presets import preset
 
-STEPS = 1000  # of the run: schedules are averaged, so it says nothing
+STEPS = 1000  # of the run; the result does not depend on it, because schedules are averaged
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Count what a step costs beside AdamW: operations, time by a machine's rates, memory, collectives."""
+class CostOptions:
+    """Count the cost of a step relative to AdamW: operations, time by a machine's rates, memory, collectives."""
 
     preset: str = "118m"
     """model size: tiny, or the paper's 2m, 24m, 43m, 118m, 1208m"""
@@ -49,9 +49,9 @@ class Cost:
     budget: float | None = None
     """list the option sets that cost at most this many times AdamW's time, cheapest first"""
     spare: bool = False
-    """with --budget, also those that could do without one of their savings, or with less of it"""
+    """with --budget, also sets that would fit with fewer savings, or with a weaker one"""
     framework: str = "jax"
-    """jax or torch: XLA leaves out what nothing depends on, PyTorch does what it is told"""
+    """jax or torch: XLA omits what no result depends on, PyTorch does not"""
     machine: str = "h100"
     """a100, h100, h200, b200, mi300x, v4, v5e, v5p, v6e, tpu7x by their published peaks; here: measured"""
     batch: int | None = None
@@ -74,8 +74,8 @@ class Cost:
     """also write the figures here"""
 
 
-def settings_of(options: Cost) -> Settings:
-    """The options as those of a run, which checks them; the batch is one device's."""
+def settings_of(options: CostOptions) -> Settings:
+    """The options as a run's settings, which check them; the batch is one device's."""
     size = preset(options.preset)
     model = size.model(seq_len=options.seq_len, vocab_size=options.vocab_size, tied=options.tied, dropout=0.0)
     batch = size.batch if options.batch is None else options.batch

@@ -1,6 +1,6 @@
 """The options that `fsam train` and `fsam compare` share, and how they become `Settings` and `Intervals`.
 
-tyro reads the dataclasses themselves. Their checks run afterwards: a wrong value is then one sentence of ours.
+tyro reads the dataclasses themselves. Their checks run afterwards, so that a wrong value is reported in one sentence.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DEFAULT_STEPS = 300
 
 @dataclass(frozen=True)
 class Basis:
-    """What the defaults of other options depend on."""
+    """Options that determine the defaults of others; parsed first."""
 
     preset: str = "tiny"
     """model size: tiny, or the paper's 2m, 24m, 43m, 118m, 1208m (non-embedding parameters)"""
@@ -35,24 +35,24 @@ class Basis:
 
 class _Model(ModelConfig):
     def __post_init__(self) -> None:
-        """Checked when it is put together."""
+        """Checked later, in `Common.settings`."""
 
 
 class RunIntervals(Intervals):
-    """`Intervals` as they are read."""
+    """`Intervals` before their checks."""
 
     def __post_init__(self) -> None:
-        """Checked when it is put together."""
+        """Checked later, in `Common.settings`."""
 
 
 @dataclass(frozen=True)
 class RunOptions(Settings):
-    """`Settings` as they are read."""
+    """`Settings` before their checks."""
 
     model: tyro.conf.OmitArgPrefixes[_Model]
 
     def __post_init__(self) -> None:
-        """Checked when they are put together."""
+        """Checked later, in `Common.settings`."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,11 @@ class Common(Basis):
 
     @property
     def given(self) -> set[str]:
-        """The options that stand in the command line."""
+        """The names of the options on the command line."""
         return {x[2:].partition("=")[0].replace("-", "_") for x in self.arguments if x.startswith("--")}
 
     def settings(self, **changes: Any) -> Settings:
-        """The run's with these changes, and with the defaults that depend on other options.
+        """The run's settings with these changes, after defaults that depend on other options were resolved.
 
         Raises:
             UserError: naming the option that is wrong.
@@ -114,12 +114,12 @@ class Common(Basis):
         return Settings(**{**vars(self.run), "model": model, "steps": steps, "warmup": warmup, **changes})
 
     def intervals_of(self, steps: int) -> Intervals:
-        """How often a run of so many steps evaluates and saves."""
+        """The intervals of a run of so many steps."""
         tenth = dict.fromkeys({"evaluate_every", "checkpoint_every"} - self.given, max(1, steps // 10))
         return Intervals(**{**vars(self.intervals), **tenth})
 
     def load_corpus(self, settings: Settings, console: Console) -> Any:
-        """The corpus, read or from the cache; one process of each host reads it first."""
+        """The corpus; one process of each host prepares it, the others read the cache."""
         from fsam_trainers.data import load
 
         given = self.corpus
@@ -139,17 +139,17 @@ class Common(Basis):
         return found
 
     def folder(self, name: str) -> Path:
-        """Where the run is, runs/`name` unless --out says otherwise."""
+        """The folder of the run: --out, or runs/`name`."""
         out = self.out or Path("runs") / name
         if out.exists() and not out.is_dir():
             raise UserError(f"--out: {out} is a file; give the name of a folder")
         return out
 
 
-Options = TypeVar("Options", bound=Common)
+Command = TypeVar("Command", bound=Common)
 
 
-def parse(command: type[Options], arguments: Sequence[str], prog: str) -> Options:
+def parse(command: type[Command], arguments: Sequence[str], prog: str) -> Command:
     """The options of `command`; prints help or a usage error and exits by itself.
 
     Raises:

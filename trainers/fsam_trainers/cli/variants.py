@@ -1,4 +1,4 @@
-"""`--methods sam:rho=0.1:start=0.5,…`: each method with options of its own, read as the command line's are."""
+"""`--methods sam:rho=0.1:start=0.5,…`: methods with their own options, which are parsed like the command line's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fsam_trainers.cli.options import Common, parse
 from fsam_trainers.config import Settings
 from fsam_trainers.models.layout import ModelConfig
 
-# What the methods of one comparison may differ in, by option.
+# The options in which the methods of one comparison may differ.
 VARIED = (
     "learning_rate", "warmup", "final_learning_rate", "weight_decay", "b1", "b2", "eps", "clip_norm", "dropout", "ema",
     "rho", "rho_schedule", "norm", "second_moment", "savings", "correction_fraction", "ascent", "ascent_fraction",
@@ -19,7 +19,7 @@ VARIED = (
 
 
 def variants(options: Common, methods: str) -> dict[str, Settings]:
-    """Each method as it was written, once, and its settings.
+    """Each method of the list, as it was written, and its settings.
 
     Raises:
         UserError: for an unknown method or option.
@@ -32,14 +32,14 @@ def variants(options: Common, methods: str) -> dict[str, Settings]:
 
 
 def _variant(options: Common, text: str) -> Settings:
-    """The settings of the command line with the method's own options after it."""
+    """The settings of the command line followed by the method's own options."""
     method, *own = text.split(":")
     arguments = [*options.arguments, *(f"--{option}" for option in _joined(own) if _checked(option, text))]
     return parse(type(options), arguments, "fsam compare").settings(method=method)
 
 
 def _joined(parts: list[str]) -> Iterator[str]:
-    """The options again: "scope=top:2" has a colon of its own."""
+    """The options that were split at colons; the value of "scope=top:2" contains one."""
     while parts:
         option, *parts = parts
         while parts and "=" in option and "=" not in parts[0]:
@@ -48,10 +48,10 @@ def _joined(parts: list[str]) -> Iterator[str]:
 
 
 def _checked(option: str, text: str) -> bool:
-    """True for "rho=0.1"; what tyro says of others is no sentence.
+    """True for a valid option=value; tyro's own message is not one sentence.
 
     Raises:
-        UserError: for others.
+        UserError: for an unknown option and for text in place of a number.
     """
     name, equals, value = option.partition("=")
     name = name.replace("-", "_")

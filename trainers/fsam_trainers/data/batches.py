@@ -17,7 +17,7 @@ class Batches:
     """Training batches in an order that depends on `seed` alone.
 
     Epoch e visits the windows in a permutation drawn from (seed, e); step s takes positions s·B … (s+1)·B of the
-    epochs' permutations laid end to end. Nothing is remembered from step to step, so a run resumes from its step index.
+    epochs' permutations laid end to end. There is no state between steps, so a run resumes from its step index.
     A batch larger than an epoch runs on into the following ones.
 
     tokens: [T] of any integer dtype, ids below 2³¹. sequences: number of windows in an epoch, (T − 1) // seq_len.
@@ -61,10 +61,10 @@ class Batches:
         return windows_of(self.tokens, chosen, self.seq_len)
 
     def state(self, step: int) -> None:
-        """What a checkpoint must hold to go on with `step`: nothing."""
+        """What a checkpoint must hold to resume at `step`: nothing."""
 
     def restore(self, state: Any) -> None:
-        """Go on where `state` was taken. Raises UserError where that was a stream."""
+        """Resume where `state` was taken. Raises UserError where that was a stream."""
         if state is not None:
             raise UserError("--stream: the checkpoint was made with a stream; give the same, or another --out")
 

@@ -1,7 +1,7 @@
 """Entries of the token cache: made whole or not at all, checked when opened.
 
-An entry is a folder with train.bin, validation.bin, tokenizer.json and meta.json. It is built under another name beside
-its place and renamed in one step, so no process ever sees half of one, whatever kills the build.
+An entry is a folder with train.bin, validation.bin, tokenizer.json and meta.json. It is built under a temporary name
+in the same folder and renamed in one step, so no process ever sees half of one, even if the build is killed.
 """
 
 import errno

@@ -87,7 +87,7 @@ def encode_rows(tokenizer: Any, end: int, texts: list[str], ends: list[bool]) ->
 def _batches(pieces: Iterator[Piece], fed: list[Sink]) -> Iterator[list[Piece]]:
     """Pieces to encode together, until there are no more or all of `fed` are full."""
     while any(sink.room != 0 for sink in fed):
-        # A token is seldom less than a character, so this many characters do not overfill the sinks by much: a stream
+        # Almost every token is at least one character, so this many characters overfill the sinks by little: a stream
         # from the network is not read much further than needed.
         room = sum(_BATCH if sink.room is None else sink.room for sink in fed)
         limit = min(_BATCH, max(_SMALL, room))

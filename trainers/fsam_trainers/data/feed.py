@@ -14,16 +14,16 @@ from fsam_trainers.data.workers import Chunk, Encoded, Place, Workers
 
 CHUNK = 1 << 16  # characters encoded together, about; a single longer row is a chunk of its own
 _ROWS = 1 << 10  # rows of a chunk at most: a data set of very short ones
-_PATIENCE = 5.0  # seconds
+_JOIN_SECONDS = 5.0
 _SHARDS = 0  # of the seed's draws: which one is for the order of shards
 
 
 def assigned(shards: int, seed: int, epoch: int, part: int, parts: int) -> list[tuple[int, int, int]]:
     """What a part reads in an epoch, in order: (shard, which rows, of how many): rows with number ≡ which.
 
-    The epoch's order of shards is drawn from the seed. Whole shards are dealt out in turn as long as every part gets
-    one; of those left over, or of all where they are fewer than parts, each part takes every `parts`-th row. So the
-    parts are disjoint, together they are everything, and none is much larger than another.
+    The epoch's order of shards is drawn from the seed. Whole shards are distributed round-robin as long as every part
+    gets one; of those left over, or of all where they are fewer than parts, each part takes every `parts`-th row. So
+    the parts are disjoint, together they are everything, and none is much larger than another.
     """
     order = permutation(seed, (_SHARDS, epoch), shards).tolist()
     whole = shards - shards % parts
@@ -98,7 +98,7 @@ class Feed:
         """End the processes and, unless a shard keeps it waiting, the thread."""
         self._closed.set()
         self._workers.kill()
-        self._thread.join(_PATIENCE)
+        self._thread.join(_JOIN_SECONDS)
         # A pipe that is closed under the thread could have its number taken by another file while it is read.
         if not self._thread.is_alive():
             self._workers.close()

@@ -13,7 +13,7 @@ from fsam_trainers.data.records import own_validation, record_rows
 from fsam_trainers.data.shards import piece_count, text_rows
 from fsam_trainers.data.specs import Files, find_files
 
-_OPEN = 8  # shards that a sample is taken from turn about
+_OPEN = 8  # shards that a sample is taken from, interleaved
 
 
 class Reader(Protocol):
@@ -50,7 +50,7 @@ class ShardedText:
 
     def sample(self, split: Split) -> Iterator[Row]:
         """Rows of a split, some from each of many shards, always in the same order: shards that a hash of their names
-        puts first are read first, a few turn about. Each row is a document of its own."""
+        puts first are read first, a few interleaved. Each row is one document."""
         shards = self.validation if self.validation is not None and split == "validation" else self.train
 
         def rows(shard: int) -> Iterator[Row]:

@@ -18,7 +18,7 @@ REACH = 1 << 12  # bytes a piece may grow by to end with a line
 def open_shards(path: Path, *, vocab_size: int, max_train: int | None, max_validation: int | None) -> Corpus:
     """The corpus in a .bin file: uint16, or what "dtype" in a meta.json beside it says.
 
-    `train.bin` takes a `validation.bin` beside it as the held-out split; of any other file that is the last twentieth.
+    A `validation.bin` next to `train.bin` is the held-out split; of any other file it is the last twentieth.
     At most `max_train` and `max_validation` tokens of each are used. Raises UserError for a file that is empty, is no
     whole number of tokens, or holds an id of `vocab_size` or more, and for a meta.json that cannot be used.
     """
@@ -85,9 +85,9 @@ def text_rows(
 ) -> Iterator[Row]:
     """Pieces first … last of a file, from number `start` on (counted from `first`) with number ≡ part (mod parts).
 
-    Together the pieces are the file. The last one ends a document; so does each where they are dealt out to several
-    parts, since what follows it then is another text. Raises UserError where the file is not UTF-8; with skip_binary
-    one that does not start like text gives no rows instead.
+    Together the pieces are the file. The last one ends a document; so does each if they are distributed over several
+    parts, because the text that follows it is then another one. Raises UserError where the file is not UTF-8;
+    with skip_binary one that does not start like text gives no rows instead.
     """
     count = (piece_count(path) if last is None else last) - first
     with reading(path), path.open("rb") as file:

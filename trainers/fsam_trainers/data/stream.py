@@ -45,7 +45,7 @@ Choice = Literal["auto", "yes", "no"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the order of a stream's tokens depends on, beside the number of parts.
+    """What determines the order of a stream's tokens, together with the number of parts.
 
     text: the shards. tokenizer: a tokenizer.json's content. buffer: windows that are shuffled together.
     Raises UserError where a size does not fit.
@@ -66,12 +66,11 @@ class Recipe:
 class StreamedBatches:
     """Training batches of this rank, one step after the other.
 
-    The rows are dealt out to as many parts as there are ranks when a run starts. Each part's documents, one epoch after
-    the other, are one sequence of tokens; the windows of seq_len + 1 tokens in it (overlapping by one) are shuffled
+    The rows are distributed over as many parts as there are ranks when a run starts. Each part's documents, one epoch
+    after the other, are one sequence of tokens; its windows of seq_len + 1 tokens (overlapping by one) are shuffled
     within buffers of `buffer` windows. Each micro-batch is the same number of windows from each part, parts in order,
     of which a rank has its own. So the batches of all ranks together depend on (data, tokenizer, seed, parts, buffer,
-    micro_batches) and not on how many ranks or workers make them; a run goes on with any number of ranks that divides
-    its parts.
+    micro_batches) and not on how many ranks or workers make them; any number of ranks that divides the parts resumes.
 
     Raises UserError where a size does not fit, and from `at` where a shard cannot be read or a worker dies.
     """
@@ -121,7 +120,7 @@ class StreamedBatches:
         return batch
 
     def state(self, index: int) -> dict[str, Any]:
-        """What `restore` needs to go on with step `index`, which is the next one or the one last asked for.
+        """What `restore` needs to resume at step `index`, which is the next one or the one last asked for.
 
         Plain values: {"index", "of", "buffer", "parts": {part: {"epoch", "shard", "row", "token", "block", "used"}}}, a
         hundred bytes a part of this rank's. `merged` puts those of all ranks together.
@@ -134,7 +133,7 @@ class StreamedBatches:
         return {"index": index, "of": self._of, "buffer": self._recipe.buffer, "parts": parts}
 
     def restore(self, state: dict[str, Any] | None) -> None:
-        """Go on where `state`, that of all ranks, was taken. Raises UserError where buffer or ranks do not fit."""
+        """Resume where `state`, that of all ranks, was taken. Raises UserError where buffer or ranks do not fit."""
         if state is None:
             raise UserError("--stream: the checkpoint was made without it; give the same, or another --out")
         if state["buffer"] != (mine := self._recipe.buffer):
@@ -221,7 +220,7 @@ class _Part:
         recipe = self._recipe
         size = recipe.buffer * recipe.seq_len
         if self._tokens is None:
-            # While one buffer is used up the next is made, so that its turn does not have to wait.
+            # The next buffer is made while this one is used.
             ahead = max(2, -(-size * CHARACTERS_PER_TOKEN // CHUNK))
             source = chunks(recipe.text, recipe.seed, self._number, self._of, self._start)
             self._feed = Feed(source, Workers(recipe.tokenizer, self._count), ahead)

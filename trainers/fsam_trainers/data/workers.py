@@ -1,4 +1,4 @@
-"""Chunks of rows to tokens, in order, by several processes at once."""
+"""Tokenizes chunks of rows in several processes, in order."""
 
 import os
 import signal
@@ -151,5 +151,5 @@ class _Worker:
         doing = "was at" if self.chunk is not None else "had last done"
         return UserError(
             f"--data: the tokenizing process {self.process.pid} {how}; it {doing} {self.last}: "
-            "the same command goes on from the last checkpoint"
+            "the same command resumes from the last checkpoint"
         )

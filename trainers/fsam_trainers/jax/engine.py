@@ -93,7 +93,7 @@ def step_of(settings: Settings) -> Callable[..., tuple[State, fsam.Info]]:
             params, opt_state = adamw.step(state.params, grads, state.opt_state, info)
         average = state.average
         if average is not None:
-            # As PyTorch's AveragedModel, whose first step copies the weights.
+            # The first step copies the weights, as PyTorch's AveragedModel does.
             rate = jnp.where(state.opt_state.count == 0, 1.0, jnp.where(info.finite, 1 - settings.ema, 0.0))
             average = optax.incremental_update(params, average, rate)
         return State(params, opt_state, carry, average), info
@@ -106,7 +106,7 @@ def _memory(settings: Settings) -> fsam.Memory:
 
 
 def _features(settings: Settings, *, trained: bool) -> Callable[..., fsam.LinearHead | fsam.Logits]:
-    """The model's, with the loss that is trained or the one that is reported."""
+    """The model's features function, with the trained loss or the reported one."""
     loss = settings.losses()[0 if trained else 1]
     model = flax_decoder.Decoder(settings.model, remat=settings.remat)
     if trained and settings.scope.startswith("top:"):
@@ -138,8 +138,8 @@ class JaxEngine:
             out_shardings=(self._places, mesh.everywhere(self.mesh)),
         )
         self._compiled: dict[str, Callable[..., Any]] = {}
-        self._completed = 0  # steps known not to have been skipped
-        self._unread: list[jax.Array] = []  # of later ones, whether they were finite
+        self._completed = 0  # steps that are known to be finite
+        self._unread: list[jax.Array] = []  # whether later steps are finite, in order
         loss = fsam.mean_loss(_features(settings, trained=False), memory=_memory(settings), backend=self.backend)
         self._loss = jax.jit(loss)
 
@@ -164,16 +164,16 @@ class JaxEngine:
         return report
 
     def _kind(self) -> str:
-        """Of the next step, by the number of completed ones.
+        """The kind of the next step, by the number of completed ones.
 
-        Whether the last step was skipped is not known while it runs, so this waits for it, but only where that matters.
+        Whether the last step was skipped is unknown while it runs. This waits for it only if the kind depends on it.
         """
         while len(self._unread) > 1 or len({self.settings.kind(n) for n in self._possible()}) > 1:
             self._completed += bool(self._unread.pop(0))
         return self.settings.kind(self._completed)
 
     def _possible(self) -> range:
-        """How many steps may be completed."""
+        """The possible numbers of completed steps."""
         return range(self._completed, self._completed + len(self._unread) + 1)
 
     def evaluate(self, batches: Sequence[np.ndarray]) -> float:
@@ -189,7 +189,7 @@ class JaxEngine:
         return saving.begin(self.state._asdict(), folder)
 
     def restore(self, folder: Path) -> None:
-        # With the shardings of this mesh, whichever the checkpoint was written on.
+        # With the shardings of this mesh; the checkpoint may be of another.
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, self.state._asdict())
         with ocp.StandardCheckpointer() as checkpointer:
             # Without the copy a restored buffer may be memory that XLA does not own and cannot take as a donation.

@@ -1,4 +1,4 @@
-"""Where a run's arrays lie on a mesh of devices: axes, the parameters' places by name, batches, sharded initialisation.
+"""The sharding of a run's arrays: axes of the mesh, parameters by name, batches, sharded initialisation.
 
 All of it is `jit` with shardings: the step is one program on 1 to N devices, and what it computes does not depend on
 the mesh beyond rounding.
@@ -19,8 +19,8 @@ from fsam_core.errors import UserError
 from fsam_trainers.config import Settings
 from fsam_trainers.placement import AXES, ROWS, check_divides, check_model, sizes
 
-# A matrix's place while it rests. qkv is [D, 3 D], three matrices side by side: cut along 3 D its shards would not be
-# whole heads, so it rests cut along D, and `in_use` makes shards of heads of it.
+# The sharding of a stored matrix. qkv is [D, 3 D], three matrices side by side: shards along 3 D would not be whole
+# heads. It is therefore stored sharded along D, and `in_use` reshards it by heads.
 _PLACES = {
     "embedding": PartitionSpec("tensor", "fsdp"),
     "head": PartitionSpec("tensor", "fsdp"),
@@ -64,10 +64,10 @@ def row_axes(settings: Settings) -> tuple[str, ...]:
 
 
 def backend(settings: Settings) -> str:
-    """The backend of the head: Pallas' kernel takes whole rows of the vocabulary, so "auto" is "xla" where it is cut.
+    """The backend of the head: Pallas' kernel takes whole rows of the vocabulary, so "auto" is "xla" if it is sharded.
 
     Raises:
-        UserError: where Pallas is asked for beside a vocabulary that is cut, and as `backends.choose`.
+        UserError: if Pallas is requested with a sharded vocabulary, and as `backends.choose`.
     """
     chosen = backends.choose("jax", settings.backend)
     if chosen.name != "pallas" or settings.tensor_parallel == 1:
@@ -81,7 +81,7 @@ def backend(settings: Settings) -> str:
 
 
 def places(mesh: Mesh, tree: Any) -> Any:
-    """The sharding of every leaf of a tree whose leaves lie under parameters' names: weights, moments, averages."""
+    """The sharding of every leaf of a tree with parameters' names as last keys: weights, moments, averages."""
     place = lambda path: NamedSharding(mesh, _PLACES.get(getattr(path[-1], "key", ""), PartitionSpec()))
     return jax.tree_util.tree_map_with_path(lambda path, _: place(path), tree)
 
@@ -93,13 +93,13 @@ def placed(mesh: Mesh, tree: Any) -> Any:
 
 
 def rows(mesh: Mesh, x_B: np.ndarray) -> jax.Array:
-    """A batch that every process has whole, spread along its first axis over as many devices as divide it."""
+    """A batch that every process has in full, sharded along its first axis over as many devices as divide it."""
     place = NamedSharding(mesh, PartitionSpec(_dividing(len(x_B), dict(mesh.shape))))
     return jax.make_array_from_callback(x_B.shape, place, lambda index: x_B[index])
 
 
 def own_rows(mesh: Mesh, x_b: np.ndarray) -> jax.Array:
-    """The batch of which each process has the rows of its own devices, in the processes' order."""
+    """The global batch, of which each process passes the rows of its own devices, in the order of the processes."""
     count = jax.process_count()
     if count == 1:
         return rows(mesh, x_b)
@@ -108,12 +108,12 @@ def own_rows(mesh: Mesh, x_b: np.ndarray) -> jax.Array:
 
 
 def everywhere(mesh: Mesh) -> NamedSharding:
-    """The sharding of what every device has whole."""
+    """The sharding of replicated values."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def whole(x: jax.Array) -> np.ndarray:
-    """The array in every process, wherever its parts lie."""
+    """The full array, in every process."""
     return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))
 
 
@@ -121,7 +121,7 @@ def whole(x: jax.Array) -> np.ndarray:
 
 
 def by_rows(x: jax.Array, *others: str | None, sequences: int | None = None) -> jax.Array:
-    """An activation spread by its first axis over the devices along data and fsdp, and as `others` say over the rest.
+    """An activation sharded along its first axis over data and fsdp, and along the other axes as `others` says.
 
     Left as it is where no mesh is in use, and along axes over which the program is written device by device
     (`shard_map`). `sequences` is what is spread where the first axis is flattened from them.
@@ -131,29 +131,29 @@ def by_rows(x: jax.Array, *others: str | None, sequences: int | None = None) -> 
 
 
 def in_use(name: str, x: jax.Array) -> jax.Array:
-    """A parameter where the model uses it: gathered over fsdp, still cut along tensor; qkv as [D, 3, D].
+    """A parameter as the model uses it: gathered over fsdp, still sharded over tensor; qkv as [D, 3, D].
 
     Without this the compiler may as well leave the matrix cut and move activations, which are larger.
     """
     found = _auto_axes()
     if name == "qkv":
         x = x.reshape(len(x), 3, -1)
-        # In two steps: gathered over fsdp, then exchanged between the devices of tensor. In one the compiler gathers
-        # the whole matrix everywhere.
+        # In two steps: gather over fsdp, then exchange between the devices of tensor. In one step the compiler gathers
+        # the whole matrix on every device.
         return _constrained(_constrained(x, found, "tensor"), found, None, None, "tensor")
     place = _PLACES.get(name, PartitionSpec())
     return _constrained(x, found, *(axis if axis == "tensor" else None for axis in place))
 
 
 def _auto_axes() -> dict[str, int]:
-    """Axes of more than one device in use that the compiler divides over, not the program itself."""
+    """Axes of the current mesh with more than one device over which the compiler shards, not the program itself."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return {a: n for a, n in mesh.shape.items() if a in AXES and n > 1 and kinds[a] == AxisType.Auto}
 
 
 def _dividing(number: int, found: dict[str, int]) -> tuple[str, ...]:
-    """The axes of rows over which so many sequences can be spread evenly."""
+    """The row axes over which so many sequences can be sharded evenly."""
     axes, count = [], 1
     for axis in ROWS:
         if axis in found and number % (count * found[axis]) == 0:

@@ -1,4 +1,4 @@
-"""A JAX state on its way to disk: orbax copies it to the host at once and writes it in threads of its own."""
+"""Saving a JAX state: orbax copies it to the host at once and writes it in its own threads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 
 from fsam_trainers.engine import Writing
 
-AFTER_A_FAILURE = 0.5  # seconds in which the writes still under way end
+AFTER_A_FAILURE = 0.5  # seconds for the pending writes to end
 
 
 def begin(state: dict[str, Any], folder: Path) -> Writing:
@@ -39,7 +39,7 @@ def begin(state: dict[str, Any], folder: Path) -> Writing:
 
 @contextlib.contextmanager
 def _no_echo() -> Iterator[None]:
-    """Orbax raises what went wrong while it wrote; its threads need not also print it, pages long, as they do.
+    """Suppress the long error messages that orbax's threads print in addition to the exception that orbax raises.
 
     They print through the hooks for exceptions nobody catches, some of them after the save has already failed. What
     the main thread has to say, which trains meanwhile, is printed.
@@ -51,7 +51,7 @@ def _no_echo() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        # The other writes' errors live as long as this one does, and then say that nobody asked for them.
+        # The errors of other writes are released with this one, and asyncio then reports them as never retrieved.
         logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         time.sleep(AFTER_A_FAILURE)

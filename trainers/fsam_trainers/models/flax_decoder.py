@@ -27,7 +27,7 @@ class Decoder(nn.Module):
 
     config: ModelConfig
     remat: bool = False
-    """Keep of each block its input alone for the backward pass, which computes the rest again."""
+    """Keep only each block's input for the backward pass, which recomputes the rest."""
 
     @nn.compact
     def __call__(
@@ -111,7 +111,7 @@ def layer_norm(x_NxD: jax.Array, scale_D: jax.Array) -> jax.Array:
 def features(
     model: Decoder, params: dict, batch: dict, loss: Loss = CROSS_ENTROPY, dtype: Any = jnp.float32
 ) -> LinearHead:
-    """What `fsam_core.jax` asks of a model: batch["tokens"] is [B, L+1]; with batch["key"] dropout is on.
+    """The features function of `fsam_core.jax`: batch["tokens"] is [B, L+1]; with batch["key"] dropout is on.
 
     The params are cast to `dtype` where they are used (`flax_mixed`), so whatever is made of them (perturbed ones,
     gradients) is float32 from there on.
@@ -120,7 +120,7 @@ def features(
 
 
 def staged(model: Decoder, blocks: int, loss: Loss = CROSS_ENTROPY, dtype: Any = jnp.float32) -> Staged:
-    """`features` in two stages, of which the lower holds the first `blocks` blocks."""
+    """`features` in two stages; the lower one holds the first `blocks` blocks."""
 
     def prefix(params: dict, batch: dict) -> jax.Array:
         return _applied(model, params, batch, dtype, last=blocks)

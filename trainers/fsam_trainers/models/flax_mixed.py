@@ -17,7 +17,7 @@ from fsam_trainers.jax.mesh import in_use
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def product(name: str, x_NxI: jax.Array, w: jax.Array) -> jax.Array:
-    """x times the parameter of this name, as the model uses it (`jax_mesh.in_use`), in the dtype of x.
+    """x times the parameter of this name, as the model uses it (`mesh.in_use`), in the dtype of x.
 
     Args:
         name: the parameter's.
@@ -28,7 +28,7 @@ def product(name: str, x_NxI: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _product_forward(name: str, x_NxI: jax.Array, w: jax.Array) -> tuple[jax.Array, Any]:
-    # Kept as it is used: made again in the backward pass it would be gathered again.
+    # The rounded array is kept: recomputing it in the backward pass would gather it again.
     used = in_use(name, w.astype(x_NxI.dtype))
     return jnp.tensordot(x_NxI, used, 1), (x_NxI, used, w)
 
@@ -46,8 +46,8 @@ def _over_rows(x_NxI: jax.Array, ybar: jax.Array, dtype: Any) -> jax.Array:
     dot = partial(jnp.tensordot, axes=((0,), (0,)), preferred_element_type=dtype)
     if ybar.ndim == 2 or x_NxI.dtype == dtype:
         return dot(x_NxI, ybar)
-    # One by one: XLA's runtime for CPUs has no such product of half floats with three axes (jaxlib 0.10.2), and with
-    # two made one their shards would have to be exchanged.
+    # One product for each: XLA's CPU runtime has no such half-float product with three axes (jaxlib 0.10.2), and
+    # merging two axes would exchange their shards.
     return jnp.stack([dot(x_NxI, ybar[:, i]) for i in range(ybar.shape[1])], 1)
 
 

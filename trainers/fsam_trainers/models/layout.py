@@ -98,7 +98,7 @@ def initial(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
 
 
 def blocks(config: ModelConfig) -> Blocks:
-    """What the parameters are, for a scope that is given by name."""
+    """Which parameters belong to which block, for scopes that are given by name."""
     head, above = ("embedding", "final_norm") if config.tied else ("head", "final_norm|head")
     return Blocks(config.layers, r"^block_(\d+)\.", rf"^({above})$", rf"^{head}$", r"norm$")
 

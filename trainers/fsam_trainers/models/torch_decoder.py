@@ -44,7 +44,7 @@ class Decoder(nn.Module):
         return self._through(x_NxD, L, range(blocks))
 
     def upper(self, x_NxD: Tensor, L: int, blocks: int) -> tuple[Tensor, Tensor]:
-        """The rest of the way, from what `lower` gave."""
+        """The blocks and the norm above `lower`, from its result."""
         x_NxD = self._through(x_NxD, L, range(blocks, self.config.layers))
         return layer_norm(x_NxD, self.final_norm), self.embedding if self.config.tied else self.head
 
@@ -84,13 +84,13 @@ class Block(nn.Module):
         self.mlp_out = _parameter(config, "block_0.mlp_out")
 
     def forward(self, x_NxD: Tensor, L: int) -> Tensor:
-        # In here, and not around the block: then no name changes, and wrappers' hooks stay outside.
+        # The checkpoint is inside the block: parameter names stay, and wrappers' hooks run outside it.
         if self.remat and torch.is_grad_enabled():
             return checkpoint(self._forward, x_NxD, L, use_reentrant=False)
         return self._forward(x_NxD, L)
 
     def compile(self, **options: Any) -> None:
-        """As any module's, of what is checkpointed: a graph with checkpoints inside takes no DTensors."""
+        """As `Module.compile`, but inside the checkpoint: a graph that contains checkpoints takes no DTensors."""
         self._forward = torch.compile(self._forward, **options)  # type: ignore[method-assign]
 
     def _forward(self, x_NxD: Tensor, L: int) -> Tensor:
@@ -113,13 +113,13 @@ def layer_norm(x_NxD: Tensor, scale_D: Tensor) -> Tensor:
 
 
 def features(model: nn.Module, tokens_BxL1: Tensor, loss: Loss = CROSS_ENTROPY) -> LinearHead:
-    """What `fsam_core.torch` asks of a model; tokens are [B, L+1] int64."""
+    """The features function of `fsam_core.torch`; tokens are [B, L+1] int64."""
     h_NxD, w_VxD = model(tokens_BxL1[:, :-1])
     return LinearHead(h_NxD, w_VxD, tokens_BxL1[:, 1:].reshape(-1), loss=loss)
 
 
 def staged(blocks: int, loss: Loss = CROSS_ENTROPY) -> Staged:
-    """`features` in two stages, of which the lower holds the first `blocks` blocks."""
+    """`features` in two stages; the lower one holds the first `blocks` blocks."""
 
     def prefix(model: Any, tokens_BxL1: Tensor) -> Tensor:
         return model.lower(tokens_BxL1[:, :-1], blocks)
@@ -132,7 +132,7 @@ def staged(blocks: int, loss: Loss = CROSS_ENTROPY) -> Staged:
 
 
 def load(model: nn.Module, flat: dict[str, np.ndarray]) -> None:
-    """Copy values by flat name into the model; every name must be there, and no other."""
+    """Copy values by flat name into the model; the names must be exactly the model's."""
     model.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in flat.items()})
 
 

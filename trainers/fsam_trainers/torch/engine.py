@@ -44,7 +44,7 @@ def optimizer(model: torch.nn.Module, settings: Settings, copies: Any = None) ->
     made = backends.load("torch", settings.backend).AdamW
     betas = (settings.b1, settings.b2)
     adamw = made(groups, lr=settings.learning_rate, betas=betas, eps=settings.eps, copies=copies)
-    # Made now, because get_state_dict makes missing state by taking a step, which would count as one in a checkpoint.
+    # The state is made here: get_state_dict makes missing state by taking a step, which a checkpoint would count.
     for p in model.parameters():
         zeros = {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in ("exp_avg", "exp_avg_sq")}
         adamw.state[p] = {"step": torch.tensor(0.0), **zeros}
@@ -67,7 +67,7 @@ def _plain_errors() -> Iterator[None]:
 
 
 def _compile(model: torch.nn.Module) -> None:
-    """Each block in place, so that parameters keep their names; all blocks are one graph, of both passes."""
+    """Compile each block in place, so that parameters keep their names; all blocks and both passes share one graph."""
     for block in model.children():
         block.compile(fullgraph=True)
 
@@ -97,7 +97,7 @@ class TorchEngine:
         if settings.ema:
             decay = torch.optim.swa_utils.get_ema_multi_avg_fn(settings.ema)
             self._average = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=decay)
-        # What the passes run: the model itself, or a copy of it in half floats over the model as its masters.
+        # The passes run the model itself, or a half-precision copy of it whose masters are the model.
         self._running: torch.nn.Module = self.model
         copies: dict[torch.Tensor, torch.nn.Parameter] = {}
         if not is_sharded and settings.dtype != "float32":
@@ -142,7 +142,7 @@ class TorchEngine:
             own = [rank] if count > 1 else []
             seed = np.random.SeedSequence([self.settings.seed, index, *own]).generate_state(1, np.uint64)[0]
             torch.manual_seed(int(seed))
-        # As in the JAX trainer's chain, a skipped step leaves the schedule where it was.
+        # As in JAX, a skipped step does not advance the schedule.
         rate = self.settings.learning_rate_at(self._step.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -161,16 +161,16 @@ class TorchEngine:
         return float(np.mean([float(self._loss(model, self._tokens(self._share(x, model)))) for x in batches]))
 
     def _share(self, tokens_BxL1: np.ndarray, model: torch.nn.Module) -> np.ndarray:
-        """This rank's rows, where the loss is the mean over the ranks' and there are enough; else all of them."""
+        """This rank's rows if the loss is a mean over the ranks and the rows divide evenly; else all rows."""
         rank, count = self._row_rank
         alone = count == 1 or (model is not self._running and not mesh.is_sharded(self.settings))
         return tokens_BxL1 if alone or len(tokens_BxL1) % count else np.split(tokens_BxL1, count)[rank]
 
     @property
     def _row_rank(self) -> tuple[int, int]:
-        """(which part of a batch is this rank's, how many parts there are)."""
-        alike = self.settings.tensor_parallel
-        return self._ranks.rank // alike, self._ranks.count // alike
+        """(the index of this rank's part of a batch, the number of parts)."""
+        replicas = self.settings.tensor_parallel
+        return self._ranks.rank // replicas, self._ranks.count // replicas
 
     def state_bytes(self) -> int:
         moments = [x for state in self.optimizer.state.values() for x in state.values()]

@@ -1,4 +1,4 @@
-"""Where a run's tensors lie on a mesh of ranks: FSDP2 along "data" and "fsdp", DTensors along "tensor".
+"""The sharding of a run's tensors: FSDP2 along "data" and "fsdp", DTensors along "tensor".
 
 A parameter that is cut over the tensor axis is a DTensor, also while a block computes; activations are plain tensors,
 of which a rank has its own heads, or hidden units, between `entering` and `leaving`. The ranks of a tensor group are
@@ -22,13 +22,13 @@ from fsam_trainers import placement
 from fsam_trainers.config import Settings
 from fsam_trainers.data.batches import check_rows
 
-# The dimension of a parameter that the tensor axis cuts. qkv is [D, 3 D], three matrices side by side: cut along 3 D
-# its shards would not be whole heads, so it rests cut along D, and `own_heads` makes shards of heads of it.
+# The dimension of a parameter that the tensor axis shards. qkv is [D, 3 D], three matrices side by side: shards along
+# 3 D would not be whole heads. It is therefore stored sharded along D, and `own_heads` reshards it by heads.
 _CUTS = {"embedding": 0, "head": 0, "qkv": 0, "attention_out": 0, "mlp_in": 1, "mlp_out": 0}
 
 
 def is_sharded(settings: Settings) -> bool:
-    """Whether a rank may hold but a part of a weight."""
+    """Whether a rank may hold only a part of a weight."""
     return settings.fsdp > 1 or settings.tensor_parallel > 1
 
 
@@ -46,9 +46,9 @@ def check(settings: Settings, count: int) -> None:
 
 
 def shard(model: nn.Module, settings: Settings, device: str, count: int) -> None:
-    """Lay the model out in place: its matrices cut over the tensor axis, then FSDP2 of each block and of the rest.
+    """Shard the model in place: its matrices over the tensor axis, then FSDP2 of each block and of the rest.
 
-    With `--tensor-parallel` alone FSDP2 has groups of one rank: it then keeps float32 weights beside rounded ones.
+    With `--tensor-parallel` alone FSDP2 has groups of one rank: it then keeps float32 masters of rounded weights.
     """
     policy = MixedPrecisionPolicy()
     if settings.dtype != "float32":
@@ -68,7 +68,7 @@ def shard(model: nn.Module, settings: Settings, device: str, count: int) -> None
 def _cut(model: nn.Module, mesh: Any) -> None:
     for module in (model, *model.children()):
         for name, p in list(module.named_parameters(recurse=False)):
-            if name in _CUTS:  # every rank has drawn the same weights, so that nothing is sent
+            if name in _CUTS:  # nothing is sent: every rank has drawn the same weights
                 part = distribute_tensor(p.detach(), mesh, [Shard(_CUTS[name])], src_data_rank=None)
                 setattr(module, name, nn.Parameter(part))
 
@@ -77,14 +77,14 @@ def _cut(model: nn.Module, mesh: Any) -> None:
 
 
 def looked_up(tokens_N: Tensor, embedding_VxD: DTensor) -> Tensor:
-    """Rows of an embedding of which each tensor rank has its part of the vocabulary."""
+    """Rows of an embedding that is sharded over the tensor ranks by vocabulary."""
     whole = DTensor.from_local(tokens_N, embedding_VxD.device_mesh, [Replicate()], run_check=False)
     rows: Any = F.embedding(whole, embedding_VxD)
     return rows.redistribute(placements=[Replicate()]).to_local()
 
 
 def entering(x_NxD: Tensor, w: Tensor) -> Tensor:
-    """What every tensor rank has alike, before each multiplies it by its own part of w: x̄ is summed over them."""
+    """A replicated activation before each tensor rank multiplies it by its shard of w: x̄ is summed over the ranks."""
     if not isinstance(w, DTensor):
         return x_NxD
     whole = DTensor.from_local(x_NxD, w.device_mesh, [Replicate()], run_check=False)
@@ -92,7 +92,7 @@ def entering(x_NxD: Tensor, w: Tensor) -> Tensor:
 
 
 def leaving(x_NxD: Tensor, w: Tensor) -> Tensor:
-    """The sum over the tensor ranks of what each has made with its own part of w."""
+    """The sum over the tensor ranks of their products with their shards of w."""
     if not isinstance(w, DTensor):
         return x_NxD
     part = DTensor.from_local(x_NxD, w.device_mesh, [Partial()], run_check=False)
@@ -100,12 +100,12 @@ def leaving(x_NxD: Tensor, w: Tensor) -> Tensor:
 
 
 def own(w: Tensor) -> Tensor:
-    """This tensor rank's part of a parameter, as it is cut."""
+    """This tensor rank's shard of a parameter."""
     return w.to_local() if isinstance(w, DTensor) else w
 
 
 def own_heads(qkv_Dx3D: Tensor) -> Tensor:
-    """Queries', keys' and values' columns of this tensor rank's heads, side by side."""
+    """The columns of queries, keys and values of this tensor rank's heads, concatenated."""
     if not isinstance(qkv_Dx3D, DTensor):
         return qkv_Dx3D
     D = qkv_Dx3D.shape[0]

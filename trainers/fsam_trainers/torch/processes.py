@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class TorchProcesses(Processes):
-    """Processes in PyTorch's default process group, and in a second one of gloo for what is not a step."""
+    """Processes in PyTorch's default group for steps, and in a second group (gloo) for everything else."""
 
     def __init__(self) -> None:
         self.rank, self.count, self.local_rank = (number(x) for x in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))

@@ -1,4 +1,4 @@
-"""A PyTorch state on its way to disk: planned and copied to the host at once, written in another thread.
+"""Saving a PyTorch state: it is planned and copied to the host at once, and written in another thread.
 
 The phases of `torch.distributed.checkpoint.save`, by its own planner and writer. Its `async_save` would talk to other
 ranks from its thread, which is where a lost one is noticed last, and copies nothing that lies in the host's memory.
@@ -20,7 +20,7 @@ from fsam_trainers.files import disk_errors
 
 
 class _Copies(DefaultSavePlanner):
-    """Answers the writer with what the state was when `take` was called: of this rank's part of the plan alone."""
+    """Gives the writer the values that this rank's part of the plan had when `take` was called."""
 
     def take(self) -> None:
         resolve = super().resolve_data
@@ -35,13 +35,13 @@ class _Copies(DefaultSavePlanner):
 
 
 def begin(state: dict[str, Any], folder: Path) -> Writing:
-    """Copy this rank's part of `state`; what all ranks have alike is shared out among them.
+    """Copy this rank's part of `state`; replicated values are divided among the ranks.
 
     Raises:
         UserError: when the disk refuses the folder.
     """
     here = processes.current()
-    # Nothing is copied ahead: what the writer is given is on the host, and its thread has no device of its own.
+    # No copying ahead: the writer's input is on the host, and its thread has no current device.
     planner, writer = _Copies(), FileSystemWriter(folder, per_thread_copy_ahead=0)
     planner.set_up_planner(state, writer.storage_meta(), here.is_main)
     writer.set_up_storage_writer(here.is_main)
@@ -64,5 +64,5 @@ def begin(state: dict[str, Any], folder: Path) -> Writing:
 
 
 def _copied(data: torch.Tensor | io.BytesIO) -> torch.Tensor | io.BytesIO:
-    # A copy on the host as well: the next step writes over its weights and moments in place.
+    # Copied even if it is on the host: the next step overwrites weights and moments in place.
     return data.detach().to("cpu", copy=True) if isinstance(data, torch.Tensor) else data
