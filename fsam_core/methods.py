@@ -29,6 +29,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal, get_args
 
 from fsam_core import ascents, scopes
@@ -126,12 +127,12 @@ class Perturbed:
                 f"{self.fraction} and {self.strength}"
             )
 
-    @property
+    @cached_property
     def exact(self) -> bool:
         """Whether ĝ = g': the correction is computed on the whole batch, at strength 1."""
         return self.fraction == 1 and self.strength == 1
 
-    @property
+    @cached_property
     def direction(self) -> Ascent:
         """The `Ascent`, also where it was given by name.
 
@@ -140,7 +141,7 @@ class Perturbed:
         """
         return ascents.named(self.ascent)
 
-    @property
+    @cached_property
     def share(self) -> float:
         """The share of the batch whose gradient the ascent "part" is."""
         return self.fraction if self.ascent_fraction is None else self.ascent_fraction

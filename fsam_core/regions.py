@@ -11,8 +11,7 @@ Importing this imports neither framework.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Region = Literal[
     "base forward", "base backward", "norm", "perturb", "second forward", "second backward", "update"
@@ -27,20 +26,17 @@ def in_jax(name: Region) -> contextlib.AbstractContextManager[None]:
     return jax.named_scope(name)
 
 
-@contextlib.contextmanager
-def in_torch(name: Region) -> Iterator[None]:
+def in_torch(name: Region) -> contextlib.AbstractContextManager[Any]:
     """A range of host time with that name, and an NVTX range where CUDA is initialised.
 
     Work that runs later on a GPU belongs to the range in which it was launched.
     """
     import torch
 
-    nvtx = torch.cuda.is_initialized()
-    if nvtx:
-        torch.cuda.nvtx.range_push(name)
-    try:
-        with torch.profiler.record_function(name):
-            yield
-    finally:
-        if nvtx:
-            torch.cuda.nvtx.range_pop()
+    region = torch.profiler.record_function(name)
+    if not torch.cuda.is_initialized():
+        return region
+    both = contextlib.ExitStack()
+    both.enter_context(torch.cuda.nvtx.range(name))
+    both.enter_context(region)
+    return both

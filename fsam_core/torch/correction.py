@@ -6,7 +6,6 @@ added in place, so the sums hold no arrays of their own.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +26,6 @@ from fsam_core.torch.gradients import (
 )
 from fsam_core.torch.passes import PassResult, SavedMicrobatch
 from fsam_core.torch.perturbation import StepInputs, StepResult, in_scope, perturb
-from fsam_core.torch.weights import running_statistics_kept
 
 
 def corrected(inputs: StepInputs, batches: Sequence[Any], *, local: bool = False) -> StepResult:
@@ -50,7 +48,7 @@ def _corrected(inputs: StepInputs, batches: list[Any]) -> StepResult:
     w, ascent, exact = method.strength, method.direction, method.exact
     share = method.share if ascent.source == "part" else method.fraction
     part, rest = split.split(batches, share, passes.flatten)
-    if staged.is_shared(inputs, part, rest):
+    if inputs.shares_prefix and staged.is_shared(inputs, part, rest):
         return staged.corrected(inputs, part[0], rest)
     if exact and ascent.known:
         return _with_known_ascent(inputs, part)
@@ -73,7 +71,8 @@ def _corrected(inputs: StepInputs, batches: list[Any]) -> StepResult:
     g_hat, second = _second(inputs, scope, moved, S, saved, onto)
     moved_loss = second.loss if second else None
     weight = second.weight if second and whole and rest else base.weight
-    return StepResult(g_hat, base.loss, moved_loss, weight, base_norm, length, difference(g_hat, of_B))
+    change = None if of_B is None else difference(g_hat, of_B)
+    return StepResult(g_hat, base.loss, moved_loss, weight, base_norm, length, change)
 
 
 def _base(inputs: StepInputs, part: list[Any], rest: list[Any]) -> tuple[Gradients, Gradients, PassResult, PassResult]:
@@ -112,12 +111,10 @@ def _second(
     config, method = inputs.config, inputs.method
     w, weights = method.strength, config.weights
     # Where the second pass is the first to see some micro-batches, the random draws of these count.
-    draws = contextlib.nullcontext() if len(saved) < len(S) else rng.kept(config.model)
-    with running_statistics_kept(config.model), draws:
+    with rng.replayed(config.model, draws_count=len(saved) < len(S)):
         if method.path == "functional":  # J(θ+ε)ᵀ z̄(θ)
-            zbar = passes.scaled(saved, w)
             with weights.at(scope, moved):
-                return passes.vjp(config, S, zbar, onto), None
+                return passes.vjp(config, S, saved, onto, w), None
         if method.path == "sam":  # J(θ+ε)ᵀ z̄(θ+ε)
             with weights.at(scope, moved):
                 g_moved, second = passes.loss_and_grad(config, S, replay=saved, region="second")
@@ -125,7 +122,7 @@ def _second(
         with weights.at(scope, moved):  # J(θ)ᵀ z̄(θ+ε)
             second = passes.loss_and_cotangent(config, S, cut="logits", replay=saved, region="second")
         weights.sync_from_masters()
-        return passes.vjp(config, S, passes.scaled(second.saved, w), onto), second
+        return passes.vjp(config, S, second.saved, onto, w), second
 
 
 def _with_known_ascent(inputs: StepInputs, batches: list[Any]) -> StepResult:
@@ -145,7 +142,7 @@ def _with_known_ascent(inputs: StepInputs, batches: list[Any]) -> StepResult:
         with config.weights.at(scope, moved):
             base = passes.loss_and_cotangent(config, batches, cut="logits")
         config.weights.sync_from_masters()
-        with running_statistics_kept(config.model), rng.kept(config.model):
+        with rng.replayed(config.model):
             g_hat = passes.vjp(config, batches, base.saved)
     with_gradient(g_hat)
     return StepResult(g_hat, base.loss, base.loss, base.weight, None, length)
@@ -156,20 +153,17 @@ def _each_micro_batch(inputs: StepInputs, batches: list[Any]) -> StepResult:
     config = inputs.config
     every: list[StepResult] = []
     total: Gradients = {}
-    total_correction: Gradients | None = {} if inputs.keeps_correction else None
     for batch in batches:
         one = _corrected(inputs, [batch])
         config.weights.sync_from_masters()
         add_weighted(total, clone_if_reused(config.parallel, one.g_hat), one.weight)
-        if total_correction is not None and one.correction is not None:
-            add_weighted(total_correction, one.correction, one.weight)
         assert one.base_norm is not None
         base_norm = config.parallel.norm(one.base_norm)
-        every.append(one._replace(g_hat={}, correction=None, base_norm=base_norm))
+        every.append(one._replace(g_hat={}, base_norm=base_norm))
     weights = torch.stack([one.weight for one in every])
     weight = weights.sum()
     safe = torch.where(weight > 0, weight, 1)
-    for gradient in [*total.values(), *(total_correction or {}).values()]:
+    for gradient in total.values():
         gradient.div_(safe.to(gradient))
 
     def mean(values: Sequence[Any]) -> Any:
@@ -177,4 +171,4 @@ def _each_micro_batch(inputs: StepInputs, batches: list[Any]) -> StepResult:
 
     loss, moved_loss, length = (mean([getattr(one, x) for one in every]) for x in ("loss", "moved_loss", "length"))
     base_norm = config.parallel.local_share(mean([one.base_norm for one in every]))
-    return StepResult(total, loss, moved_loss, weight, base_norm, length, total_correction)
+    return StepResult(total, loss, moved_loss, weight, base_norm, length)

@@ -29,9 +29,9 @@ def add_correction(onto: Gradients, g_moved: Gradients, w: float) -> Gradients:
     return found | {p: g.mul_(w) if w != 1 else g for p, g in g_moved.items() if p not in onto}
 
 
-def difference(g_hat: Gradients, g_B: Gradients | None) -> Gradients | None:
+def difference(g_hat: Gradients, g_B: Gradients) -> Gradients:
     """ĝ − g_B, in the arrays of g_B."""
-    return None if g_B is None else {p: torch.sub(g_hat[p], g, out=g) for p, g in g_B.items()}
+    return {p: torch.sub(g_hat[p], g, out=g) for p, g in g_B.items()}
 
 
 def add_weighted(total: Gradients, gradients: Gradients, weight: Tensor) -> None:

@@ -101,8 +101,10 @@ def flat(head: Any) -> FlatHead | Logits:
         return head
     outputs(head)
     check(head)
-    found, vocabulary = local_head(head)
-    head = dataclasses.replace(head, **found)
+    vocabulary = None
+    if any(hasattr(x, "to_local") for x in (head.hidden, head.weight, head.labels, head.token_weights, head.bias)):
+        found, vocabulary = local_head(head)
+        head = dataclasses.replace(head, **found)
     y, weights = head.labels.reshape(-1), head.token_weights
     if head.ignore_index is not None:
         y = y.masked_fill(y == head.ignore_index, -1)
@@ -136,12 +138,15 @@ def cotangent(
     memory: Memory,
     *,
     gradient: bool,
-    keep: bool,
+    saved: int = 0,
     onto: Tensor | None = None,
 ) -> tuple[Tensor, Any, tuple[Tensor, ...] | None]:
     """(loss, z̄, z̄ at the outputs of the model or None) of one micro-batch: sums over its tokens, divided by `unit`.
 
     The cotangent of a linear head's weight is added to `onto` where that is given, and is then that.
+
+    Args:
+        saved: of how many such micro-batches z̄ is saved for a second pass; `memory` says in which form.
     """
     if isinstance(head, Logits):
         with torch.enable_grad():
@@ -162,7 +167,7 @@ def cotangent(
         bias_V=head.bias,
         loss=head.loss,
         gradient=gradient,
-        keep=keep,
+        keep=saved > 0 and _keeps(head, saved, memory),
         onto_VxD=onto,
         vocabulary=head.vocabulary,
         chunk_bytes=memory.chunk_bytes,
@@ -186,33 +191,28 @@ def head_vjp(
     return _present(ops.logit_vjp(zbar, head.hidden, head.weight, **options))
 
 
-def keeps(head: FlatHead | Logits, micro_batches: int, memory: Memory) -> bool:
-    """Whether the cotangents of that many such micro-batches are kept for a second pass."""
-    if isinstance(head, Logits):
-        return False
+def _keeps(head: FlatHead, micro_batches: int, memory: Memory) -> bool:
+    """Whether the cotangents of that many such micro-batches are kept, and not recomputed."""
     V = len(head.weight) if head.vocabulary is None else head.vocabulary.widest
     return memory.keeps(len(head.hidden) * micro_batches, V, head.hidden.element_size())
 
 
-def sums_in_place(head: FlatHead | Logits) -> bool:
-    """Whether the cotangent of the head's weight may be written to its `.grad` without autograd.
+def in_place_sum(head: FlatHead | Logits) -> tuple[bool, Tensor | None]:
+    """(whether the head's weight may get its gradient without autograd, the gradient it has if products can add to it).
 
     That needs a weight which is a parameter itself and has no hooks. The products of every chunk, micro-batch and pass
     then add to one array, and autograd's sums with the embedding's gradient, each as large as the vocabulary, fall
     away.
     """
     if isinstance(head, Logits):
-        return False
+        return False, None
     w: Any = head.weight
     hooks = (w._backward_hooks, getattr(w, "_post_accumulate_grad_hooks", None))
-    return bool(w.is_leaf and w.requires_grad and type(w) in (Tensor, nn.Parameter) and not any(hooks))
-
-
-def weight_gradient_so_far(head: FlatHead | Logits) -> Tensor | None:
-    """The gradient that the weight of a head that sums in place has so far, if matrix products can add to it."""
-    assert isinstance(head, FlatHead)
-    gradient, accum = head.weight.grad, torch.promote_types(head.hidden.dtype, torch.float32)
-    return gradient if gradient is not None and not gradient.is_sparse and gradient.dtype == accum else None
+    if not w.is_leaf or not w.requires_grad or type(w) not in (Tensor, nn.Parameter) or any(hooks):
+        return False, None
+    accum = torch.promote_types(head.hidden.dtype, torch.float32)
+    can_add = w.grad is not None and not w.grad.is_sparse and w.grad.dtype == accum
+    return True, w.grad if can_add else None
 
 
 def backward(

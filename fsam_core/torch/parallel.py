@@ -14,10 +14,10 @@ wrapped: as in one process it may call the model, or parts of it, or read its he
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -58,10 +58,9 @@ class Parallel:
         """What `features` returns for the batch."""
         return features(self.model, batch)
 
-    @contextlib.contextmanager
-    def accumulating(self, more: bool) -> Iterator[None]:
+    def accumulating(self, more: bool) -> AbstractContextManager[Any]:
         """A forward and backward pass; with `more` its gradients are reduced together with those of a later one."""
-        yield
+        return nullcontext()
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean over all ranks."""
@@ -154,10 +153,8 @@ class DataParallel(_Group):
             ddp.module = inner
         return heads.with_outputs(made[0], outputs)
 
-    @contextlib.contextmanager
-    def accumulating(self, more: bool) -> Iterator[None]:
-        with self.model.no_sync() if more and not self.why_not_local else contextlib.nullcontext():  # type: ignore[operator]
-            yield
+    def accumulating(self, more: bool) -> AbstractContextManager[Any]:
+        return self.model.no_sync() if more and not self.why_not_local else nullcontext()  # type: ignore[operator]
 
     def all_reduce_mean_(self, tensors: Sequence[Tensor]) -> None:
         for dtype in dict.fromkeys(x.dtype for x in tensors):
@@ -283,12 +280,11 @@ class Sharded(_Shards):
         if part.numel() and not part.untyped_storage().size():
             raise UserError("features: the head's weight is resharded after forward; fully_shard the root without that")
 
-    @contextlib.contextmanager
-    def accumulating(self, more: bool) -> Iterator[None]:
+    def accumulating(self, more: bool) -> AbstractContextManager[Any]:
         """Shards are reduced each time, since whole gradients would undo the sharding; between replicas once."""
         if self._replicates:
             self.model.set_requires_all_reduce(not more)  # type: ignore[operator]
-        yield
+        return nullcontext()
 
     def reshard(self) -> None:
         for module in self._modules:

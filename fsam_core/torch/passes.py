@@ -119,7 +119,7 @@ class GradientSum:
         if self._config.weights.copies:
             return {p: self._of_masters[p] for p in self._config.params if p in self._of_masters}
         having = [p for p in self._config.params if p.grad is not None]
-        found = dict(zip(having, local_parts(p.grad for p in having), strict=True))
+        found = dict(zip(having, local_parts([p.grad for p in having]), strict=True))
         for p in having:
             p.grad = None
         return found
@@ -177,15 +177,19 @@ def loss_and_cotangent(
 
 
 def vjp(
-    config: PassConfig, batches: Sequence[Any], saved: Sequence[SavedMicrobatch], onto: Gradients | None = None
+    config: PassConfig,
+    batches: Sequence[Any],
+    saved: Sequence[SavedMicrobatch],
+    onto: Gradients | None = None,
+    strength: float = 1.0,
 ) -> Gradients:
-    """onto + Jᵀ z̄: the Jacobian at the present weights, cotangents from another pass. No logits, no loss.
+    """onto + w Jᵀ z̄: the Jacobian at the present weights, cotangents from another pass. No logits, no loss.
 
     `onto` is added to in place, so the sum takes no pass and no memory of its own. With several ranks the result is the
     mean of that sum over them: `onto` is the same on all, or each rank's own.
     """
     sums = GradientSum(config, onto)
-    for i, (batch, one) in enumerate(zip(batches, saved, strict=True)):
+    for i, (batch, one) in enumerate(zip(batches, scaled(saved, strength), strict=True)):
         rng.restore(one.rng_state)
         with _accumulating(config, i, len(batches), config.reduces):
             with in_torch("second forward"):
@@ -221,18 +225,15 @@ def head_loss(
         weight = mean if micro_batches == 1 else weight
     if cut == "hidden" and isinstance(head, Logits):
         raise UserError("cut: 'hidden' needs features to return a LinearHead, got Logits")
-    holds = cut == "logits" and heads.keeps(head, micro_batches, config.memory)
-    in_place = sums is not None and _in_place(config, head)
-    # With the hidden cut the head's own gradient is saved, so it is of this pass alone.
-    onto = heads.weight_gradient_so_far(head) if in_place and cut != "hidden" else None
+    in_place, so_far = (False, None) if sums is None or config.parallel.hooked else heads.in_place_sum(head)
     loss, cotangent, out = heads.cotangent(
         config.ops,
         head,
         unit / config.loss_scale,
         config.memory,
         gradient=sums is not None or cut == "hidden",
-        keep=holds,
-        onto=onto,
+        saved=micro_batches if cut == "logits" else 0,
+        onto=None if cut == "hidden" else so_far,  # there the head's own gradient is saved: of this pass alone
     )
     loss = loss / config.loss_scale
     if cut == "hidden":
@@ -248,9 +249,8 @@ def head_loss(
 
 def head_vjp(config: PassConfig, head: FlatHead | Logits, zbar: Any, sums: GradientSum) -> None:
     """Add one micro-batch's Jᵀ z̄ to `sums`."""
-    in_place = _in_place(config, head)
-    onto = heads.weight_gradient_so_far(head) if in_place else None
-    out = heads.head_vjp(config.ops, head, zbar, config.memory, onto)
+    in_place, so_far = (False, None) if config.parallel.hooked else heads.in_place_sum(head)
+    out = heads.head_vjp(config.ops, head, zbar, config.memory, so_far)
     heads.backward(head, out, in_place=in_place, donate=not isinstance(zbar, tuple))
     sums.collect()
 
@@ -284,11 +284,6 @@ def _losses(
             one = (*one[:2], _head_gradient_moved(every[0][2], one[2]))
         every.append(one)
     return every
-
-
-def _in_place(config: PassConfig, head: FlatHead | Logits) -> bool:
-    """Whether the head's weight gets its gradient without autograd; the hooks of wrappers wait for autograd's."""
-    return not config.parallel.hooked and heads.sums_in_place(head)
 
 
 def _accumulating(

@@ -108,7 +108,7 @@ def perturb(
     ops, parallel, copies = config.ops, config.parallel, config.weights.copies
     rho = check_rho(method.rho_at(inputs.step), f"rho({inputs.step})")
     given = method.direction.of(AscentInputs(inputs, params, gradients))
-    ascent = local_parts(a.to(p.dtype) for a, p in zip(given, params, strict=True))
+    ascent = local_parts([a.to(p.dtype) for a, p in zip(given, params, strict=True)])
     with in_torch("norm"):
         clip: Tensor | float = 1.0
         if inputs.clip_norm is not None:

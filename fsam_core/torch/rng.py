@@ -1,4 +1,7 @@
-"""PyTorch's own generators: both passes of a step draw the same, and leave them as one pass would."""
+"""What a second pass repeats and leaves alone: the draws of PyTorch's generators, and running statistics.
+
+Both passes of a step draw the same numbers, and generators and statistics end as after one pass.
+"""
 
 from __future__ import annotations
 
@@ -29,13 +32,21 @@ def restore(states: State) -> None:
 
 
 @contextmanager
-def kept(model: nn.Module) -> Iterator[None]:
-    """Whatever is replayed meanwhile, the generators end where they were."""
+def replayed(model: nn.Module, *, draws_count: bool = False) -> Iterator[None]:
+    """A pass that repeats another: generators and running statistics (BatchNorm's) end as they are now.
+
+    With `draws_count` it makes draws that no other pass has made, and the generators end after these.
+    """
     before = state(model)
+    modules = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    buffers = [(b, b.clone()) for m in modules for b in m.buffers(recurse=False)]
     try:
         yield
     finally:
-        restore(before)
+        for buffer, value in buffers:
+            buffer.copy_(value)
+        if not draws_count:
+            restore(before)
 
 
 def normal(like: Sequence[Tensor], seed: int, step: int) -> list[Tensor]:

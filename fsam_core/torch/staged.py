@@ -22,7 +22,6 @@ from fsam_core.torch.gradients import add_correction, base_minus_correction, loc
 from fsam_core.torch.heads import LinearHead, Logits
 from fsam_core.torch.passes import GradientSum, PassResult
 from fsam_core.torch.perturbation import StepInputs, StepResult, in_scope, perturb
-from fsam_core.torch.weights import running_statistics_kept
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class SharedPrefix:
             UserError: for a scope of upper blocks that reaches into the prefix.
         """
         if self._is_shared is None:
-            with torch.enable_grad(), rng.kept(self._model), running_statistics_kept(self._model):
+            with torch.enable_grad(), rng.replayed(self._model):
                 reached = _parameters_of(_pytree.tree_leaves(self._features.prefix(self._model, batch)))
             inside = sorted(self._moving[i] for i in reached if i in self._moving)
             scope = self._method.scope
@@ -138,7 +137,7 @@ def corrected(inputs: StepInputs, batch: Any, rest: Sequence[Any]) -> StepResult
 
     sums = GradientSum(config, onto if functional else None)
     moved_loss = None
-    with running_statistics_kept(model), rng.kept(model), config.weights.at(scope, moved):
+    with rng.replayed(model), config.weights.at(scope, moved):
         rng.restore(rng_state)
         with in_torch("second forward"):
             head, x_moved = suffix(needs_grad=True)

@@ -336,6 +336,6 @@ def mean_loss(
         head = heads.flat(parallel.call_features(features, batch))
         weight = parallel.mean(heads.weight(head))
         unit = torch.where(weight > 0, weight, 1)
-        return parallel.mean(heads.cotangent(ops, head, unit, memory, gradient=False, keep=False)[0])
+        return parallel.mean(heads.cotangent(ops, head, unit, memory, gradient=False)[0])
 
     return loss

@@ -135,15 +135,3 @@ class Weights:
         if self._cloned_head is None:
             self._cloned_head = tuple(None if x is None else x.clone() for x in (cotangent.w_VxD, cotangent.bias_V))
         return dataclasses.replace(cotangent, w_VxD=self._cloned_head[0], bias_V=self._cloned_head[1])
-
-
-@contextmanager
-def running_statistics_kept(model: nn.Module) -> Iterator[None]:
-    """Running statistics (BatchNorm's) end as they are now: one step updates them once, in its base pass."""
-    modules = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-    buffers = [(b, b.clone()) for m in modules for b in m.buffers(recurse=False)]
-    try:
-        yield
-    finally:
-        for buffer, before in buffers:
-            buffer.copy_(before)

@@ -33,8 +33,11 @@ def row_bytes(vocabulary: int, itemsize: int, accum_itemsize: int, loss: Loss) -
     return vocabulary * (accum_itemsize if itemsize == accum_itemsize else accum_itemsize + itemsize)
 
 
-def chunk_rows(vocabulary: int, itemsize: int, accum_itemsize: int, loss: Loss, chunk_bytes: int) -> int:
-    """The number of rows, at least one, whose working tensors fill at most `chunk_bytes`."""
+def chunk_rows(
+    vocabulary: int, itemsize: int, accum_itemsize: int, loss: Loss, chunk_bytes: int | None, platform: str = "cpu"
+) -> int:
+    """The number of rows, at least one, whose working tensors fill at most `chunk_bytes`, or the platform's default."""
+    chunk_bytes = default_chunk_bytes(platform) if chunk_bytes is None else chunk_bytes
     return max(1, chunk_bytes // row_bytes(vocabulary, itemsize, accum_itemsize, loss))
 
 

@@ -242,6 +242,42 @@ class Direction:
         return g, d.add_(self.shift)
 
 
+class Part(NamedTuple):
+    """A piece of one tensor's arrays, and the place of its first element."""
+
+    at: int
+    arrays: tuple[Any, ...]
+
+
+def directions(
+    lists: Sequence[Sequence[Tensor] | None],
+    adam: Sequence[Adam] | None,
+    clip: Tensor | float,
+    mask: Sequence[bool] | None = None,
+    *,
+    written: int = 0,
+) -> Iterator[tuple[Entry, Direction, list[Part]]]:
+    """`entries`, each with its direction and its pieces; gradients are the first list.
+
+    On a CPU a tensor that one operation is enough for is one piece: that operation leaves nothing in the cache for a
+    later one.
+
+    Raises:
+        ValueError: as `entries`.
+    """
+    scratch, clip = Scratch(), as_clip(clip)
+    for entry in entries(lists, adam, mask, written=written):
+        g = entry.arrays[0]
+        accum = torch.promote_types(g.dtype, torch.float32)
+        same = all(x is None or x.dtype == accum for x in entry.arrays)
+        whole = entry.adam is None and g.device.type == "cpu" and same
+        parts, at = [], 0
+        for arrays in ([entry.arrays] if g.numel() else []) if whole else pieces(entry.arrays):
+            parts.append(Part(at, arrays))
+            at += arrays[0].numel()
+        yield entry, Direction(entry.adam, clip, scratch, g.device), parts
+
+
 def as_clip(clip: Tensor | float) -> Tensor | float:
     """`clip` as a number, unless that would wait for a device."""
     return _number(clip)

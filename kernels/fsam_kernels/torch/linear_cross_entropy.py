@@ -10,7 +10,7 @@ from typing import NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from fsam_kernels.memory import BLOCK, chunk_rows, default_chunk_bytes
+from fsam_kernels.memory import BLOCK, chunk_rows
 from fsam_kernels.options import CROSS_ENTROPY, Loss
 from fsam_kernels.torch import softmax_stats as plain
 from fsam_kernels.torch.softmax_stats import RowStats, SoftmaxOps, accum_dtype
@@ -173,8 +173,8 @@ def chunks(
 ) -> list[slice]:
     """Slices of rows whose working tensors fit in `chunk_bytes`; a slice has at least one row."""
     columns = len(w_VxD) if vocabulary is None else vocabulary.widest
-    budget = default_chunk_bytes(h_NxD.device.type) if chunk_bytes is None else chunk_bytes
-    rows = chunk_rows(columns, h_NxD.element_size(), accum_dtype(h_NxD).itemsize, loss, budget)
+    sizes = h_NxD.element_size(), accum_dtype(h_NxD).itemsize
+    rows = chunk_rows(columns, *sizes, loss, chunk_bytes, h_NxD.device.type)
     return [slice(start, start + rows) for start in range(0, len(h_NxD), rows)]
 
 
@@ -198,8 +198,8 @@ class Sums:
 
     With a vocabulary over ranks, h̄ is the sum over all ranks.
 
-    Row weights multiply the tensors with D values a row, not those with V. In half precision they are divided by the
-    largest weight (`unit`) first, because 1/N times a probability underflows.
+    `weights_N` have the dtype that sums are kept in. They multiply the tensors with D values a row, not those with V.
+    In half precision they are divided by the largest weight (`unit`) first, because 1/N times a probability underflows.
     """
 
     def __init__(
@@ -214,7 +214,7 @@ class Sums:
     ) -> None:
         self.upcast_wbar, self.vocabulary = upcast_wbar, vocabulary
         self.h_NxD, self.w_VxD, self.bias_V, self.weights_N = h_NxD, w_VxD, bias_V, weights_N
-        self.accum = accum_dtype(h_NxD)
+        self.accum = weights_N.dtype
         self.unit: Tensor | None = None
         if h_NxD.dtype != self.accum and len(weights_N):
             largest = weights_N.abs().max()

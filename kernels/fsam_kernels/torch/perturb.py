@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fsam_kernels.torch import rounding as rounds
-from fsam_kernels.torch.direction import Adam, Direction, Scratch, as_clip, entries, pieces
+from fsam_kernels.torch.direction import Adam, directions
 from fsam_kernels.torch.rounding import Rounding
 
 
@@ -48,26 +48,20 @@ def perturb(
     Raises:
         ValueError: as `preconditioned_norm`, or for a scale of another length.
     """
-    scratch, clip = Scratch(), as_clip(clip)
     adam = adam if v is not None else None
     if scale.ndim and len(scale) != len(theta):
         raise ValueError(f"scale: one for each of the {len(theta)} tensors or one for all, got {len(scale)}")
     moved = list(out) if out is not None else new_like(theta, dtype, mask)
-    for entry in entries((g, v if adam is not None else None, theta, moved), adam, mask, written=1):
+    lists = (g, v if adam is not None else None, theta, moved)
+    for entry, direction, parts in directions(lists, adam, clip, mask, written=1):
         home, accum = entry.arrays[0].device, torch.promote_types(entry.arrays[0].dtype, torch.float32)
-        direction = Direction(entry.adam, clip, scratch, home)
         step = (scale[entry.place] if scale.ndim else scale).to(home, accum) * direction.k
-        at = 0
-        # A single operation leaves nothing in the cache for a later one, so it takes the whole tensor at once.
-        same = {x.dtype for x in entry.arrays if x is not None} == {accum}
-        whole = entry.adam is None and home.type == "cpu" and same
-        for x, moment, weight, result in (entry.arrays,) if whole else pieces(entry.arrays):
+        for at, (x, moment, weight, result) in parts:
             exact = result.dtype == accum
-            sum_ = result if exact else scratch("sum", weight, accum)
+            sum_ = result if exact else direction.scratch("sum", weight, accum)
             direction.added(weight, x, moment, step, sum_)
             if not exact:
                 rounds.write(result, sum_, rounding, entry.place, at)
-            at += x.numel()
     for index in range(len(theta)):
         if mask is not None and not mask[index] and moved[index] is not theta[index]:
             moved[index].copy_(theta[index])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fsam_kernels.torch.direction import Adam, Direction, Entry, Scratch, as_clip, entries, pieces
+from fsam_kernels.torch.direction import Adam, directions
 
 # Elements of one float32 sum. With equal terms its relative error is at most 2.6e-5; at 2^15 1.4e-5, at 2^18 9e-5.
 SUMMED = 2**16
@@ -65,18 +65,16 @@ def preconditioned_norm(
     """
     if not g:
         raise ValueError("g: at least one gradient is needed, got an empty list")
-    scratch, clip = Scratch(), as_clip(clip)
     adam = adam if v is not None else None
     total = torch.promote_types(g[0].dtype, torch.float32)
     home = g[0].device
     sums: tuple[list[Tensor | float], ...] = ([], [], [])
     factors: tuple[list[Tensor | float], ...] = ([], [])
     counts = [0] * len(g)
-    for entry in entries((g, v if adam is not None else None), adam, mask):
+    for entry, direction, parts in directions((g, v if adam is not None else None), adam, clip, mask):
         total = torch.promote_types(total, entry.arrays[0].dtype)
-        direction = Direction(entry.adam, clip, scratch, entry.arrays[0].device)
-        for x, moment in _parts(entry):
-            d, cg = direction(x, moment)
+        for part in parts:
+            d, cg = direction(*part.arrays)
             sums[0].append(_square(d))
             sums[1].append(sums[0][-1] if d is cg else _dot(d, cg))
             if gradient:
@@ -85,11 +83,11 @@ def preconditioned_norm(
             factors[1].append(direction.c)
             counts[entry.place] += 1
     k, c = (_stack(x, home) for x in factors)
-    parts = [_stack(x, home) for x in sums[: 3 if gradient else 2]]
+    stacked = [_stack(x, home) for x in sums[: 3 if gradient else 2]]
     # The pieces lack the factors k and c. The sums are float64, since there may be hundreds of pieces.
-    each = [part * factor for part, factor in zip(parts, (k * k, k * c, c * c), strict=False)]
+    each = [x * factor for x, factor in zip(stacked, (k * k, k * c, c * c), strict=False)]
     kind = NormsAndGradient if gradient else Norms
-    return kind(*(_added(part, counts, per_tensor).to(total) for part in each))
+    return kind(*(_added(x, counts, per_tensor).to(total) for x in each))
 
 
 @torch.no_grad()
@@ -116,12 +114,10 @@ def direction_and_norm(
     """
     if not g:
         raise ValueError("g: at least one gradient is needed, got an empty list")
-    scratch, clip = Scratch(), as_clip(clip)
     sums: list[Tensor | float] = []
     counts = [0] * len(g)
-    for entry in entries((g, v, out), adam, written=1):
-        direction = Direction(entry.adam, clip, scratch, entry.arrays[0].device)
-        for x, moment, d in pieces(entry.arrays):
+    for entry, direction, parts in directions((g, v, out), adam, clip, written=1):
+        for _, (x, moment, d) in parts:
             direction.into(d, x, moment)
             sums.append(_square(d))
             counts[entry.place] += 1
@@ -131,14 +127,6 @@ def direction_and_norm(
 def _added(parts: Tensor, counts: list[int], per_tensor: bool) -> Tensor:
     """The sums of the pieces, per tensor or over all tensors."""
     return torch.stack([x.sum() for x in parts.split(counts)]) if per_tensor else parts.sum()
-
-
-def _parts(entry: Entry) -> list[tuple[Any, ...]]:
-    """The pieces of an entry; on a CPU the whole tensor where only its sum of squares is needed."""
-    x, _ = entry.arrays
-    if entry.adam is None and x.device.type == "cpu" and x.dtype == torch.promote_types(x.dtype, torch.float32):
-        return [entry.arrays] if x.numel() else []
-    return pieces(entry.arrays)
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor | float:
