@@ -121,3 +121,16 @@ def test_the_head_counts_a_shards_rows_as_its_own(mesh):
             few = jax.jit(value_and_grad(mlp, METHODS["functional"], sync="local", **options))(params, batch, state)
             one = jax.jit(value_and_grad(mlp, METHODS["functional"], sync="local", b2=B2))(params, batch, state)
         assert distance(few[1], one[1]) < 1e-12
+
+
+def test_old_style_random_key_is_folded_as_a_typed_one_is(mesh):
+    def noisy(p, batch):
+        noise = jax.random.normal(batch["key"], batch["x"].shape, batch["x"].dtype)
+        return mlp(p, {**batch, "x": batch["x"] + 0.1 * noise})
+
+    with jax.enable_x64(True), jax.set_mesh(mesh):
+        params, _, batch = problem()
+        grad = jax.jit(value_and_grad(noisy, FunctionalSAM(0.3), sync="local"))
+        old = grad(params, {**batch, "key": jax.random.PRNGKey(3)})[1]
+        assert distance(old, grad(params, {**batch, "key": jax.random.key(3)})[1]) == 0
+        assert distance(old, grad(params, {**batch, "key": jax.random.key(4)})[1]) > 1e-3
