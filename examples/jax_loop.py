@@ -1,4 +1,4 @@
-"""Functional-SAM in a JAX training loop of one's own: a character model of this file, in a few seconds."""
+"""Functional-SAM in a hand-written JAX training loop: a character model of this file, in a few seconds."""
 
 from functools import partial
 from pathlib import Path

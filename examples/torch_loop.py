@@ -1,4 +1,4 @@
-"""Functional-SAM in a PyTorch training loop of one's own: a character model of this file, in a few seconds."""
+"""Functional-SAM in a hand-written PyTorch training loop: a character model of this file, in a few seconds."""
 
 from pathlib import Path
 

@@ -18,7 +18,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from typing import Any
 # XLA on a CPU with its default of one device: quick to compile, one thread.
 ONE_DEVICE = "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=1"
 NOTHING: Mapping[str, str | None] = {}
-_started: weakref.WeakSet[subprocess.Popen[str]] = weakref.WeakSet()
+_started: list[subprocess.Popen[str]] = []
 
 
 def environment(changes: Mapping[str, str | None] = NOTHING) -> dict[str, str]:
@@ -41,7 +40,7 @@ def start(*arguments: object, env: Mapping[str, str | None] = NOTHING, **options
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command = [sys.executable, *map(str, arguments)]
     process = subprocess.Popen(command, env=environment(env), text=True, **(pipes | options))
-    _started.add(process)
+    _started.append(process)
     return process
 
 
@@ -122,6 +121,6 @@ def free_port() -> int:
 
 @atexit.register
 def _kill_all() -> None:
-    for process in list(_started):
+    for process in _started:
         if process.poll() is None:
             process.kill()

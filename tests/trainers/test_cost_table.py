@@ -12,9 +12,8 @@ from fsam_core import UserError, cost
 from fsam_trainers import cost_table, machine_probe
 from fsam_trainers.cli.cost import figures, run
 from fsam_trainers.cli.cost_options import CostOptions
-from fsam_trainers.config import SAVINGS as TRAINED
-from fsam_trainers.config import Settings
-from fsam_trainers.cost_table import SAVINGS, counted
+from fsam_trainers.config import SAVINGS, Settings
+from fsam_trainers.cost_table import TABLE_ROWS, counted
 from fsam_trainers.presets import PRESETS
 
 
@@ -47,7 +46,7 @@ def test_one_method_has_its_regions_and_its_memory(tmp_path, capsys):
 
 def test_all_has_a_row_for_every_saving_the_method_allows():
     rows = figures(CostOptions(all=True))["rows"]
-    assert [row["name"] for row in rows] == [name for name, _ in SAVINGS]
+    assert [row["name"] for row in rows] == [name for name, _ in TABLE_ROWS]
     ratios = {row["name"]: row["flops_ratio"] for row in rows}
     assert (ratios["AdamW"], ratios["SAM"]) == (1, 2)
     assert ratios["fraction 1/8, cut hidden"] < ratios["fraction 1/8"] < ratios["fraction 1/4"]
@@ -68,7 +67,7 @@ def test_a_budget_lists_what_fits_cheapest_first():
 
 def test_savings_by_name_are_the_trainers():
     assert {name: dict(one) for name, one in cost.PRESETS.items()} == {
-        name: {k.removeprefix("correction_"): x for k, x in one.items()} for name, one in TRAINED.items()
+        name: {k.removeprefix("correction_"): x for k, x in one.items()} for name, one in SAVINGS.items()
     }
     for name in cost.PRESETS:
         assert figures(CostOptions(savings=name))["rows"][0]["flops_ratio"] == pytest.approx(

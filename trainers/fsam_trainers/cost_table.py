@@ -24,7 +24,7 @@ def counted(config: ModelConfig, framework: Any) -> cost.Model:
 
 
 # The rows of `--all`: (name, changes of the options). A row that the given options exclude is left out.
-SAVINGS: tuple[tuple[str, dict[str, Any]], ...] = (
+TABLE_ROWS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("AdamW", {"path": "base"}),
     ("SAM", {"path": "sam"}),
     ("the method, exact", {}),
@@ -66,7 +66,7 @@ def figures(
         settings: a run on one of the devices.
         preset: for the title.
         machine: a name in `cost.PUBLISHED`, or "here" to measure.
-        every_saving: a row for each of `SAVINGS`.
+        every_saving: a row for each of `TABLE_ROWS`.
         budget: rows of all option sets within so many times AdamW's time; with `spare` also dominated ones.
 
     Raises:
@@ -129,9 +129,9 @@ def _with_cotangent(o: cost.Options, settings: Settings) -> cost.Options:
 
 
 def _every_saving(settings: Settings, model: cost.Model, asked: cost.Options) -> list[tuple[str, cost.Options]]:
-    """The rows of `SAVINGS` that the given options allow."""
+    """The rows of `TABLE_ROWS` that the given options allow."""
     found = []
-    for name, row in SAVINGS:
+    for name, row in TABLE_ROWS:
         changes = {**row, "scope": f"top:{max(1, model.layers // 2)}"} if row.get("scope") == "half" else row
         try:
             one = dataclasses.replace(asked, **changes)

@@ -43,9 +43,7 @@ def measure(
     bandwidth = 8 * LARGE / best(copy)
     for_taken = max(best(taken) - 8 * LARGE / bandwidth, 1e-9)
     logits = CHUNKS * chunk_rows * model.vocabulary
-    for_head = (
-        best(head) - 8 * CHUNKS * model.head_parameters / bandwidth
-    )  # reading and writing w̄ is no product
+    for_head = best(head) - 8 * CHUNKS * model.head_parameters / bandwidth  # reading and writing w̄ is no product
     spared = device == "cpu"
     return Machine(
         f"here ({device}, {framework})",

@@ -22,7 +22,7 @@ class Batches:
 
     tokens: [T] of any integer dtype, ids below 2³¹. sequences: number of windows in an epoch, (T − 1) // seq_len.
     rank, ranks, micro_batches: of each micro-batch of a batch only the rank-th of `ranks` equal parts is made.
-    Raises UserError where a size is below 1, the seed below 0, T below seq_len + 1, or the batch is not cut evenly.
+    Raises UserError if a size is below 1, the seed below 0, T below seq_len + 1, or the batch is not cut evenly.
     """
 
     def __init__(
@@ -64,16 +64,16 @@ class Batches:
         """What a checkpoint must hold to resume at `step`: nothing."""
 
     def restore(self, state: Any) -> None:
-        """Resume where `state` was taken. Raises UserError where that was a stream."""
+        """Resume where `state` was taken. Raises UserError if that was a stream."""
         if state is not None:
             raise UserError("--stream: the checkpoint was made with a stream; give the same, or another --out")
 
     def close(self) -> None:
-        """There is nothing to end; a stream has something."""
+        """Nothing to do; `StreamedBatches` ends its threads here."""
 
 
 def check_rows(batch_size: int, micro_batches: int, ranks: int) -> None:
-    """Raise UserError where a batch cannot be cut into micro-batches and those into the same for each rank."""
+    """Raise UserError if a batch does not divide into micro-batches, or these into equal parts for the ranks."""
     if batch_size % (micro_batches * ranks):
         got = f"--batch {batch_size}"
         raise UserError(f"{got} must be divisible by --micro-batches {micro_batches} times {ranks} processes")
@@ -100,7 +100,7 @@ def validation_batches(tokens: np.ndarray, seq_len: int, batch_size: int, count:
 
 
 def permutation(seed: int, draw: tuple[int, ...], count: int) -> np.ndarray:
-    """Of 0 … count − 1, int64 [count], from the seed; each `draw` gives another."""
+    """A permutation of 0 … count − 1, int64 [count], drawn from (seed, draw)."""
     # They go in as a spawn key: as one more word of entropy, (seed, epoch) would equal (seed + epoch·2³², 0).
     bits = np.random.Philox(np.random.SeedSequence(seed, spawn_key=draw))
     return np.random.Generator(bits).permutation(count)

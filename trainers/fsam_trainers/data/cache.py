@@ -1,4 +1,4 @@
-"""Entries of the token cache: made whole or not at all, checked when opened.
+"""Entries of the token cache: written atomically, verified when opened.
 
 An entry is a folder with train.bin, validation.bin, tokenizer.json and meta.json. It is built under a temporary name
 in the same folder and renamed in one step, so no process ever sees half of one, even if the build is killed.
@@ -29,7 +29,7 @@ _DAY = 86400.0  # seconds
 def cache_root(cache: Path | None) -> Path:
     """The cache's folder, made where it is missing: the argument, else FSAM_CACHE, else the user's cache folder.
 
-    Raises UserError where it cannot be made.
+    Raises UserError if it cannot be made.
     """
     root = Path(
         os.path.expanduser(cache or os.environ.get("FSAM_CACHE") or extra("platformdirs").user_cache_dir("fsam"))
@@ -42,7 +42,7 @@ def cache_root(cache: Path | None) -> Path:
 def build_entry(folder: Path, fill: Callable[[Path], None]) -> None:
     """Make the entry `folder` by calling `fill` with an empty folder, in which it writes the entry's four files.
 
-    Where another process made the same entry meanwhile, that one stays. Raises UserError where writing fails; whatever
+    Where another process made the same entry meanwhile, that one stays. Raises UserError if writing fails; whatever
     is raised, nothing stays behind.
     """
     _sweep(folder.parent)
@@ -66,7 +66,7 @@ def build_entry(folder: Path, fill: Callable[[Path], None]) -> None:
 
 @contextmanager
 def durable(path: Path) -> Iterator[BinaryIO]:
-    """A new file for writing, on the disk when the block is left."""
+    """A new file for writing, synchronized to the disk when the block ends."""
     with path.open("wb") as file:
         yield file
         file.flush()
@@ -74,7 +74,7 @@ def durable(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_meta(folder: Path, meta: dict[str, Any]) -> None:
-    """Write an entry's meta.json; what it must hold, `open_entry` says."""
+    """Write an entry's meta.json; `open_entry` documents its keys."""
     with durable(folder / "meta.json") as file:
         file.write(json.dumps(meta, indent=2, ensure_ascii=False).encode() + b"\n")
 
@@ -130,7 +130,7 @@ def _writing(root: Path) -> Iterator[None]:
 
 
 def _sweep(root: Path) -> None:
-    """Remove what builds that were killed left behind: no file in it was written for a day."""
+    """Remove the folders of killed builds: those without a write for a day."""
     for folder in root.glob(f"{_BUILDING}*"):
         with suppress(OSError):  # another process may be sweeping too
             newest = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))

@@ -1,4 +1,4 @@
-"""What the pipeline hands to a trainer: two memory-mapped token arrays and what is known about them."""
+"""The corpus that a trainer receives: two memory-mapped token arrays and their description."""
 
 import hashlib
 from dataclasses import dataclass
@@ -63,7 +63,7 @@ def fingerprint(vocab_size: int, dtype: np.dtype, train: str, validation: str) -
 
 
 def check_length(name: str, tokens: int, seq_len: int) -> None:
-    """Raise UserError where the split called `name`, of `tokens` tokens, does not fill one window of seq_len + 1."""
+    """Raise UserError if the split called `name`, of `tokens` tokens, does not fill one window of seq_len + 1."""
     if tokens < seq_len + 1:
         raise UserError(
             f"--data: the {name} split has {tokens:,} tokens, one sequence needs seq_len + 1 = {seq_len + 1}: "
@@ -72,6 +72,6 @@ def check_length(name: str, tokens: int, seq_len: int) -> None:
 
 
 def check_at_least(flag: str, value: int, least: int) -> None:
-    """Raise UserError where `value`, given as `flag`, is below `least`."""
+    """Raise UserError if `value`, given as `flag`, is below `least`."""
     if value < least:
         raise UserError(f"{flag}: got {value}, it must be at least {least}")

@@ -1,4 +1,4 @@
-"""What every kind of text source gives: documents in pieces, each belonging to a split, and a digest of the content."""
+"""The common output of all text sources: documents in pieces, each with its split, and a digest of the content."""
 
 import hashlib
 import importlib
@@ -61,7 +61,7 @@ class Source:
 
 
 def held_out(key: str) -> bool:
-    """Whether the document of this name is for validation: one in HELD_OUT, by hash, the same everywhere."""
+    """Whether the document of this name is for validation: one in HELD_OUT, by a hash that is equal everywhere."""
     return rank(key) % HELD_OUT == 0
 
 
@@ -79,7 +79,7 @@ def row_split(index: int) -> Split:
 
 
 def row_pieces(texts: Iterable[str], split: Callable[[int], Split]) -> Iterator[Piece]:
-    """One document per text; `split` maps its index to its split. Code points that no UTF-8 has become U+FFFD."""
+    """One document per text; `split` maps its index to its split. Lone surrogates become U+FFFD."""
     for index, text in enumerate(texts):
         text = encodable(text)
         if len(text) <= PIECE:
@@ -89,7 +89,7 @@ def row_pieces(texts: Iterable[str], split: Callable[[int], Split]) -> Iterator[
 
 
 def encodable(text: str) -> str:
-    """The text with what no UTF-8 has become U+FFFD: JSON can spell half a surrogate pair, which should stop no run."""
+    """The text with lone surrogates, which JSON can contain and UTF-8 cannot, replaced by U+FFFD."""
     return text if text.isascii() else _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
@@ -115,7 +115,7 @@ def content_digest(kind: str, parts: Iterable[tuple[str, bytes]]) -> str:
 
 
 def file_digest(path: Path) -> bytes:
-    """blake2b digest of a file's bytes. Raises UserError where it cannot be read."""
+    """blake2b digest of a file's bytes. Raises UserError if it cannot be read."""
     with reading(path), path.open("rb") as file:
         return hashlib.file_digest(file, hashlib.blake2b).digest()
 

@@ -1,4 +1,4 @@
-"""From streams of documents to the two .bin files, in bounded memory."""
+"""Encodes streams of documents into the two .bin files, in bounded memory."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ class Sink:
 
     @property
     def room(self) -> int | None:
-        """Tokens it still takes; None: any number."""
+        """How many more tokens it accepts; None: any number."""
         return None if self.limit is None else self.limit - self.tokens
 
     @property

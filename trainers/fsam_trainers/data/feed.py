@@ -1,4 +1,4 @@
-"""The rows of one part of a sharded text in the order of its epochs, and their tokens, made ahead by a thread."""
+"""The rows of one part of a sharded text, epoch after epoch, and their tokens, which a thread makes ahead of use."""
 
 import queue
 import threading
@@ -31,9 +31,9 @@ def assigned(shards: int, seed: int, epoch: int, part: int, parts: int) -> list[
 
 
 def chunks(text: ShardedText, seed: int, part: int, parts: int, start: Place) -> Iterator[Chunk]:
-    """The training rows of a part from `start` on, epoch after epoch without end, none but those of one chunk held.
+    """The training rows of a part from `start` on, epoch after epoch without end; one chunk is in memory at a time.
 
-    Raises UserError where a shard cannot be read, or an epoch has no text.
+    Raises UserError if a shard cannot be read, or an epoch has no text.
     """
     epoch, first = start.epoch, start
     while True:
@@ -81,7 +81,7 @@ class Feed:
         return self._workers.pids
 
     def check(self) -> None:
-        """Raise what has gone wrong, be it in reading ahead."""
+        """Raise the error of the thread or of a worker, if there is one."""
         if self._error is not None:
             raise self._error
         self._workers.check()
@@ -119,7 +119,7 @@ class Feed:
 
 
 class Tokens:
-    """The tokens of a feed one after the other, each with its place."""
+    """The tokens of a feed in order, each with its place."""
 
     def __init__(self, feed: Feed, start: Place) -> None:
         self._feed = feed
@@ -129,13 +129,13 @@ class Tokens:
 
     @property
     def place(self) -> Place:
-        """Of the next token."""
+        """The place of the next token."""
         chunk = self._fill()
         row = int(np.searchsorted(chunk.starts, self._at, side="right")) - 1
         return chunk.places[row]._replace(token=self._at - int(chunk.starts[row]))
 
     def take(self, count: int) -> np.ndarray:
-        """The next `count` tokens and, uint32 [count + 1], the one after them, which is taken again."""
+        """The next `count` tokens and their successor, with which the next call begins: uint32 [count + 1]."""
         taken: list[np.ndarray] = []
         while count:
             chunk = self._fill()
@@ -146,7 +146,7 @@ class Tokens:
         return np.concatenate([*taken, chunk.tokens[self._at : self._at + 1]])
 
     def _fill(self) -> Encoded:
-        """The chunk in which the next token is."""
+        """The chunk that contains the next token."""
         while self._chunk is None or self._at == self._chunk.tokens.size:
             self._chunk, self._at = self._feed.next(), 0
             if self._start is not None:
@@ -155,7 +155,7 @@ class Tokens:
         return self._chunk
 
     def _skip(self, chunk: Encoded, start: Place) -> None:
-        """Go to the start, which is in the first row that comes, unless the data are not what they were."""
+        """Skip to the start, which is in the first row of the chunk unless the data have changed."""
         if start != Place(0, 0, 0) and (chunk.places[0] != start._replace(token=0) or start.token >= chunk.starts[1]):
             raise UserError(
                 f"--data: {chunk.name} is not what it was when the checkpoint was made, at row {start.row + 1}, "

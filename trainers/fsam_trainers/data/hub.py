@@ -45,7 +45,7 @@ def hub_source(spec: str, max_tokens: int | None) -> Source:
 
 
 def load(spec: str) -> Opened:
-    """The data set of a SPEC, opened for streaming. Raises UserError where it cannot be, or has no train split."""
+    """The data set of a SPEC, opened for streaming. Raises UserError if it cannot be, or has no train split."""
     name, config = _parse(spec)
     datasets = extra("datasets")
     try:
@@ -61,7 +61,7 @@ def load(spec: str) -> Opened:
 def shard_rows(spec: str, split: Any, shard: int, start: int, part: int, parts: int) -> Iterator[Row]:
     """Rows of one shard of a split, from number `start` on, with number ≡ part (mod parts).
 
-    Raises UserError where the shard cannot be read or has no `text` column.
+    Raises UserError if the shard cannot be read or has no `text` column.
     """
     place = f"{spec}, shard {shard}"
     with _reading(place):
@@ -84,7 +84,7 @@ def _title(name: str, config: str | None) -> str:
 
 
 def _parts(name: str, config: str | None, look: Callable[[Path], bytes]) -> list[tuple[str, bytes]]:
-    """What a data set is known by.
+    """What identifies a data set.
 
     One of the hub by its name: asking for its revision would need the network even when all is in the cache. A local
     folder can be looked at.

@@ -1,4 +1,4 @@
-"""`prepare`: a data SPEC to a corpus in tokens, from the cache where it has been made before."""
+"""`prepare`: makes a corpus in tokens from a data SPEC, or takes it from the cache."""
 
 import hashlib
 import json
@@ -69,7 +69,7 @@ def prepare(
 
 
 def open_source(spec: str, max_tokens: int | None) -> Source:
-    """The documents that a SPEC names. Raises UserError where there are none, or the SPEC is of no known kind."""
+    """The documents that a SPEC names. Raises UserError if there are none, or the SPEC is of no known kind."""
     if spec == "python":
         return python_source()
     if spec.startswith("hf:"):
@@ -116,9 +116,9 @@ def _prepare_text(
 
 
 def given_tokenizer(path: Path | None, vocab_size: int) -> tuple[bytes, Any] | tuple[None, None]:
-    """The content of a tokenizer.json and the tokenizer in it; Nones where none is given, so that one is learned.
+    """The content of a tokenizer.json and the tokenizer in it; (None, None) without a path: one is then learned.
 
-    Raises UserError where it cannot be used, or `vocab_size` is too small to learn one.
+    Raises UserError if it cannot be used, or `vocab_size` is too small to learn one.
     """
     if path is None:
         if vocab_size < 257:

@@ -1,4 +1,4 @@
-"""A line on the terminal that says what a long preparation is doing."""
+"""A status line on the terminal during a long preparation."""
 
 import sys
 from collections.abc import Callable, Iterator

@@ -65,7 +65,7 @@ def own_validation(paths: list[Path]) -> tuple[list[Path], list[Path]]:
 def record_rows(path: Path, start: int = 0, part: int = 0, parts: int = 1) -> Iterator[Row]:
     """The rows of a file from number `start` on whose number is `part` modulo `parts`; the others are not decoded.
 
-    Rows are numbered from 0. Raises UserError, naming the file, where it is damaged or a row has no text.
+    Rows are numbered from 0. Raises UserError, naming the file, if it is damaged or a row has no text.
     """
     read = parquet_rows if path.name.lower().endswith(".parquet") else jsonl_rows
     return read(path, start, part, parts)

@@ -1,4 +1,4 @@
-"""Text in shards that are opened one at a time, each from any row on: what a stream reads."""
+"""The input of a stream: text in shards that are opened one at a time and can be read from any row."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class ShardedText:
     validation: tuple[Shard, ...] | None
 
     def trains(self, shard: int, row: int) -> bool:
-        """Whether that row of `train[shard]` is trained on."""
+        """Whether this row of `train[shard]` belongs to the training split."""
         return self.validation is not None or _split(shard, row) == "train"
 
     def sample(self, split: Split) -> Iterator[Row]:
@@ -73,7 +73,7 @@ class ShardedText:
 def open_sharded(spec: str) -> ShardedText:
     """The corpus of a SPEC that is "python", a file, a folder or a glob, or starts with "hf:".
 
-    Nothing but names, sizes and, of a hub's data set, its description is read. Raises UserError where there is nothing.
+    Nothing but names, sizes and, of a hub's data set, its description is read. Raises UserError if there is nothing.
     """
     if spec.startswith("hf:"):
         return _hub(spec)
@@ -90,7 +90,7 @@ def _split(shard: int, row: int) -> Split:
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """The paths from where they differ on, so that a corpus that was moved is the same."""
+    """The paths without their common parents, so that a moved corpus stays the same."""
     shared = 0
     while len({path.parts[:shared] for path in paths}) == 1 and all(len(path.parts) > shared for path in paths):
         shared += 1

@@ -16,7 +16,7 @@ REACH = 1 << 12  # bytes a piece may grow by to end with a line
 
 
 def open_shards(path: Path, *, vocab_size: int, max_train: int | None, max_validation: int | None) -> Corpus:
-    """The corpus in a .bin file: uint16, or what "dtype" in a meta.json beside it says.
+    """The corpus in a .bin file: uint16, or the "dtype" of a meta.json in its folder.
 
     A `validation.bin` next to `train.bin` is the held-out split; of any other file it is the last twentieth.
     At most `max_train` and `max_validation` tokens of each are used. Raises UserError for a file that is empty, is no
@@ -75,7 +75,7 @@ def _check_ids(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
 
 
 def piece_count(path: Path) -> int:
-    """How many pieces a file has: from its size alone."""
+    """The number of a file's pieces, which depends on its size only."""
     with reading(path):
         return -(-path.stat().st_size // PIECE)
 
@@ -86,7 +86,7 @@ def text_rows(
     """Pieces first … last of a file, from number `start` on (counted from `first`) with number ≡ part (mod parts).
 
     Together the pieces are the file. The last one ends a document; so does each if they are distributed over several
-    parts, because the text that follows it is then another one. Raises UserError where the file is not UTF-8;
+    parts, because the text that follows it is then another one. Raises UserError if the file is not UTF-8;
     with skip_binary one that does not start like text gives no rows instead.
     """
     count = (piece_count(path) if last is None else last) - first
@@ -107,7 +107,7 @@ def text_rows(
 
 
 def _boundary(file: BinaryIO, mark: int) -> int:
-    """Where the piece starts that byte `mark` is near to: after the next line end in reach, else at a character."""
+    """The start of the piece near byte `mark`: after the next line end in reach, else at a character."""
     if mark == 0:
         return 0
     file.seek(mark - 1)

@@ -1,4 +1,4 @@
-"""A data SPEC that names files: which ones, and the sentence for one that names none."""
+"""The files that a data SPEC names, and the error for a SPEC that names none."""
 
 import glob
 import os
@@ -29,7 +29,7 @@ class Files(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes of all of them."""
+        """Their total size in bytes."""
         total = 0
         for path in self.paths:
             with reading(path):
@@ -42,7 +42,7 @@ def path_of(spec: str) -> Path:
 
 
 def existing(spec: str) -> Path:
-    """The path that a SPEC names. Raises UserError where nothing is there."""
+    """The path that a SPEC names. Raises UserError if nothing is there."""
     path = path_of(spec)
     if not spec.strip() or not os.path.exists(path):  # Path.exists raises where a name is too long
         raise UserError(

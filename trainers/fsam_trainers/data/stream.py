@@ -48,7 +48,7 @@ class Recipe:
     """What determines the order of a stream's tokens, together with the number of parts.
 
     text: the shards. tokenizer: a tokenizer.json's content. buffer: windows that are shuffled together.
-    Raises UserError where a size does not fit.
+    Raises UserError if a size does not fit.
     """
 
     text: ShardedText
@@ -72,7 +72,7 @@ class StreamedBatches:
     of which a rank has its own. So the batches of all ranks together depend on (data, tokenizer, seed, parts, buffer,
     micro_batches) and not on how many ranks or workers make them; any number of ranks that divides the parts resumes.
 
-    Raises UserError where a size does not fit, and from `at` where a shard cannot be read or a worker dies.
+    Raises UserError if a size does not fit, and from `at` where a shard cannot be read or a worker dies.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class StreamedBatches:
 
     @property
     def pids(self) -> list[int]:
-        """Of the tokenizing processes that run."""
+        """The ids of the running tokenizing processes."""
         return [pid for part in self._parts.values() for pid in part.pids]
 
     def at(self, index: int) -> np.ndarray:
@@ -133,7 +133,7 @@ class StreamedBatches:
         return {"index": index, "of": self._of, "buffer": self._recipe.buffer, "parts": parts}
 
     def restore(self, state: dict[str, Any] | None) -> None:
-        """Resume where `state`, that of all ranks, was taken. Raises UserError where buffer or ranks do not fit."""
+        """Resume where `state`, that of all ranks, was taken. Raises UserError if buffer or ranks do not fit."""
         if state is None:
             raise UserError("--stream: the checkpoint was made without it; give the same, or another --out")
         if state["buffer"] != (mine := self._recipe.buffer):
@@ -148,7 +148,7 @@ class StreamedBatches:
             part.close()
 
     def _share(self, of: int, states: dict[str, dict[str, int]]) -> None:
-        """Make the parts of this rank, `of` in all, at `states` where there are any."""
+        """Make this rank's parts, of `of` parts in all, at their `states` if there are any."""
         if of % self._ranks:
             raise UserError(
                 f"--stream: the run's data are in {of} parts, which {self._ranks} ranks cannot share out evenly: "
@@ -167,7 +167,7 @@ class StreamedBatches:
 
 
 def merged(states: Iterable[dict[str, Any] | None]) -> dict[str, Any] | None:
-    """One state of what the ranks' `state`s of the same step are together; None where they are."""
+    """The ranks' `state`s of one step as one state; None if they are None."""
     found = [state for state in states if state is not None]
     if not found:
         return None
@@ -175,7 +175,7 @@ def merged(states: Iterable[dict[str, Any] | None]) -> dict[str, Any] | None:
 
 
 class _Part:
-    """One part's windows. Nothing is read before the first is taken."""
+    """The windows of one part. Nothing is read before the first `take`."""
 
     def __init__(self, recipe: Recipe, workers: int, number: int, of: int, state: dict[str, int]) -> None:
         self._recipe, self._count = recipe, workers
@@ -216,7 +216,7 @@ class _Part:
             self._feed.close()
 
     def _fill(self) -> None:
-        """The next buffer; the first one is that of the state."""
+        """Make the next buffer; the first one is that of the state."""
         recipe = self._recipe
         size = recipe.buffer * recipe.seq_len
         if self._tokens is None:
@@ -314,7 +314,7 @@ def training_batches(
 
 
 def _too_large_to_store(spec: str) -> str:
-    """Why a SPEC is streamed where nothing is asked for; "" where it is not."""
+    """Why --stream auto streams this SPEC; "" if it does not."""
     if spec.startswith("hf:"):
         return "a data set of the hub"
     if spec == "python" or is_shard(spec):

@@ -45,7 +45,7 @@ class TextFile(NamedTuple):
 
 
 def python_source() -> Source:
-    """The running interpreter's standard library, one document per .py file. Raises UserError where there is none."""
+    """The running interpreter's standard library, one document per .py file. Raises UserError if there is none."""
     folder, names = standard_library()
     files = _text_files(folder, names)
     if not any(file.characters for file in files):
@@ -73,7 +73,7 @@ def files_source(title: str, paths: list[Path]) -> Source:
 
 
 def file_source(path: Path) -> Source:
-    """One text file. Raises UserError where it is empty or not UTF-8."""
+    """One text file. Raises UserError if it is empty or not UTF-8."""
     file = _scan(path.name, path)
     if file is None:
         raise UserError(
@@ -85,7 +85,7 @@ def file_source(path: Path) -> Source:
 
 
 def folder_source(folder: Path) -> Source:
-    """Every UTF-8 text file below a folder but hidden ones, one document each. Raises UserError where there is none."""
+    """Every UTF-8 text file below a folder but hidden ones, one document each. Raises UserError if there is none."""
     files = _text_files(folder, text_names(folder))
     if not any(file.characters for file in files):
         raise UserError(

@@ -38,7 +38,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
 def load_tokenizer(content: bytes, path: Path | None, vocab_size: int) -> Any:
     """The `tokenizers.Tokenizer` of a tokenizer.json's content; `path` is where it came from, for messages.
 
-    Raises UserError where it cannot be read, needs more than `vocab_size` ids, or has no token for the end of a text.
+    Raises UserError if it cannot be read, needs more than `vocab_size` ids, or has no token for the end of a text.
     """
     tokenizers = extra("tokenizers")
     try:

@@ -1,4 +1,4 @@
-"""What a tokenizing process runs: `python -m fsam_trainers.data.worker FD`, started by `workers`.
+"""The program of a tokenizing process: `python -m fsam_trainers.data.worker FD`, started by `workers`.
 
 FD is its end of a pipe. First comes the tokenizer.json's content, then (texts, ends) again and again, each answered by
 what `encode_rows` gives, or by the message of what it raised.
@@ -14,7 +14,7 @@ from fsam_trainers.data.vocabulary import end_id, load_tokenizer
 
 
 def main() -> None:
-    # A run that is told to stop finishes its step and saves: its workers live as long as their pipe.
+    # A run that receives a signal finishes its step and saves; its workers end with their pipe.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     with Connection(int(sys.argv[1])) as pipe:

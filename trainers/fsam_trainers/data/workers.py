@@ -60,15 +60,15 @@ class Workers:
         return [worker.process.pid for worker in self._workers]
 
     def encode(self, chunks: Iterable[Chunk]) -> Iterator[Encoded]:
-        """The chunks' tokens. `chunks` is read one chunk a worker ahead. Raises UserError where a worker dies."""
+        """The chunks' tokens. `chunks` is read one chunk a worker ahead. Raises UserError if a worker dies."""
         if not self._workers:
             tokenizer = load_tokenizer(self._tokenizer, None, 1 << 31)
             for chunk in chunks:
                 tokens, starts = encode_rows(tokenizer, end_id(tokenizer), chunk.texts, chunk.ends)
                 yield Encoded(chunk.name, chunk.places, tokens, starts)
             return
-        # One chunk a worker, and its answer is taken before it gets the next: neither side of a pipe can then wait for
-        # the other to read, and answers come in the order of the chunks.
+        # A worker has one chunk, and its answer is read before it gets the next one. So neither side of a pipe waits
+        # for the other to read, and answers come in the order of the chunks.
         turns = cycle(self._workers)
         for chunk in chunks:
             worker = next(turns)
@@ -81,7 +81,7 @@ class Workers:
                 yield worker.answer()
 
     def check(self) -> None:
-        """Raise UserError where a worker has died, busy or not."""
+        """Raise UserError if a worker has died, busy or not."""
         for worker in self._workers:
             if worker.process.poll() is not None:
                 raise worker.death()
@@ -115,7 +115,7 @@ class _Worker:
                     "TOKENIZERS_PARALLELISM": "false",
                     "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
                 },
-                # A signal to the terminal's group is for the run, which then saves; this one ends with its pipe.
+                # A signal to the terminal's group is for the run, which then saves; the worker ends with its pipe.
                 start_new_session=True,
             )
         with self._alive():
