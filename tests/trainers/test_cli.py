@@ -242,3 +242,12 @@ def test_usage_errors_exit_with_2_and_help_with_0(capsys):
     assert fsam("fly") == 2
     assert fsam("train", "--help") == 0
     assert "--method" in capsys.readouterr().out
+
+
+def test_help_shows_the_defaults_of_preset_and_savings(capsys):
+    assert fsam("compare", "--preset", "24m", "--savings", "cheap", "--help") == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for option, default in (("batch", 256), ("width", 576), ("correction-fraction", 0.125), ("cut", "hidden")):
+        assert re.search(rf"--{option} \S+ [^(]*(\([^d][^)]*\)[^(]*)*\(default: {default}\)", shown), option
+    for replaced in ("--method ", "--seed ", "--probe-steps "):
+        assert replaced not in shown

@@ -42,7 +42,7 @@ class RunIntervals(Intervals):
     """`Intervals` before their checks."""
 
     def __post_init__(self) -> None:
-        """Checked later, in `Common.settings`."""
+        """Checked later, in `Common.intervals_of`."""
 
 
 @dataclass(frozen=True)
