@@ -8,7 +8,7 @@ RUN    ?= runs/train
 # libtpu is installed for its compiler; without this JAX looks for a TPU to go with it.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: install train test test-all test-slow lint bench bench-check baseline study scale clean
+.PHONY: install train test test-all smoke lint bench bench-check baseline study scale clean
 
 install: $(STAMP)
 
@@ -27,13 +27,15 @@ train: install
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not compilers"
 
-# What `make test` leaves out: the compilers of TPUs and GPUs that are not here. Needed where kernels change; CI runs it.
+# What `make test` leaves out. slow: every option on several ranks, ten kills and resumptions of a run in each framework,
+# every combination of dtype and option. compilers: those of TPUs and GPUs that are not here. CI runs both.
 test-all: install
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "compilers and not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "slow or compilers"
 
-# Minutes long: ten kills and resumptions of a run in each framework, and what else is marked slow.
-test-slow: install
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
+# Under a minute: one step of each framework against the formula in float64, and one tiny run.
+smoke: install
+	$(BIN)/python -m pytest -n 0 -q tests/core/test_smoke.py
+	$(BIN)/fsam train --preset tiny --max-tokens 20000 --batch 2 --steps 3 --out $(shell mktemp -d)/run
 
 lint: install
 	$(BIN)/ruff check .

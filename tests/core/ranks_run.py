@@ -24,11 +24,11 @@ import torch
 import torch._dynamo.distributed
 import torch.distributed as dist
 import torch.nn.functional as F
+from collective_counts import Collectives
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fsam_core import schedules
 from fsam_core import torch as fsam
@@ -252,25 +252,6 @@ def compared(name: str, kind: str, steps: int, rank: int) -> dict[str, float]:
 def alone(name: str, steps: int) -> tuple[list[torch.Tensor], torch.Tensor]:
     """The run of one process."""
     return trained(CASES[name], "one", steps, None)
-
-
-class Collectives(TorchDispatchMode):
-    """Counts the collectives of the process groups, and the bytes of each."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-        self.bytes: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "c10d":
-            name = function.overloadpacket.__name__
-            tensors = [x for x in torch.utils._pytree.tree_leaves(args[0]) if isinstance(x, torch.Tensor)]
-            size = sum(x.nbytes for x in tensors)
-            name = "scalar" if size <= 64 else name
-            self.counts[name] += 1
-            self.bytes[name] += size
-        return function(*args, **(kwargs or {}))
 
 
 def counted(case: Case, kind: str, rank: int) -> dict[str, Any]:

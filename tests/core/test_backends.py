@@ -22,14 +22,14 @@ def _no_environment(monkeypatch):
 
 @pytest.mark.parametrize("framework", PLAIN)
 @pytest.mark.parametrize("backend", [None, "auto", ""])
-def test_auto_says_what_it_picked_and_why(framework, backend):
+def test_auto_states_its_choice_and_reason(framework, backend):
     choice = backends.choose(framework, backend)
     assert choice.name in backends.BACKENDS[framework]
     assert choice.reason.startswith("auto: ")
 
 
 @pytest.mark.parametrize("framework", PLAIN)
-def test_a_backend_that_is_named_is_taken(framework, monkeypatch):
+def test_named_backend_is_used(framework, monkeypatch):
     assert backends.choose(framework, PLAIN[framework]) == backends.Choice(PLAIN[framework], "asked for")
     monkeypatch.setenv("FSAM_BACKEND", PLAIN[framework])
     assert backends.choose(framework) == backends.Choice(PLAIN[framework], "FSAM_BACKEND")
@@ -39,27 +39,27 @@ def test_a_backend_that_is_named_is_taken(framework, monkeypatch):
     ("framework", "name"), [("jax", "cuda"), ("torch", "cuda"), ("jax", "torch"), ("torch", "xla")]
 )
 @pytest.mark.parametrize("source", ["asked for", "FSAM_BACKEND"])
-def test_an_unknown_backend_or_the_other_frameworks_is_refused(framework, name, source, monkeypatch):
+def test_unknown_or_foreign_backend_is_refused(framework, name, source, monkeypatch):
     monkeypatch.setenv("FSAM_BACKEND", name)
     with pytest.raises(UserError, match=rf"backend: '{name}' \({source}\).*{PLAIN[framework]}"):
         backends.choose(framework, name if source == "asked for" else None)
 
 
 @pytest.mark.parametrize(("framework", "name"), [("jax", "pallas"), ("torch", "triton")])
-def test_a_backend_that_is_not_built_is_refused_and_auto_does_without(framework, name, monkeypatch):
+def test_missing_backend_is_refused_and_auto_avoids_it(framework, name, monkeypatch):
     monkeypatch.setattr(backends, "built", lambda backend: backend == PLAIN[framework])
     with pytest.raises(UserError, match=f"'{name}'.*not part of this version, which has {PLAIN[framework]}"):
         backends.choose(framework, name)
     assert backends.choose(framework).name == PLAIN[framework]
 
 
-def test_the_argument_wins_over_the_environment(monkeypatch):
+def test_argument_wins_over_the_environment(monkeypatch):
     monkeypatch.setenv("FSAM_BACKEND", "nonsense")
     assert backends.choose("jax", "xla").name == "xla"
     assert backends.choose("torch", "auto").name in backends.BACKENDS["torch"]
 
 
-def test_a_bad_backend_is_refused_where_the_step_is_made(monkeypatch):
+def test_bad_backend_is_refused_where_the_step_is_made(monkeypatch):
     monkeypatch.setenv("FSAM_BACKEND", "nonsense")
     model = Weights(values())
     with pytest.raises(UserError, match="nonsense"):
@@ -72,7 +72,7 @@ def test_a_bad_backend_is_refused_where_the_step_is_made(monkeypatch):
 @pytest.mark.parametrize(
     ("module", "extra"), [("jax", "jax"), ("torch", "torch"), ("triton", "triton"), ("optax", "jax")]
 )
-def test_a_missing_package_is_named_with_the_command_that_installs_it(module, extra, monkeypatch):
+def test_missing_package_is_named_with_its_pip_command(module, extra, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=rf"{module} is not installed: pip install 'fsam\[{extra}\]'"):
         backends.require(module)
@@ -86,7 +86,7 @@ def test_triton_on_a_cpu_is_refused_outside_its_interpreter(monkeypatch):
 
 
 @pytest.mark.parametrize("framework", PLAIN)
-def test_a_loaded_backend_has_the_operations(framework):
+def test_loaded_backend_has_the_operations(framework):
     ops = backends.load(framework)
     for name in ("linear_cross_entropy", "logit_vjp", "preconditioned_norm", "perturb", "Adam"):
         assert callable(getattr(ops, name))

@@ -66,7 +66,7 @@ def assert_same(one, other, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
-def test_every_method_takes_the_eager_step_with_one_graph_a_mode(method):
+def test_compiled_step_equals_eager_with_one_graph_a_mode(method):
     compiled, eager = trained(method, "aot_eager"), trained(method, None)
     assert_same(compiled, eager, 1e-4)
     assert compiled[2] <= 2  # with gradients, and for a pass without; not one more for the perturbed weights
@@ -74,7 +74,7 @@ def test_every_method_takes_the_eager_step_with_one_graph_a_mode(method):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_savings_and_masters_are_compiled_once(backend, dtype):
+def test_savings_and_masters_compile_once(backend, dtype):
     method = FunctionalSAM(0.1, precondition="adam", fraction=1 / 2, cut="hidden")
     schedule = Schedule(every=2)
     compiled, eager = (trained(method, x, dtype, schedule) for x in (backend, None))

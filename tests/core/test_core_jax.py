@@ -81,7 +81,7 @@ def test_both_passes_see_the_same_dropout(kind, keys, new):
     assert distance(twice, plain) < 1e-5
 
 
-def test_a_batch_may_hold_what_is_no_array():
+def test_batch_may_hold_other_values_than_arrays():
     named = lambda p, batch: mlp(p, batch) if batch["kind"] == "text" else None
     (loss, _), _ = value_and_grad(named, FunctionalSAM(0.1))(params(), {**batch(), "kind": "text"})
     assert np.isfinite(loss)
@@ -100,7 +100,7 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize("tx", WRAPPED.values(), ids=WRAPPED.keys())
-def test_the_adam_state_is_found_in(tx):
+def test_adam_state_is_found_in(tx):
     tx, p = tx(), params()
     state = tx.init(p)
     for seed in range(2):
@@ -112,7 +112,7 @@ def test_the_adam_state_is_found_in(tx):
     assert distance(got, value_and_grad(mlp, ADAM, b2=B2)(p, batch(), found)[1]) == 0
 
 
-def test_multi_steps_has_adams_count_not_that_of_its_micro_steps():
+def test_multi_steps_has_the_count_of_adam():
     tx, p = optax.MultiSteps(optax.adamw(1e-2), 2), params()
     state = tx.init(p)
     for _ in range(3):
@@ -128,12 +128,12 @@ def test_multi_steps_has_adams_count_not_that_of_its_micro_steps():
         ((optax.adam(0.1).init({"a": jnp.ones(2)}),) * 2, "got 2"),
     ],
 )
-def test_a_state_without_exactly_one_adam_is_refused(state, says):
+def test_state_without_exactly_one_adam_is_refused(state, says):
     with pytest.raises(UserError, match=says):
         value_and_grad(mlp, ADAM, b2=B2)(params(), batch(), state)
 
 
-def test_a_parameter_that_adam_is_masked_from_does_not_move():
+def test_parameter_masked_from_adam_does_not_move():
     groups = {"on": optax.adamw(1e-2), "off": optax.set_to_zero()}
     p = params()
     state = optax.multi_transform(groups, {"a": "on", "w": "off"}).init(p)
@@ -147,12 +147,12 @@ def test_a_parameter_that_adam_is_masked_from_does_not_move():
     assert abs(other["a"] - got["a"]).max() > 1e-4  # w does move where Adam has it
 
 
-def test_an_adam_state_of_other_parameters_is_refused_in_words():
+def test_adam_state_of_other_parameters_is_refused():
     with pytest.raises(UserError, match="opt_state: its Adam state is not of these params"):
         value_and_grad(mlp, ADAM, b2=B2)(params(), batch(), optax.adamw(1e-2).init({"a": jnp.ones(2)}))
 
 
-def test_rho_schedule_is_an_optax_schedule_of_the_adam_count():
+def test_rho_schedule_takes_the_count_of_adam():
     schedule, tx, p = optax.linear_schedule(0.0, 1.0, 4), optax.adamw(1e-3), params()
     state, grad, seen = tx.init(p), jax.jit(value_and_grad(mlp, SAM(schedule))), []
     for seed in range(3):
@@ -206,7 +206,7 @@ PASSES = [
 
 
 @pytest.mark.parametrize(("where", "method"), PASSES, ids=[f"{where}-{m.path}" for where, m in PASSES])
-def test_what_is_not_finite_skips_the_update(where, method):
+def test_non_finite_value_skips_the_update(where, method):
     tx, p, bad = (
         skip_nonfinite(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, b2=B2))),
         params(),
@@ -264,7 +264,7 @@ def test_float16_micro_batches_of_many_tokens_do_not_overflow(sizes):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_half_precision_params_give_gradients_of_their_own_dtype(dtype):
+def test_half_precision_params_keep_their_dtype_in_gradients(dtype):
     p = jax.tree.map(lambda x: x.astype(dtype), params())
     state = optax.adamw(1e-2).init(params())
     for method in (ADAM, SAM(0.3)):
@@ -273,7 +273,7 @@ def test_half_precision_params_give_gradients_of_their_own_dtype(dtype):
         assert all(x.dtype == dtype for x in jax.tree.leaves(g))
 
 
-def test_bfloat16_micro_batches_are_summed_without_losing_digits():
+def test_bfloat16_micro_batches_are_summed_in_float32():
     p = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params())
     batches = [batch(s, n=8) for s in range(1, 33)]
     whole = {k: jnp.concatenate([b[k] for b in batches]) for k in batches[0]}
@@ -295,7 +295,7 @@ def vocabulary_dots(method) -> int:
     return len(re.findall(rf"= f32\[(?:{N},{V}|{V},{N})\]\S* (?:dot|custom-call)\(", text))
 
 
-def test_the_second_pass_of_functional_sam_makes_no_logits():
+def test_second_pass_of_functional_sam_forms_no_logits():
     plain, functional, sam = (vocabulary_dots(m) for m in (Plain(), FunctionalSAM(0.3), SAM(0.3)))
     assert 1 <= plain <= 2
     assert functional <= 2
@@ -309,7 +309,7 @@ def test_features_is_called_once_a_pass(method, calls):
     assert len(seen) == calls
 
 
-def test_features_may_be_rematerialised_with_weights_computed_inside():
+def test_features_may_be_rematerialised():
     def inner(p, b):
         out = mlp(p, b)
         return out.hidden, out.weight, out.labels, (b["x"][:, 0] > 0) * 1.0

@@ -54,7 +54,7 @@ class RaisingBackward(torch.autograd.Function):
 @perturbed
 @pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
 @pytest.mark.parametrize("where", ["forward 1", "forward 2", "backward 1", "backward 2"])
-def test_weights_come_back_to_the_bit_when_a_pass_raises(kind, where, error):
+def test_weights_are_restored_bit_for_bit_when_a_pass_raises(kind, where, error):
     model, calls = Weights(float32()), []
     optimizer = adamw(model, moments(float32()))
 
@@ -77,7 +77,7 @@ def test_weights_come_back_to_the_bit_when_a_pass_raises(kind, where, error):
     assert (step.steps, step.skipped_steps) == (0, 0)
 
 
-def test_a_bad_value_of_a_rho_schedule_is_said_and_changes_nothing():
+def test_bad_rho_of_a_schedule_is_refused_and_changes_nothing():
     model = Weights(float32())
     optimizer = adamw(model)
     before = everything(model, optimizer)
@@ -95,7 +95,7 @@ def _schedule_that_turns(value):
 
 
 @each_method
-def test_a_base_pass_that_is_not_finite_skips_the_update(method):
+def test_non_finite_base_pass_skips_the_update(method):
     model = Weights(float32())
     optimizer = adamw(model, moments(float32()))
     step = Step(model, optimizer, method, features=mlp, clip_norm=1.0)
@@ -111,7 +111,7 @@ def test_a_base_pass_that_is_not_finite_skips_the_update(method):
 
 
 @perturbed
-def test_a_second_pass_that_is_not_finite_skips_the_update(kind):
+def test_non_finite_second_pass_skips_the_update(kind):
     model = Weights(float32())
     optimizer = adamw(model, moments(float32()))
     theta = model["a"].detach().clone()
@@ -134,7 +134,7 @@ def test_a_second_pass_that_is_not_finite_skips_the_update(kind):
 
 
 @each_method
-def test_the_final_gradient_is_clipped_once_as_by_torch(method):
+def test_final_gradient_is_clipped_once_as_by_torch(method):
     model = Weights(float32())
     optimizer = adamw(model, moments(float32()))
     Step(model, optimizer, method, features=mlp, clip_norm=0.05).gradient(batch())
@@ -165,7 +165,7 @@ def test_plain_is_the_ordinary_training_loop():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_the_optimizers_checkpoint_loads_without_fsam():
+def test_optimizer_checkpoint_loads_without_fsam():
     model = Weights(float32())
     optimizer = adamw(model)
     step = Step(model, optimizer, METHODS["precond-functional"], features=mlp)
@@ -180,7 +180,7 @@ def test_the_optimizers_checkpoint_loads_without_fsam():
     assert int(next(iter(plain.state.values()))["step"]) == step.steps == 3
 
 
-def test_a_resumed_step_goes_on_as_if_it_had_not_stopped():
+def test_resumed_step_equals_an_uninterrupted_one():
     def run(steps, model, optimizer, state=None):
         step = Step(model, optimizer, FunctionalSAM(lambda n: 0.1 * n, precondition="adam"), features=mlp)
         if state is not None:
@@ -201,7 +201,7 @@ def test_a_resumed_step_goes_on_as_if_it_had_not_stopped():
     assert same(everything(whole, whole_optimizer), everything(second, optimizers[1]))
 
 
-def test_groups_with_their_own_betas_and_eps_are_preconditioned_by_their_own():
+def test_each_group_is_preconditioned_by_its_betas_and_eps():
     def direction(groups) -> dict[str, torch.Tensor]:
         model = Weights(float32())
         optimizer = torch.optim.AdamW([{"params": [model[k]], **o} for k, o in groups.items()])
@@ -230,14 +230,14 @@ def test_groups_with_their_own_betas_and_eps_are_preconditioned_by_their_own():
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adamax])
-def test_an_optimizer_without_second_moments_is_refused_before_it_steps(optimizer):
+def test_optimizer_without_second_moments_is_refused(optimizer):
     model = Weights(float32())
     with pytest.raises(UserError, match=optimizer.__name__):
         Step(model, optimizer(model.parameters(), lr=0.1), SAM(0.1, precondition="adam"), features=mlp)
 
 
 @pytest.mark.parametrize("clip_norm", [0, -1.0, float("nan")])
-def test_a_bad_clip_norm_is_refused(clip_norm):
+def test_bad_clip_norm_is_refused(clip_norm):
     model = Weights(float32())
     with pytest.raises(UserError, match="clip_norm.*got " + str(clip_norm)):
         Step(model, adamw(model), Plain(), features=mlp, clip_norm=clip_norm)
@@ -281,7 +281,7 @@ def test_frozen_unused_and_tied_parameters(method):
 
 
 @perturbed
-def test_a_frozen_trunk_or_a_frozen_head_is_allowed(kind):
+def test_frozen_trunk_or_frozen_head_is_allowed(kind):
     for name in ("embedding", "head"):
         model = Odd(tied=False)
         getattr(model, name).requires_grad_(False)
@@ -292,7 +292,7 @@ def test_a_frozen_trunk_or_a_frozen_head_is_allowed(kind):
 
 
 @each_method
-def test_a_hook_on_a_tied_head_sees_the_whole_gradient_and_changes_nothing(method):
+def test_hook_on_a_tied_head_sees_the_whole_gradient(method):
     def grad(hooked):
         model, seen = Odd(), []
         step = Step(model, torch.optim.AdamW(model.parameters(), lr=0.1), method, features=odd_features)
@@ -333,7 +333,7 @@ def dropout(model, batch):
 
 @perturbed
 @pytest.mark.parametrize("micro", [1, 3])
-def test_both_passes_draw_the_same_and_leave_the_generator_as_a_plain_step_does(kind, micro):
+def test_both_passes_draw_the_same_random_numbers(kind, micro):
     def run(method):
         torch.manual_seed(4)
         model = Weights(float32())
@@ -413,14 +413,14 @@ def products_of(method, memory=AUTO) -> tuple[int, int]:
     return len(products.found), sum(bool(inputs & moved) for inputs in products.found)
 
 
-def test_the_second_pass_of_functional_sam_makes_no_logits():
+def test_second_pass_of_functional_sam_forms_no_logits():
     assert products_of(Plain()) == (1, 0)
     assert products_of(FunctionalSAM(0.3)) == (1, 0)
     assert products_of(FunctionalSAM(0.3), Memory("recompute")) == (2, 0)
     assert products_of(SAM(0.3)) == (2, 1)
 
 
-def test_an_outer_autocast_does_not_keep_the_unperturbed_weights():
+def test_outer_autocast_sees_the_perturbed_weights():
     """Autocast caches its casts of the weights: the second pass must not be given θ's."""
     model = Weights(float32())
     step = Step(model, adamw(model), SAM(2.0), features=mlp)
@@ -432,7 +432,7 @@ def test_an_outer_autocast_does_not_keep_the_unperturbed_weights():
     assert outside.info.perturbed_loss > 1.1 * outside.info.loss
 
 
-def test_the_loss_that_is_returned_has_no_graph():
+def test_returned_loss_has_no_graph():
     model = Weights(float32())
     for method in METHODS.values():
         assert not Step(model, adamw(model), method, features=mlp)(batch()).requires_grad

@@ -112,13 +112,13 @@ def _cases() -> list[Any]:
 
 
 @pytest.mark.parametrize(("framework", "case"), _cases())
-def test_operations_are_those_that_are_counted(framework, case):
+def test_predicted_operations_are_those_counted(framework, case):
     o = options(framework, case)
     assert predicted(framework, o) == pytest.approx(counted_in(framework, o), rel=0.02)
 
 
 @pytest.mark.parametrize("framework", ["torch", pytest.param("jax", marks=pytest.mark.slow)])
-def test_a_step_without_correction_is_counted_as_adamw(framework):
+def test_step_without_correction_is_counted_as_adamw(framework):
     o = options(framework, "eighth")
     plain = predicted(framework, options(framework, "adamw"), kind="plain")
     assert counted_in(framework, o, kind="plain") == pytest.approx(plain, rel=0.02)
@@ -133,7 +133,7 @@ def test_operations_with_a_head_of_its_own(framework, case):
     assert predicted(framework, o, untied) == pytest.approx(counted_in(framework, o, untied), rel=0.02)
 
 
-def test_a_wrong_count_is_noticed():
+def test_wrong_count_is_noticed():
     """The negative control: one product with the head more or less is more than the tolerance."""
     kept, again = options("torch", "keep"), options("torch", "recompute")
     assert predicted("torch", kept) != pytest.approx(counted_in("torch", again), rel=0.02)
@@ -170,7 +170,7 @@ def test_operations_are_those_of_the_design(changes, ratio):
     assert cost.estimate(MODEL, Options(**changes), TOKENS).flops_ratio == pytest.approx(ratio, rel=1e-12)
 
 
-def test_checkpointing_runs_each_forward_pass_of_the_blocks_once_more():
+def test_checkpointing_adds_one_forward_of_the_blocks():
     plain, again = (cost.estimate(MODEL, Options(remat=x), TOKENS) for x in (False, True))
     forward = TOKENS * MODEL.trunk_flops
     assert again.adamw.flops - plain.adamw.flops == pytest.approx(forward)
@@ -195,7 +195,7 @@ def test_parameter_work_is_what_each_pass_reads_and_writes():
     assert drawn.work.normals == P
 
 
-def test_a_part_holds_one_gradient_more_and_the_exact_method_none():
+def test_part_holds_one_more_gradient_and_exact_none():
     P4 = 4 * MODEL.parameters
     exact, part = (cost.estimate(MODEL, Options(fraction=q), TOKENS).steps["corrected"].memory for q in (1, 0.5))
     assert "gradient of B" not in exact
@@ -217,7 +217,7 @@ def test_a_kept_cotangent_is_the_logits_of_the_part():
     assert memory(cut="hidden") == TOKENS * 4 * D + 4 * V * D
 
 
-def test_micro_batches_divide_the_activations_and_add_a_gradient():
+def test_micro_batches_divide_activations_and_add_a_gradient():
     whole, parts = (cost.estimate(MODEL, Options(path="base", micro_batches=m), TOKENS).adamw.memory for m in (1, 4))
     assert parts["activations"] == whole["activations"] / 4
     assert parts["gradient"] >= 4 * MODEL.parameters
@@ -225,7 +225,7 @@ def test_micro_batches_divide_the_activations_and_add_a_gradient():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["adamw", "sam", "recompute", "keep", "cut hidden", "eighth", "micro-batches, keep"])
-def test_memory_is_near_what_xla_sets_aside(case):
+def test_memory_is_near_that_of_xla(case):
     config = ModelConfig(layers=4, width=192, heads=3, seq_len=128, vocab_size=8192)
     o = dataclasses.replace(options("jax", case), chunk_bytes=2**23)
     method = o.method
@@ -260,7 +260,7 @@ def test_devices_share_the_tokens_and_nothing_else():
 MACHINE = Machine("some", 1e14, 1e12)
 
 
-def test_a_run_is_the_average_of_its_steps():
+def test_run_is_the_average_of_its_steps():
     found = cost.estimate(MODEL, Options(every=4, start=0.5, between="reuse"), TOKENS)
     assert dict(found.shares) == pytest.approx({"corrected": 1 / 8, "reused": 3 / 8, "plain": 1 / 2})
     steps = {kind: MACHINE.seconds(found.steps[kind]) for kind in found.shares}
@@ -271,7 +271,7 @@ def test_a_run_is_the_average_of_its_steps():
     assert found.peak_bytes == found.steps["corrected"].peak_bytes
 
 
-def test_a_run_that_never_corrects_is_adamw():
+def test_run_that_never_corrects_is_adamw():
     for never in ({"start": 1.0}, {"probability": 0.0}):
         found = cost.estimate(MODEL, Options(**never), TOKENS)
         assert (found.flops_ratio, found.time_ratio(MACHINE)) == (1, 1)

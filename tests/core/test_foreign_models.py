@@ -72,7 +72,7 @@ NAMES = ["adamw", "sam", "precond-functional", "logit"]
 
 @pytest.mark.parametrize("cotangent", ["keep", pytest.param("recompute", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
-def test_torch_gradient_is_that_of_the_models_own_head(model, name, cotangent):
+def test_torch_gradient_is_that_of_the_model_head(model, name, cotangent):
     memory = Memory(cotangent, chunk_bytes=5 * V * 8)
     loss, got = gradient(model, linear_head, METHODS[name], memory=memory)
     expected_loss, expected = gradient(model, logits, METHODS[name])

@@ -28,7 +28,7 @@ def rows(batch, which):
 
 
 @each_method
-def test_averaged_over_the_parts_of_a_batch_it_is_the_exact_gradient(framework, method):
+def test_mean_over_all_parts_is_the_exact_gradient(framework, method):
     batch = batch_of(12, ignored=0)
     got = [
         g_of(framework, dataclasses.replace(method, fraction=1 / 3), rows(batch, np.roll(np.arange(12), -i)))
@@ -41,7 +41,7 @@ def test_averaged_over_the_parts_of_a_batch_it_is_the_exact_gradient(framework, 
 
 
 @each_method
-def test_the_whole_batch_and_full_strength_are_the_exact_method(framework, method):
+def test_full_fraction_and_strength_are_the_exact_method(framework, method):
     batch = batch_of()
     plain, exact = g_of(framework, Plain(), batch), g_of(framework, method, batch)
     half = g_of(framework, dataclasses.replace(method, strength=0.5), batch)
@@ -52,14 +52,14 @@ def test_the_whole_batch_and_full_strength_are_the_exact_method(framework, metho
     assert distance(all_but_one, exact) == 0
 
 
-def test_a_part_without_targets_corrects_nothing(framework):
+def test_part_without_targets_corrects_nothing(framework):
     batch = batch_of(8, ignored=0)
     batch["y"][::4] = -1
     got = g_of(framework, FunctionalSAM(0.3, fraction=1 / 4), batch)
     assert distance(got, g_of(framework, Plain(), batch)) < 1e-12
 
 
-def test_a_batch_that_cannot_be_cut_is_refused(framework):
+def test_batch_that_cannot_be_split_is_refused(framework):
     with pytest.raises(UserError, match=r"fraction: 1/8 of a \(micro-\)batch of 12 rows"):
         g_of(framework, FunctionalSAM(0.3, fraction=1 / 8), batch_of(12))
     bad = {**batch_of(12), "extra": np.zeros(5)}

@@ -143,7 +143,7 @@ def test_auto_keeps_what_fits():
 
 
 @pytest.mark.parametrize(("kind", "chunks"), [("TPU v6 lite", []), ("cpu", ["16"])])
-def test_a_step_is_traced_for_the_device_of_the_mesh_in_use(kind, chunks):
+def test_step_is_traced_for_the_device_of_its_mesh(kind, chunks):
     # Of a size that a TPU takes in one chunk.
     n, d, v = 2048, 576, 32768
     device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform=kind.split()[0].lower())
@@ -184,7 +184,7 @@ def test_bad_losses_are_named(options):
     ],
 )
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_a_head_that_does_not_fit_is_named(framework, change, message):
+def test_head_that_does_not_fit_is_named(framework, change, message):
     to = (lambda x: x) if framework == "jax" else (lambda x: torch.from_numpy(x) if isinstance(x, np.ndarray) else x)
     fields = {"hidden": np.zeros((4, D)), "weight": np.zeros((V, D)), "labels": np.zeros(4, int), **change}
     fields = {k: to(x) for k, x in fields.items()}

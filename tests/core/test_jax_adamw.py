@@ -30,7 +30,7 @@ def batches(bad: int) -> list[dict]:
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.05])
-def test_a_hundred_steps_are_those_of_the_chain(clip_norm):
+def test_hundred_steps_match_the_optax_chain(clip_norm):
     params = jax.tree.map(jnp.asarray, values(dtype="float32"))
     mine = AdamW(RATE, b2=B2, weight_decay=0.1, mask=DECAYS, clip_norm=clip_norm)
     tx = chain(clip_norm)
@@ -61,7 +61,7 @@ def test_a_hundred_steps_are_those_of_the_chain(clip_norm):
         np.testing.assert_allclose(a[k], b[k], atol=1e-5 * float(jnp.abs(a[k] - params[k]).max()) * 10)
 
 
-def test_a_run_that_was_begun_with_optax_goes_on():
+def test_run_begun_with_optax_resumes():
     params = jax.tree.map(jnp.asarray, values(dtype="float32"))
     tx = chain(1.0)
     grad = value_and_grad(mlp, FunctionalSAM(0.3, precondition="adam"), b2=B2)

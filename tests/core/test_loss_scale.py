@@ -68,7 +68,7 @@ def test_without_a_scale_they_are_lost():
     assert off_by(Plain(), None) > 10 * off_by(Plain(), LossScale())
 
 
-def test_the_loss_is_not_scaled():
+def test_loss_is_not_scaled():
     step = made(SAM(1e-4), LossScale())
     loss = step(batch())
     assert loss == pytest.approx(math.log(V), rel=1e-2)
@@ -77,7 +77,7 @@ def test_the_loss_is_not_scaled():
 
 
 @pytest.mark.parametrize("method", [Plain(), FunctionalSAM(0.1, precondition="adam", fraction=1 / 4, cut="hidden")])
-def test_a_step_that_overflows_is_skipped_and_the_scale_lower_until_it_fits(method):
+def test_overflow_skips_steps_and_lowers_the_scale(method):
     step = made(method, LossScale(initial=2.0**40), head=1.0)
     before = [p.detach().clone() for p in step.model.parameters()]
     for _ in range(30):
@@ -91,7 +91,7 @@ def test_a_step_that_overflows_is_skipped_and_the_scale_lower_until_it_fits(meth
     assert not torch.equal(step.model.a, before[0])
 
 
-def test_the_scale_grows_after_enough_finite_steps_and_comes_back_from_a_checkpoint():
+def test_scale_grows_and_is_restored_from_a_checkpoint():
     how = LossScale(initial=8.0, interval=3)
     step, other = made(Plain(), how), made(Plain(), how)
     for i in range(4):
@@ -104,7 +104,7 @@ def test_the_scale_grows_after_enough_finite_steps_and_comes_back_from_a_checkpo
     assert other.state_dict()["loss_scale"] == state["loss_scale"]
 
 
-def test_what_cannot_be_undone_or_change_is_refused():
+def test_unsupported_scaling_is_refused():
     model = Model()
     with pytest.raises(
         UserError, match="loss_scale: it is undone where gradients go to float32 masters; give an AdamW"

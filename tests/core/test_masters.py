@@ -72,7 +72,7 @@ def off_by_autograd(batches: list[dict]) -> float:
 @pytest.mark.parametrize("micro", [False, True])
 # Without a second moment yet "previous" divides by 0, and the direction is what rounding makes of the least gradient.
 @pytest.mark.parametrize("method", [m for m in METHODS.values() if getattr(m, "second_moment", "") != "previous"])
-def test_a_step_is_that_of_float32_weights_to_bfloat16s_precision(method, micro, form):
+def test_step_matches_float32_to_bfloat16_precision(method, micro, form):
     batches = [batch(1), batch(2)] if micro else [batch(1)]
     assert off_by(method, batches, Memory(form)) < 3 * off_by_autograd(batches)
 
@@ -89,7 +89,7 @@ def test_after_a_step_the_copies_are_the_masters_rounded(method):
 
 @pytest.mark.parametrize("kind", [SAM, FunctionalSAM, LogitSAM])
 @pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
-def test_copies_come_back_when_the_second_pass_raises(kind, error):
+def test_copies_are_restored_when_the_second_pass_raises(kind, error):
     calls = []
 
     def features(model, batch):
@@ -107,7 +107,7 @@ def test_copies_come_back_when_the_second_pass_raises(kind, error):
 
 
 @pytest.mark.parametrize("kind", [SAM, FunctionalSAM, LogitSAM])
-def test_copies_come_back_when_a_step_is_skipped_or_only_its_gradient_is_taken(kind):
+def test_copies_are_restored_without_an_update(kind):
     bad = batch()
     bad["x"][0, 0] = float("inf")
     model, optimizer, step = made(kind(5.0))
@@ -118,7 +118,7 @@ def test_copies_come_back_when_a_step_is_skipped_or_only_its_gradient_is_taken(k
     assert is_cast(model, optimizer)
 
 
-def test_the_second_pass_reads_the_masters_moved_and_rounded_once():
+def test_second_pass_reads_perturbed_masters_rounded_once():
     """Not the copies moved: of a step below half an ulp those would keep nothing."""
     seen = []
 
@@ -153,7 +153,7 @@ def test_random_rounding_repeats_from_its_seed():
     assert not same(trained(1), trained(2))
 
 
-def test_a_tied_and_a_frozen_weight_have_masters_too():
+def test_tied_and_frozen_weights_have_masters():
     model = Weights(values(dtype="float32"))
     model.a.requires_grad_(False)
     copies = masters(model)
@@ -173,7 +173,7 @@ def test_plain_steps_between_write_the_copies():
         assert is_cast(model, optimizer)
 
 
-def test_a_head_in_bfloat16_trains_like_float32():
+def test_bfloat16_head_trains_like_float32():
     """The loss of 60 steps over masters follows that of float32 weights."""
     runs = {}
     for name in ("float32", "bfloat16"):

@@ -48,7 +48,7 @@ CASES = [(name, micro) for name in NAMES for micro in (1, 2) if (name, micro) no
 
 
 @pytest.mark.parametrize(("name", "micro"), [*QUICK, *(pytest.param(*x, marks=pytest.mark.slow) for x in CASES)])
-def test_it_is_the_mean_of_the_shards_own_corrections(mesh, name, micro):
+def test_local_correction_is_the_mean_over_shards(mesh, name, micro):
     with jax.enable_x64(True):
         params, state, batch = problem()
         batches = [batch, {**batch, "x": batch["x"][::-1]}][:micro]
@@ -65,7 +65,7 @@ def test_it_is_the_mean_of_the_shards_own_corrections(mesh, name, micro):
         assert distance(got, alone(params, batches, state)[1]) > 1e-4
 
 
-def test_a_steps_gradients_are_reduced_once(mesh):
+def test_gradients_are_reduced_once_a_step(mesh):
     """The exact method reduces g, waits for it, and reduces g'."""
     params, state, batch = problem()
     method = FunctionalSAM(0.3, precondition="adam")
@@ -100,7 +100,7 @@ def test_dropout_differs_from_shard_to_shard(mesh):
     assert float(loss) == pytest.approx(float(np.mean(losses)), rel=1e-5)
 
 
-def test_what_cannot_be_is_said(mesh):
+def test_unsupported_setup_is_refused(mesh):
     params, _, batch = problem()
     grad = value_and_grad(mlp, FunctionalSAM(0.1), sync="local")
     with pytest.raises(UserError, match=r"axis: the mesh in use has no axis 'data'; it has none: call the step under"):
@@ -112,7 +112,7 @@ def test_what_cannot_be_is_said(mesh):
 
 
 @pytest.mark.slow
-def test_the_head_counts_a_shards_rows_as_its_own(mesh):
+def test_head_counts_the_rows_of_its_shard(mesh):
     """Budgets are for a device, and inside the shards the rows are one device's already."""
     with jax.enable_x64(True):
         params, state, batch = problem()

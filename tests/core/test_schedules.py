@@ -49,7 +49,7 @@ def test_random_steps_are_drawn_from_seed_and_step_alone():
 @pytest.mark.parametrize(
     "method", [FunctionalSAM(0.3), FunctionalSAM(0.3, fraction=0.5), SAM(0.3, precondition="adam")]
 )
-def test_steps_between_are_plain_or_use_the_last_correction_again(framework, method):
+def test_steps_between_are_plain_or_reuse_the_correction(framework, method):
     batches = [batch_of(8, seed) for seed in (1, 2, 3)]
     of = lambda some, batch: trajectory(framework, some, [batch], Schedule())[0]
     plain = [of(Plain(), b) for b in batches]
@@ -106,7 +106,7 @@ def weights_order() -> list[str]:
     return [name for name, _ in Weights(weights()).named_parameters()]
 
 
-def test_what_is_not_finite_is_not_remembered():
+def test_non_finite_gradient_is_not_remembered():
     values = weights()
     grad = in_jax.value_and_grad(model, FunctionalSAM(0.3, ascent="previous"), b2=B2)
     params = jax.tree.map(jnp.asarray, values)
@@ -143,12 +143,12 @@ def test_reuse_needs_the_plain_gradient():
 
 
 @pytest.mark.parametrize("kind", ["again", "Corrected"])
-def test_a_kind_of_step_that_is_not_known_is_refused(kind):
+def test_unknown_kind_of_step_is_refused(kind):
     with pytest.raises(UserError, match=r"kind: .* use one of corrected, reused, plain"):
         in_jax.value_and_grad(model, Plain())(weights(), batch_of(12, 1), kind=kind)
 
 
-def test_a_resumed_step_remembers():
+def test_resumed_step_has_its_state():
     batches = [as_torch(batch_of(8, seed)) for seed in (1, 2, 3, 4)]
 
     def fresh():

@@ -128,11 +128,11 @@ def test_info_norms_are_those_of_the_gradients(framework):
         (mlp, [], "empty list"),
     ],
 )
-def test_what_features_gets_wrong_is_said(framework, features, batch, says):
+def test_wrong_output_of_features_is_refused(framework, features, batch, says):
     with pytest.raises(UserError, match=says):
         gradient(framework, features, FunctionalSAM(0.1), values(), batch)
 
 
-def test_something_that_is_no_method_is_refused(framework):
+def test_value_that_is_no_method_is_refused(framework):
     with pytest.raises(UserError, match="sam"):
         gradient(framework, mlp, "sam", values(), batch_of())

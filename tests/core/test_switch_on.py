@@ -55,7 +55,7 @@ def moved(model, optimizer, kind):
     return model, other
 
 
-def test_on_and_off_again_with_the_users_own_optimizer_or_with_ours_is_the_same_run(started):
+def test_switching_on_and_off_keeps_the_run(started):
     found = []
     for kind in (torch.optim.AdamW, AdamW):
         model, optimizer = moved(*started, kind)
@@ -69,7 +69,7 @@ def test_on_and_off_again_with_the_users_own_optimizer_or_with_ours_is_the_same_
     assert max(float((a - b).abs().max()) for a, b in zip(found[0], weights(started[0]), strict=True)) > 1e-3
 
 
-def test_without_a_correction_the_step_goes_on_as_the_loop_by_hand(started):
+def test_step_without_correction_continues_the_plain_loop(started):
     model, optimizer = moved(*started, AdamW)
     by_step(model, optimizer, Plain(), range(5, 10))
     by_hand(*started, range(5, 10))

@@ -8,15 +8,14 @@ FOLDER/found.pt gets one for each: what the operations gave with the parts of wÌ
 
 from __future__ import annotations
 
-import multiprocessing
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
+import spawn
 import torch
 import torch.distributed as dist
-from ranks_run import Collectives
+from collective_counts import Collectives
 
 import fsam_kernels.torch
 import fsam_kernels.triton
@@ -66,7 +65,7 @@ def found(case: dict[str, Any], group: Any) -> dict[str, Any]:
     return {**results, "same": same, "sent": sent, "columns": [len(one["base"][1]) for one in every]}
 
 
-def one_process(folder: Path, rank: int, store: str) -> None:
+def one_process(rank: int, store: str, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
@@ -85,17 +84,5 @@ def one_process(folder: Path, rank: int, store: str) -> None:
     dist.destroy_process_group()
 
 
-def main() -> None:
-    context = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory() as store:
-        given = [(Path(sys.argv[1]), rank, f"{store}/store") for rank in range(RANKS)]
-        processes = [context.Process(target=one_process, args=one) for one in given]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-    sys.exit(any(process.exitcode for process in processes))
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(spawn.fork_ranks(RANKS, one_process, Path(sys.argv[1])))

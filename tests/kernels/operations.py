@@ -21,7 +21,7 @@ OPS = {"xla": fsam_kernels.xla, "torch": fsam_kernels.torch}
 
 
 class Problem(NamedTuple):
-    """A head, what it is pulled back through besides itself, and its loss. Arrays are NumPy's, in float64."""
+    """A head, a moved head for the second VJP, and a loss. Arrays are NumPy's, in float64."""
 
     h: Any
     w: Any

@@ -70,7 +70,7 @@ def oracle(weights, steps: int, clip: float = 1.0):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_hundred_steps_are_those_of_torch_and_of_the_oracle(fused):
+def test_hundred_steps_match_torch_and_the_oracle(fused):
     mine, others = params(), params()
     walk(own(mine), mine, range(100))
     walk(theirs(others, fused=fused), others, range(100))
@@ -81,7 +81,7 @@ def test_a_hundred_steps_are_those_of_torch_and_of_the_oracle(fused):
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_a_hundred_steps_are_those_of_optax_and_of_the_oracle(decay):
+def test_hundred_steps_match_optax_and_the_oracle(decay):
     theta = {"a": jnp.asarray(tensors(0)[0].numpy()), "b": [jnp.asarray(tensors(0)[1].numpy()), jnp.float32(0.5)]}
     optimizer = optax.adamw(1e-2, 0.9, 0.95, 1e-8, weight_decay=decay)
     state, other, mine = optimizer.init(theta), theta, theta
@@ -106,7 +106,7 @@ def test_a_hundred_steps_are_those_of_optax_and_of_the_oracle(decay):
     )
 
 
-def test_what_optax_has_left_is_gone_on_with():
+def test_optax_state_is_resumed():
     """Ten steps of optax.adamw, then ten of `adamw` from its count and moments: twenty of optax."""
     theta = {"a": jnp.asarray(tensors(0)[0].numpy()), "b": jnp.float32(0.5)}
     optimizer = optax.adamw(1e-2, 0.9, 0.95, 1e-8, weight_decay=0.1)
@@ -163,7 +163,7 @@ def test_half_moments_and_weights_keep_their_dtypes_in_xla():
     assert [x[0].dtype for x in found[:3]] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
 
 
-def test_another_decay_would_be_noticed():
+def test_wrong_decay_is_noticed():
     """The negative control: decay coupled to the gradient, as in Adam, is far outside the tolerance."""
     mine, others = params(), params()
     walk(own(mine), mine, range(100))
@@ -173,7 +173,7 @@ def test_another_decay_would_be_noticed():
 
 @pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.parametrize("from_torch", [True, False])
-def test_a_checkpoint_of_one_goes_on_in_the_other(from_torch, fused):
+def test_checkpoint_resumes_in_the_other_optimizer(from_torch, fused):
     whole = params()
     walk(own(whole), whole, range(20))
     parts = params()
@@ -186,7 +186,7 @@ def test_a_checkpoint_of_one_goes_on_in_the_other(from_torch, fused):
     assert far(detached(parts), detached(whole)) <= AFTER_100 / 5
 
 
-def test_the_state_dicts_have_the_same_keys_types_and_values_after_a_step():
+def test_state_dicts_are_equal_after_a_step():
     mine, others = params(), params()
     a, b = own(mine), theirs(others)
     walk(a, mine, range(1))
@@ -200,7 +200,7 @@ def test_the_state_dicts_have_the_same_keys_types_and_values_after_a_step():
         assert torch.equal(state["step"], x["state"][i]["step"])
 
 
-def test_weights_without_a_gradient_are_left_alone():
+def test_weights_without_a_gradient_stay():
     weights = params()
     optimizer = own(weights)
     weights[0].grad = torch.ones_like(weights[0])
@@ -237,7 +237,7 @@ def test_every_array_is_rounded_once_from_float32(weight, moments):
 
 
 @pytest.mark.parametrize("clip", [0.3, torch.tensor(0.3)])
-def test_the_factor_of_clipping_is_that_of_a_scaled_gradient_which_is_left_as_it_is(clip):
+def test_clipping_scales_the_update_and_keeps_the_gradient(clip):
     mine, scaled = ([tensors(i) for i in range(3)] + [[x.square() for x in tensors(3)]] for _ in range(2))
     settings = [Update(**SETTINGS, step=3)] * len(SHAPES)
     scaled[1] = [0.3 * x for x in scaled[1]]
@@ -281,7 +281,7 @@ def test_random_rounding_keeps_what_small_updates_add_up_to():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_gradient_that_is_not_finite_shows_where_it_is_and_nowhere_else(bad):
+def test_non_finite_gradient_reaches_its_own_weight_alone(bad):
     lists = [tensors(0), tensors(1), tensors(2), [x.square() for x in tensors(3)]]
     lists[1][0][5, 5] = bad
     copies = [torch.zeros_like(x, dtype=torch.bfloat16) for x in lists[0]]
@@ -291,7 +291,7 @@ def test_a_gradient_that_is_not_finite_shows_where_it_is_and_nowhere_else(bad):
         assert torch.isnan(x[5, 5])
 
 
-def test_what_it_cannot_do_is_said_in_one_sentence():
+def test_unsupported_use_is_refused_in_one_sentence():
     weights = params()
     walk(amsgrad := theirs(weights, amsgrad=True), weights, range(1))
     optimizer = own(weights)
@@ -318,7 +318,7 @@ def mesh():
     torch.distributed.destroy_process_group()
 
 
-def test_shards_of_dtensors_are_worked_on_without_dispatch(mesh):
+def test_dtensors_are_updated_by_shard_without_dispatch(mesh):
     """Norm, perturbation and update of DTensors are those of their local parts, and what is new is a DTensor again."""
     from torch.distributed.tensor import DTensor, Shard
 

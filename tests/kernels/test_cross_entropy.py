@@ -19,7 +19,6 @@ import fsam_kernels.xla
 from fsam_kernels import spec
 
 FUNCTIONS = {"xla": fsam_kernels.xla.cross_entropy, "torch": fsam_kernels.torch.cross_entropy}
-REDUCTIONS = ["none", "sum", "mean", "count"]
 
 
 def options_of(p, reduction: str) -> dict:
@@ -51,10 +50,19 @@ def oracle(p, reduction: str):
     return spec.reduce(loss_N, seen, kind, count), grads[: 2 if p.bias is None else 3]
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("names", [(), ("smoothing", "bias"), ("z-loss", "soft-cap")], ids=str)
+@pytest.mark.parametrize(
+    ("names", "reduction"),
+    [
+        ((), "none"),
+        ((), "count"),
+        (("smoothing", "bias"), "sum"),
+        (("smoothing", "bias"), "none"),
+        (("z-loss", "soft-cap"), "mean"),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("backend", FUNCTIONS)
-def test_value_and_gradients_are_the_oracles(backend, names, reduction):
+def test_value_and_gradients_match_the_oracle(backend, names, reduction):
     p = with_options(names, scale=2)
     loss, grads = value_and_grads(backend, p, reduction)
     expected, expected_grads = oracle(p, reduction)
@@ -152,7 +160,7 @@ def test_torch_without_grad_forms_no_gradient():
     assert torch.equal(loss, fsam_kernels.torch.cross_entropy(h, w, to("torch", p.y)).detach())
 
 
-def test_torch_backward_twice_gives_the_same_and_scales_with_the_cotangent():
+def test_torch_backward_repeats_and_is_linear_in_its_cotangent():
     p = problem()
     h, w = (to("torch", x, "float32").requires_grad_() for x in (p.h, p.w))
     loss = fsam_kernels.torch.cross_entropy(h, w, to("torch", p.y))
@@ -163,7 +171,7 @@ def test_torch_backward_twice_gives_the_same_and_scales_with_the_cotangent():
         assert torch.equal(0.5 * x, z)
 
 
-def test_torch_autocast_computes_in_its_dtype_and_returns_gradients_in_theirs():
+def test_torch_autocast_returns_gradients_in_input_dtypes():
     p = problem()
     h, w = (to("torch", x, "float32").requires_grad_() for x in (p.h, p.w))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -218,7 +226,7 @@ def test_xla_sharded_over_rows_is_the_same(mesh, form):
         np.testing.assert_allclose(x, e, rtol=1e-5, atol=1e-6 * float(jnp.abs(e).max()))
 
 
-def test_the_options_in_all_pairs_agree_between_frameworks():
+def test_three_options_agree_between_frameworks():
     for names in itertools.combinations(["smoothing", "z-loss", "soft-cap", "bias"], 3):
         p = with_options(names)
         for x, y in zip(value_and_grads("xla", p, "mean")[1], value_and_grads("torch", p, "mean")[1], strict=True):

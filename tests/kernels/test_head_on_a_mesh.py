@@ -38,7 +38,7 @@ def arguments():
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["recompute", "keep"])
-def test_its_rows_and_words_stay_where_they_are(mesh, keep):
+def test_rows_and_vocabulary_stay_on_their_devices(mesh, keep):
     on_a_device = N // 2 // CHUNKS * V * 8  # bytes of a chunk's float32 logits and operand
     options = {"chunk_bytes": on_a_device, "row_axes": ("data",)}
     args, specs = arguments(), (ROWS, WORDS, ROWS, ROWS, ROWS, WORDS)

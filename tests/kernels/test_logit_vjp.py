@@ -50,7 +50,7 @@ def arrays(cotangent) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_leaves_its_arguments_as_they_are(backend, keep):
+def test_arguments_are_unchanged(backend, keep):
     h, w, cotangent, _ = setting(backend, "float32", keep)
     before = arrays(cotangent)
     assert len(before) == (6 if keep else 7)

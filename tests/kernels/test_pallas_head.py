@@ -19,12 +19,15 @@ def _backend(monkeypatch):
     monkeypatch.setitem(OPS, "pallas", fsam_kernels.pallas)
 
 
-@pytest.mark.parametrize(("dtype", "keep"), [("float32", True), ("bfloat16", False)], ids=str)
+# The interpreter takes seconds for each program.
+@pytest.mark.parametrize(
+    ("dtype", "keep"), [pytest.param("float32", True, marks=pytest.mark.slow), ("bfloat16", False)], ids=str
+)
 def test_error_is_within_that_of_plain_code(dtype, keep):
     assert_all_as_good("pallas", dtype, problem(dtype, 30), keep=keep, chunk_bytes=SIXTEEN_ROWS)
 
 
-def test_what_is_made_again_is_what_would_have_been_kept():
+def test_recomputed_cotangent_equals_the_kept_one():
     p = problem("bfloat16", 30)
     give = lambda *names: [to("pallas", getattr(p, x), "bfloat16") for x in names]
     args = *give("h", "w"), to("pallas", p.y), to("pallas", p.weights, "float32")
@@ -42,7 +45,7 @@ def test_all_options_together():
     assert_all_as_good("pallas", "float32", p, keep=True, chunk_bytes=SIXTEEN_ROWS)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("reduction", ["mean", pytest.param("none", marks=pytest.mark.slow)])
 def test_cross_entropy_and_its_gradients(reduction):
     p = problem(scale=2)
     h, w, y = to("xla", p.h, "float32"), to("xla", p.w, "float32"), to("xla", p.y)
@@ -56,9 +59,16 @@ def test_cross_entropy_and_its_gradients(reduction):
 
 # The interpreter of Pallas holds a device in a barrier for all others: on two cores under load four of them have
 # come to a standstill, which XLA ends after a while with the whole process.
-@pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("backend", ["xla", pytest.param("pallas", marks=pytest.mark.slow)])
-def test_on_a_mesh_it_is_the_same(backend, keep):
+@pytest.mark.parametrize(
+    ("backend", "keep"),
+    [
+        ("xla", True),
+        ("xla", False),
+        pytest.param("pallas", True, marks=pytest.mark.slow),
+        pytest.param("pallas", False, marks=pytest.mark.slow),
+    ],
+)
+def test_mesh_gives_the_result_of_one_device(backend, keep):
     p = problem(n=64, scale=2)
     plain = head("xla", "float32", p)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

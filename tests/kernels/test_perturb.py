@@ -36,7 +36,7 @@ def perturb(
 @pytest.mark.parametrize("clip", [1.0, 0.3])
 @pytest.mark.parametrize("adam", [None, settings_of(0, True), settings_of(4, True), settings_of(4, False)])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_float32_weights_are_off_by_roundings(backend, adam, clip):
+def test_float32_weights_are_within_roundings(backend, adam, clip):
     theta, (g, v) = weights(), tensors()
     v = v if adam else None
     got = perturb(backend, theta, g, v, 0.5, clip=clip, adam=adam)
@@ -58,7 +58,7 @@ def test_weights_are_rounded_once_from_float32(backend, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_step_too_small_for_bfloat16_is_lost_in_one_rounding_and_no_other_way(backend):
+def test_step_too_small_for_bfloat16_is_lost_to_one_rounding(backend):
     theta, g = [np.full((4,), 1.0)], [np.full((4,), 2.0**-7)]
     kept = perturb(backend, theta, g, None, 0.75, "bfloat16")[0]  # 1 + 0.75 ulp rounds up
     lost = perturb(backend, theta, g, None, 0.25, "bfloat16")[0]  # 1 + 0.25 ulp rounds down
@@ -86,7 +86,7 @@ def test_only_the_current_moment_bounds_a_new_coordinate(backend, current):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_stays_where_it_is(backend):
+def test_nan_reaches_no_other_weight(backend):
     theta, (g, v) = weights(), tensors()
     g[0][1, 1] = np.nan
     got = back(perturb(backend, theta, g, v, 0.5, adam=settings_of(2, True))[0])
@@ -96,7 +96,7 @@ def test_nan_stays_where_it_is(backend):
 
 @pytest.mark.parametrize("current", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_arguments_are_left_as_they_are(backend, current):
+def test_arguments_are_unchanged(backend, current):
     theta, (g, v), ops = weights(), tensors(), OPS[backend]
     lists = [[to(backend, x, "float32") for x in xs] for xs in (theta, g, v)]
     ops.perturb(*lists, to(backend, np.float32(0.5)), clip=0.5, adam=adam_of(backend, settings_of(3, current), len(g)))
@@ -109,7 +109,7 @@ def test_arguments_are_left_as_they_are(backend, current):
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 @pytest.mark.parametrize("steps", [None, (4, True), (4, False)])
-def test_a_scale_for_each_leaf_and_leaves_left_out_in_a_tree(steps, dtype):
+def test_tree_takes_a_scale_for_each_leaf_and_a_mask(steps, dtype):
     theta, (g, v) = weights(), tensors()
     adam = settings_of(*steps) if steps else None
     scales = [0.1, 0.2, 0.3, 0.4, 0.5]
@@ -132,7 +132,7 @@ def test_a_scale_for_each_leaf_and_leaves_left_out_in_a_tree(steps, dtype):
         assert moves or dtype or x is old
 
 
-def test_what_depends_on_no_perturbed_leaf_is_done_once():
+def test_unperturbed_part_is_computed_once():
     """Two passes of which the first product's weight stays: three products, and four where every weight moves."""
     theta = (jnp.ones((64, 64)), jnp.ones((64, 64)))
     forward = lambda theta, x: jnp.tanh(x @ theta[0]) @ theta[1]
@@ -184,7 +184,7 @@ def test_tensors_of_all_sizes(shapes):
     assert_close(run_torch(theta, g, v, SCALE, adam=adam, clip=0.5), want(theta, g, v, adam, clip=0.5))
 
 
-def test_a_scale_for_each_tensor_and_tensors_left_out():
+def test_list_takes_a_scale_for_each_tensor_and_a_mask():
     theta, g, v, adam = problem()
     scale, mask = torch.arange(1.0, 6.0) / 10, [True, False, True, True, False]
     got = run_torch(theta, g, v, scale, adam=adam, mask=mask)
@@ -192,7 +192,7 @@ def test_a_scale_for_each_tensor_and_tensors_left_out():
     assert_close(got, want(theta, g, v, adam, scale.numpy() * mask))
 
 
-def test_written_where_it_is_asked_for_in_the_dtype_of_that():
+def test_result_has_the_dtype_of_its_output_tensor():
     theta, g, v, adam = problem()
     out = [torch.full_like(x, 7, dtype=torch.bfloat16) for x in theta]
     mask = [True, True, True, True, False]
@@ -207,7 +207,7 @@ def test_written_where_it_is_asked_for_in_the_dtype_of_that():
 
 @pytest.mark.parametrize("clip", [1e-20, 1e-6, 1e-3, 30.0])
 @pytest.mark.parametrize("b2", [0.0, 0.5, 0.999])
-def test_any_factor_of_clipping_and_any_decay_of_the_moment(clip, b2):
+def test_any_clip_factor_and_moment_decay(clip, b2):
     adam = {"b2": b2, "eps": 1e-8, "correction": 1 - b2**5}
     theta, g, v, adams = problem([(1003,), (7,)], adam)
     g = [x / clip for x in g]
@@ -271,7 +271,7 @@ def test_the_bits_are_spread_evenly(draw):
         assert abs((bits >> i & 1).mean() - 0.5) < 5 * 0.5 / np.sqrt(n)
 
 
-def test_draws_that_differ_in_one_thing_have_nothing_to_do_with_each_other():
+def test_draws_with_different_keys_are_independent():
     n, base = 2**17, drawn()
     others = [
         drawn(seed=2),
@@ -288,7 +288,7 @@ def test_draws_that_differ_in_one_thing_have_nothing_to_do_with_each_other():
 
 
 @pytest.mark.parametrize("part", [0.01, 0.3, 0.5, 0.9])
-def test_random_rounding_has_the_right_mean_and_the_right_neighbours(part):
+def test_random_rounding_has_right_mean_and_neighbours(part):
     n = 2**17
     theta = [torch.full((n,), -(1 + part * 2**-7))]
     rounding = Rounding(True, seed=3, step=9)
@@ -306,7 +306,7 @@ def test_random_rounding_keeps_exact_values_infinities_and_nans():
     assert np.array_equal(back(got), back(x), equal_nan=True)
 
 
-def test_what_arrives_of_a_perturbation_in_bfloat16_comes_from_masters_and_not_from_weights_in_place():
+def test_bfloat16_perturbation_arrives_from_masters_alone():
     """ρ = 0.05 over 10^6 weights ~ N(0, 0.02²): the projection of what is written on ε."""
     make = torch.Generator().manual_seed(0)
     theta, g = [torch.randn(10**6, generator=make) * 0.02], [torch.randn(10**6, generator=make)]

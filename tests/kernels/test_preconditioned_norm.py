@@ -93,7 +93,7 @@ def test_large_half_gradients_do_not_overflow(backend, dtype):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
 @pytest.mark.parametrize("adam", [None, settings_of(3, True)])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_gradient_that_is_not_finite_or_overflows_shows(backend, adam, bad):
+def test_non_finite_or_overflowing_gradient_shows(backend, adam, bad):
     g, v = tensors()
     g[0][2, 2] = bad
     got = measure(backend, g, v if adam else None, adam=adam)
@@ -113,7 +113,7 @@ def test_any_list_of_shapes(shapes, clip):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_arguments_are_left_as_they_are(backend):
+def test_arguments_are_unchanged(backend):
     (g, v), ops = tensors(), OPS[backend]
     gs, vs = [to(backend, x, "float32") for x in g], [to(backend, x, "float32") for x in v]
     ops.preconditioned_norm(gs, vs, clip=0.5, adam=adam_of(backend, settings_of(3, True), len(gs)))
@@ -123,12 +123,10 @@ def test_arguments_are_left_as_they_are(backend):
 # --- with the direction written, on a CPU -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("per_tensor", [False, True])
-@pytest.mark.parametrize("clip", [1.0, 0.3, torch.tensor(0.3)])
-@pytest.mark.parametrize("steps", [0, 1, 1000])
-@pytest.mark.parametrize("current", [True, False])
+@pytest.mark.parametrize(("clip", "per_tensor"), [(1.0, True), (0.3, False), (torch.tensor(0.3), True)])
+@pytest.mark.parametrize(("current", "steps"), [(True, 0), (False, 1), (True, 1000)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_direction_that_is_written_is_the_oracles_and_so_is_its_norm(dtype, current, steps, clip, per_tensor):
+def test_written_direction_and_its_norm_match_the_oracle(dtype, current, steps, clip, per_tensor):
     shapes = [*SHAPES, (0, 3), (2**18 + 7,)]  # an empty one, and one of more than a piece
     g, v = tensors(dtype, shapes)
     v = v if steps else [0 * x for x in v]
@@ -143,7 +141,7 @@ def test_a_direction_that_is_written_is_the_oracles_and_so_is_its_norm(dtype, cu
         np.testing.assert_allclose(back(x), spec.direction(y, z, **oracle), rtol=8 * 2**-24, atol=0)
 
 
-def test_a_direction_shows_what_is_not_finite_and_none_is_zero():
+def test_direction_shows_non_finite_values():
     adam = adam_of("torch", settings_of(3, True), 2)
     out = [torch.empty(3), torch.empty(2)]
     v = [torch.zeros(3), torch.zeros(2)]
@@ -184,7 +182,7 @@ def test_masks_and_sums_of_each_leaf_in_a_tree(dtype, steps, clip):
     np.testing.assert_allclose([float(x) for x in total], np.sum(want, axis=1), rtol=FEW_ROUNDINGS)
 
 
-def test_a_leaf_that_is_left_out_shows_nothing_of_what_is_in_it():
+def test_masked_leaf_adds_nothing_even_if_non_finite():
     g, v = tensors()
     g[1][:] = np.nan
     sums = fsam_kernels.xla.preconditioned_norm(
@@ -195,8 +193,7 @@ def test_a_leaf_that_is_left_out_shows_nothing_of_what_is_in_it():
     assert fsam_kernels.xla.preconditioned_norm(tree(g), mask=nothing) == (0, 0)
 
 
-@pytest.mark.parametrize("n", [1, 1000, 10**6])
-@pytest.mark.parametrize("steps", [None, (3, True), (3, False)])
+@pytest.mark.parametrize(("n", "steps"), [(1, None), (1000, (3, True)), (10**6, (3, False))])
 def test_one_leaf_of_any_length(n, steps):
     adam = settings_of(*steps) if steps else None
     g, v = (x.numpy() for (x,) in listed([(n,)]))
@@ -306,7 +303,7 @@ def test_zero_denormal_and_huge_gradients(value, current):
 @pytest.mark.parametrize("clip", [0.0, 1e-20, 1e-7, 1e-6, 1e-3, 30.0])
 @pytest.mark.parametrize("b2", [0.0, 0.5, 0.999, 1.0])
 @pytest.mark.parametrize("current", [True, False])
-def test_any_factor_of_clipping_and_any_decay_of_the_moment(clip, b2, current):
+def test_any_clip_factor_and_moment_decay(clip, b2, current):
     """On a CPU the factor goes to the moment, as 1 / c², as far as float32 has room for it."""
     g, v = listed([(1003,), (7,)])
     g, v = [x / max(clip, 1e-20) for x in g], v
@@ -340,7 +337,7 @@ def test_views_that_are_unaligned_transposed_or_strided():
     np.testing.assert_allclose(norms(g, v, adam), oracle(g, v, adam), rtol=FEW_ROUNDINGS)
 
 
-def test_dtypes_may_differ_from_tensor_to_tensor_and_settings_too():
+def test_dtypes_and_settings_may_differ_by_tensor():
     g, v = listed([(30,)] * 4)
     kinds = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
     g = [x.to(kind) for x, kind in zip(g, kinds, strict=True)]
@@ -368,7 +365,7 @@ def test_no_temporary_is_as_long_as_a_long_tensor():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_one_bad_gradient_among_a_million_shows_in_every_sum_it_is_in(bad):
+def test_one_bad_gradient_in_a_million_shows_in_its_sums(bad):
     g, v = listed([(10,), (10**6,)])
     g[1][777_777] = bad
     got = norms(g, v, settings_of(3, True), per_tensor=True, gradient=True)
@@ -377,7 +374,7 @@ def test_one_bad_gradient_among_a_million_shows_in_every_sum_it_is_in(bad):
     assert not np.isfinite(norms(g)).any()
 
 
-def test_a_moment_left_out_would_be_noticed():
+def test_missing_moment_is_noticed():
     """The negative control: the previous moment in place of the current one."""
     g, v = listed(SHAPES)
     got = norms(g, v, {**settings_of(3, True), "current": False})

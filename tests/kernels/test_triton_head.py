@@ -20,8 +20,7 @@ def _backend(monkeypatch):
     monkeypatch.setitem(OPS, "triton", fsam_kernels.triton)
 
 
-@pytest.mark.parametrize("keep", [False, True], ids=["recompute", "keep"])
-@pytest.mark.parametrize("scale", [1, 1000])
+@pytest.mark.parametrize(("scale", "keep"), [(1, False), (1000, True)], ids=["recompute", "keep"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_error_is_within_that_of_plain_code(dtype, scale, keep):
     assert_all_as_good("triton", dtype, problem(dtype, scale), keep=keep, chunk_bytes=SIXTEEN_ROWS)

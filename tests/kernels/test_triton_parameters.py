@@ -77,7 +77,7 @@ def assert_close(got, oracle, units: float = 10) -> None:
 
 
 @pytest.mark.parametrize("clip", [1.0, 0.3, torch.tensor(0.3)])
-def test_the_norm_is_the_oracles(clip):
+def test_norm_matches_the_oracle(clip):
     _, g, v, adam = problem()
     each = want_norm(g, v, adam, float(clip))
     got = preconditioned_norm(g, v, clip=clip, adam=adam, gradient=True)
@@ -87,7 +87,7 @@ def test_the_norm_is_the_oracles(clip):
     np.testing.assert_allclose(preconditioned_norm(g, clip=clip), [squares] * 2, rtol=40 * HALF_UNITS)
 
 
-def test_sums_of_each_tensor_and_tensors_left_out():
+def test_sums_of_each_tensor_with_a_mask():
     _, g, v, adam = problem()
     mask = [True, False, True, True, False, True, True]
     each = want_norm(g, v, adam) * mask
@@ -106,7 +106,7 @@ def test_more_partial_sums_than_one_program_reads_at_once(monkeypatch):
 
 
 @pytest.mark.parametrize("clip", [1.0, 0.3])
-def test_the_perturbed_weights_are_the_oracles(clip):
+def test_perturbed_weights_match_the_oracle(clip):
     theta, g, v, adam = problem()
     scales = torch.arange(1.0, 8.0) / 10
     before = [x.clone() for x in theta]
@@ -116,7 +116,7 @@ def test_the_perturbed_weights_are_the_oracles(clip):
     assert all(torch.equal(x, y) for x, y in zip(theta, before, strict=True))
 
 
-def test_perturbed_weights_that_are_left_out_or_written_elsewhere():
+def test_perturb_takes_a_mask_and_output_tensors():
     theta, g, v, adam = problem()
     mask = [True, False, True, True, False, True, True]
     new = perturb(theta, g, v, torch.tensor(0.1), adam=adam, mask=mask)
@@ -134,7 +134,7 @@ def test_nearest_bfloat16_is_within_one_unit_of_the_last_place():
         assert (np.abs(back(x) - o) <= 2**-7 * np.abs(o)).all()
 
 
-def test_random_rounding_has_the_bits_of_plain_pytorch_and_of_the_oracle():
+def test_random_rounding_has_the_bits_of_the_oracle():
     theta, g = tensors(0), [torch.zeros(s) for s in SHAPES]
     theta[0][0, :3] = torch.tensor([np.nan, np.inf, -np.inf])
     options = {"dtype": torch.bfloat16, "rounding": Rounding(True, seed=2**40 + 1, step=12345)}
@@ -147,7 +147,7 @@ def test_random_rounding_has_the_bits_of_plain_pytorch_and_of_the_oracle():
 
 @pytest.mark.parametrize("clip", [1.0, torch.tensor(0.3)])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_the_update_is_the_oracles(decay, clip):
+def test_update_matches_the_oracle(decay, clip):
     theta, g, m, v = tensors(0), tensors(1), tensors(2), [x.square() for x in tensors(3)]
     each = [Update(1e-2 * (1 + i), 0.9, B2, EPS, decay, 3 + i) for i in range(len(SHAPES))]
     rows = zip(theta, g, m, v, each, strict=True)
@@ -159,7 +159,7 @@ def test_the_update_is_the_oracles(decay, clip):
     assert all(torch.equal(x, y) for x, y in zip(g, tensors(1), strict=True))
 
 
-def test_moments_and_copies_in_bfloat16_are_rounded_at_random_with_streams_of_their_own():
+def test_bfloat16_moments_and_copies_have_random_streams():
     lists = [tensors(0), tensors(1), [x.bfloat16() for x in tensors(2)], [x.square().bfloat16() for x in tensors(3)]]
     mine, plain = ([[x.clone() for x in xs] for xs in lists] for _ in range(2))
     each = [Update(0.0, 0.5, 0.5, EPS, 0.0, 3)] * len(SHAPES)  # halves are exact, so that both round the same numbers
@@ -171,12 +171,12 @@ def test_moments_and_copies_in_bfloat16_are_rounded_at_random_with_streams_of_th
         assert all(torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
 
 
-def test_a_hundred_steps_of_the_optimizer_are_torchs_and_its_checkpoint_goes_on_there():
+def test_optimizer_steps_match_torch_and_its_checkpoint_resumes():
     pairs = [([torch.nn.Parameter(x) for x in tensors(0, [(20,), ()])]) for _ in range(3)]
     options = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
     optimizers = [f(p, **options) for f, p in zip((AdamW, PlainAdamW, torch.optim.AdamW), pairs, strict=True)]
-    for t in range(100):
-        if t == 50:
+    for t in range(30):
+        if t == 15:
             optimizers[0].load_state_dict(copy.deepcopy(optimizers[2].state_dict()))
         for weights, optimizer in zip(pairs, optimizers, strict=True):
             for p, x in zip(weights, tensors(100 + t, [(20,), ()]), strict=True):
@@ -239,7 +239,7 @@ def test_zero_denormal_and_huge_gradients(value, current):
 
 @pytest.mark.parametrize("at", [3, 33])  # in a full chunk, and in a ragged one
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_gradient_that_is_not_finite_shows(bad, at):
+def test_non_finite_gradient_shows(bad, at):
     theta, g, v, adam = problem()
     g[1][at] = bad
     assert not torch.isfinite(torch.stack(preconditioned_norm(g, v, adam=adam))).any()
@@ -250,18 +250,18 @@ def test_a_gradient_that_is_not_finite_shows(bad, at):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_a_zero_gradient_without_eps_is_no_number_inside_and_nothing_beyond_the_end():
+def test_zero_over_zero_past_the_end_counts_for_nothing():
     g, v = [torch.ones(5)], [torch.ones(5)]
     assert torch.isfinite(torch.stack(preconditioned_norm(g, v, adam=[Adam(B2, 0.0, 1.0)]))).all()
 
 
 def test_many_small_tensors():
-    theta, g, v, adam = problem([(i % 4,) for i in range(300)])
+    theta, g, v, adam = problem([(i % 4,) for i in range(150)])
     np.testing.assert_allclose(preconditioned_norm(g, v, adam=adam), want_norm(g, v, adam).sum(1), rtol=40 * HALF_UNITS)
     assert_close(perturb(theta, g, v, torch.tensor(0.1), adam=adam), want_perturb(theta, g, v, adam, 0.1))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     shapes=st.lists(st.lists(st.integers(0, 6), max_size=3).map(tuple), min_size=1, max_size=5),
     scale=st.floats(0, 2),
@@ -277,14 +277,14 @@ def test_any_list_of_shapes(shapes, scale, clip):
     assert_close(moved, [back(x) for x in plain_perturb(theta, g, v, torch.tensor(scale), clip=clip, adam=adam)])
 
 
-def test_a_direction_without_its_eps_would_be_noticed():
+def test_wrong_eps_is_noticed():
     """The negative control."""
     _, g, v, adam = problem()
     got = preconditioned_norm(g, v, adam=[a._replace(eps=1e-4) for a in adam])
     assert abs(float(got[0]) / want_norm(g, v, adam).sum(1)[0] - 1) > 1e-3
 
 
-def test_what_is_given_in_another_dtype_or_number_is_refused():
+def test_bad_dtypes_and_counts_are_refused():
     theta, g, v, adam = problem()
     with pytest.raises(ValueError, match=r"float32, bfloat16 and float16, got torch.float64"):
         preconditioned_norm([x.double() for x in g])
@@ -306,7 +306,7 @@ def operation(name: str) -> parameter_launches.Operation:
 
 
 @pytest.mark.parametrize("each", parameter_launches.OPERATIONS, ids=lambda each: each.name)
-def test_two_launches_at_most_for_148_tensors_and_the_same_code_for_others(each, monkeypatch):
+def test_148_tensors_take_two_launches_at_most(each, monkeypatch):
     monkeypatch.setattr(tables, "BLOCK", 2048)
     many, few = (parameter_launches.launches(each, shapes) for shapes in (WEIGHTS["gpt2"], [(3,), (16384,)]))
     assert len(WEIGHTS["gpt2"]) == 148
@@ -315,7 +315,7 @@ def test_two_launches_at_most_for_148_tensors_and_the_same_code_for_others(each,
     assert many[0].grid == sum(-(-int(np.prod(shape)) // 2048) for shape in WEIGHTS["gpt2"])
 
 
-def test_the_tables_of_a_launch_say_where_everything_is():
+def test_launch_tables_hold_addresses_and_chunks():
     launch = parameter_launches.launches(operation("perturb to bfloat16"), [(40,), (), (16,)])[0]
     assert launch.grid == 3 + 1 + 1
     assert launch.tables["chunks_ptr"].tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [2, 0]]

@@ -109,15 +109,14 @@ def assert_matches(got: Result, u: np.ndarray, y: np.ndarray, dtype: str, loss: 
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_error_is_within_that_of_plain_code_for_every_option(name):
+def test_error_is_within_that_of_plain_code_by_option(name):
     u, y = logits("float32", 3)
     assert_matches(run(u, y, "float32", LOSSES[name]), u, y, "float32", LOSSES[name])
 
 
-@pytest.mark.parametrize("scale", [1, 30, 1000])
+@pytest.mark.parametrize(("name", "scale"), [("plain", 1), ("plain", 1000), ("smoothing z-loss soft-cap", 30)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["plain", "smoothing z-loss soft-cap"])
-def test_error_is_within_that_of_plain_code_for_every_dtype_and_scale(name, dtype, scale):
+def test_error_is_within_that_of_plain_code_by_dtype_and_scale(name, dtype, scale):
     u, y = logits(dtype, scale)
     assert_matches(run(u, y, dtype, LOSSES[name]), u, y, dtype, LOSSES[name])
 
@@ -138,7 +137,7 @@ def test_float32_logits_may_have_their_cotangent_in_bfloat16():
 
 
 @pytest.mark.parametrize("stride", ["tight", "unaligned", "column slice"])
-def test_rows_at_any_stride_give_the_same_and_nothing_is_written_beside_them(stride):
+def test_any_row_stride_gives_the_same(stride):
     u, y = logits("float32", 3)
     width, start = {"tight": (V, 0), "unaligned": (V + 2, 0), "column slice": (2 * V, V)}[stride]
     whole = torch.full((C, width), 7.0)
@@ -161,7 +160,7 @@ def confident(miss: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("miss", [1e-3, 1e-6, 1e-9, 1e-20])
-def test_a_confident_row_keeps_the_digits_of_its_loss_and_target_column(miss):
+def test_confident_row_keeps_its_digits(miss):
     u, y = confident(miss)
     got, want = run(u, y), oracle(u, y)
     target = -np.delete(want.p_CxV, V - 2, axis=1).sum(axis=1)
@@ -176,8 +175,8 @@ def test_softmax_minus_one_loses_the_digits_of_a_confident_row():
     assert np.abs(back(p) / oracle(u, y).p_CxV[:, V - 2] - 1).max() > 0.1
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_all_rows_ignored_is_exactly_zero_and_keeps_the_true_lse(name):
+@pytest.mark.parametrize("name", ["plain", "smoothing z-loss soft-cap"])
+def test_all_rows_ignored_is_zero_and_keeps_the_true_lse(name):
     u, y = logits("float32", 3)
     got = run(u, np.full_like(y, -100), loss=LOSSES[name])
     assert not got.loss_C.any()
@@ -220,7 +219,7 @@ def test_no_rows_at_all():
 
 
 @pytest.mark.parametrize("label", [V, V + 2, 10**6, 2**40])
-def test_a_label_outside_the_vocabulary_makes_its_row_nan_and_no_other(label):
+def test_label_outside_the_vocabulary_is_nan_in_its_row(label):
     u, y = logits("float32")
     y[4] = label
     got = run(u, y)
@@ -249,7 +248,7 @@ def test_rows_of_the_cotangent_sum_to_zero(scale):
     assert (np.abs(got.sum(axis=1)) <= V * 2**-24 * np.abs(got).max(axis=1)).all()
 
 
-def test_a_target_left_in_the_sum_would_be_noticed():
+def test_target_left_in_the_sum_is_noticed():
     """The negative control: the target column of plain softmax, which is off by one, fails the comparison."""
     u, y = logits("float32")
     y = np.maximum(y, 0)
@@ -260,7 +259,7 @@ def test_a_target_left_in_the_sum_would_be_noticed():
 
 
 @pytest.mark.parametrize("soft_cap", [0.5, 30.0])
-def test_the_caps_derivative_keeps_its_digits_where_tanh_is_almost_one(soft_cap):
+def test_soft_cap_derivative_keeps_its_digits(soft_cap):
     x = np.array([[0.0, 1e-6, -0.3, 0.6, -2.0, 5.0, 9.0, -12.0, 30.0]]) * soft_cap
     u = to("torch", x, "float32")
     p = torch.ones_like(u)
@@ -279,7 +278,7 @@ def test_columns_that_are_not_contiguous_are_refused():
         stages.statistics(torch.zeros(3, 2).T, torch.zeros(2, dtype=torch.int64), CROSS_ENTROPY)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(c=st.integers(1, 5), v=st.integers(1, 40), name=st.sampled_from(list(LOSSES)), data=st.data())
 def test_any_shape_any_labels_any_options(c, v, name, data):
     y = np.array(data.draw(st.lists(st.integers(-2, v - 1), min_size=c, max_size=c)))
