@@ -57,12 +57,14 @@ def run(
     return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
 
 
-def torchrun(ranks: int, script: Path, *arguments: object, **options: Any) -> subprocess.Popen[str]:
+def torchrun(
+    ranks: int, script: Path, *arguments: object, env: Mapping[str, str | None] = NOTHING, **options: Any
+) -> subprocess.Popen[str]:
     """torchrun's process, of `script` with these arguments; its ranks write to its stdout."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks)
     # A long timeout, because tests share two cores and ranks start far apart there.
     patient = {"FSAM_RANK_TIMEOUT": os.environ.get("FSAM_RANK_TIMEOUT", "300")}
-    return start(*launcher, script, *arguments, env=patient, stderr=subprocess.STDOUT, **options)
+    return start(*launcher, script, *arguments, env={**patient, **env}, stderr=subprocess.STDOUT, **options)
 
 
 @contextlib.contextmanager

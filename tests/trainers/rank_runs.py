@@ -11,17 +11,18 @@ from pathlib import Path
 import spawn
 
 HINDERED = Path(__file__).with_name("hindered_run.py")  # on the machine's own disk unless HINDERED_ variables are set
+SLOW_STEPS = {"HINDERED_STEP_SECONDS": "0.03"}  # so that a run of small steps can be interrupted
 
 
 def torchrun(ranks: int, command: Sequence[str], **options) -> subprocess.Popen[str]:
     """torchrun's process, of the command in so many ranks."""
-    return spawn.torchrun(ranks, HINDERED, *command, **options)
+    return spawn.torchrun(ranks, HINDERED, *command, env=SLOW_STEPS, **options)
 
 
 @contextlib.contextmanager
 def jax_processes(count: int, command: Sequence[str], **environment: str) -> Iterator[list[subprocess.Popen[str]]]:
     """The command in so many JAX processes."""
-    with spawn.jax_processes(count, HINDERED, *command, env=environment) as processes:
+    with spawn.jax_processes(count, HINDERED, *command, env=SLOW_STEPS | environment) as processes:
         yield processes
 
 

@@ -18,12 +18,6 @@ MINUTE = 60
 LARGER = ("--layers", 4, "--width", 128)  # half of its state is 5 MB
 
 
-@pytest.fixture(autouse=True)
-def _slow_steps(monkeypatch):
-    """So that a run of small steps can be interrupted."""
-    monkeypatch.setenv("HINDERED_STEP_SECONDS", "0.03")
-
-
 def run_arguments(text, out, *more):
     pace = ("--steps", STEPS, "--checkpoint-every", 10, "--evaluate-every", 20, "--probe-steps", 0)
     return arguments(text, out, "--framework", "torch", "--batch", 8, *pace, *more)
