@@ -1,18 +1,18 @@
-"""The step in PyTorch: an object to put where forward, backward and `optimizer.step()` stand.
+"""The step in PyTorch: `Step` replaces forward, backward and `optimizer.step()`.
 
     step = Step(model, optimizer, FunctionalSAM(rho=0.5, precondition="adam"), features=features, clip_norm=1.0)
     loss = step(batch)             # or step([micro0, micro1, ...]); scheduler, logging and saving as usual
 
-`features(model, batch)` returns a `LinearHead` or `Logits`. The optimizer stays the user's own: its state and its
-checkpoints know nothing of fsam. Outside a call the model holds θ, never θ+ε, also when a pass raised.
+`features(model, batch)` returns a `LinearHead` or `Logits`. The optimizer is the user's own, and its checkpoints stay
+valid without fsam. Between calls the model holds θ, never θ+ε, also after a pass that raised.
 
-The model may be in DistributedDataParallel or under FSDP2's `fully_shard`: every rank calls the step with its part of
-the batch, and all take the step that one process would take with the whole, each target token weighing the same. Its
-head's vocabulary may be cut over ranks that have the same part of the batch (docs/scale.md).
+The model may be wrapped in DistributedDataParallel or FSDP2's `fully_shard`. Every rank calls the step with its part of
+the batch. All of them take the step that one process would take with the whole batch, and each target token has the
+same weight. The vocabulary of the head may be sharded over ranks that have the same part of the batch (docs/scale.md).
 
 `AdamW` is torch.optim.AdamW in one pass over the state, clipping included. With `copies=masters(model, torch.bfloat16)`
-it updates float32 masters of a model whose own weights are bfloat16; the perturbation is then taken from the masters,
-and written once, over the model's weights.
+it updates float32 masters of a bfloat16 model. The perturbation is then computed from the masters and written once, to
+the model's weights.
 """
 
 from fsam_core import backends

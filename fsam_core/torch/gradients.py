@@ -14,7 +14,7 @@ from fsam_core.torch.dtensor import likes
 from fsam_core.torch.parallel import Parallel
 
 Gradients = dict[Any, Tensor]
-"""Tensor of the optimizer -> its gradient, in the optimizer's order; of what is sharded, this rank's part."""
+"""Tensor of the optimizer -> its gradient, in the optimizer's order; this rank's part of a sharded one."""
 
 
 def base_minus_correction(parallel: Parallel, g_B: Gradients, g_S: Gradients, w: float) -> Gradients:

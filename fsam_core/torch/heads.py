@@ -48,7 +48,7 @@ class LinearHead:
 
 @dataclass(frozen=True)
 class FlatHead(LinearHead):
-    """A head as `flat` leaves it: [N, D], [V, D], [N], [N] and [V], of DTensors the part held here.
+    """The result of `flat`: [N, D], [V, D], [N], [N] and [V]; of a DTensor the part of this rank.
 
     Attributes:
         vocabulary: the ranks that weight and bias are cut over, or None.

@@ -1,4 +1,4 @@
-"""The loss scale of float16 models: small cotangents are multiplied by it, so that they are not rounded to zero."""
+"""The loss scale of float16 models: a factor that keeps small cotangents from being rounded to zero."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class LossScale(NamedTuple):
 
     Attributes:
         initial: the scale of the first step.
-        growth: factor after `interval` steps in a row that were finite.
-        backoff: factor after a step that was not, which is skipped.
-        interval: how many steps that takes.
+        growth: factor after `interval` consecutive finite steps.
+        backoff: factor after a step that was not finite, which is skipped.
+        interval: consecutive finite steps before the scale grows.
     """
 
     initial: float = 2.0**16
@@ -26,18 +26,18 @@ class LossScale(NamedTuple):
 
 @dataclass
 class Scaling:
-    """The scale as it stands; the same on all ranks, since they skip a step all or none."""
+    """The current scale; the same on all ranks, because either all of them skip a step or none does."""
 
     how: LossScale
     scale: float
     finite: int = 0
-    """steps in a row since the last change"""
+    """consecutive finite steps since the last change"""
 
     @classmethod
-    def begun(cls, how: LossScale) -> Scaling:
+    def begin(cls, how: LossScale) -> Scaling:
         """
         Raises:
-            UserError: for a scale that could not grow, shrink, or be undone.
+            UserError: for a scale that cannot grow, shrink, or be divided out.
         """
         if not 0 < how.initial < float("inf"):
             raise UserError(f"loss_scale: initial must be a finite number > 0, got {how.initial!r}")
@@ -46,7 +46,7 @@ class Scaling:
         return cls(how, float(how.initial))
 
     def seen(self, skipped: bool) -> None:
-        """Take note of a step."""
+        """Update the scale after a step."""
         self.finite = 0 if skipped else self.finite + 1
         if skipped:
             self.scale *= self.how.backoff

@@ -97,8 +97,8 @@ def perturb(
 ) -> tuple[list[Tensor], Tensor]:
     """(θ + ε for each of params, ‖ε‖₂) along the method's ascent; ε = 0 where that is 0. No wait for a device.
 
-    Copies of masters are written in place, everything else beside θ. Of what is sharded this rank's part is returned;
-    the norms are those of the whole.
+    Copies of masters are written in place, anything else is written beside θ. Of a shard this rank's part is
+    returned; the norms are those of the whole.
 
     Args:
         gradients: what the ascent may look at, None for an ascent that is known before the step.
@@ -121,7 +121,7 @@ def perturb(
         out = config.weights.destinations(params)
         into = getattr(ops, "direction_and_norm", None)
         if into and v and out and not copies and method.norm != "dual" and _are_accumulated(out):
-            # The array of the perturbed weights holds the direction meanwhile.
+            # The array of the perturbed weights first holds the direction.
             sumsq = square = into(ascent, v, clip=clip, adam=adam, out=out, per_tensor=each)
             ascent, v, adam, clip = out, None, None, 1.0
         else:

@@ -1,4 +1,4 @@
-"""The step in PyTorch: `Step`, in place of forward, backward and `optimizer.step()`. Its use: `fsam_core.torch`."""
+"""The step in PyTorch: `Step`, which replaces forward, backward and `optimizer.step()`. Usage: `fsam_core.torch`."""
 
 from __future__ import annotations
 
@@ -29,32 +29,32 @@ from fsam_kernels.torch.adamw import AdamW
 
 
 class Info(NamedTuple):
-    """What the last step saw. A figure the method has no use for, and that would cost a pass, is NaN."""
+    """The results of the last step; NaN if the method does not need a figure and it would cost a pass."""
 
     loss: float
-    """Mean loss at θ, on as much of the batch as is evaluated there; at θ+ε where nothing is (sam, known ascent)."""
+    """Mean loss at θ, over the part of the batch that is evaluated there; at θ+ε for sam with a known ascent."""
     perturbed_loss: float
     """Mean loss at θ+ε, on S, where the method evaluates it (sam, logit)."""
     weight: float
     """Sum of the token weights over all micro-batches and ranks."""
     base_norm: float
-    """‖g‖₂ of the plain gradient; with a scope, of the exact method or of `Staged`, that of the tensors in it."""
+    """‖g‖₂ of the plain gradient; for the exact method with a scope, and for `Staged`, over the scope's tensors."""
     grad_norm: float
     """‖ĝ‖₂ of the gradient the optimizer received, before clipping."""
     perturbation_norm: float
     """‖ε‖₂; 0 where nothing is perturbed."""
     skipped: bool
-    """Whether the update was left out because a loss or a norm of either pass was not finite."""
+    """Whether the update was skipped because a loss or a norm of either pass was not finite."""
 
 
 class Step:
-    """One optimizer step of `method`, in place of forward, backward and `optimizer.step()`.
+    """One optimizer step of `method`, which replaces forward, backward and `optimizer.step()`.
 
     Attributes:
         ops: the backend's operations.
-        info: what the last step saw, None before the first.
-        steps: optimizer steps taken; the argument of every schedule.
-        skipped_steps: steps left out because something was not finite. The optimizer does not see those at all.
+        info: the results of the last step, None before the first.
+        steps: completed optimizer steps; the argument of every schedule.
+        skipped_steps: steps skipped because something was not finite. The optimizer does not count them.
     """
 
     def __init__(
@@ -74,29 +74,29 @@ class Step:
     ) -> None:
         """
         Args:
-            model: any module, in DistributedDataParallel or under `fully_shard` or neither; its parameters must be the
+            model: any module, plain, in DistributedDataParallel or under `fully_shard`. Its parameters must be the
                 optimizer's, or the `copies` of a `fsam_core.torch.AdamW`. Some may be DTensors on a tensor axis.
             optimizer: with precondition="adam" one that keeps `exp_avg_sq`: Adam, AdamW, NAdam, RAdam.
             method: `Plain`, `SAM`, `FunctionalSAM` or `LogitSAM`.
-            features: (model, batch) -> `LinearHead` or `Logits`; a `Staged` one shares between the passes what the
-                method's scope leaves alone. Called once a pass. Random draws from PyTorch's own generators are the same
-                in both passes; draws from a private `torch.Generator` are not replayed. With several ranks it is called
-                inside the wrapper's forward pass, with the module that was wrapped, and a `Staged` one shares nothing.
+            features: (model, batch) -> `LinearHead` or `Logits`, called once a pass. With `Staged` the passes share the
+                part of the model that the method's scope does not move. Random draws from PyTorch's own generators are
+                the same in both passes; draws from a private `torch.Generator` are not replayed. With several ranks it
+                is called inside the wrapper's forward pass, with the module that was wrapped, and `Staged` shares
+                nothing.
             clip_norm: global norm that the final gradient is clipped to, once; None for no clipping.
-            schedule: at which steps there is a correction.
-            blocks: what the parameters are, for a scope that is given by name.
-            memory: what may be spent on the head: working bytes, and whether its cotangent is kept or recomputed.
+            schedule: the steps that have a correction.
+            blocks: which parameter belongs to which block, for a scope that is given by name.
+            memory: the head's memory budget: working bytes, and whether its cotangent is kept or recomputed.
             backend: "torch", "triton" or "auto" (default: FSAM_BACKEND, then auto).
-            sync: what the ranks' perturbation is. "global": that of the whole batch, as in one process. "local": each
-                rank ascends its own share of the gradient (m-sharpness), and gradients are reduced once, after the last
-                pass; in DistributedDataParallel alone. A rank's share is its tokens' sum over the ranks' mean count.
-            loss_scale: for a float16 model beside float32 masters, `LossScale()`; None for none. A step whose scaled
-                gradients overflow is skipped, and the scale then lower.
+            sync: the gradient that a rank's perturbation follows. "global": that of the whole batch, as in one process.
+                "local": that of the rank's own tokens, summed and divided by the ranks' mean count (m-sharpness).
+                Gradients are then reduced once, after the last pass; DistributedDataParallel only.
+            loss_scale: `LossScale()` for a float16 model with float32 masters; None for none. A step whose scaled
+                gradients overflow is skipped and lowers the scale.
 
         Raises:
             UserError: for an optimizer without Adam's settings, clip_norm ≤ 0, an unknown backend, a scope or schedule
-                that does not go with the rest, a loss scale without masters, or a wrapper of the model that is not
-                known.
+                that does not fit the rest, a loss scale without masters, or an unknown wrapper of the model.
         """
         if not isinstance(method, Plain | Perturbed):
             raise UserError(f"method must be Plain(), SAM(...), FunctionalSAM(...) or LogitSAM(...), got {method!r}")
@@ -134,7 +134,7 @@ class Step:
                 "loss_scale: it is undone where gradients go to float32 masters; give an AdamW with `copies`, as of "
                 "masters(model, torch.float16)"
             )
-        self._scaling = None if loss_scale is None else Scaling.begun(loss_scale)
+        self._scaling = None if loss_scale is None else Scaling.begin(loss_scale)
         self._parallel, self._weights = parallel, Weights(parallel, copies)
         self._local = sync == "local" and parallel.count > 1
         # Between steps: ĝ of the last one that was taken, and the last correction, where the method needs them.
@@ -156,8 +156,8 @@ class Step:
     def __call__(self, batch: Any) -> Tensor:
         """Take one step; returns the mean loss at θ, detached.
 
-        `batch` is whatever `features` takes; a list is taken as micro-batches, whose gradient is that of one batch of
-        them all, each token weighing the same. If either pass raises, weights and optimizer state are as before.
+        `batch` is what `features` takes. A list holds micro-batches; its gradient is that of one batch of them all, in
+        which each token has the same weight. If a pass raises, weights and optimizer state are as before.
         """
         try:
             loss, g_hat, clip = self._gradient(batch)
@@ -174,9 +174,9 @@ class Step:
         return loss
 
     def gradient(self, batch: Any) -> Tensor:
-        """The first half of a step: leaves ĝ, clipped, in every parameter's `.grad` and takes no optimizer step.
+        """The first half of a step: write ĝ, clipped, to every parameter's `.grad`, without an optimizer step.
 
-        Returns the mean loss at θ, detached; whether ĝ is to be used says `info.skipped`.
+        Returns the mean loss at θ, detached. With `info.skipped` ĝ is not finite and must not be used.
         """
         try:
             loss, g_hat, clip = self._gradient(batch)
@@ -186,7 +186,7 @@ class Step:
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs beside the model's and the optimizer's own state.
+        """What a checkpoint needs besides the model's and the optimizer's own state.
 
         Two counts, and the loss scale where there is one; with ascent="previous" or between="reuse" also one tensor for
         each parameter.
@@ -201,7 +201,7 @@ class Step:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As `state_dict` gave it. What a checkpoint of another method did not remember starts from zero."""
+        """Restore what `state_dict` returned. What a checkpoint of another method does not have starts from zero."""
         self.steps, self.skipped_steps = int(state["steps"]), int(state["skipped_steps"])
         if self._scaling is not None and "loss_scale" in state:
             self._scaling.load(state["loss_scale"])
@@ -325,8 +325,8 @@ def mean_loss(
 ) -> Callable[[nn.Module, Any], Tensor]:
     """(model, batch) -> mean loss with the same head, for evaluation: no gradient, no N×V tensor.
 
-    Of a model in DistributedDataParallel or under `fully_shard` the mean over the batches of all ranks, which must all
-    call it.
+    For a model in DistributedDataParallel or under `fully_shard` it is the mean over the batches of all ranks, and all
+    ranks must call it.
     """
     ops = backends.load("torch", backend)
 
