@@ -14,7 +14,7 @@ Importing this imports neither framework.
 from fsam_core.cost.estimate import PRESETS, Cost, estimate, within
 from fsam_core.cost.machines import PUBLISHED, Machine, published
 from fsam_core.cost.products import Model, Options, decoder
-from fsam_core.cost.steps import Collectives, Step, Work
+from fsam_core.cost.steps import Collectives, StepCost, Work
 
 __all__ = [
     "PRESETS",
@@ -24,7 +24,7 @@ __all__ = [
     "Machine",
     "Model",
     "Options",
-    "Step",
+    "StepCost",
     "Work",
     "decoder",
     "estimate",

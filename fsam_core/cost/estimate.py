@@ -10,7 +10,7 @@ from typing import Any
 
 from fsam_core.cost.machines import Machine
 from fsam_core.cost.products import Model, Options
-from fsam_core.cost.steps import Collectives, Step, Work, step
+from fsam_core.cost.steps import Collectives, StepCost, Work, step
 from fsam_core.errors import UserError
 from fsam_core.regions import REGIONS, Region
 from fsam_core.schedules import Kind
@@ -35,11 +35,11 @@ class Cost:
     """
 
     options: Options
-    adamw: Step
-    steps: Mapping[Kind, Step]
+    adamw: StepCost
+    steps: Mapping[Kind, StepCost]
     shares: Mapping[Kind, float]
 
-    def mean(self, figure: Callable[[Step], Any]) -> Any:
+    def mean(self, figure: Callable[[StepCost], Any]) -> Any:
         """A figure of the run's average step."""
         first, *others = [figure(self.steps[kind]) * share for kind, share in self.shares.items()]
         return sum(others, first)

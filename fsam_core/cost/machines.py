@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fsam_core.cost.steps import Step, Work
+from fsam_core.cost.steps import StepCost, Work
 from fsam_core.errors import UserError
 
 
@@ -47,7 +47,7 @@ class Machine:
         between = work.bytes / self.bytes_per_s + _at(work.exponentials, self.exponentials_per_s)
         return products + between + _at(work.normals, self.normals_per_s)
 
-    def seconds(self, step: Step) -> float:
+    def seconds(self, step: StepCost) -> float:
         return self.seconds_of(step.work) + _at(step.taken_bytes, self.taken_bytes_per_s)
 
 

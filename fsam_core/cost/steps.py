@@ -80,7 +80,7 @@ NONE = Collectives()
 
 
 @dataclass(frozen=True)
-class Step:
+class StepCost:
     """The work, memory and communication of one step on one device.
 
     Attributes:
@@ -109,7 +109,7 @@ class Step:
         return sum(self.memory.values())
 
 
-def step(model: Model, o: Options, tokens: float, kind: Kind) -> Step:
+def step(model: Model, o: Options, tokens: float, kind: Kind) -> StepCost:
     """A step of that kind on `tokens` tokens over all devices and micro-batches."""
     return _Counter(model, o, tokens / o.devices, kind).step()
 
@@ -134,13 +134,13 @@ class _Counter:
             self.base, self.second = passes(model, o, self.chunks(self.rows_S))
         self.moved = model.perturbed(o.scope) if self.perturbed else 0.0
 
-    def step(self) -> Step:
+    def step(self) -> StepCost:
         regions = self.products()
         for name, work in self.between().items():
             regions[name] = regions.get(name, Work()) + work
         memory = self.memory()
         ours = {name: work for name, work in regions.items() if work != Work()}
-        return Step(ours, memory, self.taken(memory), self.collectives())
+        return StepCost(ours, memory, self.taken(memory), self.collectives())
 
     # --- products -----------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from fsam_core import cost
-from fsam_core.cost.steps import Step
+from fsam_core.cost.steps import StepCost
 from fsam_core.errors import UserError
 from fsam_core.methods import Perturbed
 from fsam_kernels.memory import Memory, default_chunk_bytes
@@ -192,7 +192,7 @@ def _row(name: str, one: cost.Cost, machine: cost.Machine) -> dict[str, Any]:
     }
 
 
-def _step(step: Step, machine: cost.Machine, adamw: Step | None = None) -> dict[str, Any]:
+def _step(step: StepCost, machine: cost.Machine, adamw: StepCost | None = None) -> dict[str, Any]:
     unit = step if adamw is None else adamw
     return {
         "flops": step.flops,
