@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from fsam_core import torch as fsam
 from fsam_core.torch import FunctionalSAM, LinearHead, LogitSAM, Loss, Memory, Plain, Step
+from fsam_core.torch.dtensor import local
 
 LOSS = Loss(label_smoothing=0.1, z_loss=1e-2, soft_cap=5.0)
 
@@ -98,7 +99,7 @@ def same(kind: str, rank: int) -> dict[str, Any]:
     axes_of = lambda p: p.device_mesh.mesh_dim_names if isinstance(p, DTensor) else ()
     uncut = [p for p in step.model.parameters() if "tensor" not in axes_of(p)]
     every: list[Any] = [None] * RANKS
-    dist.all_gather_object(every, [fsam.local(p).detach() for p in uncut])
+    dist.all_gather_object(every, [local(p).detach() for p in uncut])
     pairs = zip(every[rank], every[rank ^ 1], strict=True)  # the neighbour on the tensor axis
     return {"uncut": len(uncut), "same": all(torch.equal(a, b) for a, b in pairs)}
 
