@@ -16,13 +16,12 @@ OPTIONS = (
     "per-tensor",
 )  # fmt: skip
 DATA = (
-    "ddp:precond-functional-micro:3", "ddp-views:quarter:3", "ddp:hidden:3", "fsdp:quarter-part:3",
-    "fsdp:precond-functional:3", "fsdp:hidden:3", "hsdp:precond-sam:3", "hsdp:logit:3", "ddp:top:3",
+    "ddp:precond-functional-micro:3", "ddp-views:quarter:3", "ddp:hidden:3", "fsdp:quarter-part:3", "fsdp:logit:3",
+    "hsdp:precond-sam:3",
 )  # fmt: skip
 TENSOR = (
-    "tensor:precond-functional-micro:3", "tensor:quarter-part:3", "tensor:hidden:3", "tensor:random:3",
-    "fsdp-tensor:adamw-clip:3", "fsdp-tensor:precond-functional:3", "fsdp-tensor:logit:3",
-    "fsdp-tensor-remat:hidden-quarter:3", "fsdp-tensor-remat:precond-sam:3",
+    "tensor:precond-functional-micro:3", "tensor:quarter-part:3", "tensor:random:3", "fsdp-tensor:adamw-clip:3",
+    "fsdp-tensor:logit:3", "fsdp-tensor-remat:hidden-quarter:3",
 )  # fmt: skip
 COUNTED = (
     *(f"{kind}:{name}:count" for kind in ("ddp", "fsdp", "hsdp") for name in ("adamw", "functional", "sam")),

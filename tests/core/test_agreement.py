@@ -32,8 +32,8 @@ CASES = [
     (True, "functional", None),
     (True, "precond-functional", 0.1),
     (False, "sam", None),
-    (False, "precond-functional-dual", None),
-    (False, "precond-logit-dual-previous", 0.1),
+    pytest.param(False, "precond-functional-dual", None, marks=pytest.mark.slow),
+    pytest.param(False, "precond-logit-dual-previous", 0.1, marks=pytest.mark.slow),
 ]
 
 
@@ -93,9 +93,7 @@ def trained(request):
     return Trained(request.param)
 
 
-@pytest.mark.parametrize(
-    ("trained", "name", "clip_norm"), CASES, indirect=["trained"], ids=[f"{n}-{t}-{c}" for t, n, c in CASES]
-)
+@pytest.mark.parametrize(("trained", "name", "clip_norm"), CASES, indirect=["trained"])
 def test_frameworks_and_textbooks_agree(trained, name, clip_norm):
     method = METHODS[name]
     mine = trained.in_jax(method, clip_norm)

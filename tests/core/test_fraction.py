@@ -27,7 +27,7 @@ def rows(batch, which):
     return {k: x[which] for k, x in batch.items()}
 
 
-@each_method
+@pytest.mark.parametrize("method", [METHODS[0], *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS[1:])])
 def test_mean_over_all_parts_is_the_exact_gradient(framework, method):
     batch = batch_of(12, ignored=0)
     got = [

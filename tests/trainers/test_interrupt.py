@@ -3,6 +3,7 @@
 import signal
 import time
 
+import pytest
 import spawn
 from small_runs import steps_done
 
@@ -19,6 +20,7 @@ def test_that_comes_after():
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_test_that_trains_stops_pytest(text, tmp_path):
     out, after = tmp_path / "run", tmp_path / "after"
     (tmp_path / "test_child.py").write_text(TESTS.format(text=str(text), out=str(out), after=str(after)))

@@ -93,7 +93,7 @@ def metrics_steps(out):
     return [line.split(",")[0] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("uninterrupted", ["jax", pytest.param("torch", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.slow
 def test_kill_9_during_a_checkpoint_leaves_the_one_before(uninterrupted, text, tmp_path, monkeypatch, capsys):
     framework, weights, whole = uninterrupted
     out = tmp_path / "run"

@@ -108,6 +108,7 @@ def kill_run(shards: Path, out: Path, framework: str, step: int) -> None:
     assert gone(workers)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_and_run_leave_the_weights_identical(shards, tmp_path, capsys, monkeypatch):
     weights = whole_run(shards, tmp_path / "whole", "torch")
     out = tmp_path / "run"

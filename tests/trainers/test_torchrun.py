@@ -44,6 +44,7 @@ def alone(text, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_both_and_one_resumes(alone, text, tmp_path):
     out = tmp_path / "run"
     process = torchrun(2, run_arguments(text, out, "--fsdp", 2))

@@ -11,6 +11,7 @@ import spawn
 import wrapper_overhead
 
 
+@pytest.mark.slow
 def test_steps_are_compared_with_the_handwritten_one(tmp_path):
     out = tmp_path / "overhead.json"
     script = Path(wrapper_overhead.__file__)  # in a process of its own, since FSDP2 stays in one
