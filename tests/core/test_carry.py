@@ -75,7 +75,7 @@ def noisy(p, batch):
     return mlp(p, {**batch, "x": batch["x"] + 0.1 * noise})
 
 
-@pytest.mark.parametrize("rows", [2, 4])
+@pytest.mark.parametrize("rows", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_old_style_random_key_goes_whole_into_both_parts(rows):
     """A key from `jax.random.PRNGKey` is an array of two numbers; of a batch of two rows it looks like a column."""
     method = FunctionalSAM(0.3, fraction=1 / 2)

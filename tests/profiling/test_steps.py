@@ -272,5 +272,6 @@ assert frameworks & set(sys.modules) == {"jax"}
 """
 
 
+@pytest.mark.slow
 def test_step_command_imports_its_framework_alone():
     assert "x AdamW" in spawn.run("-c", STEP).stdout

@@ -53,6 +53,7 @@ def test_rows_that_occur_often_are_summed_in_float32():
     np.testing.assert_allclose(exactly(back(xbar_NxD)[0]), wanted_VxD, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_no_gradient_of_the_decoder_is_rounded_but_the_heads():
     """The head's own is summed in float32 and rounded once, to the dtype that its weight has there."""
     config = ModelConfig(1, 12, 3, 7, 19, tied=False)

@@ -95,6 +95,7 @@ def test_schedules_and_metrics_count_completed_steps(framework, text, tmp_path):
         np.testing.assert_array_equal(weight, weights[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_the_next_step_is_started_before_the_last_is_read(text, tmp_path, monkeypatch):
     """The JAX engine waits for a step only where the next one's kind depends on it."""
     read = []
