@@ -24,7 +24,7 @@ TENSOR = (
     "fsdp-tensor:logit:3", "fsdp-tensor-remat:hidden-quarter:3",
 )  # fmt: skip
 COUNTED = (
-    *(f"{kind}:{name}:count" for kind in ("ddp", "fsdp", "hsdp") for name in ("adamw", "functional", "sam")),
+    *(f"{kind}:{name}:count" for kind in ("ddp", "fsdp") for name in ("adamw", "functional", "sam")),
     "ddp:precond-functional-micro:count", "ddp:quarter:count", "ddp-unused:quarter:count",
     *(f"tensor:{name}:count" for name in ("adamw", "functional", "hidden-quarter", "sam")),
 )  # fmt: skip

@@ -40,7 +40,9 @@ def identical(a, b) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("name", "sizes"), [("precond-sam-dual-previous", (6, 6)), ("functional", (6, 3))], ids=["scan", "unrolled"]
+    ("name", "sizes"),
+    [("precond-sam-dual-previous", (6, 6)), pytest.param("functional", (6, 3), marks=pytest.mark.slow)],
+    ids=["scan", "unrolled"],
 )
 def test_jit_changes_nothing(name, sizes):
     method, batches = METHODS[name], [batch_of(n, seed) for seed, n in enumerate(sizes, 1)]

@@ -25,9 +25,20 @@ def test_every_option_trains_as_in_one_process(kind, tmp_path):
         assert_close(found, case)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp", "hsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize("method", ["functional", "sam"])
 def test_exact_step_adds_one_gradient_reduction_and_one_scalar(kind, method, ranks):
+    assert_exact_step_adds_one_reduction(kind, method, ranks)
+
+
+@pytest.mark.slow
+def test_exact_step_adds_one_reduction_between_replicas(tmp_path):
+    found = run(tmp_path, [f"hsdp:{name}:count" for name in ("adamw", "functional", "sam")])
+    for method in ("functional", "sam"):
+        assert_exact_step_adds_one_reduction("hsdp", method, found)
+
+
+def assert_exact_step_adds_one_reduction(kind, method, ranks):
     plain, exact = (every_rank(ranks, f"{kind}:{name}:count") for name in ("adamw", method))
     gathered = [name for name in plain["counts"] if "gather" in name]
     reduced = [name for name in plain["counts"] if name not in ("scalar", *gathered)]

@@ -330,6 +330,7 @@ def test_torch_takes_any_shape_labels_chunks_and_options(n, d, v, rows, data):
     assert_all_as_good("torch", "float32", p._replace(y=y), k=4, by_terms=True, **options)
 
 
+@pytest.mark.slow
 @settings(max_examples=4, deadline=None)
 @given(y=st.lists(st.integers(-2, 4), min_size=6, max_size=6), keep=st.booleans())
 def test_xla_takes_any_labels(y, keep):

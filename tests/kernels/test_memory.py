@@ -11,7 +11,6 @@ import spawn
 from fsam_kernels.memory import chunk_rows, head_bytes
 from fsam_kernels.options import CROSS_ENTROPY, Loss
 
-QUICK = {("torch", "float32", "keep")}
 N, D, V, CHUNK = 1024, 256, 32768, 64 * 2**20
 
 # Runs by itself: prints by how many bytes the process's peak passes what it held before the call.
@@ -48,13 +47,11 @@ print(status("VmHWM") - before)
 """
 
 
+@pytest.mark.slow  # a process of its own for each, and peaks that other processes can disturb
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(
     ("framework", "dtype", "form"),
-    [
-        pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow)
-        for case in itertools.product(("jax", "torch"), ("float32", "bfloat16"), ("keep", "recompute"))
-    ],
+    itertools.product(("jax", "torch"), ("float32", "bfloat16"), ("keep", "recompute")),
 )
 def test_process_grows_by_the_stated_bytes(framework, dtype, form):
     arguments = [framework, dtype, form, *map(str, (N, D, V, CHUNK))]

@@ -142,6 +142,7 @@ def test_non_finite_row_spoils_no_other(bad):
     assert np.array_equal(back(rows.loss_C)[others], back(clean.loss_C)[others])
 
 
+@pytest.mark.slow
 def test_statistics_depend_on_neither_tiles_nor_blocks():
     h, w, b, labels = problem(bias=True)
     with_tiles, tiles = forward(h, w, b, labels, ALL, races=True)

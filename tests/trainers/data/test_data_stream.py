@@ -242,7 +242,7 @@ def endless(counted: list[int]) -> ShardedText:
     return ShardedText("endless", "", (Shard("endless", rows),), ())
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_reading_ahead_is_bounded_however_large_the_corpus(corpus, workers):
     counted = [0]
     batches = StreamedBatches(Recipe(endless(counted), corpus.tokenizer, LENGTH, 0, buffer=64), 4, workers)
@@ -314,11 +314,15 @@ def spoil(path: Path, how: str) -> None:
     ("kind", "how", "workers", "said"),
     [
         ("parquet", "truncated", 0, r"4\.parquet is a damaged Parquet file"),
-        ("parquet", "truncated", 2, r"4\.parquet is a damaged Parquet file"),
+        pytest.param("parquet", "truncated", 2, r"4\.parquet is a damaged Parquet file", marks=pytest.mark.slow),
         ("jsonl", "not JSON", 0, r"train-4\.jsonl, line 2: not a JSON object"),
         ("jsonl", "truncated", 2, r"train-4\.jsonl, line 24: not a JSON object"),
-        ("gz", "truncated", 0, r"4\.jsonl\.gz is a damaged gzip file \(after line \d+\)"),
-        ("zst", "truncated", 0, r"4\.jsonl\.zst is a damaged zstd file \(after line \d+\)"),
+        pytest.param(
+            "gz", "truncated", 0, r"4\.jsonl\.gz is a damaged gzip file \(after line \d+\)", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "zst", "truncated", 0, r"4\.jsonl\.zst is a damaged zstd file \(after line \d+\)", marks=pytest.mark.slow
+        ),
         ("parquet", "gone", 0, r"4\.parquet.*No such file"),
         ("hf", "not JSON", 0, r"hf:.*, shard \d: the data set cannot be read"),
     ],
