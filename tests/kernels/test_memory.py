@@ -13,8 +13,8 @@ from fsam_kernels.options import CROSS_ENTROPY, Loss
 
 N, D, V, CHUNK = 1024, 256, 32768, 64 * 2**20
 
-# Runs by itself: prints by how many bytes the peak of the process passes what it held before the call, and before one bare
-# product of a chunk, which on some CPUs makes a float32 copy of half-precision results.
+# Runs by itself: prints by how many bytes the peak of the process passes what it held before the call, and before one
+# bare product of a chunk, which on some CPUs makes a float32 copy of half-precision results.
 MEASURE = """
 import sys
 framework, dtype, keep, n, d, v, chunk = sys.argv[1], sys.argv[2], sys.argv[3] == "keep", *map(int, sys.argv[4:])
