@@ -31,6 +31,7 @@ def test_random_ascent_is_drawn_from_seed_and_step():
     assert distance(got("torch", method, ONE)[1], expected) < 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_random_ascent_repeats_and_differs_by_seed(framework):
     of = lambda seed: got(framework, FunctionalSAM(0.4, ascent="random", seed=seed), ONE)[1]

@@ -77,6 +77,7 @@ def trained_torch(method: Method, written_out: bool, memory: Memory) -> list[flo
     return [float(step(tokens)) for tokens in torch.from_numpy(batches())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "form"),
     [

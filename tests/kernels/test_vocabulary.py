@@ -45,7 +45,8 @@ CASES["triton with all options, 9 columns"] = (4, "triton", "float32", True, wit
 CASES["triton, a closed part"] = (4, "triton", "float32", False, masked(problem(bias=True, scale=3, n=7), -np.inf))
 WRONG = problem()._replace(y=np.full(N, V))
 CASES["a label outside"] = (4, "torch", "float32", False, WRONG)
-pytestmark = pytest.mark.xdist_group("vocabulary")  # all cases run in one go of the ranks
+# All cases run in one go of the ranks. `make test` has steps over a sharded vocabulary in core/test_tensor_ranks.py.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vocabulary")]
 ORDINARY = [name for name in CASES if name not in ("a label outside", "all rows ignored")]
 
 

@@ -59,6 +59,7 @@ def losses(framework: Any, changes: dict[str, Any]) -> np.ndarray:
     return np.array([*seen, one.evaluate(batches[:2])])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", QUICK.values(), ids=QUICK.keys())
 def test_both_frameworks_train_the_same(changes):
     np.testing.assert_allclose(losses("jax", changes), losses("torch", changes), atol=3e-6)
@@ -124,6 +125,7 @@ def test_a_run_costs_what_its_kinds_of_steps_do():
     assert 0.5 < found["late"].ratio < 2
 
 
+@pytest.mark.slow
 def test_half_precision_follows_float32_in_both_frameworks():
     halves = [("jax", "bfloat16"), ("torch", "bfloat16"), ("torch", "float16")]
     runs = {
