@@ -28,7 +28,7 @@ test: install
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not compilers"
 
 # What `make test` leaves out. slow: every option on several ranks, ten kills and resumptions of a run in each framework,
-# every combination of dtype and option. compilers: those of TPUs and GPUs that are not here. CI runs both.
+# every combination of dtype and option. compilers: those of TPUs and GPUs that are not here.
 test-all: install
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "slow or compilers"
 

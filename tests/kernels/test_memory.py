@@ -67,7 +67,7 @@ print(growth(call), library)
 def test_process_grows_by_the_stated_bytes(framework, dtype, form):
     arguments = [framework, dtype, form, *map(str, (N, D, V, CHUNK))]
     # Without the flags of conftest.py, with which XLA optimises less.
-    out = spawn.run("-c", MEASURE, *arguments, env={"XLA_FLAGS": None, "JAX_COMPILATION_CACHE_DIR": None})
+    out = spawn.run("-c", MEASURE, *arguments, env={"XLA_FLAGS": None})
     itemsize = {"float32": 4, "bfloat16": 2}[dtype]
     stated = head_bytes(framework, N, D, V, itemsize, keep=form == "keep", chunk_bytes=CHUNK)
     grew, library = map(int, out.stdout.split())
