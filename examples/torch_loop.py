@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fsam_core.torch import FunctionalSAM, LinearHead, Step
+from fsam_core.torch import FunctionalSAM, LinearHead, MicroBatches, Step
 
 CONTEXT, WIDTH, VOCABULARY = 8, 64, 256
 text = torch.tensor(list(Path(__file__).read_bytes()))
@@ -40,6 +40,6 @@ model = Model()
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
 step = Step(model, optimizer, FunctionalSAM(rho=0.1, precondition="adam"), features=features, clip_norm=1.0)
 for i in range(300):
-    loss = step([draw(), draw()])  # two micro-batches, one gradient
+    loss = step(MicroBatches([draw(), draw()]))  # two micro-batches, one gradient
     if i % 50 == 0 or i == 299:
         print(f"step {i:3d}  loss {loss:.3f}  |g| {step.info.grad_norm:.3f}  |ε| {step.info.perturbation_norm:.3f}")

@@ -8,6 +8,7 @@ from fsam_core.errors import UserError
 from fsam_core.methods import NAMES, SAM, FunctionalSAM, LogitSAM, Method, Perturbed, Plain, describe, named
 from fsam_core.schedules import Schedule
 from fsam_core.scopes import Blocks
+from fsam_core.split import MicroBatches
 
 __all__ = [
     "NAMES",
@@ -17,6 +18,7 @@ __all__ = [
     "FunctionalSAM",
     "LogitSAM",
     "Method",
+    "MicroBatches",
     "Perturbed",
     "Plain",
     "Schedule",

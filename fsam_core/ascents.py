@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 
 from fsam_core.errors import UserError
 
-Source = Literal["full", "part", "micro", "none"]
+Source = Literal["full", "part", "micro", "rest", "none"]
 
 
 class AscentInputs(Protocol):
@@ -50,8 +50,8 @@ class Ascent:
     Attributes:
         name: its name in tables and checkpoints.
         of: inputs -> the vector, one array for each parameter.
-        source: the batch of `seen.gradient`: "full", a "part" of it, or each "micro"-batch separately; "none" for a
-            vector that is known before the step.
+        source: the batch of `seen.gradient`: "full", a "part" of it, each "micro"-batch separately, or the "rest" of a
+            split step; "none" for a vector that is known before the step.
         remembers: whether it uses `seen.previous`, which needs one more array for each parameter.
     """
 
@@ -72,6 +72,7 @@ ASCENTS: dict[str, Ascent] = {
         Ascent("full", lambda seen: seen.gradient),
         Ascent("part", lambda seen: seen.gradient, "part"),
         Ascent("micro", lambda seen: seen.gradient, "micro"),
+        Ascent("rest", lambda seen: seen.gradient, "rest"),
         Ascent("previous", lambda seen: seen.previous, "none", remembers=True),
         Ascent("momentum", lambda seen: seen.momentum, "none"),
         Ascent("-momentum", lambda seen: seen.map(lambda m: -m, seen.momentum), "none"),

@@ -1,4 +1,4 @@
-"""Checks of a `LinearHead` that both frameworks share: shapes and the layout of the weight."""
+"""Checks of heads that both frameworks share: shapes, the layout of the weight, the factors of several heads."""
 
 from __future__ import annotations
 
@@ -27,3 +27,21 @@ def check(head: Any) -> None:
         raise UserError(f"LinearHead: weight must be {wanted}, got {w}{hint}")
     if head.bias is not None and tuple(head.bias.shape) != (w[vocabulary],):
         raise UserError(f"LinearHead: bias must be [{w[vocabulary]}], got {tuple(head.bias.shape)}")
+
+
+def check_heads(head: Any) -> list[Any]:
+    """The factors of a Heads' heads.
+
+    Raises:
+        UserError: for no head, Heads in Heads, or another number of weights than of heads.
+    """
+    count = len(head.heads)
+    if not count or any(isinstance(x, type(head)) for x in head.heads):
+        raise UserError(
+            f"Heads: give at least one LinearHead, Outputs or Logits, and no Heads in it; got {count} heads"
+        )
+    if head.weights is None:
+        return [1.0] * count
+    if len(head.weights) != count:
+        raise UserError(f"Heads: weights must have one number a head, got {len(head.weights)} for {count} heads")
+    return list(head.weights)

@@ -15,9 +15,14 @@ These are the gradients g' of a whole batch B. On a part S of it the same method
 
     ĝ = g_B + w (g'_S − g_S),     S ⊆ B a share `fraction` of the batch, w the `strength`.
 
-It keeps the full batch's gradient and estimates only the change; S = B and w = 1 give g' itself. The `ascent` gives the
-direction of ε (`fsam_core.ascents`), the `scope` the weights that are perturbed (`fsam_core.scopes`), and the schedule
-the steps with a correction (`fsam_core.schedules`).
+It keeps the full batch's gradient and estimates only the change; S = B and w = 1 give g' itself. With w = |S| / |B|
+g_S cancels, and no token is passed twice: this is the `form` "split",
+
+    ĝ = (|R| g_R + |S| g'_S) / |B|,     R the rest of the batch, ε of length ρ / q along g_R.
+
+To first order in ρ its correction is that of the whole batch's method at radius ρ. The `ascent` gives the direction of
+ε (`fsam_core.ascents`), the `scope` the weights that are perturbed (`fsam_core.scopes`), and the schedule the steps
+with a correction (`fsam_core.schedules`).
 
 The preconditioner's exact form and its normalisation are this project's choices, not the paper's; formulas:
 `fsam_kernels/spec.py`.
@@ -42,6 +47,7 @@ Precondition = Literal["adam"]
 Norm = Literal["l2", "dual", "per-tensor"]
 SecondMoment = Literal["current", "previous"]
 Cut = Literal["logits", "hidden"]
+Form = Literal["correction", "split"]
 Rho = float | Callable[[Any], Any]
 
 
@@ -67,10 +73,13 @@ class Perturbed:
         fraction: the share q of the batch on which the correction is computed, 0 < q ≤ 1. The second pass costs q of a
             full one; below 1 one more gradient is stored. It must cut the batch into whole rows or micro-batches.
         strength: factor w ≥ 0 of the correction.
-        ascent: the vector that replaces the gradient in d: the gradient of the "full" batch, of a "part" of it, or of
-            each "micro"-batch separately (m-sharpness); the "previous" step's gradient; "momentum" or "-momentum"
-            (AdamW's first moment); "random"; or an `Ascent`. With an ascent that is known before the step the exact
-            method needs no base backward pass.
+        form: "correction" for ĝ = g_B + w (g'_S − g_S); "split" for the step at the price of a plain one, in which S is
+            only passed at θ+ε (and forwards at θ for the functional method) and the rest only at θ. It needs a fraction
+            below 1, and ascent="rest" or one that is known before the step. The length of ε is rho / fraction.
+        ascent: the vector that replaces the gradient in d: the gradient of the "full" batch, of a "part" of it, of each
+            "micro"-batch separately (m-sharpness), or of the "rest" (form="split"); the "previous" step's gradient;
+            "momentum" or "-momentum" (AdamW's first moment); "random"; or an `Ascent`. With an ascent that is known
+            before the step the exact method needs no base backward pass.
         ascent_fraction: with ascent="part", the share of the batch; None for `fraction`. Any other value needs
             fraction 1: the correction is then that of the whole batch along the ascent of a part.
         scope: the weights that are perturbed: "all", "no-head", "norms", "top:K" (the K last blocks and everything
@@ -90,6 +99,7 @@ class Perturbed:
     second_moment: SecondMoment = "current"
     fraction: float = 1.0
     strength: float = 1.0
+    form: Form = "correction"
     ascent: str | Ascent = "full"
     ascent_fraction: float | None = None
     scope: Scope = "all"
@@ -127,6 +137,24 @@ class Perturbed:
                 f"{self.fraction} and {self.strength}"
             )
 
+        _check_choice("form", self.form, get_args(Form))
+        if self.form == "split":
+            self._check_split()
+        elif ascent.source == "rest":
+            raise UserError("ascent: 'rest' goes with form='split'; use 'full' or 'part'")
+
+    def _check_split(self) -> None:
+        if self.path == "logit":
+            raise UserError("form: 'split' takes SAM or FunctionalSAM; LogitSAM needs two passes over S at θ")
+        if self.fraction == 1 or self.strength != 1:
+            got = f"fraction={self.fraction} and strength={self.strength}"
+            raise UserError(f"form: 'split' needs a fraction below 1 (1/2, say), which is its strength too; got {got}")
+        if self.direction.source not in ("rest", "none"):
+            raise UserError(
+                f"form: 'split' takes ε from the rest of the batch or from an ascent known before the step; use "
+                f"ascent='rest', got {self.ascent!r}"
+            )
+
     @cached_property
     def exact(self) -> bool:
         """Whether ĝ = g': the correction is computed on the whole batch, at strength 1."""
@@ -147,8 +175,9 @@ class Perturbed:
         return self.fraction if self.ascent_fraction is None else self.ascent_fraction
 
     def rho_at(self, step: Any) -> Any:
-        """ρ after `step` completed optimizer steps; `step` may be an int or a traced array."""
-        return self.rho(step) if callable(self.rho) else self.rho
+        """The length of ε after `step` completed optimizer steps; `step` may be an int or a traced array."""
+        rho = self.rho(step) if callable(self.rho) else self.rho
+        return rho / self.fraction if self.form == "split" else rho
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,8 @@ def check(schedule: Schedule, method: Any) -> None:
     Raises:
         UserError: for between="reuse" with a method that does not compute the plain gradient.
     """
+    if schedule.between == "reuse" and getattr(method, "form", "") == "split":
+        raise UserError("between: 'reuse' needs the correction by itself, which form='split' does not compute")
     if schedule.between == "reuse" and getattr(method, "exact", False):
         ascent = method.direction
         if ascent.source != "full" and not (ascent.source == "part" and method.share == 1):

@@ -1,18 +1,82 @@
-"""Splitting a batch into S, on which the correction is computed, and the rest."""
+"""What a step is given: a batch, or several micro-batches; and splitting them into S and the rest.
+
+A batch is whatever the user's loader gives: arrays in lists, tuples, mappings and dataclasses, nested in any way.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
 from fsam_core.errors import UserError
 
-Flatten = Callable[[Any], tuple[list[Any], Callable[[list[Any]], Any]]]
+TreeMap = Callable[[Callable[[Any], Any], Any], Any]
+"""(function, tree) -> the tree with function(leaf) in place of each leaf"""
+SHARED = (bool, int, float, complex, str, bytes, type(None))
+"""Leaves that have no rows: S and the rest both get them."""
+
+
+class MicroBatches:
+    """The micro-batches of one step, whose gradient is that of one batch of them all.
+
+        loss = step(MicroBatches([first, second]))
+
+    Nothing else is read as several micro-batches: a list is one batch, as PyTorch's default collate makes it.
+
+    Raises:
+        UserError: where there is none.
+    """
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self.batches = tuple(batches)
+        if not self.batches:
+            raise UserError("MicroBatches: got no micro-batch; give at least one")
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+    def __repr__(self) -> str:
+        return f"MicroBatches({list(self.batches)!r})"
+
+
+def micro_batches(batch: Any) -> list[Any]:
+    """The micro-batches of a step's argument; a batch is the only one of its own."""
+    return list(batch) if isinstance(batch, MicroBatches) else [batch]
+
+
+def map_leaves(function: Callable[[Any], Any], batch: Any, tree_map: TreeMap) -> Any:
+    """The batch with function(leaf) in place of each leaf; containers keep their types.
+
+    Args:
+        tree_map: the framework's own, for the containers that only the framework knows.
+    """
+    if isinstance(batch, Mapping):
+        changed = {key: map_leaves(function, value, tree_map) for key, value in batch.items()}
+        if type(batch) is dict:
+            return changed
+        if not hasattr(batch, "__setitem__"):
+            return type(batch)(changed)  # type: ignore[call-arg]
+        found = copy.copy(batch)  # a UserDict, a BatchEncoding, a defaultdict: with what else it holds
+        for key, value in changed.items():
+            found[key] = value
+        return found
+    if isinstance(batch, tuple | list):
+        items = [map_leaves(function, x, tree_map) for x in batch]
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.init}
+        return dataclasses.replace(batch, **{name: map_leaves(function, x, tree_map) for name, x in fields.items()})
+    return tree_map(function, batch)
 
 
 def split(
-    batches: list[Any], fraction: float, flatten: Flatten, is_key: Callable[[Any], bool] = lambda leaf: False
+    batches: list[Any], fraction: float, tree_map: TreeMap, is_key: Callable[[Any], bool] = lambda leaf: False
 ) -> tuple[list[Any], list[Any]]:
     """(S, the rest) as lists of micro-batches; S is `fraction` of all rows, and never empty.
 
@@ -22,7 +86,7 @@ def split(
     Args:
         batches: micro-batches, trees of arrays.
         fraction: 0 < q ≤ 1.
-        flatten: tree -> (its leaves, a function that puts such leaves back).
+        tree_map: as in `map_leaves`.
         is_key: whether a leaf is a random key, which may have an axis.
 
     Raises:
@@ -31,15 +95,25 @@ def split(
     whole, share = divmod(Fraction(fraction).limit_denominator(1 << 16) * len(batches), 1)
     part, rest = batches[:whole], batches[whole:]
     if share:
-        mine, others = _cut(rest[0], share, flatten, is_key)
+        mine, others = _cut(rest[0], share, tree_map, is_key)
         part, rest = [*part, mine], [others, *rest[1:]]
     return part, rest
 
 
-def _cut(batch: Any, share: Fraction, flatten: Flatten, is_key: Callable[[Any], bool]) -> tuple[Any, Any]:
-    leaves, rebuild = flatten(batch)
-    has_rows = lambda x: bool(getattr(x, "ndim", 0)) and not is_key(x)
-    sizes = {x.shape[0] for x in leaves if has_rows(x)}
+def _cut(batch: Any, share: Fraction, tree_map: TreeMap, is_key: Callable[[Any], bool]) -> tuple[Any, Any]:
+    sizes: set[int] = set()
+
+    def look(x: Any) -> Any:
+        if _has_rows(x) and not is_key(x):
+            sizes.add(x.shape[0])
+        elif not (hasattr(x, "ndim") or isinstance(x, SHARED)):
+            raise UserError(
+                f"fraction: a batch holds a {type(x).__name__}, which is not known how to cut; give arrays in lists, "
+                "tuples, mappings or dataclasses, or MicroBatches of which S is one"
+            )
+        return x
+
+    map_leaves(look, batch, tree_map)
     if len(sizes) != 1:
         got = ", ".join(map(str, sorted(sizes))) or "no arrays"
         raise UserError(f"fraction: the arrays of a batch must have one first axis to be cut along, got {got}")
@@ -49,12 +123,19 @@ def _cut(batch: Any, share: Fraction, flatten: Flatten, is_key: Callable[[Any], 
             f"fraction: {share} of a (micro-)batch of {size} rows is not a whole number of rows; {n} must divide it"
         )
 
-    def rows(x: Any, which: slice) -> Any:
-        if not has_rows(x):
-            return x
-        groups = x.reshape((size // n, n, *x.shape[1:]))[:, which]
-        return groups.reshape((-1, *x.shape[1:]))
+    def rows(which: slice) -> Callable[[Any], Any]:
+        def of(x: Any) -> Any:
+            if not _has_rows(x) or is_key(x):
+                return x
+            groups = x.reshape((size // n, n, *x.shape[1:]))[:, which]
+            return groups.reshape((-1, *x.shape[1:]))
+
+        return of
 
     sides = (slice(None, share.numerator), slice(share.numerator, None))
-    mine, others = (rebuild([rows(x, side) for x in leaves]) for side in sides)
+    mine, others = (map_leaves(rows(side), batch, tree_map) for side in sides)
     return mine, others
+
+
+def _has_rows(x: Any) -> bool:
+    return bool(getattr(x, "ndim", 0))

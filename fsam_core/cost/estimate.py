@@ -20,6 +20,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "exact": {},
     "balanced": {"fraction": 1 / 4},
     "cheap": {"fraction": 1 / 8, "cut": "hidden"},
+    "split": {"form": "split", "ascent": "rest", "fraction": 1 / 2},
 }
 
 

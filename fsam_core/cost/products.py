@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from fsam_core import schedules
 from fsam_core.errors import UserError
-from fsam_core.methods import SAM, FunctionalSAM, LogitSAM, Path, Perturbed, Plain
+from fsam_core.methods import SAM, Form, FunctionalSAM, LogitSAM, Path, Perturbed, Plain
 from fsam_core.schedules import Schedule
 
 Framework = Literal["jax", "torch"]
@@ -120,7 +120,7 @@ class Options:
 
     Attributes:
         path: "base" is AdamW, which ignores the fields up to `probability`.
-        fraction, strength, ascent, ascent_fraction, cut, scope, precondition: as in `Perturbed`.
+        fraction, strength, form, ascent, ascent_fraction, cut, scope, precondition: as in `Perturbed`.
         cotangent: "keep" or "recompute", see `fsam_kernels.memory.Memory`.
         every, between, probability: as in `Schedule`.
         start: the share of the run before the first correction.
@@ -138,6 +138,7 @@ class Options:
     path: Path = "functional"
     fraction: float = 1.0
     strength: float = 1.0
+    form: Form = "correction"
     ascent: str = "full"
     ascent_fraction: float | None = None
     cut: str = "logits"
@@ -180,7 +181,7 @@ class Options:
         """The method of these options; its ρ is arbitrary."""
         if self.path == "base":
             return Plain()
-        names = ("precondition", "fraction", "strength", "ascent", "ascent_fraction", "cut", "scope")
+        names = ("precondition", "fraction", "strength", "form", "ascent", "ascent_fraction", "cut", "scope")
         return _CLASSES[self.path](1.0, **{name: getattr(self, name) for name in names})
 
     @property
@@ -258,6 +259,12 @@ def passes(model: Model, o: Options, chunks: int = 2) -> tuple[Pass, Pass]:
     hidden = float(o.cut == "hidden")
     again = 0.0 if hidden or o.cotangent == "keep" or merged else 1.0
     pulled = 1.0 - hidden
+    if o.form == "split":  # R at θ; S at θ+ε, and for a functional z̄ its forward pass at θ
+        functional = o.path == "functional"
+        rest, seen = 1 - q, q * functional
+        base = Pass(rest + seen, rest, rest, rest + seen, rest + hidden * seen, rest + hidden * seen)
+        head = (again, pulled, pulled) if functional else (1.0, 1.0, 1.0)
+        return base, Pass(q, q, q, *(q * x for x in head))
     if exact and known:
         if o.path == "sam":
             return PLAIN, Pass()

@@ -26,6 +26,8 @@ NORM, PRECONDITIONED, PLAIN_NORM, PERTURB, PERTURB_PLAIN, ADAMW = 4, 8, 4, 16, 1
 GRADIENT, ACCUMULATE = 4, 12  # one write; two reads and one write
 # g_B from its two parts, and ĝ = g_B + w (g'_S − g_S): fused in XLA, one operation after the other in PyTorch.
 MERGE, COMBINE = {"jax": 12, "torch": 28}, {"jax": 16, "torch": 24}
+# A split step's sum of two gradients, each by its share of the tokens; PyTorch scales one and accumulates onto it.
+SPLIT = {"jax": 12, "torch": 20}
 # Reads and writes of a chunk's logits. PyTorch: maximum, difference, exponential, sum, scale; XLA fuses them.
 LOGIT_PASSES = {"torch": 8, "jax": 4}
 LOGIT_EXPONENTIALS = {"torch": 1, "jax": 2}
@@ -123,6 +125,7 @@ class _Counter:
         self.perturbed = isinstance(method, Perturbed) and kind == "corrected"
         self.exact = isinstance(method, Perturbed) and method.exact
         self.remembers = isinstance(method, Perturbed) and method.direction.remembers
+        self.splits = self.perturbed and o.form == "split"
         self.draws = self.perturbed and o.ascent == "random"
         self.q = o.fraction if self.perturbed else 1.0
         self.micro = self.N / o.micro_batches
@@ -216,7 +219,9 @@ class _Counter:
         found["norm"] = Work(bytes=s * norms + 4 * drawn, normals=drawn)
         found["perturb"] = Work(bytes=s * (PERTURB if adam else PERTURB_PLAIN))
         after = self._gradient(self.second, self.in_S)
-        if not self.exact:
+        if self.splits:
+            after += SPLIT[o.framework] * P
+        elif not self.exact:
             after += (COMBINE[o.framework] + (MERGE[o.framework] if self.q < 1 else 0)) * P
         if o.between == "reuse":
             after += ACCUMULATE * P
@@ -245,12 +250,13 @@ class _Counter:
         moved = 4.0 * self.moved * ("compute copy" not in always)
         cast = 2.0 * P * (o.dtype != "float32" and o.framework == "jax")
         rest = self.perturbed and not self.exact and self.q < 1
+        gradient_of_S = 4.0 * P * (rest and not self.splits)
         rows = self.micro if o.micro_batches > 1 or not rest else self.N * (1 - self.q)
         base = {
             **self._at_work(rows, self.base, o.micro_batches > 1),
             "cast weights": cast,
             "kept cotangent": kept,
-            "gradient of S": 4.0 * P * rest,
+            "gradient of S": gradient_of_S,
         }
         moments = [always | base]
         if self.second != Pass():
@@ -315,7 +321,7 @@ class _Counter:
         """AdamW reduces its gradient and, where that is sharded, its norm.
 
         An ascent from the batch's gradient needs that reduced first; a known ascent, or one of each device's own, does
-        not. On part of the batch, g_S and the gradient of the rest are reduced separately.
+        not. On part of the batch, g_S and the gradient of the rest are reduced separately; in a split step g_R and ĝ.
         """
         if self.o.devices == 1:
             return NONE
@@ -324,7 +330,7 @@ class _Counter:
         if not self.perturbed:
             return Collectives(1, P, 1)
         assert isinstance(method, Perturbed)
-        of_batch = method.direction.source in ("full", "part")
+        of_batch = method.direction.source in ("full", "part", "rest")
         first = 4.0 * self.moved if self.exact and self.o.between != "reuse" else P
-        apart = not self.exact and self.o.fraction < 1
+        apart = not self.exact and self.o.fraction < 1 and not self.splits
         return Collectives(1 + of_batch + apart, P + of_batch * first + apart * P, 3)

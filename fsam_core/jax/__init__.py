@@ -1,7 +1,7 @@
 """The step in JAX: a gradient function that replaces `jax.value_and_grad`.
 
     method = FunctionalSAM(rho=0.5, precondition="adam")
-    grad = value_and_grad(features, method, b2=0.95)          # features(params, batch) -> LinearHead or Logits
+    grad = value_and_grad(features, method, b2=0.95)          # features(params, batch) -> LinearHead, Outputs, Heads
     (loss, info), grads = grad(params, batch, opt_state)      # pure: jit, shard and donate it as usual
     updates, opt_state = tx.update(grads, opt_state, params)
 
@@ -24,13 +24,16 @@ backends.require("optax")
 
 from fsam_core.ascents import Ascent
 from fsam_core.errors import UserError
-from fsam_core.jax.heads import LinearHead, Logits
-from fsam_core.jax.perturbation import adam_state
+from fsam_core.jax.check import check
+from fsam_core.jax.from_model import from_model
+from fsam_core.jax.heads import Heads, LinearHead, Logits, Outputs
+from fsam_core.jax.optimizers import adam_state
 from fsam_core.jax.staged import Staged
 from fsam_core.jax.step import Carry, Info, carry_of, mean_loss, skip_nonfinite, value_and_grad
 from fsam_core.methods import SAM, FunctionalSAM, LogitSAM, Plain
 from fsam_core.schedules import Schedule
 from fsam_core.scopes import Blocks
+from fsam_core.split import MicroBatches
 from fsam_kernels.memory import Memory
 from fsam_kernels.options import Loss
 
@@ -40,18 +43,23 @@ __all__ = [
     "Blocks",
     "Carry",
     "FunctionalSAM",
+    "Heads",
     "Info",
     "LinearHead",
     "LogitSAM",
     "Logits",
     "Loss",
     "Memory",
+    "MicroBatches",
+    "Outputs",
     "Plain",
     "Schedule",
     "Staged",
     "UserError",
     "adam_state",
     "carry_of",
+    "check",
+    "from_model",
     "mean_loss",
     "skip_nonfinite",
     "value_and_grad",

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import optax
 
 from fsam_core.errors import UserError
-from fsam_core.jax.perturbation import adam_state, clip_factor
+from fsam_core.jax.optimizers import adam_state
+from fsam_core.jax.perturbation import clip_factor
 from fsam_kernels.xla.adamw import adamw
 
 
@@ -33,7 +34,7 @@ class AdamW:
         b1, b2, eps: Adam's parameters.
         weight_decay: decoupled weight decay.
         mask: a tree of bools, or params -> such a tree: which leaves decay; None for all.
-        clip_norm: the global norm to which the gradient is clipped; None for no clipping.
+        clip_norm: the global norm that the gradient is clipped to before the update; None for no clipping.
 
     Raises:
         UserError: for a decay rate outside [0, 1) or clip_norm ≤ 0.

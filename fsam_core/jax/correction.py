@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fsam_core import regions, split
+from fsam_core.errors import UserError
 from fsam_core.jax import passes, staged
 from fsam_core.jax.passes import Params, PassResult, add_correction, upcast, weighted_mean
 from fsam_core.jax.perturbation import StepInputs, StepResult, norm_of, perturb
@@ -24,7 +25,14 @@ def _corrected(inputs: StepInputs, batches: list[Any]) -> StepResult:
     config, method, params = inputs.config, inputs.method, inputs.params
     ascent, functional, exact = method.direction, method.path == "functional", method.exact
     share = method.share if ascent.source == "part" else method.fraction
-    S, others = split.split(batches, share, passes.flatten, passes.is_key)
+    S, others = split.split(batches, share, jax.tree.map, passes.is_key)
+    if config.has_aux and len(S) + len(others) != len(batches):
+        raise UserError(
+            f"has_aux: S, {share} of the batch, cuts a batch in two, each with its own aux; give MicroBatches of which "
+            "S is a whole number"
+        )
+    if method.form == "split":
+        return _split(inputs, passes.stacked(S), passes.stacked(others))
     if staged.is_shared(inputs, S, others):
         return staged.corrected(inputs, S[0], others)
     groups = [passes.stacked(x) for x in (S, others) if x]
@@ -55,6 +63,8 @@ def _corrected(inputs: StepInputs, batches: list[Any]) -> StepResult:
             one = one._replace(g=g)
         seen.append(one)
     evaluated = [x for x in seen if x is not None]
+    if config.has_aux and None in seen:
+        raise UserError(f"has_aux: {method!r} does not run the model at θ on the whole batch; use the full ascent")
     weight, loss = weighted_mean([(x.weight, x.loss) for x in evaluated])
     with_g = [x for x in evaluated if x.g is not None]
     # XLA recomputes the sum of the parts in each norm that reads g_B. An optimization_barrier around it was tried: a
@@ -82,22 +92,55 @@ def _corrected(inputs: StepInputs, batches: list[Any]) -> StepResult:
     with regions.in_jax("norm"):
         base_norm = norm_of(g_B, inputs.mask if exact else None)
     moved_loss = weighted_mean(moved_losses)[1] if moved_losses else None
-    return StepResult(loss, moved_loss, weight if None not in seen else weight_S, base_norm, length, g_hat, g_B)
+    weight = weight if None not in seen else weight_S
+    bad, aux = passes.largest([x.bad_label for x in evaluated]), [a for x in evaluated for a in x.aux]
+    return StepResult(loss, moved_loss, weight, base_norm, length, g_hat, g_B, bad, aux)
+
+
+def _split(inputs: StepInputs, S: Any, R: Any) -> StepResult:
+    """ĝ = (|R| g_R + |S| g'_S) / |B|: the rest is passed at θ, and S at θ+ε."""
+    config, method, params = inputs.config, inputs.method, inputs.params
+    functional = method.path == "functional"
+    if config.has_aux and not functional:
+        raise UserError(f"has_aux: {method!r} does not run the model at θ on the whole batch; use form='correction'")
+    rest = passes.loss_and_grad(config, params, R)
+    evaluated = [rest]
+    if functional:
+        evaluated.insert(0, passes.loss_and_grad(config, params, S, backward=False, keep=True, cut=method.cut))
+    moved, length = perturb(inputs, None if method.direction.known else rest.g)
+    moved_loss = None
+    if functional:
+        weight_S, g_moved, bad = evaluated[0].weight, passes.vjp(config, moved, S, evaluated[0].cotangents), []
+    else:
+        there = passes.loss_and_grad(config, moved, S, region="second")
+        weight_S, g_moved, moved_loss, bad = there.weight, there.g, there.loss, [there.bad_label]
+    with regions.in_jax("update"):
+        weight, g_hat = weighted_mean([(rest.weight, rest.g), (weight_S, g_moved)])
+    loss = weighted_mean([(x.weight, x.loss) for x in evaluated])[1]
+    base_norm = None
+    if not method.direction.known:
+        with regions.in_jax("norm"):
+            base_norm = norm_of(rest.g)
+    bad_label, aux = passes.largest([*bad, *(x.bad_label for x in evaluated)]), [a for x in evaluated for a in x.aux]
+    return StepResult(loss, moved_loss, weight, base_norm, length, g_hat, None, bad_label, aux)
 
 
 def _with_known_ascent(inputs: StepInputs, groups: list[Any]) -> StepResult:
     """The exact method along an ascent known before the step, which needs no gradient at θ."""
     config, method, params = inputs.config, inputs.method, inputs.params
     (items,) = groups
+    functional = method.path == "functional"
+    if config.has_aux and not functional:
+        raise UserError(f"has_aux: {method!r} does not run the model at θ; use the full ascent")
     moved, length = perturb(inputs, None)
     if method.path == "sam":
         there = passes.loss_and_grad(config, moved, items)
-        return StepResult(there.loss, there.loss, there.weight, None, length, there.g, None)
-    functional = method.path == "functional"
+        return StepResult(there.loss, there.loss, there.weight, None, length, there.g, None, there.bad_label)
     at, back = (params, moved) if functional else (moved, params)
     seen = passes.loss_and_grad(config, at, items, backward=False, keep=True, cut=method.cut)
     g_hat = passes.vjp(config, back, items, seen.cotangents)
-    return StepResult(seen.loss, None if functional else seen.loss, seen.weight, None, length, g_hat, None)
+    moved_loss = None if functional else seen.loss
+    return StepResult(seen.loss, moved_loss, seen.weight, None, length, g_hat, None, seen.bad_label, seen.aux)
 
 
 def _on_two_halves(inputs: StepInputs, groups: list[Any]) -> StepResult:
@@ -117,13 +160,14 @@ def _on_two_halves(inputs: StepInputs, groups: list[Any]) -> StepResult:
         of = lambda x, share: jax.lax.psum(jnp.where(second, share[1], share[0]) * x, axis)
         g_hat = jax.tree.map(lambda g: of(upcast(g), (1 - method.strength, method.strength)).astype(g.dtype), seen.g)
         base_norm = of(norm_of(seen.g), (1.0, 0.0))
-        return of(seen.loss, (1.0, 0.0)), of(seen.loss, (0.0, 1.0)), of(seen.weight, (1.0, 0.0)), base_norm, g_hat
+        bad = jax.lax.pmax(seen.bad_label, axis)
+        return of(seen.loss, (1.0, 0.0)), of(seen.loss, (0.0, 1.0)), of(seen.weight, (1.0, 0.0)), base_norm, g_hat, bad
 
     whole = jax.sharding.PartitionSpec()
     # check_vma is off because nothing inside says that the batch is the same on both halves.
     halves = jax.shard_map(mine, in_specs=whole, out_specs=whole, axis_names={axis}, check_vma=False)
-    loss, moved_loss, weight, base_norm, g_hat = halves(params, moved, items)
-    return StepResult(loss, moved_loss, weight, base_norm, length, g_hat, None)
+    loss, moved_loss, weight, base_norm, g_hat, bad = halves(params, moved, items)
+    return StepResult(loss, moved_loss, weight, base_norm, length, g_hat, None, bad)
 
 
 def _each_micro_batch(inputs: StepInputs, batches: list[Any]) -> StepResult:
@@ -132,9 +176,12 @@ def _each_micro_batch(inputs: StepInputs, batches: list[Any]) -> StepResult:
 
     def one(batch: Any) -> Any:
         found = _corrected(inputs, [batch])
-        return (found.loss, found.weight, {name: getattr(found, name) for name in names}), ()
+        means = {name: getattr(found, name) for name in names}
+        return (found.loss, found.weight, means), (found.bad_label, (found.aux or [()])[0])
 
-    (loss, weight, means), _ = passes.micro_batch_mean(one, passes.stacked(batches))
+    items = passes.stacked(batches)
+    (loss, weight, means), (bad, aux) = passes.micro_batch_mean(one, items)
     for name in ("g_hat", "g_B") if means["g_B"] is not None else ("g_hat",):
         means[name] = jax.tree.map(lambda x, p: x.astype(p.dtype), means[name], inputs.params)
-    return StepResult(loss=loss, weight=weight, **means)
+    bad_label, each_aux = passes.largest(bad), passes.unstacked(items, aux)
+    return StepResult(loss=loss, weight=weight, bad_label=bad_label, aux=each_aux, **means)

@@ -50,12 +50,14 @@ def corrected(inputs: StepInputs, batches: list[Any], axis: str) -> StepResult:
         own = jax.tree.map(lambda x: jax.random.fold_in(x, index) if is_key(x) else x, batches)
         here = inputs._replace(config=config, params=params, opt_state=opt_state, previous=previous)
         found = correction.corrected(here, own)
+        bad_label = jax.lax.pmax(found.bad_label, axis)
         if not inputs.reuses:
             found = found._replace(g_B=None)
         weight = jax.lax.psum(found.weight, axis)
         share = found.weight / jnp.where(weight > 0, weight, 1)
         mean = lambda x: jax.lax.psum(upcast(x) * share, axis).astype(x.dtype)
-        return jax.tree.map(mean, found)._replace(weight=weight)
+        means = jax.tree.map(mean, found._replace(bad_label=jnp.float32(0)))
+        return means._replace(weight=weight, bad_label=bad_label)
 
     # Axes of size 1 are manual too, so that a kernel, which cannot be partitioned, is in a single-device program.
     names = {axis, *(x for x, size in shape.items() if size == 1)}

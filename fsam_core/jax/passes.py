@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import reduce
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -12,12 +13,20 @@ import jax.numpy as jnp
 
 from fsam_core import regions
 from fsam_core.errors import UserError
-from fsam_core.jax import heads
-from fsam_core.jax.heads import LinearHead, Logits
+from fsam_core.jax import heads, leaks
+from fsam_core.jax.heads import FlatHeads
+from fsam_core.split import MicroBatches
 from fsam_kernels.memory import Memory
 
 Params = Any
-Features = Callable[[Params, Any], "LinearHead | Logits"]
+Features = Callable[[Params, Any], Any]
+"""(params, batch) -> a head, or (a head, aux) with has_aux"""
+
+jax.tree_util.register_pytree_with_keys(
+    MicroBatches,
+    lambda x: ([(jax.tree_util.SequenceKey(i), batch) for i, batch in enumerate(x)], None),
+    lambda _, batches: MicroBatches(batches),
+)
 
 
 class PassConfig(NamedTuple):
@@ -26,28 +35,35 @@ class PassConfig(NamedTuple):
     ops: ModuleType
     features: Features
     memory: Memory
+    has_aux: bool = False
 
 
 class Cotangents(NamedTuple):
     """z̄ of every micro-batch, its share of all targets, and values common to all micro-batches.
 
-    With the cut at the logits, `common` is the head's (weight, bias) if the cotangents are stored without it. With the
-    cut at the hidden states (`is_hidden`), z̄ is h̄ and `common` is the head's own gradient (w̄, b̄).
+    z̄ and `common` have an entry for each part of the head. With the cut at the logits, that of `common` is the part's
+    (weight, bias) if its cotangents are stored without it, and `common` is () if none are. With the cut at the hidden
+    states (`is_hidden`), z̄ of a linear part is h̄ and its entry in `common` is the head's own gradient (w̄, b̄).
     """
 
     each: Any
     share: Any
-    common: tuple[jax.Array, ...]
+    common: tuple[tuple[jax.Array, ...], ...]
     is_hidden: bool
 
 
 class PassResult(NamedTuple):
-    """The results of a pass over micro-batches: mean loss, weight, Jᵀ z̄ or None, and z̄ or None."""
+    """The results of a pass over micro-batches: mean loss, weight, Jᵀ z̄ or None, and z̄ or None.
+
+    `aux` has an entry for each micro-batch; `bad_label` is that of `heads.bad_label` over all of them.
+    """
 
     loss: jax.Array
     weight: jax.Array
     g: Any
     cotangents: Cotangents | None
+    aux: list[Any]
+    bad_label: jax.Array
 
 
 def loss_and_grad(
@@ -65,29 +81,36 @@ def loss_and_grad(
 
     def one(item: Any) -> Any:
         if backward:
-            head, pull_back = _linearize(config.features, params, item, region)
+            head, pull_back, aux = _linearize(config, params, item, region, checked=True)
         else:
             with regions.in_jax(_named(region, "forward")):
-                head, pull_back = heads.flat(config.features(params, item)), None
-        if hidden and isinstance(head, Logits):
-            raise UserError("cut: 'hidden' needs features to return a LinearHead, got Logits")
+                found, aux = called(config, params, item)
+                if leaks.may_leak(found):
+                    jax.eval_shape(lambda p: jax.vjp(lambda p: _checked(config, p, item), p)[0], params)
+                head, pull_back = heads.flat(found), None
         holds = keep and not hidden and heads.keeps(head, _count(items), config.memory)
         with regions.in_jax(_named(region, "backward" if backward else "forward")):
             loss, weight, zbar, out = heads.cotangent(
                 config.ops, head, config.memory, gradient=backward or hidden, keep=holds
             )
             g = () if pull_back is None else pull_back(out)
-        of_head = out[1:] if hidden and out is not None else ()
-        kept = (out[0] if hidden and out is not None else _without_head(zbar, items)) if keep else ()
-        return (loss, weight, (g, of_head)), (kept, weight)
+            bad = heads.bad_label(head)
+        kept: Any = _without_heads(zbar, items) if keep else ()
+        of_head: Any = ()
+        if hidden:
+            assert out is not None
+            kept, of_head = heads.cut_at_hidden(head, zbar, out)
+        return (loss, weight, (g, of_head)), (kept, weight, aux, bad)
 
-    (loss, weight, (g, of_head)), (each, weights) = micro_batch_mean(one, items)
+    (loss, weight, (g, of_head)), (each, weights, aux, bad) = micro_batch_mean(one, items)
     g = jax.tree.map(lambda x, p: x.astype(p.dtype), g, params) if backward else None
     if not keep:
-        return PassResult(loss, weight, g, None)
-    if hidden:
-        return PassResult(loss, weight, g, Cotangents(each, _shares(weights, weight), of_head, True))
-    return PassResult(loss, weight, g, _kept(config, params, items, each, weights, weight))
+        cotangents = None
+    elif hidden:
+        cotangents = Cotangents(each, _shares(weights, weight), of_head, True)
+    else:
+        cotangents = _kept(config, params, items, each, weights, weight)
+    return PassResult(loss, weight, g, cotangents, unstacked(items, aux), largest(bad))
 
 
 def vjp(
@@ -98,15 +121,12 @@ def vjp(
 
     def one(item: Any) -> Any:
         batch, zbar, share = item
-        head, back = _linearize(config.features, params, batch, region)
+        head, back, _ = _linearize(config, params, batch, region)
         with regions.in_jax(_named(region, "backward")):
             if cotangents.is_hidden:
-                hidden, *rest = heads.outputs(head)
-                out: Any = ((zbar * share).astype(hidden.dtype), *map(jnp.zeros_like, rest))
+                out = heads.hidden_vjp(head, zbar, share)
             else:
-                if cotangents.common:
-                    weight_VxD, *bias_V = cotangents.common
-                    zbar = dataclasses.replace(zbar, w_VxD=weight_VxD, bias_V=bias_V[0] if bias_V else None)
+                zbar = tuple(map(_with_head, zbar, cotangents.common)) if cotangents.common else zbar
                 out = heads.head_vjp(config.ops, head, zbar, share, config.memory)
             return jax.tree.map(upcast, back(out)), ()
 
@@ -117,7 +137,7 @@ def vjp(
         with regions.in_jax(_named(region, "backward")):
             _, back = jax.vjp(lambda p: _head_weights(config, p, items), params)
             like = _head_weights(config, params, items)
-            (of_head,) = back(tuple(x.astype(w.dtype) for x, w in zip(cotangents.common, like, strict=True)))
+            (of_head,) = back(jax.tree.map(lambda x, w: x.astype(w.dtype), cotangents.common, like))
             g = jax.tree.map(lambda x, y: x + y.astype(x.dtype), g, of_head)
     return jax.tree.map(lambda x, p: x.astype(p.dtype), g, params)
 
@@ -151,23 +171,47 @@ def _named(region: str, direction: str) -> Any:
     return f"{region} {direction}"
 
 
-def _linearize(features: Features, params: Params, batch: Any, region: str) -> tuple[Any, Callable[[Any], Params]]:
-    """(the head at these params, its vjp: cotangents of its `outputs` -> Jᵀ times them)."""
+def called(config: PassConfig, params: Params, batch: Any) -> tuple[Any, Any]:
+    """(what `features` returned as its head, its aux or ()).
+
+    Raises:
+        UserError: with has_aux, if it is no pair.
+    """
+    found = config.features(params, batch)
+    if not config.has_aux:
+        return found, ()
+    if not (isinstance(found, tuple) and len(found) == 2):
+        raise UserError(f"features must return (head, aux) with has_aux=True, got {type(found).__name__}")
+    return found
+
+
+def _checked(config: PassConfig, params: Params, batch: Any) -> jax.Array:
+    leaks.check(called(config, params, batch)[0], params)
+    return jnp.zeros(())
+
+
+def _linearize(
+    config: PassConfig, params: Params, batch: Any, region: str, *, checked: bool = False
+) -> tuple[FlatHeads, Callable[[Any], Params], Any]:
+    """(the head at these params, its vjp: cotangents of its `outputs` -> Jᵀ times them, aux)."""
     seen = []
 
-    def outputs(params: Params) -> tuple[jax.Array, ...]:
-        seen.append(heads.flat(features(params, batch)))
-        return heads.outputs(seen[-1])
+    def outputs(params: Params) -> tuple[Any, Any]:
+        head, aux = called(config, params, batch)
+        if checked:
+            leaks.check(head, params)
+        seen.append(heads.flat(head))
+        return heads.outputs(seen[-1]), aux
 
     with regions.in_jax(_named(region, "forward")):
-        out, pull_back = jax.vjp(outputs, params)
+        out, pull_back, aux = jax.vjp(outputs, params, has_aux=True)
     # Labels, weights and the loss do not depend on the params, so they may leave the trace of jax.vjp.
-    return heads.with_outputs(seen[-1], out), lambda cotangents: pull_back(cotangents)[0]
+    return heads.with_outputs(seen[-1], out), lambda cotangents: pull_back(cotangents)[0], aux
 
 
-def _head_weights(config: PassConfig, params: Params, items: Any) -> tuple[jax.Array, ...]:
-    """(weight[, bias]) of the head, the same for every micro-batch."""
-    return heads.outputs(heads.flat(config.features(params, _first(items))))[1:]
+def _head_weights(config: PassConfig, params: Params, items: Any) -> tuple[tuple[jax.Array, ...], ...]:
+    """(weight[, bias]) of each part of the head, the same for every micro-batch."""
+    return heads.head_weights(heads.flat(called(config, params, _first(items))[0]))
 
 
 # --- micro-batches ----------------------------------------------------------------------------------------------------
@@ -177,11 +221,6 @@ class _Stack(NamedTuple):
     """Stacked micro-batches of one shape, so that `lax.scan` compiles their pass once for any number of them."""
 
     tree: Any
-
-
-def flatten(batch: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    leaves, tree = jax.tree.flatten(batch)
-    return leaves, lambda leaves: jax.tree.unflatten(tree, leaves)
 
 
 def is_key(x: Any) -> bool:
@@ -212,6 +251,18 @@ def _zipped(items: Any, *others: Any) -> Any:
 
 def _first(items: Any) -> Any:
     return jax.tree.map(lambda x: x[0], items.tree) if isinstance(items, _Stack) else items[0]
+
+
+def unstacked(items: Any, each: Any) -> list[Any]:
+    """`each`, kept for every one of `items`, as a list."""
+    if not isinstance(items, _Stack):
+        return each
+    return [jax.tree.map(lambda x, i=i: x[i], each) for i in range(_count(items))]
+
+
+def largest(each: Any) -> jax.Array:
+    """The largest of scalars: of an array, or of a list of them."""
+    return reduce(jnp.maximum, each) if isinstance(each, list) else jnp.max(each)
 
 
 def total(one: Callable[[Any], tuple[Any, Any]], items: Any) -> tuple[Any, Any]:
@@ -255,10 +306,17 @@ def _is_recomputed(zbar: Any) -> bool:
     return getattr(zbar, "h_NxD", None) is not None
 
 
-def _without_head(zbar: Any, items: Any) -> Any:
-    if not isinstance(items, _Stack) or not _is_recomputed(zbar):
+def _without_heads(zbars: tuple[Any, ...], items: Any) -> tuple[Any, ...]:
+    if not isinstance(items, _Stack):
+        return zbars
+    bare = lambda z: dataclasses.replace(z, w_VxD=None, bias_V=None) if _is_recomputed(z) else z
+    return tuple(map(bare, zbars))
+
+
+def _with_head(zbar: Any, common: tuple[jax.Array, ...]) -> Any:
+    if not common:
         return zbar
-    return dataclasses.replace(zbar, w_VxD=None, bias_V=None)
+    return dataclasses.replace(zbar, w_VxD=common[0], bias_V=common[1] if len(common) > 1 else None)
 
 
 def _shares(weights: Any, total: jax.Array) -> Any:
@@ -268,5 +326,9 @@ def _shares(weights: Any, total: jax.Array) -> Any:
 def _kept(config: PassConfig, params: Params, items: Any, each: Any, weights: Any, total: jax.Array) -> Cotangents:
     # A scan would stack a copy of the head weight for each micro-batch, though it is the same for all. Instead this
     # evaluates the model once more, of which the compiler keeps only the weight.
-    lacks = isinstance(items, _Stack) and _is_recomputed(each)
-    return Cotangents(each, _shares(weights, total), _head_weights(config, params, items) if lacks else (), False)
+    common: tuple[tuple[jax.Array, ...], ...] = ()
+    if isinstance(items, _Stack):
+        lacks = [_is_recomputed(z) for z in each]
+        found = _head_weights(config, params, items) if any(lacks) else [()] * len(lacks)
+        common = tuple(x if lack else () for x, lack in zip(found, lacks, strict=True))
+    return Cotangents(each, _shares(weights, total), common, False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ import optax
 
 from fsam_core import regions, scopes
 from fsam_core.errors import UserError
+from fsam_core.jax import optimizers, trees
 from fsam_core.jax.passes import Params, PassConfig, upcast
 from fsam_core.methods import Perturbed
 from fsam_core.scopes import Blocks
@@ -19,7 +20,8 @@ from fsam_core.scopes import Blocks
 class Adam(NamedTuple):
     """The settings of the optimizer that receives the gradient."""
 
-    b2: float | None
+    b2: Sequence[float | None] | float | None
+    """One for all Adam states, or one for each."""
     eps: float
     clip_norm: float | None
 
@@ -27,9 +29,8 @@ class Adam(NamedTuple):
 class AscentInputs:
     """The inputs of an ascent (`ascents.AscentInputs`), as trees like the parameters."""
 
-    def __init__(self, params: Params, opt_state: Any, gradient: Any, previous: Any, seed: int) -> None:
-        self._params, self._opt_state, self._gradient, self._previous = params, opt_state, gradient, previous
-        self._seed = seed
+    def __init__(self, inputs: StepInputs, gradient: Any) -> None:
+        self._inputs, self._gradient = inputs, gradient
 
     @property
     def gradient(self) -> Params:
@@ -39,20 +40,18 @@ class AscentInputs:
 
     @property
     def momentum(self) -> Params:
-        mu = adam_state(self._opt_state).mu
-        return jax.tree.map(
-            lambda m, p: jnp.zeros_like(p) if _is_masked(m) else m, mu, self._params, is_leaf=_is_masked
-        )
+        inputs = self._inputs
+        return optimizers.moments(inputs.opt_state, inputs.params, inputs.mask, "the ascent").mu
 
     @property
     def previous(self) -> Params:
-        if self._previous is None:
+        if self._inputs.previous is None:
             raise UserError("carry is missing: this ascent uses the last gradient; pass the one from carry_of(...)")
-        return self._previous
+        return self._inputs.previous
 
     def random(self) -> Params:
-        key = jax.random.fold_in(jax.random.key(self._seed), adam_state(self._opt_state).count)
-        leaves, tree = jax.tree.flatten(self._params)
+        key = jax.random.fold_in(jax.random.key(self._inputs.method.seed), steps_of(self._inputs.opt_state))
+        leaves, tree = jax.tree.flatten(self._inputs.params)
         kinds = [jnp.promote_types(x.dtype, jnp.float32) for x in leaves]
         keys = jax.random.split(key, len(leaves))
         drawn = [jax.random.normal(k, x.shape, kind) for k, x, kind in zip(keys, leaves, kinds, strict=True)]
@@ -87,6 +86,9 @@ class StepResult(NamedTuple):
     length: jax.Array
     g_hat: Params
     g_B: Params | None
+    bad_label: jax.Array
+    aux: list[Any] | None = None
+    """What `features` returned besides the head, for each micro-batch; None where θ is not evaluated."""
 
 
 def perturb(inputs: StepInputs, gradient: Any) -> tuple[Params, jax.Array]:
@@ -95,63 +97,50 @@ def perturb(inputs: StepInputs, gradient: Any) -> tuple[Params, jax.Array]:
     Args:
         gradient: what the ascent may use, None for one that is known before the step.
     """
-    config, method, params, opt_state = inputs.config, inputs.method, inputs.params, inputs.opt_state
-    adam, mask = inputs.adam, inputs.mask
-    seen = AscentInputs(params, opt_state, gradient, inputs.previous, method.seed)
-    ascent = jax.tree.map(lambda a, p: a.astype(p.dtype), method.direction.of(seen), params)
-    v, settings, count = None, None, 0
-    if method.precondition == "adam" or callable(method.rho):
-        state = adam_state(opt_state)
-        count = state.count
+    ops, method, params, adam, mask = inputs.config.ops, inputs.method, inputs.params, inputs.adam, inputs.mask
+    ascent = jax.tree.map(lambda a, p: a.astype(p.dtype), method.direction.of(AscentInputs(inputs, gradient)), params)
+    v, groups = None, [(None, mask)]
+    if method.precondition == "adam":
+        held = optimizers.moments(inputs.opt_state, params, mask, "precondition='adam'")
+        v = held.nu
+        groups = [(_settings(inputs, held, i), held.mask_of(i, mask)) for i in range(len(held.states))]
     with regions.in_jax("norm"):
         clip = clip_factor(norm_of(ascent, mask), adam.clip_norm)
-        if method.precondition == "adam":
-            assert adam.b2 is not None
-            ascent, v = moments(ascent, state.nu)
-            current = method.second_moment == "current"
-            used = count + current  # the number of gradients in the moment
-            settings = config.ops.Adam(adam.b2, adam.eps, jnp.where(used > 0, 1 - adam.b2**used, 1), current)
-        same = {"clip": clip, "adam": settings, "mask": mask}
-        sumsq, dot = config.ops.preconditioned_norm(ascent, v, **same, per_tensor=method.norm == "per-tensor")
-        rho = method.rho_at(count)
+        sums = [
+            ops.preconditioned_norm(ascent, v, clip=clip, adam=x, mask=own, per_tensor=method.norm == "per-tensor")
+            for x, own in groups
+        ]
+        sumsq, dot = sums[0] if len(sums) == 1 else jax.tree.map(lambda *x: sum(x[1:], x[0]), *sums)
+        rho = method.rho_at(steps_of(inputs.opt_state) if callable(method.rho) else 0)
         root = lambda square: jnp.where(square == 0, 0, rho * jax.lax.rsqrt(jnp.where(square == 0, 1, square)))
         scale = jax.tree.map(root, dot if method.norm == "dual" else sumsq)
         squares = jax.tree.map(lambda k, square: upcast(jnp.square(k) * square), scale, sumsq)
         length = jnp.sqrt(sum(jax.tree.leaves(squares)))
     with regions.in_jax("perturb"):
-        return config.ops.perturb(params, ascent, v, scale, **same), length
+        moved = params
+        for x, own in groups:
+            moved = ops.perturb(moved, ascent, v, scale, clip=clip, adam=x, mask=own)
+        return moved, length
+
+
+def _settings(inputs: StepInputs, held: optimizers.Moments, index: int) -> Any:
+    """The backend's settings of the direction, for the leaves that an Adam state holds."""
+    adam, found, current = inputs.adam, held.states[index], inputs.method.second_moment == "current"
+    b2 = optimizers.b2_of(found, adam.b2[index] if isinstance(adam.b2, Sequence) else adam.b2)
+    used = found.state.count + current  # the number of gradients in the moment
+    with regions.in_jax("norm"):
+        return inputs.config.ops.Adam(b2, adam.eps, jnp.where(used > 0, 1 - b2**used, 1), current)
+
+
+def steps_of(opt_state: Any) -> Any:
+    """The number of completed steps, by the first Adam state."""
+    return optimizers.adam_states(opt_state)[0].state.count
 
 
 def mask_of(method: Perturbed, params: Params, blocks: Blocks | None) -> Any:
-    """For each leaf, whether it is perturbed; None for all. A leaf's name is its path, joined by dots."""
-    paths, tree = jax.tree_util.tree_flatten_with_path(params)
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
-    found = scopes.mask(method.scope, names, blocks)
-    return None if found is None else jax.tree.unflatten(tree, found)
-
-
-def moments(g: Params, nu: Any) -> tuple[Params, Params]:
-    """(g, v) for the direction; both are 0 for a parameter that Adam's mask excludes, so it is not perturbed."""
-    kept = jax.tree.map(lambda v: not _is_masked(v), nu, is_leaf=_is_masked)
-    structures: list[Any] = [jax.tree.structure(kept), jax.tree.structure(g)]
-    if structures[0] != structures[1]:
-        raise UserError("opt_state: its Adam state is not of these params; pass the one from tx.init(params)")
-    pick = lambda tree: jax.tree.map(lambda keep, x, like: x if keep else jnp.zeros_like(like), kept, tree, g)
-    return pick(g), pick(jax.tree.map(lambda v: 0 if _is_masked(v) else v, nu, is_leaf=_is_masked))
-
-
-def adam_state(opt_state: Any) -> optax.ScaleByAdamState:
-    """The single Adam state inside an optax state, at any depth.
-
-    Raises:
-        UserError: if there is none or more than one.
-    """
-    is_adam = lambda x: isinstance(x, optax.ScaleByAdamState)
-    found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_adam) if is_adam(x)]
-    if len(found) != 1:
-        got = "None" if opt_state is None else f"{len(found)} in {type(opt_state).__name__}"
-        raise UserError(f"opt_state must hold one Adam state (optax.adam, adamw, scale_by_adam, …), got {got}")
-    return found[0]
+    """For each leaf, whether it is perturbed; None for all. A leaf's name is that of `trees.names`."""
+    found = scopes.mask(method.scope, trees.names(params), blocks)
+    return None if found is None else jax.tree.unflatten(jax.tree.structure(params), found)
 
 
 def norm_of(tree: Any, mask: Any = None) -> jax.Array:
@@ -166,7 +155,3 @@ def clip_factor(norm: jax.Array, clip_norm: float | None) -> jax.Array:
     if clip_norm is None:
         return jnp.ones((), norm.dtype)
     return jnp.where(norm > clip_norm, clip_norm / norm, 1)
-
-
-def _is_masked(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.interpreters import partial_eval
 
 from fsam_core import regions
 from fsam_core.errors import UserError
-from fsam_core.jax import passes
-from fsam_core.jax.heads import LinearHead, Logits
+from fsam_core.jax import passes, trees
 from fsam_core.jax.passes import Params, add_correction, upcast, weighted_mean
 from fsam_core.jax.perturbation import StepInputs, StepResult, norm_of, perturb
 
@@ -30,14 +29,21 @@ class Staged:
 
     Attributes:
         prefix: (params, batch) -> the lower stage's output: an array or a tree of arrays, all floating.
-        suffix: (params, that output, batch) -> `LinearHead` or `Logits`.
+        suffix: (params, that output, batch) -> a head, as `features` returns it.
     """
 
     prefix: Callable[[Params, Any], Any]
-    suffix: Callable[[Params, Any, Any], LinearHead | Logits]
+    suffix: Callable[[Params, Any, Any], Any]
 
-    def __call__(self, params: Params, batch: Any) -> LinearHead | Logits:
+    def __call__(self, params: Params, batch: Any) -> Any:
         return self.suffix(params, self.prefix(params, batch), batch)
+
+
+class _Stages(NamedTuple):
+    """The arguments of the suffix that are differentiated."""
+
+    params: Params
+    prefix: Any
 
 
 def is_shared(inputs: StepInputs, S: list[Any], others: list[Any]) -> bool:
@@ -47,7 +53,13 @@ def is_shared(inputs: StepInputs, S: list[Any], others: list[Any]) -> bool:
         UserError: for a scope of upper blocks that includes a parameter of the lower stage.
     """
     features, method = inputs.config.features, inputs.method
-    if not isinstance(features, Staged) or inputs.mask is None or len(S) > 1 or inputs.pass_axis is not None:
+    if (
+        not isinstance(features, Staged)
+        or method.form == "split"
+        or inputs.mask is None
+        or len(S) > 1
+        or inputs.pass_axis is not None
+    ):
         return False
     if method.path == "logit" or inputs.reuses or (others and method.fraction == 1):
         return False
@@ -64,11 +76,12 @@ def is_shared(inputs: StepInputs, S: list[Any], others: list[Any]) -> bool:
 
 def moving(inputs: StepInputs, batch: Any) -> set[str]:
     """The names of the perturbed leaves on which the lower stage's output depends."""
-    traced = jax.make_jaxpr(inputs.config.features.prefix)(inputs.params, batch)  # type: ignore[attr-defined]
+    features = inputs.config.features
+    assert isinstance(features, Staged)
+    traced = jax.make_jaxpr(lambda params: features.prefix(params, batch))(inputs.params)
     _, used = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
-    leaves = jax.tree_util.tree_leaves_with_path(inputs.mask)
-    named = [(jax.tree_util.keystr(path, simple=True, separator="."), moves) for path, moves in leaves]
-    return {name for (name, moves), reached in zip(named, used, strict=False) if moves and reached}
+    leaves = zip(trees.names(inputs.params), jax.tree.leaves(inputs.mask), used, strict=True)
+    return {name for name, moves, reached in leaves if moves and reached}
 
 
 def corrected(inputs: StepInputs, S: Any, others: list[Any]) -> StepResult:
@@ -78,15 +91,17 @@ def corrected(inputs: StepInputs, S: Any, others: list[Any]) -> StepResult:
     assert isinstance(features, Staged)
     with regions.in_jax("base forward"):
         x, pull_back_prefix = jax.vjp(lambda p: features.prefix(p, S), params)
-    upper = config._replace(features=lambda both, batch: features.suffix(both[0], both[1], batch))
+    upper = config._replace(features=lambda both, batch: features.suffix(both.params, both.prefix, batch))
     functional, exact = method.path == "functional", method.exact
     backward = not (exact and method.direction.known)
-    seen = passes.loss_and_grad(upper, (params, x), [S], backward=backward, keep=functional, cut=method.cut)
+    seen = passes.loss_and_grad(upper, _Stages(params, x), [S], backward=backward, keep=functional, cut=method.cut)
     g_S, c_S = seen.g if backward else (None, None)
-    evaluated = [(seen.weight, (seen.loss, g_S))]
+    evaluated, bad, aux = [(seen.weight, (seen.loss, g_S))], [seen.bad_label], seen.aux
     if others:
         rest = passes.loss_and_grad(config, params, passes.stacked(others))
         evaluated.append((rest.weight, (rest.loss, rest.g)))
+        bad.append(rest.bad_label)
+        aux = aux + rest.aux
     weight, (loss, g_B) = weighted_mean(evaluated)
     # The gradients of the lower stage are not computed yet; the mask excludes them.
     base_norm = None
@@ -96,9 +111,9 @@ def corrected(inputs: StepInputs, S: Any, others: list[Any]) -> StepResult:
     moved, length = perturb(inputs, {"part": g_S, "none": None}.get(method.direction.source, g_B))
     moved_loss = None
     if functional:
-        g_moved, c = passes.vjp(upper, (moved, x), [S], seen.cotangents)
+        g_moved, c = passes.vjp(upper, _Stages(moved, x), [S], seen.cotangents)
     else:
-        there = passes.loss_and_grad(upper, (moved, x), [S], region="second")
+        there = passes.loss_and_grad(upper, _Stages(moved, x), [S], region="second")
         moved_loss, (g_moved, c) = there.loss, there.g
     if not exact:
         share = seen.weight / jax.numpy.where(weight > 0, weight, 1)
@@ -111,4 +126,4 @@ def corrected(inputs: StepInputs, S: Any, others: list[Any]) -> StepResult:
     with regions.in_jax("second backward"):
         (below,) = pull_back_prefix(c)
         g_hat: Params = jax.tree.map(lambda upper, lower: upper + lower, g_moved, below)
-    return StepResult(loss, moved_loss, weight, base_norm, length, g_hat, None)
+    return StepResult(loss, moved_loss, weight, base_norm, length, g_hat, None, passes.largest(bad), aux)

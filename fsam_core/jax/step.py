@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -9,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fsam_core import backends, regions, schedules
+from fsam_core import backends, regions, schedules, split
 from fsam_core.errors import UserError
-from fsam_core.jax import heads, local_sync, passes
+from fsam_core.jax import heads, local_sync, optimizers, passes, trees
 from fsam_core.jax.correction import corrected
 from fsam_core.jax.passes import Features, Params, PassConfig
 from fsam_core.jax.perturbation import Adam, StepInputs, mask_of, norm_of
+from fsam_core.jax.staged import Staged
 from fsam_core.methods import Method, Perturbed, Plain
 from fsam_core.schedules import ALWAYS, Kind, Schedule
 from fsam_core.scopes import Blocks
@@ -24,14 +26,17 @@ Sync = Literal["global", "local"]
 
 
 class Info(NamedTuple):
-    """The results of a step, each a scalar array; NaN if the method does not need it and it would cost a pass."""
+    """The results of a step, each a scalar array; NaN if the method does not need it and it would cost a pass.
+
+    Under `jax_debug_nans`, which stops at a NaN, infinity replaces it.
+    """
 
     loss: jax.Array
     """Mean loss at θ, on the part of the batch that is evaluated there; at θ+ε if none is (sam, known ascent)."""
     perturbed_loss: jax.Array
     """Mean loss at θ+ε, on S, if the method evaluates it (sam, logit)."""
     weight: jax.Array
-    """Sum of the token weights over all micro-batches."""
+    """Sum of the token weights, or of the heads' counts, over all micro-batches."""
     base_norm: jax.Array
     """‖g‖₂ of the plain gradient; with a scope, for the exact method or `Staged`, only of the leaves in the scope."""
     grad_norm: jax.Array
@@ -40,6 +45,8 @@ class Info(NamedTuple):
     """‖ε‖₂; 0 if nothing is perturbed."""
     finite: jax.Array
     """Whether both passes were finite. If not, every returned gradient is NaN, and `skip_nonfinite` skips the step."""
+    bad_label: jax.Array
+    """The largest label ≥ V, which makes the loss NaN; -1 if there is none."""
 
 
 class Carry(NamedTuple):
@@ -71,6 +78,8 @@ def value_and_grad(
     b2: float | None = None,
     eps: float = 1e-8,
     clip_norm: float | None = None,
+    has_aux: bool = False,
+    optimizer: optax.GradientTransformation | None = None,
     blocks: Blocks | None = None,
     pass_axis: str | None = None,
     sync: Sync = "global",
@@ -81,13 +90,17 @@ def value_and_grad(
     """The gradient function of `method`.
 
     Args:
-        features: (params, batch) -> `LinearHead` or `Logits`. It is called at θ on the whole batch and at θ+ε on S; a
-            `Staged` shares between the passes the part that the method's scope does not perturb.
+        features: (params, batch) -> `LinearHead`, `Outputs`, `Logits` or `Heads`. It is called at θ on the whole batch
+            and at θ+ε on S; a `Staged` shares between the passes the part that the method's scope does not perturb.
         method: one of `Plain`, `SAM`, `FunctionalSAM`, `LogitSAM`.
-        b2, eps: those of the optax Adam that receives the gradient; `b2` is required with precondition="adam", because
-            an optax state does not contain it.
-        clip_norm: the global norm to which the optax chain clips, if it does. It scales the gradient inside the second
-            moment of the ascent direction; the returned gradient is not clipped.
+        b2, eps: those of the optax Adam that receives the gradient. `b2` is required with precondition="adam", unless
+            the optax state holds it (`optax.inject_hyperparams`) or `optimizer` is given.
+        clip_norm: the global norm that the gradient is clipped to before the update, by the optax chain. The ascent
+            direction takes it into account; the returned gradient is not clipped.
+        has_aux: `features` returns (head, aux), aux any tree of arrays. The aux of the pass at θ is returned.
+        optimizer: the optax optimizer that receives the gradient. The first call takes a few of its steps on one value
+            for each leaf, which gives b2, and refuses an optimizer whose second moment is no mean of squares. Without
+            it `optax.adamax` goes unnoticed, because its state is that of an Adam.
         blocks: the roles of the parameters, for a scope that is given by name.
         pass_axis: an axis of two devices of the current mesh. Each device runs one of the two passes of a `SAM` whose
             ascent is known before the step, at fraction 1 and a strength other than 1 (as SAMPa does).
@@ -101,20 +114,21 @@ def value_and_grad(
 
     Returns:
         grad(params, batch, opt_state=None, carry=None, kind="corrected") -> ((loss, Info), gradients like params), and
-        a third value, the new carry, if one was given. `batch` is any tree. A list is a list of micro-batches, whose
-        gradient is that of one batch of them all, with equal weight for each token. `opt_state` is any optax state that
-        contains one Adam state; it is required with precondition="adam", for a scheduled ρ, and for some ascents. With
-        a `fraction` below 1, a batch that is not a list is cut along the first axis of its arrays. `kind` is the string
-        that `Schedule.kind` returns; each kind is a separate program.
+        a third value, the new carry, if one was given. With has_aux the first is (loss, Info, aux), where aux is a
+        list of each micro-batch's if `batch` is `MicroBatches`.
+
+        `params` is any tree of real arrays; an integer leaf does not move, and its gradient is 0. `batch` is whatever a
+        loader gives: a list is one batch. Only `MicroBatches([...])` is several, whose gradient is that of one batch of
+        them all, with equal weight for each token. With a `fraction` below 1, whole micro-batches make S, and one of
+        them may be cut along the first axis of its arrays. `opt_state` is any optax state in which one Adam state holds
+        each perturbed leaf; it is required with precondition="adam", for a scheduled ρ, and for some ascents. `kind` is
+        the string that `Schedule.kind` returns; each kind is a separate program.
 
     Raises:
-        UserError: for an unknown backend, a preconditioned method without b2, b2 outside [0, 1), clip_norm ≤ 0 or an
-            unknown sync.
+        UserError: for an unknown backend, b2 outside [0, 1), clip_norm ≤ 0 or an unknown sync.
     """
     if not isinstance(method, Plain | Perturbed):
         raise UserError(f"method must be Plain(), SAM(...), FunctionalSAM(...) or LogitSAM(...), got {method!r}")
-    if isinstance(method, Perturbed) and method.precondition == "adam" and b2 is None:
-        raise UserError("b2 is missing: precondition='adam' needs the b2 of your optax.adamw, e.g. b2=0.95")
     if b2 is not None and not 0 <= b2 < 1:
         raise UserError(f"b2 must be in [0, 1), as that of your optax.adamw; got {b2!r}")
     if clip_norm is not None and not clip_norm > 0:
@@ -128,27 +142,43 @@ def value_and_grad(
         raise UserError(f"sync must be global or local, got {sync!r}")
     if sync == "local" and pass_axis is not None:
         raise UserError("sync='local' and pass_axis cannot be combined; give one of the two")
-    config = PassConfig(backends.load("jax", backend), features, memory)
-    adam = Adam(b2, eps, clip_norm)
+    if has_aux and (pass_axis is not None or sync == "local"):
+        raise UserError("has_aux: neither pass_axis nor sync='local' runs the whole batch at θ; leave both out")
+    base_config = PassConfig(backends.load("jax", backend), features, memory, has_aux)
+    shown: dict[Any, Adam] = {}
+
+    def adam_of(params: Params) -> Adam:
+        """The settings of the optimizer; it is asked once."""
+        if optimizer is None or getattr(method, "precondition", None) != "adam":
+            return Adam(b2, eps, clip_norm)
+        tree = jax.tree.structure(params)
+        if tree not in shown:
+            found = optimizers.probed(optimizer, params)
+            for x in found:
+                if b2 is not None and x is not None and not math.isclose(x, b2, rel_tol=1e-4):
+                    raise UserError(f"b2: got {b2}, and the optimizer's is {x}; leave b2 out")
+            shown[tree] = Adam([b2 if x is None else x for x in found], eps, clip_norm)
+        return shown[tree]
 
     def grad(
         params: Params, batch: Any, opt_state: Any = None, carry: Carry | None = None, *, kind: Kind = "corrected"
     ) -> Any:
-        batches = batch if isinstance(batch, list) else [batch]
-        if not batches:
-            raise UserError("batch: got an empty list of micro-batches; give at least one")
+        batches = split.micro_batches(batch)
         if kind not in schedules.KINDS:
             raise UserError(f"kind: {kind!r} is not known; use one of {', '.join(schedules.KINDS)}")
         before = Carry() if carry is None else carry
         if kind == "reused" and before.correction is None:
             raise UserError("kind: 'reused' needs a carry with a correction; pass the one from carry_of(...)")
-        nan = jnp.float32(jnp.nan)
+        whole, config = params, _of_floats(base_config, params)
+        params = trees.floats(params)
+        before = Carry(*(None if x is None else trees.floats(whole, x) for x in before))
+        aux: list[Any] | None
         moved_loss: jax.Array | None
         base_norm: jax.Array | None
         correction = before.correction
         if isinstance(method, Plain) or kind != "corrected":
             seen = passes.loss_and_grad(config, params, passes.stacked(batches))
-            loss, weight, g_hat = seen.loss, seen.weight, seen.g
+            loss, weight, g_hat, aux, bad_label = seen.loss, seen.weight, seen.g, seen.aux, seen.bad_label
             moved_loss, length = None, jnp.zeros_like(loss)
             with regions.in_jax("norm"):
                 base_norm = norm_of(g_hat)
@@ -156,12 +186,14 @@ def value_and_grad(
                 with regions.in_jax("update"):
                     g_hat = jax.tree.map(lambda g, c: (g + c).astype(g.dtype), g_hat, correction)
         else:
+            optimizers.warn_of_accumulation(opt_state)
             mask = mask_of(method, params, blocks)
             reuses = correction is not None
+            adam = adam_of(whole)
             inputs = StepInputs(config, method, params, opt_state, before.previous, adam, mask, reuses, pass_axis)
             found = corrected(inputs, batches) if sync == "global" else local_sync.corrected(inputs, batches, axis)
             loss, moved_loss, weight, length = found.loss, found.moved_loss, found.weight, found.length
-            g_hat, base_norm = found.g_hat, found.base_norm
+            g_hat, base_norm, aux, bad_label = found.g_hat, found.base_norm, found.aux, found.bad_label
             if reuses:
                 with regions.in_jax("update"):
                     correction = jax.tree.map(lambda x, g: (x - g).astype(g.dtype), g_hat, found.g_B)
@@ -170,15 +202,38 @@ def value_and_grad(
             evaluated = [x for x in (loss, moved_loss, base_norm, norm, length) if x is not None]
             finite = jnp.stack([jnp.isfinite(x) for x in evaluated]).all()
         with regions.in_jax("update"):
-            g_hat = jax.tree.map(lambda x: jnp.where(finite, x, jnp.nan), g_hat)
-        or_nan = lambda x: nan if x is None else x
-        info = Info(loss, or_nan(moved_loss), weight, or_nan(base_norm), norm, length, finite)
+            g_hat = jax.tree.map(lambda x: heads.nan_unless(finite, x), g_hat)
+        missing = jnp.float32(jnp.inf if jax.config.jax_debug_nans else jnp.nan)  # type: ignore[attr-defined]
+        or_missing = lambda x: missing if x is None else x
+        info = Info(loss, or_missing(moved_loss), weight, or_missing(base_norm), norm, length, finite, bad_label)
+        results: tuple[Any, ...] = (loss, info)
+        if has_aux:
+            assert aux is not None
+            results = (loss, info, aux if isinstance(batch, split.MicroBatches) else aux[0])
+        gradients = trees.gradients(whole, g_hat)
         if carry is None:
-            return (loss, info), g_hat
-        chosen = lambda new, old: None if old is None else jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-        return (loss, info), g_hat, Carry(chosen(g_hat, carry.previous), chosen(correction, carry.correction))
+            return results, gradients
+
+        def chosen(new: Any, old: Any) -> Any:
+            if old is None:
+                return None
+            return trees.gradients(whole, jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old))
+
+        return results, gradients, Carry(chosen(g_hat, before.previous), chosen(correction, before.correction))
 
     return grad
+
+
+def _of_floats(config: PassConfig, params: Params) -> PassConfig:
+    """The passes' arguments for the float leaves of `params`; the others become constants of `features`."""
+    if len(jax.tree.leaves(trees.floats(params))) == len(jax.tree.leaves(params)):
+        return config
+    features = config.features
+    if isinstance(features, Staged):
+        prefix, suffix = features.prefix, features.suffix
+        below = lambda p, batch: prefix(trees.joined(params, p), batch)
+        return config._replace(features=Staged(below, lambda p, *x: suffix(trees.joined(params, p), *x)))
+    return config._replace(features=lambda p, batch: features(trees.joined(params, p), batch))
 
 
 def _apart(method: Method) -> bool:
@@ -189,14 +244,14 @@ def _apart(method: Method) -> bool:
 
 
 def mean_loss(
-    features: Features, *, memory: Memory = AUTO, backend: str | None = None
+    features: Features, *, has_aux: bool = False, memory: Memory = AUTO, backend: str | None = None
 ) -> Callable[[Params, Any], jax.Array]:
     """(params, batch) -> mean loss with the same head, for evaluation, without a gradient or an N×V array."""
-    ops = backends.load("jax", backend)
+    config = PassConfig(backends.load("jax", backend), features, memory, has_aux)
 
     def loss(params: Params, batch: Any) -> jax.Array:
-        head = heads.flat(features(params, batch))
-        return heads.cotangent(ops, head, memory, gradient=False, keep=False)[0]
+        head = heads.flat(passes.called(config, params, batch)[0])
+        return heads.cotangent(config.ops, head, memory, gradient=False, keep=False)[0]
 
     return loss
 

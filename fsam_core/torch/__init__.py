@@ -1,10 +1,10 @@
 """The step in PyTorch: `Step` replaces forward, backward and `optimizer.step()`.
 
     step = Step(model, optimizer, FunctionalSAM(rho=0.5, precondition="adam"), features=features, clip_norm=1.0)
-    loss = step(batch)             # or step([micro0, micro1, ...]); scheduler, logging and saving as usual
+    loss = step(batch)             # or step(MicroBatches([b0, b1, ...])); scheduler, logging and saving as usual
 
-`features(model, batch)` returns a `LinearHead` or `Logits`. The optimizer is the user's own, and its checkpoints stay
-valid without fsam. Between calls the model holds θ, never θ+ε, also after a pass that raised.
+`features(model, batch)` returns a `LinearHead`, `Outputs`, `Logits` or `Heads`. The optimizer is the user's own, and
+its checkpoints stay valid without fsam. Between calls the model holds θ, never θ+ε, also after a pass that raised.
 
 The model may be wrapped in DistributedDataParallel or FSDP2's `fully_shard`. Every rank calls the step with its part of
 the batch. All of them take the step that one process would take with the whole batch, and each target token has the
@@ -24,11 +24,13 @@ from fsam_core.errors import UserError
 from fsam_core.methods import SAM, FunctionalSAM, LogitSAM, Plain
 from fsam_core.schedules import Schedule
 from fsam_core.scopes import Blocks
-from fsam_core.torch.heads import LinearHead, Logits
+from fsam_core.split import MicroBatches
+from fsam_core.torch.heads import Heads, LinearHead, Logits, Outputs
+from fsam_core.torch.info import Info
 from fsam_core.torch.loss_scale import LossScale
 from fsam_core.torch.parallel import reduce_upcast
 from fsam_core.torch.staged import Staged
-from fsam_core.torch.step import Info, Step, mean_loss
+from fsam_core.torch.step import Step, mean_loss
 from fsam_core.torch.weights import masters
 from fsam_kernels.memory import Memory
 from fsam_kernels.options import Loss
@@ -40,6 +42,7 @@ __all__ = [
     "Ascent",
     "Blocks",
     "FunctionalSAM",
+    "Heads",
     "Info",
     "LinearHead",
     "LogitSAM",
@@ -47,6 +50,8 @@ __all__ = [
     "Loss",
     "LossScale",
     "Memory",
+    "MicroBatches",
+    "Outputs",
     "Plain",
     "Schedule",
     "Staged",

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from fsam_core import split
-from fsam_core.torch import passes, rng, staged
+from fsam_core.torch import passes, staged
 from fsam_core.torch.gradients import (
     Gradients,
     add_correction,
@@ -24,7 +25,7 @@ from fsam_core.torch.gradients import (
     local_norm,
     with_gradient,
 )
-from fsam_core.torch.passes import PassResult, SavedMicrobatch
+from fsam_core.torch.pass_result import PassResult, Replayed, SavedMicrobatch, merge_results, rescaled, shares
 from fsam_core.torch.perturbation import StepInputs, StepResult, in_scope, perturb
 
 
@@ -47,7 +48,9 @@ def _corrected(inputs: StepInputs, batches: list[Any]) -> StepResult:
     config, method = inputs.config, inputs.method
     w, ascent, exact = method.strength, method.direction, method.exact
     share = method.share if ascent.source == "part" else method.fraction
-    part, rest = split.split(batches, share, passes.flatten)
+    part, rest = split.split(batches, share, _pytree.tree_map)
+    if method.form == "split":
+        return _split(inputs, part, rest)
     if inputs.shares_prefix and staged.is_shared(inputs, part, rest):
         return staged.corrected(inputs, part[0], rest)
     if exact and ascent.known:
@@ -95,7 +98,7 @@ def _base(inputs: StepInputs, part: list[Any], rest: list[Any]) -> tuple[Gradien
         return g_S, g_B, base_S, base
     if rest and cut is not None:
         base_rest = passes.loss_and_cotangent(config, rest, cut=cut)
-        return g_S, g_S, base_S, passes.merge_results(base_S, base_rest, saved=True)
+        return g_S, g_S, base_S, merge_results(base_S, base_rest, saved=True)
     return g_S, g_S, base_S, base_S
 
 
@@ -110,19 +113,51 @@ def _second(
     """(onto + w g'_S, the pass at θ+ε where it evaluates a loss)."""
     config, method = inputs.config, inputs.method
     w, weights = method.strength, config.weights
-    # Where the second pass is the first to see some micro-batches, the random draws of these count.
-    with rng.replayed(config.model, draws_count=len(saved) < len(S)):
+    assert config.replay is not None
+    # Where the second pass is the first to see some micro-batches, their draws and buffers count.
+    with config.replay.replayed(counts=len(saved) < len(S)) as end:
         if method.path == "functional":  # J(θ+ε)ᵀ z̄(θ)
             with weights.at(scope, moved):
                 return passes.vjp(config, S, saved, onto, w), None
         if method.path == "sam":  # J(θ+ε)ᵀ z̄(θ+ε)
             with weights.at(scope, moved):
-                g_moved, second = passes.loss_and_grad(config, S, replay=saved, region="second")
+                g_moved, second = passes.loss_and_grad(config, S, replay=Replayed(saved, end), region="second")
             return add_correction(onto, g_moved, w), second
         with weights.at(scope, moved):  # J(θ)ᵀ z̄(θ+ε)
-            second = passes.loss_and_cotangent(config, S, cut="logits", replay=saved, region="second")
+            second = passes.loss_and_cotangent(config, S, cut="logits", replay=Replayed(saved, end), region="second")
         weights.sync_from_masters()
         return passes.vjp(config, S, second.saved, onto, w), second
+
+
+def _split(inputs: StepInputs, S: list[Any], R: list[Any]) -> StepResult:
+    """(|R| g_R + |S| g'_S) / |B|, whose second pass accumulates onto g_R: no third gradient is held."""
+    config, method = inputs.config, inputs.method
+    functional, known = method.path == "functional", method.direction.known
+    # Nothing waits for g_R along a known ascent, so both gradients are reduced together.
+    joins = known and config.joins
+    base_S = passes.loss_and_cotangent(config, S, cut=method.cut) if functional else None
+    g_R, base_R = passes.loss_and_grad(config, R, reduces=not joins)
+    params = with_gradient(g_R)
+    scope = in_scope(inputs, params)
+    base_norm = None if known else local_norm(config.parallel, params, g_R)
+    norm = base_norm if method.direction.name == "rest" and len(scope) == len(params) else None
+    moved, length = perturb(inputs, scope, None if known else g_R, norm=norm)
+    onto = clone_if_reused(config.parallel, g_R)
+    if base_S is not None:
+        base = merge_results(base_S, base_R, saved=False)
+        of_S, of_R = shares(base_S, base_R)
+        for gradient in onto.values():
+            gradient.mul_(of_R.to(gradient))
+        saved = [rescaled(one, of_S) for one in base_S.saved]
+        assert config.replay is not None
+        with config.replay.replayed(), config.weights.at(scope, moved):
+            g_hat = passes.vjp(config, S, saved, onto)
+        return StepResult(g_hat, base.loss, None, base.weight, base_norm, length)
+    with config.weights.at(scope, moved):
+        g_hat, both = passes.loss_and_grad(config, S, onto=(onto, base_R), region="second")
+    weight_S = both.weight - base_R.weight
+    moved_loss = (both.loss * both.weight - base_R.loss * base_R.weight) / torch.where(weight_S > 0, weight_S, 1)
+    return StepResult(g_hat, base_R.loss, moved_loss, both.weight, base_norm, length)
 
 
 def _with_known_ascent(inputs: StepInputs, batches: list[Any]) -> StepResult:
@@ -142,7 +177,8 @@ def _with_known_ascent(inputs: StepInputs, batches: list[Any]) -> StepResult:
         with config.weights.at(scope, moved):
             base = passes.loss_and_cotangent(config, batches, cut="logits")
         config.weights.sync_from_masters()
-        with rng.replayed(config.model):
+        assert config.replay is not None
+        with config.replay.replayed():
             g_hat = passes.vjp(config, batches, base.saved)
     with_gradient(g_hat)
     return StepResult(g_hat, base.loss, base.loss, base.weight, None, length)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ def with_gradient(gradients: Gradients) -> list[Any]:
     return list(gradients)
 
 
-def write(gradients: Gradients) -> None:
-    """These as the `.grad` of their tensors."""
+def write(gradients: Gradients, sparse: Collection[Any] = ()) -> None:
+    """These as the `.grad` of their tensors: of a `sparse` embedding the rows that are not 0."""
     for p, gradient in zip(gradients, likes(gradients, gradients.values()), strict=True):
-        p.grad = gradient
+        p.grad = gradient.to_sparse(1) if p in sparse else gradient

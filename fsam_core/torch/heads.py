@@ -1,20 +1,19 @@
-"""Heads in PyTorch: what `features` returns, its loss, and the logit cotangent at the model's outputs."""
+"""Heads in PyTorch: what `features` returns, and each head checked and flattened for the passes."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils import _pytree
 
 from fsam_core.errors import UserError
-from fsam_core.heads import check
+from fsam_core.heads import check, check_heads
 from fsam_core.torch.dtensor import local_head
-from fsam_kernels.memory import Memory
 from fsam_kernels.options import CROSS_ENTROPY, Layout, Loss
 from fsam_kernels.torch.linear_cross_entropy import compute_dtype
 from fsam_kernels.torch.vocabulary import Vocabulary
@@ -28,12 +27,15 @@ class LinearHead:
         hidden: [..., D] last hidden states, with their graph.
         weight: [V, D] the head's weight (tied to the embedding or not), whole or a DTensor cut along V over the ranks
             of a one-axis mesh. All else is then the same on each of them.
-        labels: [...] int64; a negative one is ignored.
+        labels: [...] integers below V; a negative one is ignored.
         token_weights: [...] weight of each label in the mean, or None for 1.
         bias: [V] added to the logits, cut as the weight is, or None.
         layout: "DV" for a weight stored as [D, V].
         loss: label smoothing, z-loss, soft-cap.
         ignore_index: a label ≥ 0 that is ignored too (the padding token, say).
+        count: what the weighted sum of the losses is divided by, and how much this batch counts beside others; None for
+            the sum of its token weights. Weights that may sum to 0 or below (advantages, say) need it. It must be that
+            of the batch which `features` was given, since S and the rest are batches of their own.
     """
 
     hidden: Tensor
@@ -44,27 +46,32 @@ class LinearHead:
     layout: Layout = "VD"
     loss: Loss = CROSS_ENTROPY
     ignore_index: int | None = None
+    count: Tensor | float | None = None
 
 
 @dataclass(frozen=True)
-class FlatHead(LinearHead):
-    """The result of `flat`: [N, D], [V, D], [N], [N] and [V]; of a DTensor the part of this rank.
+class Outputs:
+    """The outputs of a model and a loss of them alone.
 
     Attributes:
-        vocabulary: the ranks that weight and bias are cut over, or None.
+        outputs: any tree of tensors; those of a floating dtype are the outputs, with their graph.
+        loss: outputs -> mean loss, a scalar. Whatever else of the model it reaches is an error: the method holds the
+            loss's derivative with respect to the outputs, and nothing besides.
+        weight: how much this micro-batch counts beside others (its number of targets, say).
     """
 
-    vocabulary: Vocabulary | None = None
+    outputs: Any
+    loss: Callable[[Any], Tensor]
+    weight: Tensor | float = 1.0
 
 
 @dataclass(frozen=True)
 class Logits:
-    """The output of a model without a linear head.
+    """`Outputs` of one tensor.
 
     Attributes:
         logits: tensor of any shape, with its graph.
-        loss: logits -> mean loss, a scalar; it must not depend on the parameters in another way.
-        weight: how much this micro-batch counts beside others (its number of targets, say).
+        loss, weight: as in `Outputs`.
     """
 
     logits: Tensor
@@ -72,175 +79,214 @@ class Logits:
     weight: Tensor | float = 1.0
 
 
+@dataclass(frozen=True)
+class Heads:
+    """Several heads of one model, whose losses are added: several prediction heads, or an auxiliary loss.
+
+    The method treats each alike, which is this project's choice: it holds the derivative of each head's loss with
+    respect to the head's outputs at θ, and pulls it back at θ+ε. A loss of the weights alone belongs into the
+    optimizer.
+
+    Attributes:
+        heads: `LinearHead`, `Outputs` or `Logits`.
+        weights: the factor of each head's loss in the sum, or None for 1. Several micro-batches (and S beside the rest)
+            are weighted by the first head's count. That is each head's own mean where their counts are proportional.
+    """
+
+    heads: Sequence[LinearHead | Outputs | Logits]
+    weights: Sequence[float | Tensor] | None = None
+
+
+Head = LinearHead | Outputs | Logits | Heads
+
+
+@dataclass(frozen=True)
+class FlatHead:
+    """A `LinearHead` as [N, D], [V, D], [N], [N] and [V]; of a DTensor the part of this rank.
+
+    Attributes:
+        token_weights: 0 for ignored tokens.
+        count: what the sum over tokens is divided by.
+        factor: of this head's loss in the sum over heads.
+        vocabulary: the ranks that weight and bias are cut over, or None.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    token_weights: Tensor
+    bias: Tensor | None
+    loss: Loss
+    count: Tensor
+    factor: float | Tensor = 1.0
+    vocabulary: Vocabulary | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Those through which gradients flow, the model's own output first."""
+        return (self.hidden, self.weight) if self.bias is None else (self.hidden, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class FlatOutputs:
+    """`Outputs` as a list of tensors, and the loss of such a list."""
+
+    tensors: tuple[Tensor, ...]
+    loss: Callable[[Sequence[Tensor]], Tensor]
+    count: Tensor
+    factor: float | Tensor = 1.0
+
+
+Flat = Sequence[FlatHead | FlatOutputs]
+"""The heads of one micro-batch."""
+
+
 def outputs(head: Any) -> tuple[Tensor, ...]:
-    """The tensors of a head through which gradients flow to the parameters, the model's own output first.
+    """The tensors of what `features` returned through which gradients flow.
 
     Raises:
         UserError: for what is no head.
     """
-    if isinstance(head, Logits):
-        return (head.logits,)
-    if not isinstance(head, LinearHead):
-        raise UserError(f"features must return a LinearHead or Logits, got {type(head).__name__}")
-    return (head.hidden, head.weight) if head.bias is None else (head.hidden, head.weight, head.bias)
+    weights = [x for one in linear_heads(head) for x in (one.weight, one.bias) if x is not None]
+    return (*activations(head), *weights)
 
 
 def with_outputs(head: Any, given: Sequence[Tensor]) -> Any:
-    """The head with these tensors in place of the first of its `outputs`."""
-    names = ("logits",) if isinstance(head, Logits) else ("hidden", "weight", "bias")
-    return dataclasses.replace(head, **dict(zip(names, given, strict=False)))
+    """The head with these tensors in place of its `outputs`."""
+    count = len(activations(head))
+    weights = iter(given[count:])
+    replaced = lambda one: (
+        dataclasses.replace(one, weight=next(weights), bias=None if one.bias is None else next(weights))
+        if isinstance(one, LinearHead)
+        else one
+    )
+    head = with_activations(head, given[:count])
+    if isinstance(head, Heads):
+        return dataclasses.replace(head, heads=[replaced(one) for one in head.heads])
+    return replaced(head)
 
 
-def flat(head: Any) -> FlatHead | Logits:
-    """The head checked, with its leading axes made one, its weight as [V, D], and weights where there were none.
+def activations(head: Any) -> tuple[Tensor, ...]:
+    """The tensors that the model computed from the batch: `outputs` without the weights of linear heads."""
+    if isinstance(head, Heads):
+        return tuple(x for one in head.heads for x in activations(one))
+    if isinstance(head, LinearHead):
+        return (head.hidden,)
+    if isinstance(head, Logits):
+        return (head.logits,)
+    if not isinstance(head, Outputs):
+        raise UserError(f"features must return a LinearHead, Outputs, Logits or Heads, got {type(head).__name__}")
+    return tuple(x for x in _pytree.tree_leaves(head.outputs) if _is_float(x))
+
+
+def with_activations(head: Any, given: Sequence[Tensor]) -> Any:
+    """The head with these tensors in place of its `activations`."""
+    left = iter(given)
+    if isinstance(head, Heads):
+        return dataclasses.replace(
+            head, heads=[with_activations(one, [next(left) for _ in activations(one)]) for one in head.heads]
+        )
+    if isinstance(head, Outputs):
+        return dataclasses.replace(
+            head, outputs=_pytree.tree_map(lambda x: next(left) if _is_float(x) else x, head.outputs)
+        )
+    return dataclasses.replace(head, **{"logits" if isinstance(head, Logits) else "hidden": next(left)})
+
+
+def linear_heads(head: Any) -> list[LinearHead]:
+    """The linear heads of what `features` returned."""
+    return [x for x in (head.heads if isinstance(head, Heads) else [head]) if isinstance(x, LinearHead)]
+
+
+def flat(head: Any, *, now: bool | None = None) -> Flat:
+    """Each head checked and flattened.
+
+    Args:
+        now: whether labels and weights are checked by their values at once, which waits for the device; None for only
+            on a CPU. Otherwise values that cannot be right make the loss NaN, and the step is skipped.
 
     Raises:
-        UserError: for shapes that do not fit, or DTensors placed as they cannot be used.
+        UserError: for shapes that do not fit, DTensors placed as they cannot be used, weights or counts that depend on
+            the model, labels ≥ V, and token weights that have no mean.
     """
+    if not isinstance(head, Heads):
+        return [_flat(head, now)]
+    factors = check_heads(head)
+    for factor in factors:
+        _check_constant(factor, "Heads: weights")
+    return [dataclasses.replace(_flat(one, now), factor=x) for one, x in zip(head.heads, factors, strict=True)]
+
+
+def _flat(head: Any, now: bool | None) -> FlatHead | FlatOutputs:
+    if isinstance(head, LinearHead):
+        return _flat_linear(head, now)
+    tensors = activations(head)
+    name = type(head).__name__
+    if not tensors:
+        raise UserError(f"{name}: outputs has no floating tensor, so there is nothing to differentiate")
+    _check_constant(head.weight, f"{name}: weight")
     if isinstance(head, Logits):
-        return head
-    outputs(head)
+        return FlatOutputs(tensors, lambda given: head.loss(given[0]), _count(head.weight, tensors[0]))
+    loss = lambda given: head.loss(with_activations(head, given).outputs)
+    return FlatOutputs(tensors, loss, _count(head.weight, tensors[0]))
+
+
+def _flat_linear(head: LinearHead, now: bool | None) -> FlatHead:
     check(head)
     vocabulary = None
     if any(hasattr(x, "to_local") for x in (head.hidden, head.weight, head.labels, head.token_weights, head.bias)):
         found, vocabulary = local_head(head)
         head = dataclasses.replace(head, **found)
-    y, weights = head.labels.reshape(-1), head.token_weights
+    y_N, weights = head.labels.reshape(-1), head.token_weights
+    if y_N.is_floating_point() or y_N.is_complex() or y_N.dtype == torch.bool:
+        raise UserError(f"LinearHead: labels must be integers, got {y_N.dtype}")
+    _check_constant(weights, "LinearHead: token_weights")
+    _check_constant(head.count, "LinearHead: count")
+    y_N = y_N.long()
     if head.ignore_index is not None:
-        y = y.masked_fill(y == head.ignore_index, -1)
+        y_N = y_N.masked_fill(y_N == head.ignore_index, -1)
     kind = torch.promote_types(head.hidden.dtype, torch.float32)
-    weights = torch.ones(y.shape, dtype=kind, device=y.device) if weights is None else weights.reshape(-1).to(kind)
+    weights_N = (
+        torch.ones(y_N.shape, dtype=kind, device=y_N.device) if weights is None else weights.reshape(-1).to(kind)
+    )
+    weights_N = torch.where(y_N >= 0, weights_N, 0)
+    count = weights_N.sum() if head.count is None else _count(head.count, weights_N)
+    w_VxD = head.weight if head.layout == "VD" else head.weight.T
+    V = len(w_VxD) if vocabulary is None else vocabulary.size
+    too_large_N = y_N >= V
+    has_no_mean = (count <= 0) & (weights_N != 0).any()
+    if now or (now is None and y_N.device.type == "cpu"):
+        if too_large_N.any():
+            raise UserError(f"LinearHead: labels must be below V = {V}, or negative to be ignored; got {y_N.max()}")
+        if has_no_mean:
+            raise UserError(
+                f"LinearHead: a mean over token weights needs a count > 0, got {count:.6g}; give LinearHead(count=...) "
+                "the number that their sum is to be divided by"
+            )
+    else:
+        y_N = y_N.masked_fill(too_large_N, -1)
+        weights_N = torch.where(too_large_N.any() | has_no_mean, torch.nan, weights_N)
     return FlatHead(
         # Under the user's autocast the head computes in its dtype, as a linear layer would.
         hidden=head.hidden.reshape(-1, head.hidden.shape[-1]).to(compute_dtype(head.hidden)),
-        weight=head.weight if head.layout == "VD" else head.weight.T,
-        labels=y,
-        token_weights=torch.where(y >= 0, weights, 0),
+        weight=w_VxD,
+        labels=y_N,
+        token_weights=weights_N,
         bias=head.bias,
         loss=head.loss,
+        count=count,
         vocabulary=vocabulary,
     )
 
 
-def weight(head: FlatHead | Logits) -> Tensor:
-    """How much a micro-batch counts."""
-    if isinstance(head, Logits):
-        dtype = torch.promote_types(head.logits.dtype, torch.float32)
-        return torch.as_tensor(head.weight, dtype=dtype, device=head.logits.device)
-    assert head.token_weights is not None
-    return head.token_weights.sum()
+def _is_float(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
 
 
-def cotangent(
-    ops: ModuleType,
-    head: FlatHead | Logits,
-    unit: Tensor,
-    memory: Memory,
-    *,
-    gradient: bool,
-    saved: int = 0,
-    onto: Tensor | None = None,
-) -> tuple[Tensor, Any, tuple[Tensor, ...] | None]:
-    """(loss, z̄, z̄ at the outputs of the model or None) of one micro-batch: sums over its tokens, divided by `unit`.
-
-    The cotangent of a linear head's weight is added to `onto` where that is given, and is then that.
-
-    Args:
-        saved: of how many such micro-batches z̄ is saved for a second pass; `memory` says in which form.
-    """
-    if isinstance(head, Logits):
-        with torch.enable_grad():
-            z = head.logits.detach().requires_grad_()
-            loss = head.loss(z)
-        (zbar,) = torch.autograd.grad(loss, z)
-        share = weight(head) / unit
-        # A mean over no targets is 0/0; it weighs nothing.
-        loss, zbar = (torch.where(share > 0, x.detach() * share.to(x), 0) for x in (loss, zbar))
-        return loss, zbar, (zbar,)
-    assert head.token_weights is not None
-    share_N = head.token_weights / unit
-    loss_N, _, zbar, gradients = ops.linear_cross_entropy(
-        head.hidden,
-        head.weight,
-        head.labels,
-        share_N,
-        bias_V=head.bias,
-        loss=head.loss,
-        gradient=gradient,
-        keep=saved > 0 and _keeps(head, saved, memory),
-        onto_VxD=onto,
-        vocabulary=head.vocabulary,
-        chunk_bytes=memory.chunk_bytes,
-    )
-    return (loss_N * share_N).sum(), zbar, None if gradients is None else _present(gradients)
+def _check_constant(x: Any, name: str) -> None:
+    if isinstance(x, Tensor) and x.requires_grad:
+        raise UserError(f"{name} depend(s) on the model's parameters, and no gradient is taken through it; detach() it")
 
 
-def head_vjp(
-    ops: ModuleType, head: FlatHead | Logits, zbar: Any, memory: Memory, onto: Tensor | None = None
-) -> tuple[Tensor, ...]:
-    """The logit cotangent of another head of these shapes, contracted with this one: cotangents of its `outputs`.
-
-    `onto` is as in `cotangent`. A tuple holds such cotangents already: of the hidden states and, in one micro-batch, of
-    the head's weight and bias.
-    """
-    if isinstance(head, Logits):
-        return (zbar,)
-    if isinstance(zbar, tuple):
-        return zbar
-    options = {"bias_V": head.bias, "onto_VxD": onto, "chunk_bytes": memory.chunk_bytes}
-    return _present(ops.logit_vjp(zbar, head.hidden, head.weight, **options))
-
-
-def _keeps(head: FlatHead, micro_batches: int, memory: Memory) -> bool:
-    """Whether the cotangents of that many such micro-batches are kept, and not recomputed."""
-    V = len(head.weight) if head.vocabulary is None else head.vocabulary.widest
-    return memory.keeps(len(head.hidden) * micro_batches, V, head.hidden.element_size())
-
-
-def in_place_sum(head: FlatHead | Logits) -> tuple[bool, Tensor | None]:
-    """(whether the head's weight may get its gradient without autograd, the gradient it has if products can add to it).
-
-    That needs a weight which is a parameter itself and has no hooks. The products of every chunk, micro-batch and pass
-    then add to one array, and autograd's sums with the embedding's gradient, each as large as the vocabulary, fall
-    away.
-    """
-    if isinstance(head, Logits):
-        return False, None
-    w: Any = head.weight
-    hooks = (w._backward_hooks, getattr(w, "_post_accumulate_grad_hooks", None))
-    if not w.is_leaf or not w.requires_grad or type(w) not in (Tensor, nn.Parameter) or any(hooks):
-        return False, None
-    accum = torch.promote_types(head.hidden.dtype, torch.float32)
-    can_add = w.grad is not None and not w.grad.is_sparse and w.grad.dtype == accum
-    return True, w.grad if can_add else None
-
-
-def backward(
-    head: FlatHead | Logits, gradients: Sequence[Tensor], *, in_place: bool = False, donate: bool = True
-) -> None:
-    """Add the VJP of the cotangents of the head's `outputs` to every parameter's `.grad`.
-
-    Args:
-        in_place: the head's weight, which allows for it, gets its cotangent first and without autograd.
-        donate: whether that cotangent's buffer may be reused.
-    """
-    pairs = [(x, g) for x, g in zip(outputs(head), gradients, strict=False) if x.requires_grad]
-    if in_place and isinstance(head, FlatHead):
-        for wbar_VxD in (g for x, g in pairs if x is head.weight):
-            _accumulate(head.weight, wbar_VxD, donate)
-        pairs = [(x, g) for x, g in pairs if x is not head.weight]
-    if pairs:
-        # Autograd may make a view of it the gradient itself, of a weight stored as [D, V].
-        given = [g.clone() if x is getattr(head, "weight", None) and not donate else g for x, g in pairs]
-        torch.autograd.backward([x for x, _ in pairs], given)
-
-
-def _accumulate(p: Tensor, gradient: Tensor, donate: bool) -> None:
-    if p.grad is None:
-        p.grad = gradient if donate else gradient.clone()
-    elif p.grad is not gradient:
-        p.grad.add_(gradient)
-
-
-def _present(gradients: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    return tuple(x for x in gradients if x is not None)
+def _count(count: Any, like: Tensor) -> Tensor:
+    return torch.as_tensor(count, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)

@@ -248,7 +248,7 @@ class Sharded(_Shards):
     def call_features(self, features: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
         root, made = self.model, []
 
-        def forward(batch: Any) -> Tensor | None:
+        def forward(batch: Any) -> tuple[Tensor, ...]:
             # Once inside, the root is an ordinary module: a call of it must not begin another forward of FSDP's.
             del root.forward
             hooks = root._forward_pre_hooks, root._forward_hooks
@@ -257,16 +257,17 @@ class Sharded(_Shards):
                 made.append(features(root, batch))
             finally:
                 root._forward_pre_hooks, root._forward_hooks = hooks
-            return heads.outputs(made[0])[0]
+            return heads.activations(made[0])
 
         root.forward = forward
         try:
-            output = root(batch)
+            found = root(batch)
         finally:
             root.__dict__.pop("forward", None)
-        head = heads.with_outputs(made[0], (output,))
-        for x in (head.weight, head.bias) if isinstance(head, heads.LinearHead) else ():
-            self._check_gathered(x)
+        head = heads.with_activations(made[0], found)
+        for linear in heads.linear_heads(head):
+            self._check_gathered(linear.weight)
+            self._check_gathered(linear.bias)
         return head
 
     def _check_gathered(self, x: Any) -> None:

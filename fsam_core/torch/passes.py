@@ -6,7 +6,6 @@ takes them from there and returns them, so that between two passes the optimizer
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from types import ModuleType
@@ -14,19 +13,30 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree
 
 from fsam_core.errors import UserError
 from fsam_core.regions import Region, in_torch
-from fsam_core.torch import heads, rng
+from fsam_core.torch import cotangents, heads
+from fsam_core.torch.cotangents import AtTensors, Pairs
 from fsam_core.torch.dtensor import local_parts
-from fsam_core.torch.gradients import Gradients, write
-from fsam_core.torch.heads import FlatHead, LinearHead, Logits
-from fsam_core.torch.parallel import Parallel
+from fsam_core.torch.gradients import Gradients, add_correction, write
+from fsam_core.torch.heads import Flat, FlatHead, Head
+from fsam_core.torch.parallel import Parallel, plain_name
+from fsam_core.torch.pass_result import (
+    PassResult,
+    Replayed,
+    SavedMicrobatch,
+    head_gradient_moved,
+    merge_results,
+    rescaled,
+    scaled,
+    shares,
+)
+from fsam_core.torch.replay import Replay, State
 from fsam_core.torch.weights import Weights
 from fsam_kernels.memory import Memory
 
-Features = Callable[[nn.Module, Any], "LinearHead | Logits"]
+Features = Callable[[nn.Module, Any], Head]
 FORWARD: dict[str, Region] = {"base": "base forward", "second": "second forward"}
 BACKWARD: dict[str, Region] = {"base": "base backward", "second": "second backward"}
 
@@ -36,8 +46,9 @@ class PassConfig(NamedTuple):
 
     Attributes:
         ops: the backend's operations.
-        params: the optimizer's tensors.
-        loss_scale: cotangents are multiplied by it, and the masters' gradients divided again.
+        params: the optimizers' tensors.
+        replay: of random draws and buffers; None where no second pass follows.
+        loss_scale: cotangents are multiplied by it, and gradients divided again.
         reduces: whether the ranks' gradients are reduced in each pass; if not, each rank's stay its own.
     """
 
@@ -47,8 +58,9 @@ class PassConfig(NamedTuple):
     features: Features
     memory: Memory
     params: list[Any]
-    optimizer: torch.optim.Optimizer
-    loss_scale: float
+    optimizers: Sequence[torch.optim.Optimizer]
+    replay: Replay | None
+    loss_scale: float | Tensor
     reduces: bool
 
     @property
@@ -58,33 +70,12 @@ class PassConfig(NamedTuple):
 
     @property
     def joins(self) -> bool:
-        """Whether the gradients of two passes can be reduced as one; not those of masters, which no wrapper sees."""
-        return self.reduces and self.parallel.reduces_accumulated and not self.weights.copies
+        """Whether the gradients of two passes can be reduced as one; not if the first pass's are not in `.grad`."""
+        return self.reduces and self.parallel.reduces_accumulated and not self.weights.copies and not self.is_scaled
 
-
-class SavedMicrobatch(NamedTuple):
-    """What the second pass needs of a micro-batch: z̄, what it was divided by, and the random state it began with."""
-
-    cotangent: Any
-    unit: Tensor
-    rng_state: rng.State
-
-
-class PassResult(NamedTuple):
-    """A pass over some micro-batches: their mean loss, their weight, and what was saved of each.
-
-    With several ranks the mean of their losses is the loss over all ranks, and the weight is the ranks' mean.
-    """
-
-    loss: Tensor
-    weight: Tensor
-    saved: list[SavedMicrobatch]
-
-    @classmethod
-    def of_one(cls, micro_batch: tuple[Tensor, Tensor, SavedMicrobatch]) -> PassResult:
-        """A pass over one micro-batch, from its `head_loss`."""
-        loss, weight, saved = micro_batch
-        return cls(loss, weight, [saved])
+    @property
+    def is_scaled(self) -> bool:
+        return isinstance(self.loss_scale, Tensor) or self.loss_scale != 1
 
 
 class GradientSum:
@@ -98,8 +89,9 @@ class GradientSum:
         """`onto` is added to in place."""
         clear_gradients(config)
         self._config = config
-        self._of_masters = dict(onto or {}) if config.weights.copies else {}
-        if onto and not config.weights.copies:
+        # What autograd adds is scaled, or goes to masters: then the sum is not in `.grad`.
+        self._apart = dict(onto or {}) if config.weights.copies or config.is_scaled else {}
+        if onto and not self._apart:
             write(onto)
 
     def collect(self) -> None:
@@ -108,27 +100,42 @@ class GradientSum:
             if p.grad is None:
                 continue
             upcast = p.grad.to(master.dtype)
-            if self._config.loss_scale != 1:
+            if self._config.is_scaled:
                 upcast.mul_(1 / self._config.loss_scale)
-            so_far = self._of_masters.get(master)
-            self._of_masters[master] = upcast if so_far is None else so_far.add_(upcast)
+            so_far = self._apart.get(master)
+            self._apart[master] = upcast if so_far is None else so_far.add_(upcast)
             p.grad = None
 
     def take(self) -> Gradients:
         """All of them, out of `.grad`."""
+        params = self._config.params
         if self._config.weights.copies:
-            return {p: self._of_masters[p] for p in self._config.params if p in self._of_masters}
-        having = [p for p in self._config.params if p.grad is not None]
-        found = dict(zip(having, local_parts([p.grad for p in having]), strict=True))
+            return {p: self._apart[p] for p in params if p in self._apart}
+        having = [p for p in params if p.grad is not None]
+        # A sparse embedding's gradient is dense within the step.
+        given = [p.grad.to_dense() if p.grad.is_sparse else p.grad for p in having]
+        found = dict(zip(having, local_parts(given), strict=True))
         for p in having:
             p.grad = None
-        return found
+        if not self._config.is_scaled:
+            return found
+        for gradient in found.values():
+            gradient.mul_(1 / self._config.loss_scale)
+        found = add_correction(self._apart, found, 1.0)
+        return {p: found[p] for p in params if p in found}
 
 
 def clear_gradients(config: PassConfig) -> None:
-    """No `.grad` in the model or the optimizer."""
-    config.model.zero_grad(set_to_none=True)
-    config.optimizer.zero_grad(set_to_none=True)
+    """No `.grad` in the model or the optimizers."""
+    for p in (*config.model.parameters(), *config.params):
+        p.grad = None
+
+
+def restore(config: PassConfig, state: State | None) -> None:
+    """The random state and the buffers that a micro-batch began with in the base pass."""
+    assert config.replay is not None
+    assert state is not None
+    config.replay.restore(state)
 
 
 def loss_and_grad(
@@ -136,7 +143,7 @@ def loss_and_grad(
     batches: Sequence[Any],
     *,
     cut: str | None = None,
-    replay: Sequence[SavedMicrobatch] | None = None,
+    replay: Replayed | None = None,
     region: str = "base",
     reduces: bool = True,
     onto: tuple[Gradients, PassResult] | None = None,
@@ -146,7 +153,7 @@ def loss_and_grad(
     Args:
         cut: where z̄ is saved for another pass: "logits", "hidden" (the cotangents of the head's inputs; those of its
             weight and bias are summed in the first micro-batch's), or None for not at all.
-        replay: an earlier pass over the first of these micro-batches, whose random draws are repeated.
+        replay: an earlier pass over the first of these micro-batches, whose random draws and buffers are repeated.
         reduces: whether the ranks' gradients are reduced in this pass, if the config says so too.
         onto: an earlier pass and its gradients, which are added to in place: the result is of the micro-batches of
             both, and what the ranks have of them is reduced together.
@@ -169,7 +176,7 @@ def loss_and_cotangent(
     batches: Sequence[Any],
     *,
     cut: str | None,
-    replay: Sequence[SavedMicrobatch] | None = None,
+    replay: Replayed | None = None,
     region: str = "base",
 ) -> PassResult:
     """As `loss_and_grad`, without gradients: a forward pass."""
@@ -190,12 +197,12 @@ def vjp(
     """
     sums = GradientSum(config, onto)
     for i, (batch, one) in enumerate(zip(batches, scaled(saved, strength), strict=True)):
-        rng.restore(one.rng_state)
+        restore(config, one.state)
         with _accumulating(config, i, len(batches), config.reduces):
             with in_torch("second forward"):
-                head = heads.flat(config.parallel.call_features(config.features, batch))
+                found = heads.flat(config.parallel.call_features(config.features, batch))
             with in_torch("second backward"):
-                head_vjp(config, head, one.cotangent, sums)
+                head_vjp(config, found, one.cotangents, sums)
     gradients = sums.take()
     if config.reduces and _reduces_after(config, len(batches)):
         config.parallel.all_reduce_mean_(list(gradients.values()))
@@ -207,51 +214,65 @@ def vjp(
 
 def head_loss(
     config: PassConfig,
-    head: FlatHead | Logits,
+    found: Flat,
     unit: Tensor | None,
     micro_batches: int,
-    rng_state: rng.State,
+    state: State | None,
     *,
     cut: str | None,
     sums: GradientSum | None,
 ) -> tuple[Tensor, Tensor, SavedMicrobatch]:
     """(loss, weight, z̄) of one of so many micro-batches; its gradients are added to `sums` where there is one."""
-    weight = heads.weight(head)
+    weight = found[0].count
     # Everything is summed in units of the first micro-batch's weight, so that half floats do not overflow; with one
     # micro-batch that is the mean already. With several ranks it is their mean weight, as they average gradients.
     if unit is None:
         mean = config.parallel.mean(weight)
         unit = torch.where(mean > 0, mean, 1)
         weight = mean if micro_batches == 1 else weight
-    if cut == "hidden" and isinstance(head, Logits):
-        raise UserError("cut: 'hidden' needs features to return a LinearHead, got Logits")
-    in_place, so_far = (False, None) if sums is None or config.parallel.hooked else heads.in_place_sum(head)
-    loss, cotangent, out = heads.cotangent(
-        config.ops,
-        head,
-        unit / config.loss_scale,
-        config.memory,
-        gradient=sums is not None or cut == "hidden",
-        saved=micro_batches if cut == "logits" else 0,
-        onto=None if cut == "hidden" else so_far,  # there the head's own gradient is saved: of this pass alone
-    )
-    loss = loss / config.loss_scale
-    if cut == "hidden":
-        cotangent = out
-    elif cut is not None:
-        cotangent = config.weights.saved_cotangent(cotangent)
+    linear = sum(isinstance(head, FlatHead) for head in found)
+    if cut == "hidden" and not linear:
+        raise UserError("cut: 'hidden' needs features to return a LinearHead; use cut='logits'")
+    losses, saved, to_pull_back = [], [], Pairs()
+    for place, (head, divisor) in enumerate(zip(found, cotangents.divisors(found, unit), strict=True)):
+        cuts_hidden = cut == "hidden" and isinstance(head, FlatHead)
+        in_place, so_far = (False, None) if sums is None or config.parallel.hooked else cotangents.in_place_sum(head)
+        try:
+            loss, zbar, out = cotangents.cotangent(
+                config.ops,
+                head,
+                divisor / config.loss_scale,
+                config.memory,
+                gradient=sums is not None or cuts_hidden,
+                saved=micro_batches * linear if cut == "logits" else 0,
+                onto=None if cuts_hidden else so_far,  # there the head's own gradient is saved: of this pass alone
+            )
+        except cotangents.ReachesMore as error:
+            names = {id(p): plain_name(name) for name, p in config.model.named_parameters()}
+            raise cotangents.ReachesMore(error.reached, names.get(id(error.reached[0]), "")) from None
+        losses.append(loss / config.loss_scale)
+        if cut is not None:
+            at_hidden = AtTensors(out[:1], out[1:]) if cuts_hidden and out else None
+            saved.append(at_hidden or config.weights.saved_cotangent(zbar, place))
+        if sums is not None:
+            assert out is not None
+            donate = cut is None or not (cuts_hidden or isinstance(zbar, AtTensors))
+            to_pull_back += cotangents.pairs(head, out, in_place=in_place, donate=donate)
     if sums is not None:
-        assert out is not None
-        heads.backward(head, out, in_place=in_place, donate=cut != "hidden")
+        cotangents.backward(to_pull_back)
         sums.collect()
-    return loss, weight, SavedMicrobatch(cotangent, unit, rng_state)
+    total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+    return total, weight, SavedMicrobatch(saved, unit, state)
 
 
-def head_vjp(config: PassConfig, head: FlatHead | Logits, zbar: Any, sums: GradientSum) -> None:
+def head_vjp(config: PassConfig, found: Flat, zbars: Sequence[Any], sums: GradientSum) -> None:
     """Add one micro-batch's Jᵀ z̄ to `sums`."""
-    in_place, so_far = (False, None) if config.parallel.hooked else heads.in_place_sum(head)
-    out = heads.head_vjp(config.ops, head, zbar, config.memory, so_far)
-    heads.backward(head, out, in_place=in_place, donate=not isinstance(zbar, tuple))
+    to_pull_back = Pairs()
+    for head, zbar in zip(found, zbars, strict=True):
+        in_place, so_far = (False, None) if config.parallel.hooked else cotangents.in_place_sum(head)
+        out = cotangents.head_vjp(config.ops, head, zbar, config.memory, so_far)
+        to_pull_back += cotangents.pairs(head, out, in_place=in_place, donate=not isinstance(zbar, AtTensors))
+    cotangents.backward(to_pull_back)
     sums.collect()
 
 
@@ -260,7 +281,7 @@ def _losses(
     batches: Sequence[Any],
     sums: GradientSum | None,
     cut: str | None,
-    replay: Sequence[SavedMicrobatch] | None,
+    replay: Replayed | None,
     region: str,
     reduces: bool,
     earlier: PassResult | None,
@@ -268,20 +289,20 @@ def _losses(
     """`head_loss` of each micro-batch."""
     every: list[tuple[Tensor, Tensor, SavedMicrobatch]] = []
     # The ranks have agreed on the unit of a pass that is replayed.
-    replayed = replay[0].unit if replay and config.parallel.count > 1 else None
+    replayed = replay.saved[0].unit if replay is not None and config.parallel.count > 1 else None
     unit = replayed if earlier is None else earlier.saved[0].unit
     for i, batch in enumerate(batches):
-        if replay is not None and i < len(replay):
-            rng.restore(replay[i].rng_state)
-        rng_state = rng.state(config.model)
+        if replay is not None and i <= len(replay.saved):
+            restore(config, replay.saved[i].state if i < len(replay.saved) else replay.end)
+        state = None if config.replay is None else config.replay.state()
         with _accumulating(config, i, len(batches), reduces, backward=sums is not None):
             with torch.set_grad_enabled(sums is not None), in_torch(FORWARD[region]):
-                head = heads.flat(config.parallel.call_features(config.features, batch))
+                found = heads.flat(config.parallel.call_features(config.features, batch))
             with in_torch(FORWARD[region] if sums is None else BACKWARD[region]):
-                one = head_loss(config, head, unit, len(batches), rng_state, cut=cut, sums=sums)
+                one = head_loss(config, found, unit, len(batches), state, cut=cut, sums=sums)
         unit = one[2].unit
         if cut == "hidden" and every:
-            one = (*one[:2], _head_gradient_moved(every[0][2], one[2]))
+            one = (*one[:2], head_gradient_moved(every[0][2], one[2]))
         every.append(one)
     return every
 
@@ -306,20 +327,6 @@ def _reduces_after(config: PassConfig, count: int) -> bool:
 # --- several micro-batches --------------------------------------------------------------------------------------------
 
 
-def scaled(saved: Sequence[SavedMicrobatch], strength: float) -> list[SavedMicrobatch]:
-    """w z̄ in place of z̄."""
-    if strength == 1:
-        return list(saved)
-    return [_rescaled(one, torch.full_like(one.unit, strength)) for one in saved]
-
-
-def shares(first: PassResult, rest: PassResult) -> tuple[Tensor, Tensor]:
-    """What each weighs in both together."""
-    total = first.weight + rest.weight
-    safe = torch.where(total > 0, total, 1)
-    return first.weight / safe, rest.weight / safe
-
-
 def with_rest(
     config: PassConfig, rest: Sequence[Any], g_S: Gradients, base_S: PassResult, cut: str | None = None
 ) -> tuple[Gradients, PassResult]:
@@ -336,19 +343,6 @@ def with_rest(
     return ordered, merge_results(base_S, base_rest, saved=cut is not None)
 
 
-def merge_results(first: PassResult, rest: PassResult, *, saved: bool) -> PassResult:
-    """Both as one pass; with `saved`, also their cotangents."""
-    of_first, of_rest = shares(first, rest)
-    loss, weight = first.loss * of_first + rest.loss * of_rest, first.weight + rest.weight
-    if not saved:
-        return PassResult(loss, weight, [])
-    every = [*(_rescaled(k, of_first) for k in first.saved), *(_rescaled(k, of_rest) for k in rest.saved)]
-    place = len(first.saved)
-    if len(every) > 1 and isinstance(every[-1].cotangent, tuple) and len(every[place].cotangent) > 1:
-        every[place] = _head_gradient_moved(every[0], every[place])
-    return PassResult(loss, weight, every)
-
-
 def _merged(
     config: PassConfig, every: Sequence[tuple[Tensor, Tensor, SavedMicrobatch]], earlier: PassResult | None
 ) -> tuple[PassResult, Tensor | None]:
@@ -360,28 +354,4 @@ def _merged(
     if earlier is not None:
         losses, total = (earlier.loss, *losses), earlier.weight + total
     factor = saved[0].unit / torch.where(total > 0, total, 1)
-    return PassResult(torch.stack(losses).sum() * factor, total, [_rescaled(k, factor) for k in saved]), factor
-
-
-def _head_gradient_moved(first: SavedMicrobatch, other: SavedMicrobatch) -> SavedMicrobatch:
-    """`other` without the head's own gradient, which is added to that in `first`."""
-    for total, more in zip(first.cotangent[1:], other.cotangent[1:], strict=True):
-        total.add_(more)
-    return other._replace(cotangent=other.cotangent[:1])
-
-
-def _rescaled(saved: SavedMicrobatch, factor: Tensor) -> SavedMicrobatch:
-    """The same cotangent as a share of a larger batch, or as one of another strength."""
-    z = saved.cotangent
-    if isinstance(z, tuple):
-        z = tuple(x.mul_(factor.to(x)) for x in z)
-    elif isinstance(z, Tensor):
-        z = z * factor.to(z)
-    elif z is not None:
-        z = dataclasses.replace(z, weights_N=z.weights_N * factor.to(z.weights_N))
-    return SavedMicrobatch(z, saved.unit / factor, saved.rng_state)
-
-
-def flatten(batch: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    leaves, tree = _pytree.tree_flatten(batch)
-    return leaves, lambda leaves: _pytree.tree_unflatten(leaves, tree)
+    return PassResult(torch.stack(losses).sum() * factor, total, [rescaled(k, factor) for k in saved]), factor

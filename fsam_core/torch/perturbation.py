@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from fsam_core.errors import UserError
 from fsam_core.methods import Perturbed, check_rho
 from fsam_core.regions import in_torch
-from fsam_core.torch import rng
+from fsam_core.torch import optimizers, rng
 from fsam_core.torch.dtensor import likes, local_parts
 from fsam_core.torch.passes import Gradients, PassConfig
 
@@ -23,7 +23,7 @@ class StepInputs(NamedTuple):
     Attributes:
         step: completed optimizer steps.
         previous: ĝ of the last step that was taken, for an ascent that remembers it.
-        outside: ids of the tensors that the scope leaves alone.
+        outside: the tensors that the scope leaves alone.
         keeps_correction: whether the correction is wanted by itself, so that g_B is needed of every tensor.
         shares_prefix: whether a `Staged` model's prefix reaches no tensor that moves, by a micro-batch; None without.
     """
@@ -33,7 +33,7 @@ class StepInputs(NamedTuple):
     step: int
     clip_norm: float | None
     previous: Gradients
-    outside: frozenset[int]
+    outside: Set[Any]
     keeps_correction: bool
     shares_prefix: Callable[[Any], bool] | None
 
@@ -71,11 +71,10 @@ class AscentInputs:
 
     @property
     def momentum(self) -> list[Tensor]:
-        optimizer = self._inputs.config.optimizer
-        states = [optimizer.state.get(p, {}) for p in self._params]
+        states = optimizers.states(self._inputs.config.optimizers, self._params)
         if any(state and "exp_avg" not in state for state in states):
-            kind = type(optimizer).__name__
-            raise UserError(f"optimizer: this ascent needs one that keeps exp_avg (AdamW), got {kind}")
+            kinds = ", ".join(type(one).__name__ for one in self._inputs.config.optimizers)
+            raise UserError(f"optimizer: this ascent needs one that keeps exp_avg (AdamW), got {kinds}")
         return [_or_zero(state.get("exp_avg"), p) for state, p in zip(states, self._params, strict=True)]
 
     @property
@@ -116,7 +115,7 @@ def perturb(
             clip = (inputs.clip_norm / parallel.norm(local_norm)).clamp(max=1.0)
         v, adam = None, None
         if method.precondition == "adam":
-            v, adam = second_moments(ops, method, config.optimizer, params)
+            v, adam = second_moments(ops, method, config.optimizers, params)
         each = method.norm == "per-tensor"
         out = config.weights.destinations(params)
         into = getattr(ops, "direction_and_norm", None)
@@ -131,7 +130,7 @@ def perturb(
         scale = torch.where(square == 0, 0, rho / torch.where(square == 0, 1, square).sqrt())
         length = (scale.square() * sumsq).sum().sqrt()
     options: dict[str, Any] = {"clip": clip, "adam": adam, "out": out}
-    rounding = getattr(config.optimizer, "rounding", None)
+    rounding = next((one.rounding for one in config.optimizers if hasattr(one, "rounding")), None)
     if copies and rounding is not None:
         options["rounding"] = rounding._replace(step=inputs.step)
     with in_torch("perturb"):
@@ -144,14 +143,14 @@ def in_scope(inputs: StepInputs, params: Sequence[Any]) -> list[Any]:
     Raises:
         UserError: where there are none.
     """
-    found = [p for p in params if id(p) not in inputs.outside]
+    found = [p for p in params if p not in inputs.outside]
     if not found:
         raise UserError("scope: none of the parameters it holds got a gradient; is that part of the model frozen?")
     return found
 
 
 def second_moments(
-    ops: ModuleType, method: Perturbed, optimizer: torch.optim.Optimizer, params: Sequence[Any]
+    ops: ModuleType, method: Perturbed, given: Sequence[torch.optim.Optimizer], params: Sequence[Any]
 ) -> tuple[list[Tensor], list[Any]]:
     """(AdamW's second moment of each parameter before this step, its settings for the direction).
 
@@ -159,13 +158,12 @@ def second_moments(
         UserError: for an optimizer that keeps none.
     """
     current = method.second_moment == "current"
-    settings = {p: group for group in optimizer.param_groups for p in group["params"]}
+    settings = optimizers.groups(given)
     found, adam = [], []
-    for p in params:
-        state = optimizer.state.get(p, {})
+    for p, state in zip(params, optimizers.states(given, params), strict=True):
         if state and "exp_avg_sq" not in state:
-            kind = type(optimizer).__name__
-            raise UserError(f"optimizer: precondition='adam' needs one that keeps exp_avg_sq (AdamW), got {kind}")
+            kinds = ", ".join(type(one).__name__ for one in given)
+            raise UserError(f"optimizer: precondition='adam' needs one that keeps exp_avg_sq (AdamW), got {kinds}")
         found.append(state["exp_avg_sq"] if state else torch.zeros_like(p))
         b2 = float(settings[p]["betas"][1])
         correction = _bias_correction(b2, state.get("step", 0), current)

@@ -6,7 +6,7 @@ pulled back through the lower stage once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,14 @@ from torch.utils import _pytree
 from fsam_core.errors import UserError
 from fsam_core.methods import Perturbed
 from fsam_core.regions import in_torch
-from fsam_core.torch import heads, passes, rng
+from fsam_core.torch import heads, passes
+from fsam_core.torch.cotangents import leaves
 from fsam_core.torch.gradients import add_correction, base_minus_correction, local_norm, with_gradient
-from fsam_core.torch.heads import LinearHead, Logits
-from fsam_core.torch.passes import GradientSum, PassResult
+from fsam_core.torch.heads import Flat, Head
+from fsam_core.torch.pass_result import PassResult, scaled
+from fsam_core.torch.passes import GradientSum
 from fsam_core.torch.perturbation import StepInputs, StepResult, in_scope, perturb
+from fsam_core.torch.replay import Replay
 
 
 @dataclass(frozen=True)
@@ -33,22 +36,25 @@ class Staged:
 
     Attributes:
         prefix: (model, batch) -> the lower stage's output: a tensor or a tree of tensors, those with a graph float.
-        suffix: (model, that output, batch) -> `LinearHead` or `Logits`.
+        suffix: (model, that output, batch) -> what `features` may return.
     """
 
     prefix: Callable[[nn.Module, Any], Any]
-    suffix: Callable[[nn.Module, Any, Any], LinearHead | Logits]
+    suffix: Callable[[nn.Module, Any, Any], Head]
 
-    def __call__(self, model: nn.Module, batch: Any) -> LinearHead | Logits:
+    def __call__(self, model: nn.Module, batch: Any) -> Head:
         return self.suffix(model, self.prefix(model, batch), batch)
 
 
 class SharedPrefix:
     """(a micro-batch) -> whether a model's prefix depends on no tensor that moves; found out in the first step."""
 
-    def __init__(self, features: Staged, model: nn.Module, method: Perturbed, moving: Mapping[int, str]) -> None:
-        """`moving` are the names of the model's parameters that move, by id."""
+    def __init__(
+        self, features: Staged, model: nn.Module, method: Perturbed, moving: Mapping[Tensor, str], replay: Replay
+    ) -> None:
+        """`moving` are the names of the model's parameters that move."""
         self._features, self._model, self._method, self._moving = features, model, method, moving
+        self._replay = replay
         self._is_shared: bool | None = None
 
     def __call__(self, batch: Any) -> bool:
@@ -57,9 +63,9 @@ class SharedPrefix:
             UserError: for a scope of upper blocks that reaches into the prefix.
         """
         if self._is_shared is None:
-            with torch.enable_grad(), rng.replayed(self._model):
-                reached = _parameters_of(_pytree.tree_leaves(self._features.prefix(self._model, batch)))
-            inside = sorted(self._moving[i] for i in reached if i in self._moving)
+            with torch.enable_grad(), self._replay.replayed():
+                reached = leaves(_pytree.tree_leaves(self._features.prefix(self._model, batch)))
+            inside = sorted(self._moving[p] for p in reached if p in self._moving)
             scope = self._method.scope
             if inside and isinstance(scope, str) and scope.startswith("top:"):
                 raise UserError(
@@ -77,7 +83,7 @@ def is_shared(inputs: StepInputs, part: Sequence[Any], rest: Sequence[Any]) -> b
         UserError: as `SharedPrefix`.
     """
     method, parallel = inputs.method, inputs.config.parallel
-    if inputs.shares_prefix is None or method.scope == "all" or len(part) > 1:
+    if inputs.shares_prefix is None or method.scope == "all" or len(part) > 1 or method.form == "split":
         return False
     if parallel.count > 1 or parallel.sharded:
         return False  # a wrapper's hooks run at one forward pass from end to end
@@ -102,20 +108,21 @@ def corrected(inputs: StepInputs, batch: Any, rest: Sequence[Any]) -> StepResult
     sums = GradientSum(config)
     with in_torch("base forward"):
         x = features.prefix(model, batch)
-    leaves = [leaf for leaf in _pytree.tree_leaves(x) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    rng_state = rng.state(model)
+    crossing = [leaf for leaf in _pytree.tree_leaves(x) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    assert config.replay is not None
+    state = config.replay.state()
 
-    def suffix(needs_grad: bool) -> tuple[Any, list[Tensor]]:
-        """(the head at the present weights, its inputs)."""
-        inputs_of = {id(leaf): leaf.detach().requires_grad_(needs_grad) for leaf in leaves}
+    def suffix(needs_grad: bool) -> tuple[Flat, list[Tensor]]:
+        """(the heads at the present weights, the suffix's inputs)."""
+        inputs_of = {id(leaf): leaf.detach().requires_grad_(needs_grad) for leaf in crossing}
         given = _pytree.tree_map(lambda leaf: inputs_of.get(id(leaf), leaf), x)
-        return heads.flat(features.suffix(model, given, batch)), [inputs_of[id(leaf)] for leaf in leaves]
+        return heads.flat(features.suffix(model, given, batch)), [inputs_of[id(leaf)] for leaf in crossing]
 
     with torch.set_grad_enabled(backward), in_torch("base forward"):
         head, x_S = suffix(needs_grad=not exact)
     with in_torch("base backward" if backward else "base forward"):
         cut = method.cut if functional else None
-        one = passes.head_loss(config, head, None, 1, rng_state, cut=cut, sums=sums if backward else None)
+        one = passes.head_loss(config, head, None, 1, state, cut=cut, sums=sums if backward else None)
     base_S = PassResult.of_one(one)
     c_S = [] if exact else _gradients_of(x_S)  # with respect to x
     del head, x_S
@@ -137,25 +144,25 @@ def corrected(inputs: StepInputs, batch: Any, rest: Sequence[Any]) -> StepResult
 
     sums = GradientSum(config, onto if functional else None)
     moved_loss = None
-    with rng.replayed(model), config.weights.at(scope, moved):
-        rng.restore(rng_state)
+    with config.replay.replayed(), config.weights.at(scope, moved):
+        config.replay.restore(state)
         with in_torch("second forward"):
             head, x_moved = suffix(needs_grad=True)
         with in_torch("second backward"):
             if functional:
-                (saved,) = passes.scaled(base_S.saved, w)
-                passes.head_vjp(config, head, saved.cotangent, sums)
+                (saved,) = scaled(base_S.saved, w)
+                passes.head_vjp(config, head, saved.cotangents, sums)
             else:
-                moved_loss = passes.head_loss(config, head, None, 1, rng_state, cut=None, sums=sums)[0]
+                moved_loss = passes.head_loss(config, head, None, 1, state, cut=None, sums=sums)[0]
     if not functional:
         sums = GradientSum(config, add_correction(onto, sums.take(), w))
     c = _gradients_of(x_moved)
     for c_moved, c_base in zip(c, c_S, strict=False):  # w c' + (|S| / |B| − w) c_S
         weighted = c_moved if functional else c_moved.mul_(w)
         weighted.add_(c_base * (of_S.to(c_base) - w))
-    if leaves:
+    if crossing:
         with in_torch("second backward"):
-            torch.autograd.backward(leaves, c)
+            torch.autograd.backward(crossing, c)
             sums.collect()
     g_hat = sums.take()
     with_gradient(g_hat)
@@ -164,19 +171,3 @@ def corrected(inputs: StepInputs, batch: Any, rest: Sequence[Any]) -> StepResult
 
 def _gradients_of(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(one) if one.grad is None else one.grad for one in tensors]
-
-
-def _parameters_of(tensors: Iterable[Any]) -> set[int]:
-    """The ids of the parameters that these tensors' graphs reach."""
-    found: set[int] = set()
-    seen: set[Any] = set()
-    waiting = [x.grad_fn for x in tensors if isinstance(x, Tensor) and x.grad_fn is not None]
-    while waiting:
-        node = waiting.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(id(node.variable))
-        waiting += [one for one, _ in node.next_functions if one is not None]
-    return found

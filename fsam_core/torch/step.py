@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, get_args
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,36 +15,20 @@ from fsam_core.methods import Method, Perturbed, Plain
 from fsam_core.regions import in_torch
 from fsam_core.schedules import ALWAYS, Schedule
 from fsam_core.scopes import Blocks
-from fsam_core.torch import correction, gradients, heads, passes
+from fsam_core.split import micro_batches
+from fsam_core.torch import correction, cotangents, gradients, heads, optimizers, passes
 from fsam_core.torch.dtensor import like, local
 from fsam_core.torch.gradients import Gradients
+from fsam_core.torch.info import Info
 from fsam_core.torch.loss_scale import LossScale, Scaling
 from fsam_core.torch.parallel import Sync, detect_parallelism, plain_name
 from fsam_core.torch.passes import Features, PassConfig
 from fsam_core.torch.perturbation import StepInputs, StepResult
+from fsam_core.torch.replay import Replay
 from fsam_core.torch.staged import SharedPrefix, Staged
 from fsam_core.torch.weights import Weights
 from fsam_kernels.memory import AUTO, Memory
 from fsam_kernels.torch.adamw import AdamW
-
-
-class Info(NamedTuple):
-    """The results of the last step; NaN if the method does not need a figure and it would cost a pass."""
-
-    loss: float
-    """Mean loss at θ, over the part of the batch that is evaluated there; at θ+ε for sam with a known ascent."""
-    perturbed_loss: float
-    """Mean loss at θ+ε, on S, where the method evaluates it (sam, logit)."""
-    weight: float
-    """Sum of the token weights over all micro-batches and ranks."""
-    base_norm: float
-    """‖g‖₂ of the plain gradient; for the exact method with a scope, and for `Staged`, over the scope's tensors."""
-    grad_norm: float
-    """‖ĝ‖₂ of the gradient the optimizer received, before clipping."""
-    perturbation_norm: float
-    """‖ε‖₂; 0 where nothing is perturbed."""
-    skipped: bool
-    """Whether the update was skipped because a loss or a norm of either pass was not finite."""
 
 
 class Step:
@@ -60,7 +44,7 @@ class Step:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         method: Method,
         *,
         features: Features,
@@ -71,19 +55,21 @@ class Step:
         backend: str | None = None,
         sync: Sync = "global",
         loss_scale: LossScale | None = None,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         """
         Args:
             model: any module, plain, in DistributedDataParallel or under `fully_shard`. Its parameters must be the
                 optimizer's, or the `copies` of a `fsam_core.torch.AdamW`. Some may be DTensors on a tensor axis.
-            optimizer: with precondition="adam" one that keeps `exp_avg_sq`: Adam, AdamW, NAdam, RAdam.
+            optimizer: one, or a list of several with parameters of their own. With precondition="adam" every parameter
+                that moves is in one that keeps `exp_avg_sq`: Adam, AdamW, NAdam, RAdam, SparseAdam.
             method: `Plain`, `SAM`, `FunctionalSAM` or `LogitSAM`.
-            features: (model, batch) -> `LinearHead` or `Logits`, called once a pass. With `Staged` the passes share the
-                part of the model that the method's scope does not move. Random draws from PyTorch's own generators are
-                the same in both passes; draws from a private `torch.Generator` are not replayed. With several ranks it
-                is called inside the wrapper's forward pass, with the module that was wrapped, and `Staged` shares
-                nothing.
-            clip_norm: global norm that the final gradient is clipped to, once; None for no clipping.
+            features: (model, batch) -> `LinearHead`, `Outputs`, `Logits` or `Heads`, called once a pass. With `Staged`
+                the passes share the part of the model that the method's scope does not move. Both passes see the same
+                buffers, and the same random draws from PyTorch's own generators; draws from a private
+                `torch.Generator` are not replayed. With several ranks it is called inside the wrapper's forward pass,
+                with the module that was wrapped, and `Staged` shares nothing.
+            clip_norm: the global norm that the gradient is clipped to before the update, once; None for no clipping.
             schedule: the steps that have a correction.
             blocks: which parameter belongs to which block, for a scope that is given by name.
             memory: the head's memory budget: working bytes, and whether its cotangent is kept or recomputed.
@@ -93,18 +79,15 @@ class Step:
                 Gradients are then reduced once, after the last pass; DistributedDataParallel only.
             loss_scale: `LossScale()` for a float16 model with float32 masters; None for none. A step whose scaled
                 gradients overflow is skipped and lowers the scale.
+            scaler: the `torch.amp.GradScaler` of a float16 autocast. The step scales, unscales, steps and updates it.
 
         Raises:
-            UserError: for an optimizer without Adam's settings, clip_norm ≤ 0, an unknown backend, a scope or schedule
-                that does not fit the rest, a loss scale without masters, or an unknown wrapper of the model.
+            UserError: for a parameter that moves and has no second moment, or is in two optimizers; clip_norm ≤ 0, an
+                unknown backend, a scope or schedule that does not fit the rest, a loss scale without masters or beside
+                a scaler, or an unknown wrapper of the model.
         """
         if not isinstance(method, Plain | Perturbed):
             raise UserError(f"method must be Plain(), SAM(...), FunctionalSAM(...) or LogitSAM(...), got {method!r}")
-        if isinstance(method, Perturbed) and method.precondition == "adam":
-            lacks = any("betas" not in group or "eps" not in group for group in optimizer.param_groups)
-            if lacks or isinstance(optimizer, torch.optim.Adamax):
-                kind = type(optimizer).__name__
-                raise UserError(f"optimizer: precondition='adam' needs one that keeps exp_avg_sq (AdamW), got {kind}")
         if clip_norm is not None and not clip_norm > 0:
             raise UserError(f"clip_norm must be > 0, or None for no clipping; got {clip_norm!r}")
         schedules.check(schedule, method)
@@ -115,15 +98,10 @@ class Step:
             raise UserError(
                 f"sync: 'local' needs each rank's own gradient, {parallel.why_not_local}; use sync='global'"
             )
-        self.model, self.optimizer, self.method, self.schedule = model, optimizer, method, schedule
-        self.features, self.memory, self.clip_norm = features, memory, clip_norm
-        self.steps = self.skipped_steps = 0
-        self.info: Info | None = None
-        chosen = backends.choose("torch", backend)
-        for device in sorted({p.device.type for p in model.parameters()}):
-            backends.check_device(chosen.name, device)
-        self.ops = backends.load("torch", chosen.name)
-        copies: Any = getattr(optimizer, "copies", {})
+        names: dict[Tensor, str] = {p: plain_name(name) for name, p in parallel.inner.named_parameters()}
+        self._optimizers = optimizers.as_tuple(optimizer, names)
+        copies = optimizers.copies(self._optimizers)
+        names |= {master: names.get(p, "") for master, p in copies.items()}
         if copies and parallel.sharded:
             raise UserError(
                 "optimizer: shards of weights are the masters themselves; leave `copies` out and give fully_shard "
@@ -132,57 +110,100 @@ class Step:
         if loss_scale is not None and not copies:
             raise UserError(
                 "loss_scale: it is undone where gradients go to float32 masters; give an AdamW with `copies`, as of "
-                "masters(model, torch.float16)"
+                "masters(model, torch.float16), or scaler=torch.amp.GradScaler() for float32 weights under autocast"
             )
+        if scaler is not None and (loss_scale is not None or copies):
+            raise UserError("scaler: masters take loss_scale=LossScale() instead; a GradScaler does not know them")
+        self.model, self.optimizer, self.method, self.schedule = model, optimizer, method, schedule
+        self.features, self.memory, self.clip_norm = features, memory, clip_norm
+        self.steps = self.skipped_steps = 0
+        self.info: Info | None = None
+        chosen = backends.choose("torch", backend)
+        for device in sorted({p.device.type for p in model.parameters()}):
+            backends.check_device(chosen.name, device)
+        self.ops = backends.load("torch", chosen.name)
+        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._scaling = None if loss_scale is None else Scaling.begin(loss_scale)
         self._parallel, self._weights = parallel, Weights(parallel, copies)
+        self._replay = Replay(parallel.inner)
         self._local = sync == "local" and parallel.count > 1
         # Between steps: ĝ of the last one that was taken, and the last correction, where the method needs them.
         self._previous: Gradients = {}
         self._correction: Gradients = {}
-        names = {id(p): plain_name(name) for name, p in parallel.inner.named_parameters()}
-        names |= {id(master): names.get(id(p), "") for master, p in self._weights.copies.items()}
-        self._outside: frozenset[int] = frozenset()
+        embeddings = (m for m in parallel.inner.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag))
+        self._sparse = {m.weight for m in embeddings if m.sparse}
+        self._outside: set[Any] = set()
         self._shares_prefix: SharedPrefix | None = None
         if isinstance(method, Perturbed):
             known = sorted(set(names.values()))
             mask = scopes.mask(method.scope, known, blocks)
             moves = dict.fromkeys(known, True) if mask is None else dict(zip(known, mask, strict=True))
-            self._outside = frozenset(i for i, name in names.items() if not moves.get(name, True))
+            self._outside = {p for p, name in names.items() if not moves.get(name, True)}
+            every = dict.fromkeys(self._params(), "") | names
+            moving = {p: name for p, name in every.items() if p not in self._outside}
+            if method.precondition == "adam":
+                optimizers.check_second_moments(self._optimizers, moving)
             if isinstance(features, Staged):
-                moving = {i: name for i, name in names.items() if i not in self._outside}
-                self._shares_prefix = SharedPrefix(features, parallel.inner, method, moving)
+                self._shares_prefix = SharedPrefix(features, parallel.inner, method, moving, self._replay)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Step:
+        """A step of a copied model and copied optimizers; `copy.deepcopy` of both together with it keeps them one."""
+        new = object.__new__(type(self))
+        memo |= {id(self): new, id(self.ops): self.ops}  # a module cannot be copied
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
 
     def __call__(self, batch: Any) -> Tensor:
         """Take one step; returns the mean loss at θ, detached.
 
-        `batch` is what `features` takes. A list holds micro-batches; its gradient is that of one batch of them all, in
-        which each token has the same weight. If a pass raises, weights and optimizer state are as before.
+        `batch` is what `features` takes, whatever the loader gives. The gradient of `MicroBatches([...])` is that of
+        one batch of them all, in which each token has the same weight. `.grad` is ĝ afterwards, clipped, and None if
+        the step was skipped; what it was before is lost. If a pass raises, weights and optimizer state are as before.
+
+        Raises:
+            UserError: for what the step cannot do right with this batch, and in `torch.inference_mode`.
         """
         try:
             loss, g_hat, clip = self._gradient(batch)
             assert self.info is not None
-            if self.info.skipped:
-                gradients.write(g_hat)
-                self.skipped_steps += 1
-            else:
-                with in_torch("update"):
-                    self._update(g_hat, clip)
-                self.steps += 1
+            with in_torch("update"):
+                self._update(g_hat, clip, self.info.skipped)
         finally:
             self._weights.sync_from_masters()
+        self._count()
         return loss
 
-    def gradient(self, batch: Any) -> Tensor:
-        """The first half of a step: write ĝ, clipped, to every parameter's `.grad`, without an optimizer step.
+    def gradient(self, batch: Any, *, clip: bool = False, keep_grad: bool = False) -> Tensor:
+        """A step whose update is the caller's: it counts the step, and leaves ĝ in every parameter's `.grad`.
 
-        Returns the mean loss at θ, detached. With `info.skipped` ĝ is not finite and must not be used.
+            loss = step.gradient(batch)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+
+        With `info.skipped`, `.grad` is None, so that an optimizer's step changes nothing. With a `scaler` it is the
+        scaled ĝ, or infinite, for the caller's `scaler.step(optimizer)` and `scaler.update()`.
+
+        Args:
+            batch: as in a call of the step.
+            clip: whether ĝ is clipped to `clip_norm` here.
+            keep_grad: whether ĝ is added to what `.grad` holds already, and not put in its place.
+
+        Returns:
+            The mean loss at θ, detached.
         """
+        before = {p: p.grad for p in self._params() if p.grad is not None} if keep_grad else {}
         try:
-            loss, g_hat, clip = self._gradient(batch)
-            gradients.write(_clipped(g_hat, clip))
+            loss, g_hat, factor = self._gradient(batch)
+            assert self.info is not None
+            if self._scaler is not None or not self.info.skipped:
+                gradients.write(self._scaled(g_hat, factor if clip else 1.0, self.info.skipped), self._sparse)
         finally:
             self._weights.sync_from_masters()
+            for p, grad in before.items():
+                p.grad = grad if p.grad is None else p.grad + grad
+        self._count()
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -220,14 +241,20 @@ class Step:
         return self.method.direction.remembers if name == "previous" else self.schedule.between == "reuse"
 
     def _params(self) -> list[Any]:
-        """The optimizer's tensors."""
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+        """The optimizers' tensors."""
+        return optimizers.params(self._optimizers)
 
+    def _count(self) -> None:
+        assert self.info is not None
+        self.skipped_steps += self.info.skipped
+        self.steps += not self.info.skipped
+
+    @torch.enable_grad()
     def _gradient(self, batch: Any) -> tuple[Tensor, Gradients, float]:
         """(loss, ĝ, the factor that clips it)."""
-        batches = batch if isinstance(batch, list) else [batch]
-        if not batches:
-            raise UserError("batch: got an empty list of micro-batches; give at least one")
+        if torch.is_inference_mode_enabled():
+            raise UserError("a step takes gradients, which torch.inference_mode() cannot; call it outside")
+        batches = micro_batches(batch)
         kind = self.schedule.kind(self.steps) if isinstance(self.method, Perturbed) else "plain"
         local = self._local and kind == "corrected"
         config = PassConfig(
@@ -237,10 +264,12 @@ class Step:
             features=self.features,
             memory=self.memory,
             params=self._params(),
-            optimizer=self.optimizer,
-            loss_scale=1.0 if self._scaling is None else self._scaling.scale,
+            optimizers=self._optimizers,
+            replay=self._replay if kind == "corrected" else None,
+            loss_scale=self._scale(),
             reduces=not local,
         )
+        self._check_hooks(config)
         try:
             result = self._corrected(config, batches, local) if kind == "corrected" else self._plain(config, batches)
             base_norm, g_hat = result.base_norm, result.g_hat
@@ -248,11 +277,13 @@ class Step:
                 g_hat = {p: g.add_(self._correction[p]) if p in self._correction else g for p, g in g_hat.items()}
             norm = base_norm if kind == "plain" else gradients.local_norm(self._parallel, config.params, g_hat)
             scalars = self._reduced(result, norm, local)
+            self.info = info = Info.read(result.weight * self._parallel.count, *scalars)
+            if info.skipped:
+                self._explain(config, batches)
         except BaseException:
             passes.clear_gradients(config)
             self._parallel.reset()
             raise
-        self.info = info = _info(result.weight * self._parallel.count, *scalars)
         if self._scaling is not None:
             self._scaling.seen(info.skipped)
         if self._remembers("previous") and not info.skipped:
@@ -292,32 +323,57 @@ class Step:
             return [loss, moved, base, norm, length]
         return [*reduce(losses, (result.base_norm, norm)), result.length]
 
-    def _update(self, g_hat: Gradients, clip: float) -> None:
-        if isinstance(self.optimizer, AdamW):
-            gradients.write(g_hat)
-            self.optimizer.step(clip=clip)
-            self._weights.mark_synced()  # it has written the copies of its masters
-        else:
-            gradients.write(_clipped(g_hat, clip))
-            self.optimizer.step()
+    def _update(self, g_hat: Gradients, clip: float, skipped: bool) -> None:
+        if self._scaler is not None:
+            gradients.write(self._scaled(g_hat, clip, skipped), self._sparse)
+            for optimizer in self._optimizers:
+                self._scaler.step(optimizer)
+            self._scaler.update()
+        elif not skipped:
+            fused = [one for one in self._optimizers if isinstance(one, AdamW)]
+            in_optimizer = len(fused) == len(self._optimizers)
+            gradients.write(g_hat if in_optimizer else self._scaled(g_hat, clip, False), self._sparse)
+            how: dict[str, Any] = {"clip": clip} if in_optimizer else {}
+            for optimizer in self._optimizers:
+                optimizer.step(**how)
+            if in_optimizer:
+                self._weights.mark_synced()  # it has written the copies of its masters
+        if skipped:
+            for p in self._params():
+                p.grad = None
 
+    def _scale(self) -> float | Tensor:
+        """What cotangents are multiplied by."""
+        if self._scaler is not None:
+            device = next(self._parallel.inner.parameters()).device
+            return self._scaler.scale(torch.ones((), device=device))
+        return 1.0 if self._scaling is None else self._scaling.scale
 
-def _clipped(g_hat: Gradients, factor: float) -> Gradients:
-    """ĝ times the factor, in place."""
-    if factor != 1:
-        torch._foreach_mul_(list(g_hat.values()), factor)
-    return g_hat
+    def _scaled(self, g_hat: Gradients, clip: float, skipped: bool) -> Gradients:
+        """ĝ, clipped, in place, and as the scaler expects it."""
+        if skipped:  # each optimizer is to skip, also where its own part of ĝ is finite
+            return {p: torch.full_like(g, torch.inf) for p, g in g_hat.items()}
+        if clip != 1:
+            torch._foreach_mul_(list(g_hat.values()), clip)
+        if self._scaler is not None:
+            torch._foreach_mul_(list(g_hat.values()), self._scale())
+        return g_hat
 
+    def _check_hooks(self, config: PassConfig) -> None:
+        hooked = [p for p in (*config.params, *self._weights.copies.values()) if p._post_accumulate_grad_hooks]
+        if hooked:
+            raise UserError(
+                f"model: {len(hooked)} parameters have post-accumulate-grad hooks, which would run in every pass of a "
+                "step; remove them, and act on .grad after step.gradient(batch)"
+            )
 
-def _info(weight: Tensor, loss: Any, moved_loss: Any, base_norm: Any, norm: Tensor, length: Any) -> Info:
-    """The figures as numbers: the one place where the host waits for the device."""
-    given = [loss, moved_loss, weight, base_norm, norm, length]
-    tensors = [x.detach().to(norm.device, torch.float64) for x in given if x is not None]
-    values = iter(torch.stack(tensors).tolist())
-    numbers = [math.nan if x is None else next(values) for x in given]
-    evaluated = [number for number, x in zip(numbers, given, strict=True) if x is not None]
-    numbers[-1] = 0.0 if length is None else numbers[-1]
-    return Info._make([*numbers, not all(map(math.isfinite, evaluated))])
+    def _explain(self, config: PassConfig, batches: list[Any]) -> None:
+        """Raise for labels and weights that cannot be right; on a CPU the pass itself has done so."""
+        if all(p.device.type == "cpu" for p in config.params):
+            return
+        with torch.no_grad(), self._replay.replayed():
+            for batch in batches:
+                heads.flat(config.parallel.call_features(config.features, batch), now=True)
 
 
 def mean_loss(
@@ -333,9 +389,11 @@ def mean_loss(
     @torch.no_grad()
     def loss(model: nn.Module, batch: Any) -> Tensor:
         parallel = detect_parallelism(model)
-        head = heads.flat(parallel.call_features(features, batch))
-        weight = parallel.mean(heads.weight(head))
+        found = heads.flat(parallel.call_features(features, batch))
+        weight = parallel.mean(found[0].count)
         unit = torch.where(weight > 0, weight, 1)
-        return parallel.mean(heads.cotangent(ops, head, unit, memory, gradient=False)[0])
+        every = zip(found, cotangents.divisors(found, unit), strict=True)
+        losses = [cotangents.cotangent(ops, head, by, memory, gradient=False)[0] for head, by in every]
+        return parallel.mean(torch.stack(losses).sum())
 
     return loss

@@ -46,7 +46,7 @@ class Weights:
         self.copies = dict(copies)
         self._parallel = parallel
         self._needs_sync = False
-        self._cloned_head: tuple[Tensor | None, ...] | None = None
+        self._cloned_heads: dict[int, tuple[Tensor | None, ...]] = {}
         self._buffers: dict[Any, Tensor] = {}
 
     def destinations(self, params: Sequence[Any]) -> list[Tensor] | None:
@@ -79,7 +79,8 @@ class Weights:
         theta = [] if self.copies else [p.data for p in params]
         try:
             if self.copies:
-                self._needs_sync, self._cloned_head = True, None
+                self._needs_sync = True
+                self._cloned_heads.clear()
             else:
                 for p, data in zip(params, moved, strict=True):
                     p.data = data
@@ -95,7 +96,7 @@ class Weights:
         """FSDP2 gathers weights from where its shards lie: those are written over, and written back from a copy."""
         shards, written = [local(p).detach() for p in params], 0
         self._parallel.reshard()
-        self._cloned_head = None
+        self._cloned_heads.clear()
         try:
             for i, shard in enumerate(shards):
                 there, moved[i] = moved[i], shard.clone()
@@ -108,13 +109,13 @@ class Weights:
             for shard, theta in zip(shards[:written], moved, strict=False):
                 shard.copy_(theta)
             self._parallel.reshard()
-            self._cloned_head = None
+            self._cloned_heads.clear()
             torch.clear_autocast_cache()
 
     def sync_from_masters(self) -> None:
         """Write the copies from their masters, where a perturbation has written over them."""
         if self._parallel.sharded:
-            self._cloned_head = None
+            self._cloned_heads.clear()
         if self._needs_sync:
             for master, p in self.copies.items():
                 p.data.copy_(master.detach())
@@ -122,16 +123,19 @@ class Weights:
 
     def mark_synced(self) -> None:
         """Note that the optimizer has written the copies from the masters."""
-        self._needs_sync, self._cloned_head = False, None
+        self._needs_sync = False
+        self._cloned_heads.clear()
 
-    def saved_cotangent(self, cotangent: Any) -> Any:
-        """A cotangent that outlives these weights: it is recomputed from the head it was made at.
+    def saved_cotangent(self, cotangent: Any, place: int) -> Any:
+        """A cotangent of a model's head number `place` that outlives these weights, from which it is recomputed.
 
         Copies of masters are written in place, and the whole of a shard exists during a pass only, so there the head is
         cloned, once for all micro-batches.
         """
         if not (self.copies or self._parallel.sharded) or getattr(cotangent, "w_VxD", None) is None:
             return cotangent
-        if self._cloned_head is None:
-            self._cloned_head = tuple(None if x is None else x.clone() for x in (cotangent.w_VxD, cotangent.bias_V))
-        return dataclasses.replace(cotangent, w_VxD=self._cloned_head[0], bias_V=self._cloned_head[1])
+        if place not in self._cloned_heads:
+            given = (cotangent.w_VxD, cotangent.bias_V)
+            self._cloned_heads[place] = tuple(None if x is None else x.clone() for x in given)
+        weight, bias = self._cloned_heads[place]
+        return dataclasses.replace(cotangent, w_VxD=weight, bias_V=bias)

@@ -9,6 +9,7 @@ from fsam_trainers.config import Framework
 
 # Savings of METHOD: (name in the table, changed settings).
 METHOD = "precond-functional-sam"
+SPLIT: dict[str, Any] = {"form": "split", "ascent": "rest"}
 SAVINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("recompute", {"cotangent": "recompute"}),
     ("keep", {"cotangent": "keep"}),
@@ -17,6 +18,8 @@ SAVINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("1/4", {"correction_fraction": 0.25}),
     ("1/8", {"correction_fraction": 0.125}),
     ("1/8 + cut hidden", {"correction_fraction": 0.125, "cut": "hidden"}),
+    ("split 1/2", SPLIT | {"correction_fraction": 0.5}),
+    ("split 1/4", SPLIT | {"correction_fraction": 0.25}),
     ("top:2", {"scope": "top:2"}),
     ("ascent 1/4", {"ascent": "part", "ascent_fraction": 0.25}),
     ("momentum", {"ascent": "momentum"}),
@@ -25,6 +28,7 @@ SAVINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("start 0.9", {"start": 0.9}),
     ("no correction", {"probability": 0.0}),
 )
+OF_SAM = (("precond-sam", "sam split 1/2", SPLIT | {"correction_fraction": 0.5}),)
 SCHEDULES = {"every", "start", "probability"}  # settings that do not change a corrected step
 COMMON = ("adamw", "sam", METHOD, "1/4", "1/8", "1/8 + cut hidden")
 
@@ -35,7 +39,7 @@ def table_rows(only: str) -> list[tuple[str, str, dict[str, Any]]]:
     Raises:
         UserError: for an unknown row.
     """
-    every = [*((name, "", {}) for name in NAMES), *((METHOD, *saving) for saving in SAVINGS)]
+    every = [*((name, "", {}) for name in NAMES), *((METHOD, *saving) for saving in SAVINGS), *OF_SAM]
     known = [saving or method for method, saving, _ in every]
     wanted = {name.strip() for name in only.split(",") if name.strip()}
     if "common" in wanted:

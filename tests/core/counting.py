@@ -60,7 +60,7 @@ def _in_torch(method: Method, o: cost.Options, config: ModelConfig, kind: str) -
         blocks=blocks(config),
         memory=Memory(o.cotangent, chunk_bytes=o.chunk_bytes),
     )
-    batch = [torch.from_numpy(x).long() for x in np.split(tokens(config), o.micro_batches)]
+    batch = in_torch.MicroBatches(torch.from_numpy(x).long() for x in np.split(tokens(config), o.micro_batches))
     step.gradient(batch)  # a staged step looks at its prefix once, before the first
     return torch_flops.count(lambda: step.gradient(batch))
 
@@ -89,7 +89,7 @@ def compiled(method: Method, o: cost.Options, config: ModelConfig, kind: str) ->
     )
     params = flax_decoder.parameters(config, 0)
     state = optax.ScaleByAdamState(jnp.int32(3), params, params)
-    batch = [{"tokens": x} for x in np.split(tokens(config), o.micro_batches)]
+    batch = in_jax.MicroBatches({"tokens": x} for x in np.split(tokens(config), o.micro_batches))
     carry = in_jax.carry_of(method, params, Schedule(between=o.between))
     return jax.jit(partial(grad, kind=kind)).lower(params, batch, state, carry).compile()
 

@@ -34,6 +34,16 @@ def part_of(batches: list[Arrays], fraction: float) -> list[Arrays]:
     return [*batches[: int(whole)], *rows]
 
 
+def rest_of(batches: list[Arrays], fraction: float) -> list[Arrays]:
+    """The micro-batches and rows that are not in S."""
+    whole, share = divmod(Fraction(fraction).limit_denominator(64) * len(batches), 1)
+    if not share:
+        return batches[int(whole) :]
+    n = share.denominator
+    cut = {k: x[np.arange(len(x)) % n != 0] for k, x in batches[int(whole)].items()}
+    return [cut, *batches[int(whole) + 1 :]]
+
+
 class Formula:
     """The formula of a model and a method.
 
@@ -87,11 +97,16 @@ class Formula:
         B, S = _joined(batches), _joined(part_of(batches, method.fraction))
         ascent = known.get(method.direction.name)
         if ascent is None:
-            ascent = self._base(theta, _joined(part_of(batches, method.share)) if method.ascent == "part" else B)
+            share = method.share if method.ascent == "part" else method.fraction
+            of = {"part": part_of(batches, share), "rest": rest_of(batches, share)}
+            ascent = self._base(theta, _joined(of.get(str(method.ascent), batches)))
         epsilon = self._perturbation({k: x for k, x in ascent.items() if self.holds(k)}, known["nu"])
         moved = {k: x + epsilon.get(k, 0) for k, x in theta.items()}
         g_B, g_S, moved_S = self._base(theta, B), self._base(theta, S), self._moved(theta, moved, S)
-        g_hat = {k: g_B[k] + method.strength * (moved_S[k] - g_S[k]) for k in theta}
+        w = method.strength
+        if method.form == "split":
+            w = self._seen(S).sum() / self._seen(B).sum()
+        g_hat = {k: g_B[k] + w * (moved_S[k] - g_S[k]) for k in theta}
         return g_hat, _norm(epsilon)
 
     def _perturbation(self, a: Tensors, nu: Tensors) -> Tensors:
@@ -110,7 +125,8 @@ class Formula:
             lengths = {k: x.norm() for k, x in d.items()}
         elif method.norm == "dual":
             lengths = dict.fromkeys(d, sum((a[k] * d[k]).sum() for k in d).sqrt())
-        return {k: method.rho * x / lengths[k] for k, x in d.items()}
+        rho = method.rho / method.fraction if method.form == "split" else method.rho
+        return {k: rho * x / lengths[k] for k, x in d.items()}
 
     def _moved(self, theta: Tensors, moved: Tensors, batch: Tensors) -> Tensors:
         """g' of a batch."""

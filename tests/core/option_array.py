@@ -15,7 +15,8 @@ LEVELS: dict[str, list[Any]] = {
     "kind": ["functional", "sam", "logit"],
     "fraction": [1.0, 0.5],
     "strength": [1.0, 0.7],
-    "ascent": ["full", "part", "half", "micro", "previous", "momentum"],
+    "form": ["correction", "split"],
+    "ascent": ["full", "part", "half", "micro", "rest", "previous", "momentum"],
     "cut": ["logits", "hidden"],
     "scope": ["all", "norms", "top:2", "named"],
     "norm": ["l2", "per-tensor", "dual"],
@@ -31,6 +32,7 @@ LEVELS: dict[str, list[Any]] = {
 # Where the prefix of a staged model is shared, another function computes the step: these levels with the rest fixed.
 SHARED_PREFIX: dict[str, list[Any]] = LEVELS | {
     "kind": ["functional", "sam"],
+    "form": ["correction"],
     "ascent": ["full", "part", "-momentum"],
     "scope": ["top:2"],
     "norm": ["l2"],
@@ -44,8 +46,13 @@ SHARED_PREFIX: dict[str, list[Any]] = LEVELS | {
 def goes_together(row: Row) -> bool:
     """Whether a method may have these options; `row` may hold some of them alone."""
     hidden, micro = row.get("cut") == "hidden", row.get("ascent") == "micro"
+    split = row.get("form") == "split"
+    waits = row.get("ascent", "rest") in ("full", "part", "half", "micro")
     return not (
-        (hidden and row.get("kind", "functional") != "functional")
+        (split and (row.get("kind") == "logit" or row.get("fraction") == 1 or row.get("strength", 1) != 1 or waits))
+        or (row.get("ascent") == "rest" and (row.get("form") == "correction" or row.get("kind") == "logit"))
+        or (row.get("ascent") == "rest" and (row.get("fraction") == 1 or row.get("strength", 1) != 1))
+        or (hidden and row.get("kind", "functional") != "functional")
         or (hidden and row.get("head") == "logits")
         or (micro and (row.get("fraction", 1) != 1 or row.get("strength", 1) != 1))
         or (row.get("ascent") == "half" and row.get("fraction", 1) != 1)
@@ -62,7 +69,7 @@ def all_pairs(levels: dict[str, list[Any]] = LEVELS) -> set[tuple[Any, ...]]:
     return {(a, x, b, y) for a, x, b, y in every if goes_together({a: x, b: y})}
 
 
-def rows(levels: dict[str, list[Any]] = LEVELS, seed: int = 0, draws: int = 30) -> list[Row]:
+def rows(levels: dict[str, list[Any]] = LEVELS, seed: int = 3, draws: int = 60) -> list[Row]:
     """The array, the same each time: of some rows that hold an uncovered pair, the one that covers most is taken."""
     draw, found = random.Random(seed), []
     uncovered = sorted(all_pairs(levels), key=str)

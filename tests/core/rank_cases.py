@@ -13,19 +13,20 @@ METHODS = ("adamw", "adamw-clip", "sam", "precond-sam", "functional", "precond-f
 OPTIONS = (
     "precond-functional-micro", "half-of-four", "quarter", "quarter-part", "quarter-sam", "quarter-logit", "hidden",
     "hidden-quarter", "every", "reuse", "start", "momentum", "previous", "random", "micro", "own-ascent", "top", "dual",
-    "per-tensor",
+    "per-tensor", "split", "split-functional", "split-known", "heads", "hidden-heads",
 )  # fmt: skip
 DATA = (
     "ddp:precond-functional-micro:3", "ddp-views:quarter:3", "ddp:hidden:3", "fsdp:quarter-part:3", "fsdp:logit:3",
-    "hsdp:precond-sam:3",
+    "hsdp:precond-sam:3", "ddp:hidden-heads:3", "fsdp:heads:3", "ddp:split:3", "fsdp:split-functional:3",
 )  # fmt: skip
 TENSOR = (
     "tensor:precond-functional-micro:3", "tensor:quarter-part:3", "tensor:random:3", "fsdp-tensor:adamw-clip:3",
-    "fsdp-tensor:logit:3", "fsdp-tensor-remat:hidden-quarter:3",
+    "fsdp-tensor:logit:3", "fsdp-tensor-remat:hidden-quarter:3", "tensor:hidden-heads:3", "fsdp-tensor:split:3",
 )  # fmt: skip
 COUNTED = (
     *(f"{kind}:{name}:count" for kind in ("ddp", "fsdp") for name in ("adamw", "functional", "sam")),
     "ddp:precond-functional-micro:count", "ddp:quarter:count", "ddp-unused:quarter:count",
+    *(f"ddp:{name}:count" for name in ("split", "split-functional", "split-known")),
     *(f"tensor:{name}:count" for name in ("adamw", "functional", "hidden-quarter", "sam")),
 )  # fmt: skip
 BEHAVIOUR = (

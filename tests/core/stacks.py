@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import torch
 from formula import momenta, remembered
-from problems import B2, EPS, STEPS, Weights, adamw, as_torch, head, logits_of, moments
+from problems import B2, EPS, STEPS, Weights, adamw, as_given, as_torch, head, logits_of, moments
 
 from fsam_core import Blocks
 from fsam_core import jax as in_jax
@@ -109,10 +109,9 @@ def got(
         previous = {str(i): torch.from_numpy(last[name]) for i, (name, _) in enumerate(net.named_parameters())}
         step.load_state_dict({"steps": STEPS, "skipped_steps": 0, "previous": previous})
         step.gradient(as_torch(batch))
-        back = max(1.0, step.info.grad_norm / clip_norm) if clip_norm else 1.0
-        return step.info, {k: p.grad.numpy() * back for k, p in net.named_parameters()}
+        return step.info, {k: p.grad.numpy() for k, p in net.named_parameters()}
     grad = in_jax.value_and_grad(features, method, b2=B2, eps=EPS, clip_norm=clip_norm, blocks=BLOCKS, memory=memory)
-    params, batch = jax.tree.map(jnp.asarray, (values, batch))
+    params, batch = jax.tree.map(jnp.asarray, (values, as_given(batch)))
     state = optax.ScaleByAdamState(jnp.int32(STEPS), mu, nu)
     carry = in_jax.Carry(previous=jax.tree.map(jnp.asarray, last)) if method.direction.remembers else None
     (_, info), grads = jax.jit(grad)(params, batch, state, carry)[:2]

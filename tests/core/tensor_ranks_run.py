@@ -1,6 +1,8 @@
-"""`ranks_run.py` with more cases: models whose vocabulary is sharded over a tensor axis.
+"""Runs the cases of four gloo processes; those of models whose vocabulary is sharded over a tensor axis are here.
 
-python tensor_ranks_run.py RESULTS.json CASE ...
+    python tensor_ranks_run.py RESULTS.json CASE ...
+
+The processes are forked, so that PyTorch is imported once, with the modules that it would import at the first step.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from ranks_run import ADAM, PARTS, RANKS, Case, D, V, batch_of, features, made, raising, trained, whole
+from rank_behaviour import Changed, raising
+from ranks_run import ADAM, PARTS, RANKS, Case, D, V, batch_of, features, made, trained, whole
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -106,7 +109,7 @@ def same(kind: str, rank: int) -> dict[str, Any]:
 
 def not_finite(rank: int) -> dict[str, Any]:
     """A hidden state that overflows on one tensor rank alone: all ranks skip, or their replicas would differ."""
-    changed = ranks_run.Changed()
+    changed = Changed()
     step = made(Case(FunctionalSAM(0.1)), "tensor", changed)
     infinite = float("inf") if rank == 2 else 1.0
     changed.change = lambda head: dataclasses.replace(head, hidden=head.hidden * infinite)
@@ -148,8 +151,8 @@ def checkpointed(rank: int) -> dict[str, Any]:
 
 
 def evaluated(rank: int) -> dict[str, Any]:
-    loss, whole_batch = fsam.mean_loss(features), batch_of(0, 1, None)[0]
-    of = lambda kind: float(loss(ranks_run.wrapped(kind), batch_of(0, 1, rank, kind)[0]))
+    loss, whole_batch = fsam.mean_loss(features), batch_of(0, 1, None).batches[0]
+    of = lambda kind: float(loss(ranks_run.wrapped(kind), batch_of(0, 1, rank, kind).batches[0]))
     expected = float(loss(ranks_run.Model(), whole_batch))
     return {"apart": [abs(of(kind) / expected - 1) for kind in ("tensor", "fsdp-tensor")]}
 
@@ -171,7 +174,7 @@ def mixed(rank: int) -> dict[str, Any]:
 def refused(rank: int) -> dict[str, Any]:
     """The error sentence of each set-up that is refused."""
     mesh, square = mesh_of("tensor")["tensor"], mesh_of("fsdp-tensor")
-    batch = batch_of(0, 1, None)[0]
+    batch = batch_of(0, 1, None).batches[0]
 
     def said(changed: Any = None, **instead: Any) -> str:
         model = Untied()

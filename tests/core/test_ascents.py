@@ -11,7 +11,7 @@ import optax
 import pytest
 import torch
 from formula import Formula, momenta, part_of
-from problems import B2, EPS, FRAMEWORKS, STEPS, Weights, batch_of, distance, moments
+from problems import B2, EPS, FRAMEWORKS, STEPS, Weights, as_given, batch_of, distance, moments
 from stacks import got, hidden, model, weights
 
 from fsam_core import SAM, Ascent, FunctionalSAM, UserError
@@ -69,7 +69,7 @@ def test_correction_on_random_parts_is_unbiased():
 @pytest.mark.parametrize("batches", [ONE, [batch_of(8, 1), batch_of(8, 2)]], ids=["one", "two"])
 def test_independent_passes_run_on_two_devices(batches):
     method = SAM(0.4, ascent="momentum", strength=0.3, precondition="adam")
-    values, batch = jax.tree.map(jnp.asarray, (weights(), batches))
+    values, batch = jax.tree.map(jnp.asarray, (weights(), as_given(batches)))
     state = optax.ScaleByAdamState(jnp.int32(STEPS), momenta(weights()), moments(weights()))
     state = jax.tree.map(jnp.asarray, state)
     alone = in_jax.value_and_grad(model, method, b2=B2, eps=EPS)

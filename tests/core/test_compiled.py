@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from problems import METHODS
 from torch import nn
 
-from fsam_core.torch import AdamW, FunctionalSAM, LinearHead, Schedule, Staged, Step, masters
+from fsam_core.torch import AdamW, FunctionalSAM, LinearHead, MicroBatches, Schedule, Staged, Step, masters
 
 V, D = 23, 8
 # "eager" runs what dynamo captured; what inductor makes of it is its own affair, and takes a minute.
@@ -54,7 +54,7 @@ def trained(
     optimizer = AdamW(copies or model.parameters(), lr=0.01, eps=1e-6, copies=copies)
     options = {"clip_norm": 1.0, **({"schedule": schedule} if schedule else {})}
     step = Step(run, optimizer, method, features=features, **options)
-    losses = [float(step([batch(i), batch(i + 100)])) for i in range(6)]
+    losses = [float(step(MicroBatches([batch(i), batch(i + 100)]))) for i in range(6)]
     assert step.skipped_steps == 0
     return losses, [p.detach().float() for p in model.parameters()], len(graphs)
 

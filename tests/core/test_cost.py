@@ -18,6 +18,7 @@ from fsam_trainers.models.layout import ModelConfig
 
 # --- operations, counted ------------------------------------------------------------------------------------------
 
+SPLIT = {"form": "split", "ascent": "rest", "fraction": 0.5}
 # Fields of `Options` for each case. One more option of the step is one more row here.
 CASES: dict[str, dict[str, Any]] = {
     "adamw": {"path": "base"},
@@ -85,6 +86,18 @@ CASES: dict[str, dict[str, Any]] = {
     "logit, top, quarter": {"path": "logit", "scope": "top:1", "fraction": 0.25},
     "logit, top, momentum": {"path": "logit", "scope": "top:1", "ascent": "momentum"},
     "logit, top, ascent of a quarter": {"path": "logit", "scope": "top:1", "ascent": "part", "ascent_fraction": 0.25},
+    "split": SPLIT,
+    "split, keep": {**SPLIT, "cotangent": "keep"},
+    "split, cut hidden": {**SPLIT, "cut": "hidden"},
+    "split, quarter": {**SPLIT, "fraction": 0.25},
+    "split, momentum": {**SPLIT, "ascent": "momentum"},
+    "split, micro-batches": {**SPLIT, "micro_batches": 4},
+    "split, top": {**SPLIT, "scope": "top:1"},
+    "split, no-head": {**SPLIT, "scope": "no-head"},
+    "sam, split": {**SPLIT, "path": "sam"},
+    "sam, split, quarter": {**SPLIT, "path": "sam", "fraction": 0.25, "micro_batches": 4},
+    "sam, split, random": {**SPLIT, "path": "sam", "ascent": "random"},
+    "split, checkpointing": {**SPLIT, "remat": True},
     "checkpointing": {"remat": True},
     "adamw, checkpointing": {"path": "base", "remat": True},
     "quarter, checkpointing": {"remat": True, "fraction": 0.25},
@@ -97,7 +110,7 @@ CASES: dict[str, dict[str, Any]] = {
 QUICK = {
     "torch": {"adamw", "sam", "recompute", "keep", "cut hidden", "half", "quarter, keep", "eighth, cut hidden",
               "eighth, part's ascent", "micro-batches", "micro-batches, quarter", "ascent of a quarter", "momentum",
-              "sam, -momentum", "top", "top, quarter", "ascent micro", "checkpointing"},
+              "sam, -momentum", "top", "top, quarter", "ascent micro", "checkpointing", "split", "split, cut hidden", "sam, split"},
     "jax": {"keep", "norms"},
 }  # fmt: skip
 
@@ -315,7 +328,7 @@ def test_micro_batches_narrow_the_fractions_that_fit():
 
 def test_presets_are_options():
     ratios = [cost.estimate(MODEL, Options(**changes), TOKENS).flops_ratio for changes in cost.PRESETS.values()]
-    assert list(cost.PRESETS) == ["exact", "balanced", "cheap"]
+    assert list(cost.PRESETS) == ["exact", "balanced", "cheap", "split"]
     assert ratios == sorted(ratios, reverse=True)
 
 

@@ -63,7 +63,7 @@ def batches() -> list[torch.Tensor]:
 def gradient(model, features, method, **options):
     nu = {k: np.asarray(x) for k, x in moments({k: p.detach().numpy() for k, p in model.named_parameters()}).items()}
     step = in_torch.Step(model, adamw(model, nu), method, features=features, **options)
-    loss = step.gradient(batches())
+    loss = step.gradient(in_torch.MicroBatches(batches()))
     return float(loss), {k: p.grad.numpy().copy() for k, p in model.named_parameters()}
 
 
@@ -95,7 +95,7 @@ def test_torch_hidden_cut_runs_and_is_a_near_twin(model):
 def test_torch_trains(model):
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     step = in_torch.Step(model, optimizer, FunctionalSAM(0.05, precondition="adam"), features=linear_head)
-    losses = [float(step(batches())) for _ in range(8)]
+    losses = [float(step(in_torch.MicroBatches(batches()))) for _ in range(8)]
     assert losses[-1] < 0.9 * losses[0]
 
 
@@ -143,7 +143,7 @@ def test_flax_gradient_is_that_of_embed_attend(name):
 
         def grads(features, memory):
             call = in_jax.value_and_grad(features, METHODS[name], b2=B2, eps=EPS, memory=memory)
-            found = jax.jit(call)(params, parts, adam_state(params, nu))[1]
+            found = jax.jit(call)(params, in_jax.MicroBatches(parts), adam_state(params, nu))[1]
             return {f"{a}.{b}": np.asarray(x) for a, leaves in found.items() for b, x in leaves.items()}
 
         assert distance(grads(linear_head, Memory(chunk_bytes=5 * V * 12)), grads(attend, Memory())) < 1e-12

@@ -68,8 +68,8 @@ def test_batch_that_cannot_be_split_is_refused(framework):
 
 
 def test_rows_are_taken_evenly_and_scalars_go_to_both(framework):
-    flatten = lambda batch: (list(batch.values()), lambda leaves: dict(zip(batch, leaves, strict=True)))
-    (part,), (rest,) = split.split([{"x": np.arange(12).reshape(6, 2), "seed": 7}], 1 / 3, flatten)
+    batch = {"x": np.arange(12).reshape(6, 2), "seed": 7}
+    (part,), (rest,) = split.split([batch], 1 / 3, lambda function, leaf: function(leaf))
     np.testing.assert_array_equal(part["x"], [[0, 1], [6, 7]])
     np.testing.assert_array_equal(rest["x"], [[2, 3], [4, 5], [8, 9], [10, 11]])
     assert part["seed"] == rest["seed"] == 7

@@ -12,7 +12,7 @@ from problems import B2, batch_of, mlp, values
 from fsam_core import FunctionalSAM, UserError
 from fsam_core.jax import skip_nonfinite, value_and_grad
 from fsam_core.jax.adamw import AdamW
-from fsam_core.jax.perturbation import adam_state
+from fsam_core.jax.optimizers import adam_state
 
 RATE = optax.warmup_cosine_decay_schedule(0.0, 0.01, 3, 100)
 DECAYS = lambda params: {k: x.ndim > 1 for k, x in params.items()}

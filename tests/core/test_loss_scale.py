@@ -9,7 +9,18 @@ import torch
 from problems import METHODS
 from torch import nn
 
-from fsam_core.torch import SAM, AdamW, FunctionalSAM, LinearHead, LossScale, Plain, Step, UserError, masters
+from fsam_core.torch import (
+    SAM,
+    AdamW,
+    FunctionalSAM,
+    LinearHead,
+    LossScale,
+    MicroBatches,
+    Plain,
+    Step,
+    UserError,
+    masters,
+)
 
 V, D, N = 11, 8, 4096
 # With the previous moment, 0 before the first step, ε is ρ g / eps there: beyond float16.
@@ -44,7 +55,7 @@ def made(method, loss_scale=None, dtype=torch.float16, **options) -> Step:
 
 
 def gradient(step: Step, batches) -> list[torch.Tensor]:
-    step.gradient(batches)
+    step.gradient(MicroBatches(batches))
     assert not step.info.skipped
     return [p.grad for group in step.optimizer.param_groups for p in group["params"]]
 

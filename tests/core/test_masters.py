@@ -9,7 +9,19 @@ import pytest
 import torch
 from problems import METHODS, Weights, as_torch, batch_of, mlp, values
 
-from fsam_core.torch import SAM, AdamW, FunctionalSAM, LinearHead, LogitSAM, Memory, Plain, Schedule, Step, masters
+from fsam_core.torch import (
+    SAM,
+    AdamW,
+    FunctionalSAM,
+    LinearHead,
+    LogitSAM,
+    Memory,
+    MicroBatches,
+    Plain,
+    Schedule,
+    Step,
+    masters,
+)
 from fsam_kernels.torch.rounding import Rounding
 
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
@@ -45,8 +57,8 @@ def off_by(method, batches: list[dict], memory: Memory) -> float:
     for master, p in zip(optimizer.copies, wide.parameters(), strict=True):
         master.data.copy_(p)
     other = Step(wide, AdamW(wide.parameters(), lr=1e-3, betas=(0.9, 0.95)), method, features=mlp, clip_norm=1.0)
-    step.gradient(batches)
-    other.gradient(batches)
+    step.gradient(MicroBatches(batches))
+    other.gradient(MicroBatches(batches))
     assert all(p.grad is None for p in model.parameters())
     got = torch.cat([master.grad.flatten() for master in optimizer.copies])
     assert got.dtype == torch.float32
@@ -82,7 +94,7 @@ def test_after_a_step_the_copies_are_the_masters_rounded(method):
     model, optimizer, step = made(method)
     before = [m.detach().clone() for m in optimizer.copies]
     for seed in range(3):
-        step([batch(seed), batch(seed + 7)])
+        step(MicroBatches([batch(seed), batch(seed + 7)]))
         assert is_cast(model, optimizer)
     assert not any(torch.equal(x, m) for x, m in zip(before, optimizer.copies, strict=True))
 

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from problems import B2, EPS, METHODS, adam_state, batch_of, distance, mlp, moments, values
 
-from fsam_core.jax import FunctionalSAM, LinearHead, Memory, UserError, value_and_grad
+from fsam_core.jax import FunctionalSAM, LinearHead, Memory, MicroBatches, UserError, value_and_grad
 
 SHARDS, ROWS = 4, 3  # conftest.py asks for four devices
 
@@ -34,7 +34,7 @@ def problem():
 
 def one_by_one(grad, params, batches, state):
     """(loss, ĝ) as the definition has it: Σ N_i ĝ_i / Σ N_i over the shards i of all micro-batches."""
-    cut = lambda i: [jax.tree.map(lambda x: x[i * ROWS : (i + 1) * ROWS], b) for b in batches]
+    cut = lambda i: jax.tree.map(lambda x: x[i * ROWS : (i + 1) * ROWS], batches)
     found = [grad(params, cut(i), state) for i in range(SHARDS)]
     weights = [info.weight for (_, info), _ in found]
     assert len({float(w) for w in weights}) == SHARDS  # unequal, and 0 for one
@@ -51,7 +51,7 @@ CASES = [(name, micro) for name in NAMES for micro in (1, 2) if (name, micro) no
 def test_local_correction_is_the_mean_over_shards(mesh, name, micro):
     with jax.enable_x64(True):
         params, state, batch = problem()
-        batches = [batch, {**batch, "x": batch["x"][::-1]}][:micro]
+        batches = MicroBatches([batch, {**batch, "x": batch["x"][::-1]}][:micro])
         options = {"b2": B2, "eps": EPS, "clip_norm": 0.1}
         alone, sharded = (value_and_grad(mlp, METHODS[name], **options, **more) for more in ({}, {"sync": "local"}))
         loss, expected = one_by_one(alone, params, batches, state)

@@ -45,11 +45,16 @@ def test_bad_value_is_refused_with_its_name(kind, argument, value):
     [
         ({"scope": "top"}, r"scope: 'top' is not known; use all, no-head, norms, top:K"),
         ({"scope": "top:0"}, "scope: 'top:0' is not known"),
-        ({"ascent": "up"}, "ascent: 'up' is not known; use one of full, part, micro, previous"),
+        ({"ascent": "up"}, "ascent: 'up' is not known; use one of full, part, micro, rest, previous"),
         ({"ascent_fraction": 0.5}, "goes with ascent='part' and fraction=1"),
         ({"ascent": "part", "fraction": 0.5, "ascent_fraction": 0.25}, "goes with ascent='part' and fraction=1"),
         ({"ascent": "part", "ascent_fraction": 0}, r"ascent_fraction must be a number in \(0, 1\]"),
         ({"ascent": "micro", "fraction": 0.5}, "'micro' corrects every micro-batch"),
+        ({"form": "halves"}, "form: 'halves' is not known; use one of correction, split"),
+        ({"form": "split", "ascent": "rest"}, "form: 'split' needs a fraction below 1"),
+        ({"form": "split", "ascent": "rest", "fraction": 0.5, "strength": 0.5}, "which is its strength too"),
+        ({"form": "split", "fraction": 0.5}, "use ascent='rest', got 'full'"),
+        ({"ascent": "rest", "fraction": 0.5}, "ascent: 'rest' goes with form='split'"),
         ({"norm": "max"}, "norm: 'max' is not known"),
         ({"fraction": 0}, "^fraction must be"),
         ({"fraction": 1.5}, "^fraction must be"),
@@ -60,6 +65,13 @@ def test_bad_value_is_refused_with_its_name(kind, argument, value):
 def test_bad_options_are_refused(options, says):
     with pytest.raises(UserError, match=says):
         FunctionalSAM(0.1, **options)
+
+
+def test_split_step_takes_two_methods_and_a_longer_perturbation():
+    split = {"form": "split", "ascent": "rest", "fraction": 0.25}
+    assert SAM(0.1, **split).rho_at(0) == FunctionalSAM(lambda step: 0.1, **split).rho_at(3) == 0.4
+    with pytest.raises(UserError, match="form: 'split' takes SAM or FunctionalSAM"):
+        LogitSAM(0.1, **split)
 
 
 @pytest.mark.parametrize("kind", [SAM, LogitSAM])
@@ -117,7 +129,7 @@ def test_describe_gives_plain_values():
     assert describe(Plain()) == {"path": "base"}
     got = describe(FunctionalSAM(0.5, precondition="adam"))
     named = {"path": "functional", "rho": 0.5, "precondition": "adam", "norm": "l2", "second_moment": "current"}
-    named |= {"fraction": 1.0, "strength": 1.0, "ascent": "full", "ascent_fraction": None, "scope": "all"}
+    named |= {"fraction": 1.0, "strength": 1.0, "form": "correction", "ascent": "full", "ascent_fraction": None, "scope": "all"}
     assert got == {**named, "cut": "logits", "seed": 0}
     assert isinstance(describe(SAM(lambda step: 0.1))["rho"], str)
     mine = describe(SAM(0.1, ascent=Ascent("mine", lambda seen: seen.momentum), scope=lambda name: True))

@@ -34,7 +34,7 @@ def method_of(row: option_array.Row) -> Any:
         "adam-previous": {"precondition": "adam", "second_moment": "previous"},
     }[row["precondition"]]
     scope = (lambda name: name.endswith("_a")) if row["scope"] == "named" else row["scope"]
-    same = {name: row[name] for name in ("fraction", "strength", "cut", "norm")}
+    same = {name: row[name] for name in ("fraction", "strength", "form", "cut", "norm")}
     return KINDS[row["kind"]](0.4, scope=scope, **same, **ascent, **precondition)
 
 

@@ -61,6 +61,13 @@ def test_fraction_in_ddp_reduces_gradients_twice(ranks):
     assert every_rank(ranks, "ddp-unused:quarter:count")["counts"]["allreduce_"] == 3
 
 
+def test_split_step_in_ddp_reduces_gradients_twice(ranks):
+    """Along an ascent that is known before the step nothing waits for the rest's gradient: once."""
+    for name, count in (("split", 2), ("split-functional", 2), ("split-known", 1)):
+        found = every_rank(ranks, f"ddp:{name}:count")
+        assert (found["counts"]["allreduce_"], found["bytes"]["allreduce_"]) == (count, count * WEIGHTS_BYTES)
+
+
 def test_ddp_reduces_micro_batches_together(ranks):
     plain, exact = (every_rank(ranks, f"ddp:{x}:count") for x in ("adamw", "precond-functional-micro"))
     assert exact["counts"]["allreduce_"] == 2 * plain["counts"]["allreduce_"]

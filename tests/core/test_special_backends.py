@@ -6,7 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import B2, EPS, METHODS, Weights, adam_state, adamw, as_torch, batch_of, distance, mlp, moments, values
+from problems import (
+    B2,
+    EPS,
+    METHODS,
+    Weights,
+    adam_state,
+    adamw,
+    as_given,
+    as_torch,
+    batch_of,
+    distance,
+    mlp,
+    moments,
+    values,
+)
 
 from fsam_core import jax as in_jax
 from fsam_core import torch as in_torch
@@ -25,10 +39,10 @@ def gradient(backend: str, method, memory: Memory) -> dict[str, np.ndarray]:
     if backend in ("torch", "triton"):
         model = Weights(weights)
         step = in_torch.Step(model, adamw(model, nu), method, features=mlp, memory=memory, backend=backend)
-        step.gradient([as_torch(b) for b in batches])
+        step.gradient(as_torch(batches))
         return {k: p.grad.numpy() for k, p in model.named_parameters()}
     call = in_jax.value_and_grad(mlp, method, b2=B2, eps=EPS, memory=memory, backend=backend)
-    weights, batches, nu = jax.tree.map(jnp.asarray, (weights, batches, nu))
+    weights, batches, nu = jax.tree.map(jnp.asarray, (weights, as_given(batches), nu))
     return {k: np.asarray(x) for k, x in call(weights, batches, adam_state(weights, nu))[1].items()}
 
 

@@ -121,11 +121,11 @@ def test_info_norms_are_those_of_the_gradients(framework):
 @pytest.mark.parametrize(
     ("features", "batch", "says"),
     [
-        (lambda p, b: b["x"] @ p["a"], batch_of(), "LinearHead or Logits"),
+        (lambda p, b: b["x"] @ p["a"], batch_of(), "LinearHead, Outputs, Logits or Heads"),
         (mlp, {**batch_of(), "y": batch_of(11)["y"]}, "labels"),
         (mlp, {**batch_of(), "weights": np.ones(11)}, "token_weights"),
         (linear, batch_of(), r"weight must be \[V, 6\]"),
-        (mlp, [], "empty list"),
+        (mlp, [], "got no micro-batch"),
     ],
 )
 def test_wrong_output_of_features_is_refused(framework, features, batch, says):

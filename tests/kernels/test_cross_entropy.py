@@ -160,6 +160,14 @@ def test_torch_without_grad_forms_no_gradient():
     assert torch.equal(loss, fsam_kernels.torch.cross_entropy(h, w, to("torch", p.y)).detach())
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_torch_refuses_a_second_derivative(reduction):
+    h, w = torch.randn(4, 3, requires_grad=True), torch.randn(7, 3, requires_grad=True)
+    loss = fsam_kernels.torch.cross_entropy(h, w, torch.arange(4), reduction=reduction).sum()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, [h, w], create_graph=True)
+
+
 def test_torch_backward_repeats_and_is_linear_in_its_cotangent():
     p = problem()
     h, w = (to("torch", x, "float32").requires_grad_() for x in (p.h, p.w))

@@ -76,8 +76,9 @@ def test_savings_by_name_are_the_trainers():
 
 
 def _as_options(name: str) -> dict:
-    fraction = {"balanced": "1/4", "cheap": "1/8"}.get(name)
-    return {"correction_fraction": fraction, "cut": "hidden" if name == "cheap" else "logits"}
+    fraction = {"balanced": "1/4", "cheap": "1/8", "split": "1/2"}.get(name)
+    split = {"form": "split", "ascent": "rest"} if name == "split" else {}
+    return {"correction_fraction": fraction, "cut": "hidden" if name == "cheap" else "logits", **split}
 
 
 def test_a_run_of_the_trainers_as_options():

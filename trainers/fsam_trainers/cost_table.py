@@ -24,6 +24,7 @@ def counted(config: ModelConfig, framework: Any) -> cost.Model:
 
 
 # The rows of `--all`: (name, changes of the options). A row that the given options exclude is left out.
+SPLIT: dict[str, Any] = {"form": "split", "ascent": "rest"}
 TABLE_ROWS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("AdamW", {"path": "base"}),
     ("SAM", {"path": "sam"}),
@@ -32,6 +33,8 @@ TABLE_ROWS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("cotangent kept", {"cotangent": "keep"}),
     ("cut hidden", {"cut": "hidden"}),
     *((f"fraction {text}", {"fraction": float(Fraction(text))}) for text in ("1/2", "1/4", "1/8")),
+    *((f"split {text}", SPLIT | {"fraction": float(Fraction(text))}) for text in ("1/2", "1/4")),
+    *((f"SAM, split {q}", SPLIT | {"path": "sam", "fraction": float(Fraction(q))}) for q in ("1/2", "1/4")),
     ("fraction 1/8, part's ascent", {"fraction": 1 / 8, "ascent": "part"}),
     ("fraction 1/8, cut hidden", {"fraction": 1 / 8, "cut": "hidden"}),
     ("top half of the blocks", {"scope": "half"}),
@@ -106,7 +109,7 @@ def options_of(settings: Settings, platform: str, *, devices: int = 1) -> cost.O
     method = settings.as_method()
     changes: dict[str, Any] = {"path": "base"}
     if isinstance(method, Perturbed):
-        of_method = ("path", "precondition", "fraction", "ascent", "ascent_fraction", "cut", "scope")
+        of_method = ("path", "precondition", "fraction", "form", "ascent", "ascent_fraction", "cut", "scope")
         changes = {name: getattr(method, name) for name in of_method}
         changes |= {name: getattr(settings, name) for name in ("every", "between", "start", "probability")}
     found = cost.Options(

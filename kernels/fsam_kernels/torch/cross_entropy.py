@@ -51,6 +51,7 @@ def cross_entropy(
 
     Raises:
         ValueError: for an unknown reduction, or weights or a count that the reduction does not use.
+        RuntimeError: in a backward pass with create_graph=True, because it has no second derivative.
     """
     check_reduction(reduction, weights is not None, count is not None)
     h_NxD = h.reshape(-1, h.shape[-1]).to(compute_dtype(h))
@@ -119,7 +120,17 @@ def _total_setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.has_bias = inputs[2] is not None
 
 
+def _refuse_second_derivatives() -> None:
+    """The gradients that a forward pass computes have no graph, so a derivative of them would lack most of its terms."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "cross_entropy has no second derivative, which create_graph=True asks for; use "
+            "torch.nn.functional.cross_entropy of the logits"
+        )
+
+
 def _total_backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    _refuse_second_derivatives()
     rest = (None,) * 8
     if g is None:
         return (None, None, None, *rest)
@@ -169,6 +180,7 @@ def _rows_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _rows_backward(ctx: Any, g_N: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    _refuse_second_derivatives()
     rest = (None,) * 6
     if g_N is None:
         return (None, None, None, *rest)

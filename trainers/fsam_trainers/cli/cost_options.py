@@ -23,11 +23,13 @@ class CostOptions:
     method: str = "precond-functional-sam"
     """adamw, sam, precond-sam, functional-sam, precond-functional-sam, logit-sam"""
     savings: str = "exact"
-    """options by name: exact, balanced (--correction-fraction 1/4), cheap (1/8 and --cut hidden)"""
+    """options by name: exact, balanced (--correction-fraction 1/4), cheap (1/8 and --cut hidden), split (1/2)"""
     correction_fraction: str | None = None
     """share of the batch that the second pass is computed on: 1/8, 0.25"""
-    ascent: str = "full"
-    """where the perturbation comes from: full, part, micro, previous, momentum, -momentum, random"""
+    form: str | None = None
+    """correction, or split: at AdamW's price, with --ascent rest"""
+    ascent: str | None = None
+    """where the perturbation comes from: full, part, micro, rest, previous, momentum, -momentum, random"""
     ascent_fraction: str | None = None
     """with --ascent part, the share of the batch whose gradient it is"""
     scope: str = "all"
@@ -87,9 +89,8 @@ def settings_of(options: CostOptions) -> Settings:
     for name in ("correction_fraction", "ascent_fraction"):
         if getattr(options, name) is not None:
             changes[name] = _number(f"--{name.replace('_', '-')}", getattr(options, name))
-    if options.cut is not None:
-        changes["cut"] = options.cut
-    same = ("framework", "method", "micro_batches", "ascent", "scope", "every", "between", "start", "probability")
+    changes |= {name: x for name in ("cut", "form", "ascent") if (x := getattr(options, name)) is not None}
+    same = ("framework", "method", "micro_batches", "scope", "every", "between", "start", "probability")
     changes |= {name: getattr(options, name) for name in (*same, "cotangent", "remat")}
     dtype: Any = options.dtype or ("float32" if options.machine == "here" else "bfloat16")
     return Settings(**changes, model=model, steps=STEPS, batch=batch // options.devices, dtype=dtype)

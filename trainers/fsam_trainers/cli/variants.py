@@ -13,8 +13,9 @@ from fsam_trainers.models.layout import ModelConfig
 # The options in which the methods of one comparison may differ.
 VARIED = (
     "learning_rate", "warmup", "final_learning_rate", "weight_decay", "b1", "b2", "eps", "clip_norm", "dropout", "ema",
-    "rho", "rho_schedule", "norm", "second_moment", "savings", "correction_fraction", "ascent", "ascent_fraction",
-    "scope", "cut", "every", "start", "probability", "between", "cotangent", "label_smoothing", "z_loss",
+    "rho", "rho_schedule", "norm", "second_moment", "savings", "correction_fraction", "form", "ascent",
+    "ascent_fraction", "scope", "cut", "every", "start", "probability", "between", "cotangent", "label_smoothing",
+    "z_loss",
 )  # fmt: skip
 
 

@@ -199,11 +199,11 @@ class JaxEngine:
     def weights(self) -> dict[str, np.ndarray]:
         return flattened(jax.tree.map(mesh.whole, self.state.params))
 
-    def _parts(self, tokens_BxL1: np.ndarray, index: int) -> list[dict[str, Any]]:
+    def _parts(self, tokens_BxL1: np.ndarray, index: int) -> fsam.MicroBatches:
         split = np.split(tokens_BxL1, self.settings.micro_batches)
         parts: list[dict[str, Any]] = [{"tokens": mesh.own_rows(self.mesh, x)} for x in split]
         if self.settings.model.dropout:
             key = jax.random.fold_in(self._key, index)
             for i, part in enumerate(parts):
                 part["key"] = jax.random.fold_in(key, i)
-        return parts
+        return fsam.MicroBatches(parts)

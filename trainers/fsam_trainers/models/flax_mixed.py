@@ -2,6 +2,9 @@
 
 A model that is cast as a whole has gradients that are rounded to its dtype first and then, on a mesh, summed in it over
 the devices. Here a weight stays in float32 and is cast inside: what is gathered is narrow, what is reduced is wide.
+
+In one dtype on one device the code is plain, and JAX differentiates it in both modes (`jax.jvp`, `jax.hessian`). The
+rules for half floats and for a mesh are for reverse mode, and for forward over reverse.
 """
 
 from __future__ import annotations
@@ -15,7 +18,6 @@ import jax.numpy as jnp
 from fsam_trainers.jax.mesh import in_use
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def product(name: str, x_NxI: jax.Array, w: jax.Array) -> jax.Array:
     """x times the parameter of this name, as the model uses it (`mesh.in_use`), in the dtype of x.
 
@@ -24,6 +26,19 @@ def product(name: str, x_NxI: jax.Array, w: jax.Array) -> jax.Array:
         x_NxI: activations.
         w: [I, ...] float32 or as wide as x; its gradient is summed, and comes back, in its own dtype.
     """
+    if _is_plain(w, x_NxI.dtype):
+        # As one matrix: XLA then transposes as little for the gradient of qkv as the rule below.
+        used = in_use(name, w)
+        return (x_NxI @ used.reshape(len(used), -1)).reshape(-1, *used.shape[1:])
+    return _mixed_product(name, x_NxI, w)
+
+
+def _is_plain(w: jax.Array, dtype: Any) -> bool:
+    return bool(w.dtype == dtype) and jax.sharding.get_abstract_mesh().size <= 1
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mixed_product(name: str, x_NxI: jax.Array, w: jax.Array) -> jax.Array:
     return _product_forward(name, x_NxI, w)[0]
 
 
@@ -51,17 +66,23 @@ def _over_rows(x_NxI: jax.Array, ybar: jax.Array, dtype: Any) -> jax.Array:
     return jnp.stack([dot(x_NxI, ybar[:, i]) for i in range(ybar.shape[1])], 1)
 
 
-product.defvjp(_product_forward, _product_backward)
+_mixed_product.defvjp(_product_forward, _product_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def rows_of(name: str, w_VxD: jax.Array, index_N: jax.Array, dtype: Any) -> jax.Array:
     """Rows of the parameter of this name in `dtype`, [N, D]; its gradient is summed in its own dtype."""
+    return (_rows if _is_plain(w_VxD, dtype) else _mixed_rows)(name, w_VxD, index_N, dtype)
+
+
+def _rows(name: str, w_VxD: jax.Array, index_N: jax.Array, dtype: Any) -> jax.Array:
     return in_use(name, w_VxD.astype(dtype))[index_N]
 
 
+_mixed_rows = jax.custom_vjp(_rows, nondiff_argnums=(0, 3))
+
+
 def _rows_forward(name: str, w_VxD: jax.Array, index_N: jax.Array, dtype: Any) -> tuple[jax.Array, Any]:
-    return rows_of(name, w_VxD, index_N, dtype), (w_VxD, index_N)
+    return _rows(name, w_VxD, index_N, dtype), (w_VxD, index_N)
 
 
 def _rows_backward(name: str, dtype: Any, kept: Any, xbar_NxD: jax.Array) -> tuple[jax.Array, None]:
@@ -70,4 +91,4 @@ def _rows_backward(name: str, dtype: Any, kept: Any, xbar_NxD: jax.Array) -> tup
     return scattered(xbar_NxD.astype(w_VxD.dtype))[0], None
 
 
-rows_of.defvjp(_rows_forward, _rows_backward)
+_mixed_rows.defvjp(_rows_forward, _rows_backward)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fsam_core import backends
+from fsam_core import MicroBatches, backends
 
 backends.require("torch")
 
@@ -147,7 +147,7 @@ class TorchEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self._running.train()
-        self._step([self._tokens(one) for one in np.split(tokens_BxL1, self.settings.micro_batches)])
+        self._step(MicroBatches(self._tokens(one) for one in np.split(tokens_BxL1, self.settings.micro_batches)))
         info = self._step.info
         assert info is not None
         if self._average is not None and not info.skipped:

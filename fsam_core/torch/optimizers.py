@@ -1,0 +1,72 @@
+"""The user's optimizers: one, or several with parameters of their own (Muon for matrices beside AdamW, say)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fsam_core.errors import UserError
+
+Optimizers = tuple[torch.optim.Optimizer, ...]
+
+
+def as_tuple(given: Any, names: Mapping[Tensor, str]) -> Optimizers:
+    """The optimizers, whether one or several were given.
+
+    Raises:
+        UserError: for none, or a parameter that two of them have.
+    """
+    found = tuple(given) if isinstance(given, Iterable) and not hasattr(given, "param_groups") else (given,)
+    if not found or not all(hasattr(one, "param_groups") for one in found):
+        raise UserError(f"optimizer: give a torch.optim.Optimizer or a list of them, got {given!r}")
+    owner: dict[Tensor, Any] = {}
+    for one in found:
+        for p in params([one]):
+            if p in owner:
+                both = f"{type(owner[p]).__name__} and {type(one).__name__}"
+                raise UserError(f"optimizer: {names.get(p) or 'a parameter'} is in {both}; give each parameter to one")
+            owner[p] = one
+    return found
+
+
+def params(optimizers: Sequence[torch.optim.Optimizer]) -> list[Any]:
+    """All of their tensors."""
+    return [p for one in optimizers for group in one.param_groups for p in group["params"]]
+
+
+def groups(optimizers: Sequence[torch.optim.Optimizer]) -> dict[Any, dict[str, Any]]:
+    """The parameter group of each tensor, and so its settings."""
+    return {p: group for one in optimizers for group in one.param_groups for p in group["params"]}
+
+
+def states(optimizers: Sequence[torch.optim.Optimizer], wanted: Sequence[Any]) -> list[Mapping[str, Any]]:
+    """What an optimizer keeps of each of these tensors; empty before the first step."""
+    owner = {p: one for one in optimizers for p in params([one])}
+    return [owner[p].state.get(p, {}) for p in wanted]
+
+
+def copies(optimizers: Sequence[torch.optim.Optimizer]) -> dict[Any, Any]:
+    """Master -> the model's parameter that is cast from it, of every `fsam_core.torch.AdamW` that has any."""
+    return {master: p for one in optimizers for master, p in (getattr(one, "copies", None) or {}).items()}
+
+
+def check_second_moments(optimizers: Sequence[torch.optim.Optimizer], moving: Mapping[Any, str]) -> None:
+    """Check that a tensor which moves along a preconditioned direction is in an optimizer that keeps `exp_avg_sq`.
+
+    Args:
+        moving: the tensors that the scope holds, with their names.
+
+    Raises:
+        UserError: naming the optimizer and a tensor.
+    """
+    for one in optimizers:
+        keeps = all("betas" in group and "eps" in group for group in one.param_groups)
+        mine = [p for p in params([one]) if p in moving]
+        if mine and (not keeps or isinstance(one, torch.optim.Adamax)):
+            raise UserError(
+                f"optimizer: precondition='adam' needs one that keeps exp_avg_sq (AdamW), got {type(one).__name__} "
+                f"for {moving[mine[0]] or 'a parameter'}; leave its parameters out by scope=, or use precondition=None"
+            )

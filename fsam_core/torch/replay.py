@@ -1,0 +1,107 @@
+"""What both passes of a step must see alike besides weights and batch: random draws and the model's buffers.
+
+Every micro-batch of a second pass begins with the generators and buffers that it began with in the base pass, and the
+model ends with those of one forward pass, whatever writes them: BatchNorm, an exponential average, a counter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Slot = tuple[nn.Module, str]
+
+
+class State(NamedTuple):
+    """The states of PyTorch's generators by device (None: the CPU's), and each buffer with its value."""
+
+    generators: dict[Any, Tensor]
+    buffers: dict[Slot, tuple[Tensor, Tensor]]
+
+
+class Replay:
+    """Saves and restores the state of a model's forward pass.
+
+    Only buffers that change are copied. Which do is seen in the first corrected step, by their values: writes through
+    `.data` change no version. A buffer whose first change is in a later step is found by its version or its identity
+    and copied from the next step on.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._first: dict[Slot, tuple[Tensor, Tensor]] | None = None
+        self._changing: set[Slot] | None = None
+        self._versions: dict[Slot, tuple[int, int]] = {}
+
+    def state(self) -> State:
+        """The present state; of the generators that of the CPU and of the devices that the model is on."""
+        devices = {p.device for p in self._model.parameters() if p.device.type not in ("cpu", "meta")}
+        generators: dict[Any, Tensor] = {None: torch.get_rng_state()}
+        generators |= {d: torch.get_device_module(d).get_rng_state(d) for d in devices}
+        wanted = self._buffers()
+        if self._changing is not None:
+            wanted = {slot: wanted[slot] for slot in self._changing if slot in wanted}
+        saved = {slot: (buffer, buffer.detach().clone()) for slot, buffer in wanted.items()}
+        if self._changing is None and self._first is None:
+            self._first = saved
+        return State(generators, saved)
+
+    @torch.no_grad()
+    def restore(self, state: State) -> None:
+        """The state as it was; buffers that were replaced since are put back."""
+        for device, one in state.generators.items():
+            if device is None:
+                torch.set_rng_state(one)
+            else:
+                torch.get_device_module(device).set_rng_state(one, device)
+        for (module, name), (buffer, value) in state.buffers.items():
+            # `.data`, because a graph that is still to be run backwards may hold the buffer: it has the same values.
+            buffer.data.copy_(value)
+            module._buffers[name] = buffer
+
+    @contextmanager
+    def replayed(self, *, counts: bool = False) -> Iterator[State]:
+        """A pass that repeats another: generators and buffers end as they are now.
+
+        With `counts` it goes on after what it repeats, with micro-batches of its own, and ends where it ends.
+        """
+        self._settle()
+        before = self.state()
+        try:
+            yield before
+        except BaseException:
+            counts = False
+            raise
+        finally:
+            if not counts:
+                self.restore(before)
+
+    def _buffers(self) -> dict[Slot, Tensor]:
+        every = [(m, name, b) for m in self._model.modules() for name, b in m._buffers.items()]
+        return {(m, name): b for m, name, b in every if b is not None and b.device.type != "meta"}
+
+    def _settle(self) -> None:
+        """Find the buffers that the base pass has changed."""
+        now = self._buffers()
+        if self._changing is None:
+            if self._first is None:
+                return
+            self._changing = {slot for slot, saved in self._first.items() if _has_changed(now.get(slot), *saved)}
+            self._first = None
+        else:
+            self._changing |= {
+                slot for slot, seen in self._versions.items() if slot in now and _seen(now[slot]) != seen
+            }
+        self._versions = {slot: _seen(buffer) for slot, buffer in now.items() if slot not in self._changing}
+
+
+def _seen(buffer: Tensor) -> tuple[int, int]:
+    return id(buffer), buffer._version
+
+
+def _has_changed(now: Tensor | None, before: Tensor, value: Tensor) -> bool:
+    return now is not before or not torch.equal(now, value)
