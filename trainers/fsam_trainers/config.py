@@ -14,6 +14,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from fsam_core import Method, UserError, cost, named, schedules
 from fsam_core.methods import Cut, Norm, Perturbed, SecondMoment, check_rho
+from fsam_core.methods import Form as StepForm
 from fsam_core.schedules import Between, Schedule, cosine, tied
 from fsam_kernels.memory import Form
 from fsam_kernels.options import Loss
@@ -97,8 +98,10 @@ class Settings:
     """current: this step's gradient is folded in; previous: the optimizer's as it stands"""
     correction_fraction: Annotated[float, SHARE] = 1.0
     """share of the batch that the second pass is computed on: 1/8, 0.25"""
+    form: Annotated[StepForm, TEXT] = "correction"
+    """correction: of the whole batch's gradient; split: at AdamW's price, with --ascent rest (docs/methods.md)"""
     ascent: str = "full"
-    """where the perturbation comes from: full, part, micro (each its own), previous, momentum, -momentum, random"""
+    """where the perturbation comes from: full, part, micro (each its own), rest, previous, momentum, random, ..."""
     ascent_fraction: Annotated[float | None, SHARE] = None
     """with --ascent part, the share of the batch whose gradient it is (default: the correction's)"""
     scope: str = "all"
@@ -196,7 +199,7 @@ class Settings:
 
     def as_method(self, learning_rate_at: Callable[[Any], Any] | None = None) -> Method:
         """The method. `learning_rate_at`: the framework's own schedule, by default `Settings.learning_rate_at`."""
-        names = ("norm", "second_moment", "ascent", "ascent_fraction", "scope", "cut", "seed")
+        names = ("norm", "second_moment", "form", "ascent", "ascent_fraction", "scope", "cut", "seed")
         options = {name: getattr(self, name) for name in names}
         rho: Any = self.rho
         if self.rho_schedule == "cosine":

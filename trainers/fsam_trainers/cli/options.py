@@ -30,7 +30,7 @@ class Basis:
     preset: str = "tiny"
     """model size: tiny, or the paper's 2m, 24m, 43m, 118m, 1208m (non-embedding parameters)"""
     savings: str = "exact"
-    """options by name: exact, balanced (--correction-fraction 1/4), cheap (1/8 and --cut hidden)"""
+    """options by name: exact, balanced (--correction-fraction 1/4), cheap (1/8, --cut hidden), split (1/2, at AdamW's price)"""
 
 
 class _Model(ModelConfig):
@@ -68,7 +68,11 @@ class DataOptions:
     data_workers: int | None = None
     """with a stream, tokenizing processes a rank (default: one fewer than cores, 1 to 4); 0: none but the run's own"""
     tokenizer: Path | None = None
-    """a tokenizer.json; without one a byte-level BPE is trained on the data"""
+    """a tokenizer.json or a SentencePiece .model; without one a byte-level BPE is trained on the data"""
+    text_column: str | None = None
+    """of rows, the column with their text (default: text, or else content)"""
+    token_dtype: str | None = None
+    """of .bin files that do not state it, the type of the ids: uint16, uint32, int32, int64"""
     max_tokens: int | None = None
     """read at most this many training tokens"""
 
@@ -131,6 +135,8 @@ class Common(Basis):
                 seq_len=settings.model.seq_len,
                 tokenizer=given.tokenizer,
                 max_tokens=given.max_tokens,
+                text_column=given.text_column,
+                token_dtype=given.token_dtype,
                 buffer=given.shuffle_buffer,
                 workers=given.data_workers,
             )
