@@ -25,6 +25,8 @@ from fsam_core.methods import SAM, FunctionalSAM, LogitSAM, Plain
 from fsam_core.schedules import Schedule
 from fsam_core.scopes import Blocks
 from fsam_core.split import MicroBatches
+from fsam_core.torch.check import Deviation, check
+from fsam_core.torch.from_model import from_model
 from fsam_core.torch.heads import Heads, LinearHead, Logits, Outputs
 from fsam_core.torch.info import Info
 from fsam_core.torch.loss_scale import LossScale
@@ -41,6 +43,7 @@ __all__ = [
     "AdamW",
     "Ascent",
     "Blocks",
+    "Deviation",
     "FunctionalSAM",
     "Heads",
     "Info",
@@ -57,6 +60,8 @@ __all__ = [
     "Staged",
     "Step",
     "UserError",
+    "check",
+    "from_model",
     "masters",
     "mean_loss",
     "reduce_upcast",

@@ -141,10 +141,14 @@ class DataParallel(_Group):
         class Features(nn.Module):
             """Stands in the wrapper for the module, until it is called."""
 
+            def named_buffers(self, *arguments: Any, **options: Any) -> Any:
+                return inner.named_buffers(*arguments, **options)  # those that the wrapper broadcasts
+
             def forward(self, batch: Any) -> tuple[Tensor, ...]:
                 ddp.module = inner
                 made.append(features(inner, batch))
-                return heads.outputs(made[0])
+                # A leaf is not found by find_unused_parameters, which would count the head's weight as unused.
+                return tuple(x.view_as(x) if x.is_leaf else x for x in heads.outputs(made[0]))
 
         try:
             ddp.module = Features()
@@ -247,10 +251,15 @@ class Sharded(_Shards):
 
     def call_features(self, features: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
         root, made = self.model, []
+        own = root.__dict__.get("forward")  # a caller's, as Accelerate's autocast
+
+        def restore() -> None:
+            root.__dict__.pop("forward", None)
+            root.__dict__.update({} if own is None else {"forward": own})
 
         def forward(batch: Any) -> tuple[Tensor, ...]:
             # Once inside, the root is an ordinary module: a call of it must not begin another forward of FSDP's.
-            del root.forward
+            restore()
             hooks = root._forward_pre_hooks, root._forward_hooks
             root._forward_pre_hooks, root._forward_hooks = OrderedDict(), OrderedDict()
             try:
@@ -263,7 +272,7 @@ class Sharded(_Shards):
         try:
             found = root(batch)
         finally:
-            root.__dict__.pop("forward", None)
+            restore()
         head = heads.with_activations(made[0], found)
         for linear in heads.linear_heads(head):
             self._check_gathered(linear.weight)

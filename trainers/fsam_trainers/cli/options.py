@@ -30,7 +30,7 @@ class Basis:
     preset: str = "tiny"
     """model size: tiny, or the paper's 2m, 24m, 43m, 118m, 1208m (non-embedding parameters)"""
     savings: str = "exact"
-    """options by name: exact, balanced (--correction-fraction 1/4), cheap (1/8, --cut hidden), split (1/2, at AdamW's price)"""
+    """options by name: exact, balanced (--correction-fraction 1/4), cheap (1/8, --cut hidden), split (1/2)"""
 
 
 class _Model(ModelConfig):

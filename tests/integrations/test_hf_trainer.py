@@ -1,0 +1,194 @@
+"""The step in transformers' Trainer: accumulation, clipping, bf16, skipped steps, resumption, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fsam_core import FunctionalSAM, Schedule
+from fsam_core.ascents import ASCENTS
+from fsam_core.errors import UserError
+from fsam_trainers.integrations.hf_trainer import FILE, FsamTrainer
+from integrations import causal_reference, hf_args, rows
+from integrations_models import (
+    CLIP,
+    causal_loss,
+    clipped,
+    error,
+    joined,
+    llama,
+    moved,
+    reference,
+    token_batches,
+    weights,
+)
+
+METHOD = FunctionalSAM(rho=0.1)
+
+
+def trainer(folder, model, data, method=METHOD, optimizer=None, trainer_options=None, **options):
+    optimizers = (optimizer, None) if optimizer else (torch.optim.SGD(model.parameters(), lr=1.0), None)
+    return FsamTrainer(
+        model, hf_args(str(folder), **options), train_dataset=data, optimizers=optimizers, method=method,
+        **(trainer_options or {}),
+    )  # fmt: skip
+
+
+def test_last_step_of_an_epoch_takes_the_micro_batches_that_are_left(tmp_path):
+    model, batches = llama(), token_batches(3)
+    made = trainer(tmp_path, model, rows(batches), max_steps=-1, num_train_epochs=1, learning_rate=0.0)
+    sizes = []
+    made.add_callback(_Seen(lambda: sizes.append(made.fsam_step.info.weight)))
+    made.train()
+    assert len(sizes) == made.fsam_step.steps == 2
+    assert sum(sizes) == sum(float((b["labels"][:, 1:] >= 0).sum()) for b in batches)
+
+
+def test_logged_loss_and_norm_are_the_steps(tmp_path):
+    model, batches = llama(), token_batches()
+    expected = float(causal_loss(model(joined(batches)["input_ids"]).logits, joined(batches)["labels"]).detach())
+    made = trainer(tmp_path, model, rows(batches), logging_steps=1)
+    made.train()
+    logged = made.state.log_history[0]
+    assert float(logged["loss"]) == pytest.approx(expected, rel=1e-3)
+    assert float(logged["grad_norm"]) == pytest.approx(made.fsam_step.info.grad_norm, rel=1e-3)
+
+
+def test_bf16_is_that_of_the_model_under_autocast(tmp_path):
+    torch.manual_seed(0)
+    model, batches = llama(), token_batches()
+    plain, before = causal_reference(model, batches), weights(model)
+    dtypes = []
+    model.lm_head.register_forward_pre_hook(lambda *_: dtypes.append(torch.is_autocast_enabled("cpu")))
+    made = trainer(tmp_path, model, rows(batches), bf16=True)
+    made.train()
+    assert all(dtypes)
+    assert made.fsam_step.features(made.model, batches[0]).hidden.dtype == torch.bfloat16
+    assert 1e-4 < error(moved(before, model), plain) < 0.05
+
+
+def test_step_that_is_not_finite_changes_nothing(tmp_path):
+    model, data = llama(), rows(token_batches())
+    made = trainer(tmp_path, model, data, trainer_options={"check_first": False})
+    with torch.no_grad():
+        model.lm_head.weight[0] = float("inf")
+    before = weights(model)
+    made.train()
+    assert made.fsam_step.skipped_steps == 1
+    assert all(torch.equal(x, before[name]) for name, x in weights(model).items())
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        FunctionalSAM(rho=0.1, precondition="adam", fraction=1 / 2),
+        pytest.param(FunctionalSAM(rho=0.1, ascent=ASCENTS["previous"]), marks=pytest.mark.slow),
+    ],
+    ids=["fraction", "previous"],
+)
+def test_resumed_run_ends_in_the_same_weights(tmp_path, method):
+    data = rows(token_batches(8))
+
+    def run(folder, resume=None, **options):
+        torch.manual_seed(0)
+        model = llama(attention_dropout=0.1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, **options}
+        schedule = {"schedule": Schedule(every=3)} if method.fraction < 1 else {}
+        made = trainer(folder, model, data, method, optimizer, schedule, **options)
+        made.train(resume_from_checkpoint=resume)
+        return weights(model), made.fsam_step.steps
+
+    expected, steps = run(tmp_path)
+    (tmp_path / "checkpoint-4").rename(tmp_path / "later")
+    found, resumed = run(tmp_path, True)
+    assert steps == resumed == 4
+    assert all(torch.equal(x, expected[name]) for name, x in found.items())
+
+
+@pytest.mark.slow
+def test_checkpoint_of_a_plain_trainer_counts_its_steps(tmp_path):
+    data, model = rows(token_batches(4)), llama()
+    options = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer(tmp_path, model, data, **options).train()
+    (tmp_path / "checkpoint-1" / FILE).unlink()
+    made = trainer(tmp_path, model, data, **{**options, "max_steps": 2})
+    made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert made.fsam_step.steps == 2
+
+
+def test_first_micro_batch_without_labels_is_not_compared(tmp_path):
+    data = rows(token_batches())
+    for row in data:
+        row["labels"] = torch.full_like(row["labels"], -100)
+    made = trainer(tmp_path, llama(), data)
+    made.train()
+    assert made.fsam_step.info.weight == 0
+    assert made._to_check
+
+
+def test_features_that_are_not_the_models_are_found_at_the_first_batch(tmp_path):
+    from fsam_core.torch.from_model import from_model
+
+    wrong = {"features": from_model("lm_head")}  # the labels are not shifted
+    with pytest.raises(UserError, match="their loss"):
+        trainer(tmp_path, llama(), rows(token_batches()), trainer_options=wrong).train()
+
+
+@pytest.mark.slow
+def test_frozen_head_under_peft(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model, batches = get_peft_model(llama(), LoraConfig(target_modules=["down_proj"])), token_batches()
+    for name, p in model.named_parameters():
+        if "lora_B" in name:  # 0 at first, and with it the gradient of the other factor
+            torch.nn.init.normal_(p, std=0.1)
+    expected, before = causal_reference(model, batches), weights(model)
+    trainer(tmp_path, model, rows(batches)).train()
+    assert error(moved(before, model), expected) < 1e-5
+
+
+@pytest.mark.slow
+def test_router_loss_reaches_the_optimizer(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    options = {"output_router_logits": True, "router_aux_loss_coef": 0.1, "num_local_experts": 4}
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=97, num_key_value_heads=2, **sizes, **options))
+    model.set_experts_implementation("eager")  # the others have no float64
+    batches = token_batches(1)
+    balance = __import__(type(model).__module__, fromlist=["x"]).load_balancing_loss_func
+
+    def outputs(model):
+        found = model(batches[0]["input_ids"])
+        return (found.logits, *found.router_logits)
+
+    loss = lambda z, *router: causal_loss(z, batches[0]["labels"]) + 0.1 * balance(router, 4, 2)
+    expected, before = clipped(reference(model, outputs, loss), CLIP), weights(model)
+    trainer(tmp_path, model, rows(batches), gradient_accumulation_steps=1).train()
+    assert error(moved(before, model), expected) < 1e-5
+
+
+def test_scaled_losses_and_unknown_losses_are_refused(tmp_path):
+    made = trainer(tmp_path, llama(), rows(token_batches()))
+    made.accelerator.scaler = object()
+    with pytest.raises(UserError, match="fp16"):
+        made._begin()
+    made.accelerator.scaler, made.compute_loss_func = None, causal_loss
+    with pytest.raises(UserError, match="compute_loss_func"):
+        made._begin()
+
+
+class _Seen:
+    """A callback after every step."""
+
+    def __new__(cls, function):
+        from transformers import TrainerCallback
+
+        class Callback(TrainerCallback):
+            def on_step_end(self, *args, **kwargs):
+                function()
+
+        return Callback()

@@ -1,0 +1,136 @@
+"""The step inside transformers' `Trainer`, which keeps clipping, logging, schedule, mixed precision and checkpoints.
+
+    trainer = FsamTrainer(model, args, train_dataset=data, method=FunctionalSAM(rho=0.5, precondition="adam"))
+    trainer.train()
+
+`FsamMixin` goes in front of another Trainer: `class Mine(FsamMixin, Seq2SeqTrainer): pass`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+
+from fsam_core.errors import UserError
+from fsam_core.methods import Method
+from fsam_core.schedules import ALWAYS, Schedule
+from fsam_core.torch import MicroBatches, Step
+from fsam_core.torch.check import check
+from fsam_core.torch.passes import Features
+from fsam_trainers.integrations.accelerate import ONE_MODEL
+from fsam_trainers.integrations.hf_models import features_of
+
+FILE = "fsam.pt"
+
+
+class FsamMixin:
+    """In front of a `Trainer`: its training steps become those of `method`.
+
+    Micro-batches are kept until the Trainer would sync its gradients, and make one step together: each label has the
+    same weight, whatever micro-batch it is in. Evaluation stays as it is. A step that is not finite leaves no
+    gradients, so the optimizer changes nothing.
+
+    Attributes:
+        fsam_step: the `Step`, from the beginning of `train` on; its `info` has the figures of the last step.
+    """
+
+    fsam_step: Step
+
+    def __init__(
+        self,
+        *args: Any,
+        method: Method,
+        features: Features | None = None,
+        schedule: Schedule = ALWAYS,
+        check_first: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            method: `Plain`, `SAM`, `FunctionalSAM` or `LogitSAM`.
+            features: None for those of `features_of(model)`.
+            schedule: the steps that have a correction.
+            check_first: whether the features' loss and gradient are compared with `compute_loss` on the first
+                micro-batch, which takes the memory of the Trainer's own step once.
+        """
+        super().__init__(*args, **kwargs)
+        self._fsam: dict[str, Any] = {"method": method, "features": features, "schedule": schedule}
+        self._to_check = check_first
+        self._collected: list[Any] = []
+        self._resumed: str | None = None
+        self.add_callback(_State(self))  # type: ignore[attr-defined]
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        trainer: Any = self
+        last = (
+            get_last_checkpoint(trainer.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        )
+        self._resumed = str(last) if last else None
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        trainer: Any = self
+        model.train()
+        batch = trainer._prepare_inputs(inputs)
+        if self._to_check and _has_labels(batch):
+            own_loss = lambda model, batch: trainer.compute_loss(model, dict(batch))
+            check(model, self.fsam_step.features, own_loss, batch)
+            self._to_check = False
+        self._collected.append(batch)
+        if not trainer.accelerator.sync_gradients:
+            return torch.zeros((), device=trainer.args.device)
+        batches, self._collected = MicroBatches(self._collected), []
+        return self.fsam_step.gradient(batches)
+
+    def _begin(self) -> None:
+        """Make the step, when model and optimizer are prepared, and restore it."""
+        trainer: Any = self
+        accelerator, args = trainer.accelerator, trainer.args
+        if accelerator.distributed_type not in ONE_MODEL or args.n_gpu > 1:
+            kind = "DataParallel" if args.n_gpu > 1 else accelerator.distributed_type.value
+            raise UserError(f"Trainer: {kind} is not supported; train on one device, or on several under torchrun")
+        if accelerator.scaler is not None:
+            raise UserError("fp16: the Trainer would unscale a gradient that was never scaled; use bf16=True")
+        if trainer.compute_loss_func is not None and self._fsam["features"] is None:
+            raise UserError("compute_loss_func: give the features of that loss, too; got features=None")
+        options = dict(self._fsam)
+        options["features"] = options["features"] or features_of(
+            accelerator.unwrap_model(trainer.model), label_smoothing=args.label_smoothing_factor
+        )
+        optimizer = trainer.optimizer
+        self._collected = []
+        self.fsam_step = Step(trainer.model_wrapped, getattr(optimizer, "optimizer", optimizer), **options)
+        if self._resumed is not None:
+            # A checkpoint of a plain Trainer has no such file; its steps count all the same.
+            path, state = Path(self._resumed) / FILE, {"steps": trainer.state.global_step, "skipped_steps": 0}
+            self.fsam_step.load_state_dict(torch.load(path, map_location="cpu") if path.exists() else state)
+
+
+def _has_labels(batch: Any) -> bool:
+    """Whether there is anything to compare: a mean over no label is NaN in the model's own loss."""
+    labels = batch.get("labels")
+    return labels is None or bool((labels[..., 1:] if labels.ndim > 1 else labels).ge(0).any())
+
+
+class FsamTrainer(FsamMixin, Trainer):
+    """`Trainer` with the steps of `method`."""
+
+
+class _State(TrainerCallback):
+    """Makes the step when training begins, and saves its state in every checkpoint."""
+
+    def __init__(self, trainer: FsamMixin) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._begin()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if args.should_save and not args.save_only_model and folder.is_dir():
+            torch.save(self._trainer.fsam_step.state_dict(), folder / FILE)

@@ -1,0 +1,122 @@
+"""The step in Lightning, by manual optimization.
+
+    class Model(FsamMixin, L.LightningModule):
+        def configure_step(self):
+            return StepSettings(FunctionalSAM(rho=0.5, precondition="adam"), from_model("lm_head"), accumulate=4)
+
+`forward` and `configure_optimizers` are the module's own. Lightning keeps precision, logging, schedules and
+checkpoints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fsam_core.errors import UserError
+from fsam_core.methods import Method
+from fsam_core.schedules import ALWAYS, Schedule
+from fsam_core.torch import MicroBatches, Step
+from fsam_core.torch.passes import Features
+
+KEY = "fsam"
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What `configure_step` returns.
+
+    Attributes:
+        method, features, clip_norm, schedule: those of `Step`; `features` is called with the LightningModule.
+        accumulate: micro-batches a step; the last step of an epoch takes those that are left.
+    """
+
+    method: Method
+    features: Features
+    accumulate: int = 1
+    clip_norm: float | None = None
+    schedule: Schedule = ALWAYS
+
+
+class FsamMixin:
+    """In front of `LightningModule`: its training steps become those of a method. It logs `train_loss` a step.
+
+    The step's state and the micro-batches of an unfinished step are part of Lightning's checkpoints. A hook that the
+    module overrides must call this one's.
+
+    Attributes:
+        fsam_step: the `Step`, from the beginning of training on.
+    """
+
+    automatic_optimization = False
+    fsam_step: Step
+    _collected: list[Any]
+    _restored: dict[str, Any] | None = None
+
+    def configure_step(self) -> StepSettings:
+        """The method and its settings."""
+        raise NotImplementedError("configure_step: return a StepSettings")
+
+    def on_train_start(self) -> None:
+        module: Any = self
+        if self.automatic_optimization:
+            raise UserError(
+                "automatic_optimization: it drops the step's gradients; leave it False, as the mixin sets it"
+            )
+        if module.trainer.world_size > 1:
+            raise UserError(
+                f"Trainer: got {module.trainer.world_size} devices; Lightning's DDP is not supported, use 1"
+            )
+        if getattr(module.trainer.precision_plugin, "scaler", None) is not None:
+            raise UserError("precision: '16-mixed' scales losses that are not computed; use 'bf16-mixed'")
+        settings = self.configure_step()
+        if settings.accumulate < 1:
+            raise UserError(f"accumulate must be >= 1, got {settings.accumulate!r}")
+        self._settings, self._collected = settings, []
+        self.fsam_step = Step(
+            module,
+            [one.optimizer for one in self._optimizers()],
+            settings.method,
+            features=settings.features,
+            clip_norm=settings.clip_norm,
+            schedule=settings.schedule,
+        )
+        if self._restored is not None:
+            self.fsam_step.load_state_dict(self._restored["step"])
+            self._collected, self._restored = self._restored["collected"], None
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        module: Any = self
+        self._collected.append(batch)
+        if len(self._collected) < self._settings.accumulate and not module.trainer.is_last_batch:
+            return
+        batches, self._collected = MicroBatches(self._collected), []
+        loss = self.fsam_step.gradient(batches, clip=True)
+        for optimizer in self._optimizers():
+            optimizer.step()  # Lightning's own, which counts global_step
+            optimizer.zero_grad()
+        self._step_schedulers("step")
+        module.log("train_loss", loss, prog_bar=True)
+
+    def on_train_epoch_end(self) -> None:
+        self._step_schedulers("epoch")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if hasattr(self, "fsam_step"):
+            checkpoint[KEY] = {"step": self.fsam_step.state_dict(), "collected": self._collected}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._restored = checkpoint.get(KEY)
+
+    def _optimizers(self) -> list[Any]:
+        """Lightning's wrappers of the module's optimizers."""
+        found = self.optimizers()  # type: ignore[attr-defined]
+        return found if isinstance(found, list) else [found]
+
+    def _step_schedulers(self, interval: str) -> None:
+        """What Lightning does by itself in automatic optimization."""
+        module: Any = self
+        for config in module.trainer.lr_scheduler_configs:
+            count = self.fsam_step.steps if interval == "step" else module.current_epoch + 1
+            if config.interval == interval and count % config.frequency == 0:
+                config.scheduler.step()
