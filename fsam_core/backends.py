@@ -16,9 +16,15 @@ from fsam_core.errors import UserError
 
 # Framework -> its backends, most specialised last. The first is plain framework code for any device.
 BACKENDS: dict[str, tuple[str, ...]] = {"jax": ("xla", "pallas"), "torch": ("torch", "triton")}
-# Module -> the pip extra that installs it, where the names differ.
-_EXTRA = {"optax": "jax", "flax": "jax", "orbax": "jax", "matplotlib": "report", "jinja2": "report"}
-_NEEDS = {"xla": "jax", "pallas": "jax", "torch": "torch", "triton": "triton"}
+# Framework -> the packages that training in it needs.
+TRAINING: dict[str, tuple[str, ...]] = {"jax": ("jax", "optax", "flax", "orbax.checkpoint"), "torch": ("torch",)}
+# Package -> the pip extra that installs it, where the names differ.
+_EXTRA = {
+    **dict.fromkeys(("optax", "flax", "orbax"), "jax"),
+    **dict.fromkeys(("matplotlib", "jinja2"), "report"),
+    **dict.fromkeys(("tokenizers", "sentencepiece", "datasets", "pyarrow", "platformdirs"), "data"),
+}
+_NEEDS = {"xla": ("jax", "optax"), "pallas": ("jax", "optax"), "torch": ("torch",), "triton": ("torch", "triton")}
 
 
 @dataclass(frozen=True)
@@ -29,14 +35,27 @@ class Choice:
     reason: str
 
 
-def require(module: str) -> None:
-    """Check that `module` ("jax", "optax", "torch", …) is installed.
+def require(*modules: str) -> None:
+    """Import the modules ("jax", "orbax.checkpoint", "torch", …).
 
     Raises:
-        UserError: with the pip command that installs it.
+        UserError: with the pip command that installs one that is missing or cannot be imported.
     """
-    if importlib.util.find_spec(module) is None:
-        raise UserError(f"{module} is not installed: pip install 'fsam[{_EXTRA.get(module, module)}]'")
+    for module in modules:
+        package = module.partition(".")[0]
+        extra = f"'fsam[{_EXTRA.get(package, package)}]'"
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{package} is not installed: pip install {extra}")
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # a broken installation raises anything
+            raise UserError(
+                f"{module} is installed but cannot be imported ({_said(error)}): pip install --force-reinstall {extra}"
+            ) from error
+
+
+def _said(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def built(name: str) -> bool:
@@ -61,16 +80,19 @@ def choose(framework: str, backend: str | None = None) -> Choice:
         if not built(asked):
             have = ", ".join(name for name in known if built(name))
             raise UserError(f"backend: {asked!r} ({source}) is not part of this version, which has {have}")
-        require(_NEEDS[asked])
+        require(*_NEEDS[asked])
         return Choice(asked, source)
     plain, *special = known
-    require(_NEEDS[plain])
+    require(*_NEEDS[plain])
     if not built(special[-1]):
         return Choice(plain, "auto: the only one built")
     if framework == "torch":
         # By count Triton moves 6 bytes a bfloat16 logit between the products, the plain code 44. Not timed on a GPU.
         return Choice(plain, "auto: triton moves fewer bytes by count, but was not timed on a GPU; ask for it by name")
-    device = importlib.import_module("jax").default_backend()
+    try:
+        device = importlib.import_module("jax").default_backend()
+    except (RuntimeError, AssertionError) as error:  # JAX raises either if JAX_PLATFORMS names what is not here
+        raise UserError(f"backend: JAX finds no device to run on ({_said(error)}): set JAX_PLATFORMS=cpu") from error
     if device == "tpu":
         return Choice("pallas", "auto: fewer cycles than xla by the TPU compiler's own estimate (docs/head.md)")
     return Choice(plain, f"auto: pallas is for TPUs, this is {device}")

@@ -19,8 +19,8 @@ from fsam_core.schedules import Kind
 PRESETS: dict[str, dict[str, Any]] = {
     "exact": {},
     "balanced": {"fraction": 1 / 4},
-    "cheap": {"fraction": 1 / 8, "cut": "hidden"},
     "split": {"form": "split", "ascent": "rest", "fraction": 1 / 2},
+    "cheap": {"fraction": 1 / 8, "cut": "hidden"},
 }
 
 

@@ -5,8 +5,9 @@
     (loss, info), grads = grad(params, batch, opt_state)      # pure: jit, shard and donate it as usual
     updates, opt_state = tx.update(grads, opt_state, params)
 
-Everything is a pure function. Randomness is part of the batch (put the key in it), so both passes see the same dropout.
-A step without a correction is a separate program, not a branch of the same one: pass `kind` as a static argument,
+Several micro-batches are `MicroBatches([b0, b1, ...])`; a list is one batch. Everything is a pure function. Randomness
+is part of the batch (put the key in it), so both passes see the same dropout. A step without a correction is a separate
+program, not a branch of the same one: pass `kind` as a static argument,
 
     step = jax.jit(step, static_argnames="kind")              # it calls grad(params, batch, opt_state, kind=kind)
     for i in range(steps):

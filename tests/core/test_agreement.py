@@ -73,8 +73,7 @@ class Trained:
     def in_torch(self, method, clip_norm):
         step = in_torch.Step(self.model, self.optimizer, method, features=torch_decoder.features, clip_norm=clip_norm)
         step.gradient(torch.from_numpy(self.batches[3]))
-        back = 1.0 if clip_norm is None else max(1.0, step.info.grad_norm / clip_norm)
-        return {k: p.grad.numpy() * back for k, p in self.model.named_parameters()}
+        return {k: p.grad.numpy() for k, p in self.model.named_parameters()}
 
     def textbook_jax(self, method, clip_norm):
         adam = in_jax.adam_state(self.state)

@@ -14,7 +14,7 @@ import pytest
 import spawn
 import torch
 
-from fsam_core import NAMES
+from fsam_core import NAMES, MicroBatches
 from fsam_core.errors import UserError
 from fsam_profiling import flops, rows
 from fsam_profiling.settings import random_tokens, step_settings
@@ -28,7 +28,7 @@ SMALL = {"batch": 2, "seq_len": 8, "vocab_size": 64}
 
 def test_rows_are_selected_by_name_with_adamw():
     names = lambda only: [saving or method for method, saving, _ in rows.table_rows(only)]
-    everything = [*NAMES, *(name for name, _ in rows.SAVINGS)]
+    everything = [*NAMES, *(name for name, _ in rows.SAVINGS), *(name for _, name, _ in rows.OF_SAM)]
     assert names("") == names("all") == everything
     assert names("1/8") == ["adamw", "1/8"]
     assert set(names("common,logit-sam")) == {*rows.COMMON, "logit-sam"}
@@ -177,7 +177,7 @@ def test_jax_peer_step_equals_ours(peer):
     function, _ = step_programs.peer(chosen, whose, method)
     params = flax_decoder.parameters(chosen.model, chosen.seed)
     opt_state = step_programs.optimizer_of(chosen, whose, method).init(params)
-    (params, _), _ = jax.jit(function)((params, opt_state), [{"tokens": random_tokens(chosen)}])
+    (params, _), _ = jax.jit(function)((params, opt_state), MicroBatches([{"tokens": random_tokens(chosen)}]))
     assert_close(ours, flattened(jax.tree.map(np.asarray, params)))
 
 

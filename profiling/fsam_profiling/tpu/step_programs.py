@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fsam_core.schedules import Kind
+from fsam_core.split import MicroBatches
 from fsam_profiling.settings import step_settings
 from fsam_profiling.timing import textbook_jax
 from fsam_trainers.config import Settings
@@ -46,7 +47,7 @@ def peer(chosen: Settings, whose: str, kind: str) -> Program:
     make = textbook_jax.step if whose == "textbook" else textbook_jax.contrib_step
     step = make(kind, _logits(chosen), tx, chosen.rho)
 
-    def function(state: Any, batches: list[Any]) -> Any:
+    def function(state: Any, batches: MicroBatches) -> Any:
         (batch,) = batches
         return step(state, batch["tokens"])
 
@@ -66,10 +67,10 @@ def weights_of(model: ModelConfig) -> Any:
     return nested(found)
 
 
-def batches_of(chosen: Settings) -> list[dict[str, Any]]:
+def batches_of(chosen: Settings) -> MicroBatches:
     rows = chosen.batch // chosen.micro_batches
     tokens = jax.ShapeDtypeStruct((rows, chosen.model.seq_len + 1), jnp.int32)
-    return [{"tokens": tokens} for _ in range(chosen.micro_batches)]
+    return MicroBatches({"tokens": tokens} for _ in range(chosen.micro_batches))
 
 
 def _logits(chosen: Settings) -> Any:

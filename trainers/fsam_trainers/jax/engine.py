@@ -158,6 +158,9 @@ class JaxEngine:
 
         def report() -> StepReport:
             got = jax.device_get(info)
+            if got.bad_label >= 0:
+                V = self.settings.model.vocab_size
+                raise fsam.UserError(f"--data: a token id must be below the vocabulary's {V}, got {int(got.bad_label)}")
             base, final, epsilon = (float(x) for x in (got.base_norm, got.grad_norm, got.perturbation_norm))
             return StepReport(float(got.loss), base, final, epsilon, skipped=not got.finite)
 
