@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+import integrations_nanodo
 from integrations_models import (
     CLIP,
     Nano,
@@ -256,6 +257,7 @@ def torchtitan(code: str) -> float:
 CLIENTS: dict[str, Callable[[str], float]] = {
     "any loop": any_loop,
     "nanoGPT": nanogpt,
+    "nanodo": integrations_nanodo.error,
     "transformers": transformers,
     "PEFT": peft,
     "Lightning": lightning,
