@@ -45,6 +45,7 @@ def child(tmp_path: Path, case: dict, seconds: int = 1500) -> dict:
 CASES = {name: {"method": name} for name in NAMES} | {
     "fraction": {"method": FUNCTIONAL, "correction_fraction": 1 / 4},
     "hidden cut": {"method": FUNCTIONAL, "cut": "hidden"},
+    "split": {"method": FUNCTIONAL, "form": "split", "ascent": "rest", "correction_fraction": 1 / 2},
     "every": {"method": FUNCTIONAL, "every": 2},
     "start": {"method": FUNCTIONAL, "start": 0.5},
     "micro-batches, untied, average": {"method": FUNCTIONAL, "micro_batches": 2, "ema": 0.9, "model": {"tied": False}},

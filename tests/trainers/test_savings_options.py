@@ -46,6 +46,14 @@ SLOW: dict[str, dict[str, Any]] = {
     "some steps": {"probability": 0.5},
     "checkpointed blocks": {"remat": True, "correction_fraction": 0.5, "scope": "top:1"},
     "sam": {"method": "sam", "every": 3},
+    "split": {"form": "split", "ascent": "rest", "correction_fraction": 0.5},
+    "sam, split by micro-batches": {
+        "method": "precond-sam",
+        "form": "split",
+        "ascent": "rest",
+        "correction_fraction": 0.25,
+        "micro_batches": 4,
+    },
 }
 
 
@@ -76,7 +84,7 @@ def test_an_option_set_by_name_and_what_is_given_beside_it():
     cheap = settings("--savings", "cheap")
     assert (cheap.correction_fraction, cheap.cut) == (0.125, "hidden")
     assert settings("--savings", "cheap", "--correction-fraction", "1/2").correction_fraction == 0.5
-    with pytest.raises(UserError, match="--savings: 'free' is not known; use one of exact, balanced, cheap"):
+    with pytest.raises(UserError, match="--savings: 'free' is not known; use one of exact, balanced, split, cheap"):
         settings("--savings", "free")
 
 

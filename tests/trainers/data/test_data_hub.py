@@ -7,7 +7,8 @@ from data_helpers import documents, prose
 from fsam_core.errors import UserError
 from fsam_trainers.data import documents as pieces
 from fsam_trainers.data import prepare
-from fsam_trainers.data.hub import hub_source
+from fsam_trainers.data.documents import file_digest
+from fsam_trainers.data.hub import identity
 
 TEXTS = [prose(30, seed) for seed in range(120)]
 
@@ -56,9 +57,8 @@ def test_a_changed_local_folder_is_another_corpus(tmp_path):
 
 
 def test_c4_is_english_unless_it_says_otherwise():
-    assert hub_source("hf:allenai/c4", 1000).digest == hub_source("hf:allenai/c4:en", 1000).digest
-    assert hub_source("hf:allenai/c4", 1000).digest != hub_source("hf:allenai/c4:de", 1000).digest
-    assert hub_source("hf:allenai/c4", 1000).title == "allenai/c4 (en)"
+    assert identity("hf:allenai/c4", file_digest) == identity("hf:allenai/c4:en", file_digest)
+    assert identity("hf:allenai/c4", file_digest) != identity("hf:allenai/c4:de", file_digest)
 
 
 def test_a_stream_without_a_bound_is_refused():
@@ -82,14 +82,15 @@ def test_a_data_set_that_does_not_fit_is_named(tmp_path, cache):
     with pytest.raises(UserError, match=f"--data {spec}: the data set cannot be opened: .+"):
         build(spec)
     spec = write(tmp_path / "columns", train=TEXTS)
-    (tmp_path / "columns" / "train.jsonl").write_text('{"content": "x", "id": 1}\n')
+    (tmp_path / "columns" / "train.jsonl").write_text('{"body": "x", "id": 1}\n')
     with pytest.raises(
-        UserError, match=f'--data {spec}: a row has no "text" that is a string, its columns: content, id'
+        UserError,
+        match=f'--data: {spec}, shard 0, row 1: no "text" or "content" column, only: body, id: .*--text-column',
     ):
         build(spec)
     spec = write(tmp_path / "broken", train=TEXTS)
     (tmp_path / "broken" / "train.jsonl").write_text('{"text": "x"}\n{oops\n')
-    with pytest.raises(UserError, match=f"--data {spec}: the data set cannot be (read|opened): .+"):
+    with pytest.raises(UserError, match=f"--data {spec}(, shard 0)?: the data set cannot be (read|opened): .+"):
         build(spec)
     assert not list(cache.iterdir())
 

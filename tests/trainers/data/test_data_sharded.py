@@ -10,11 +10,11 @@ import pytest
 from data_helpers import prose
 
 from fsam_core.errors import UserError
-from fsam_trainers.data import prepare, shards
+from fsam_trainers.data import prepare, text
 from fsam_trainers.data.documents import Row, row_split
-from fsam_trainers.data.records import record_rows
+from fsam_trainers.data.records import Skipped, record_rows
 from fsam_trainers.data.sharded import ShardedText, open_sharded
-from fsam_trainers.data.shards import piece_count, text_rows
+from fsam_trainers.data.text import text_rows
 
 TEXTS = [prose(12, seed) for seed in range(100)]
 NAMES = ["a.jsonl", "a.jsonl.gz", "a.json.zst", "a.parquet"]
@@ -55,28 +55,36 @@ def test_rows_of_another_part_are_not_decoded(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "x"}\nnot json\n{"text": "y"}\n')
     assert [row.text for row in record_rows(path, 0, 0, 2)] == ["x", "y"]
-    with pytest.raises(UserError, match=r"a\.jsonl, line 2: not a JSON object"):
-        list(record_rows(path, 0, 1, 2))
+    skipped = Skipped()
+    assert list(record_rows(path, 0, 1, 2, skipped=skipped)) == []
+    assert skipped.first.startswith(f"{path}, line 2: not a JSON object")
 
 
-@pytest.mark.parametrize("content", [prose(900), "é€🙂" * 400, "x" * 999 + "\n" + "y" * 1001, "a\n" * 300, "🙂"])
+@pytest.mark.parametrize(
+    "content",
+    [prose(900), "é€🙂" * 400, "x" * 999 + "\n" + "y" * 1001, "a\n" * 300, "a\n \n\tb\n" * 90, "🙂"],
+    ids=["prose", "no line", "two lines", "short lines", "indented", "one character"],
+)
 @pytest.mark.parametrize(("piece", "reach"), [(64, 16), (100, 99), (13, 6)])
 def test_pieces_of_a_text_are_the_text(tmp_path, monkeypatch, content, piece, reach):
-    monkeypatch.setattr(shards, "PIECE", piece)
-    monkeypatch.setattr(shards, "REACH", reach)
+    monkeypatch.setattr(text, "PIECE", piece)
+    monkeypatch.setattr(text, "REACH", reach)
     path = tmp_path / "a.txt"
     path.write_bytes(content.encode())
     rows = list(text_rows(path, 0, 0, 1))
     assert "".join(row.text for row in rows) == content
-    assert [row.number for row in rows] == list(range(piece_count(path)))
+    assert [row.number for row in rows] == list(range(-(-len(content.encode()) // piece)))
     assert [row.ends for row in rows] == [False] * (len(rows) - 1) + [True]
+    assert [row.starts for row in rows] == [True] + [False] * (len(rows) - 1)
     # From any piece on, in any share, any range of them: the same pieces.
     middle = len(rows) // 2
     assert list(text_rows(path, middle, 0, 1)) == rows[middle:]
     shares = [row for part in range(3) for row in text_rows(path, 0, part, 3)]
-    assert sorted(shares) == [row._replace(ends=True) for row in rows]
-    first = [row.text for row in text_rows(path, 0, 0, 1, last=middle)]
-    assert first + [row.text for row in text_rows(path, 0, 0, 1, first=middle)] == [row.text for row in rows]
+    assert sorted(shares) == [row._replace(ends=True, starts=True) for row in rows]
+    cut = text.held_out_from(path)
+    spans = [[row.text for row in text_rows(path, 0, 0, 1, **span)] for span in ({"end": cut}, {"begin": cut})]
+    assert "".join(spans[0]) == content.encode()[:cut].decode()
+    assert "".join(spans[0] + spans[1]) == content
 
 
 def test_pieces_end_with_a_line_where_one_is_near(tmp_path):
@@ -93,9 +101,11 @@ def test_a_text_that_is_none_is_named_or_left_out(tmp_path):
     with pytest.raises(UserError, match=r"--data: .*a\.txt is not UTF-8 text: byte 70000 is 0xff"):
         list(text_rows(path, 0, 0, 1))
     path.write_bytes(b"\x89PNG\0" * 10)
-    assert list(text_rows(path, 0, 0, 1, skip_binary=True)) == []
+    with pytest.raises(UserError, match=f"{tmp_path} holds no text.*; a.txt is not text"):
+        open_sharded(str(tmp_path))
     path.write_bytes(b"a" + "🙂".encode() * 4096)  # the first bytes that are looked at end in a character
-    assert "".join(row.text for row in text_rows(path, 0, 0, 1, skip_binary=True)) == "a" + "🙂" * 4096
+    trained, validation = both(open_sharded(str(tmp_path)))
+    assert "".join(trained + validation) == "a" + "🙂" * 4096
     with pytest.raises(UserError, match="cannot be read"):
         list(text_rows(tmp_path / "gone.txt", 0, 0, 1))
 
@@ -141,9 +151,7 @@ def test_of_one_text_the_end_is_held_out(tmp_path):
     trained, validation = both(text)
     assert "".join(trained + validation) == path.read_text()
     assert 0.02 < len("".join(validation)) / path.stat().st_size < 0.1
-    path.write_text("short")
-    with pytest.raises(UserError, match=r"a\.txt is too short to be streamed \(5 bytes\): --stream no"):
-        open_sharded(str(path))
+    assert trained == [row.text for row in text.train[0].rows(0, 0, 1)]
 
 
 def test_the_fingerprint_depends_on_content_not_on_place(tmp_path):
@@ -181,7 +189,7 @@ def test_a_spec_that_names_nothing_usable(tmp_path, use):
     (tmp_path / "b.txt").write_bytes(b"\xff")
     for spec, message in [
         (f"{tmp_path}/*.parquet", "--data: no file matches"),
-        (f"{tmp_path}/a.*", r"a\.jsonl, and others, .*a\.txt: give one kind"),
+        (f"{tmp_path}/a.*", r"several kinds, .*a\.jsonl and .*a\.txt: give one kind"),
         (f"{tmp_path}/none", "is neither a file nor a folder here"),
     ]:
         with pytest.raises(UserError, match=message):

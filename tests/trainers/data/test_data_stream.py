@@ -305,7 +305,7 @@ def spoil(path: Path, how: str) -> None:
     if how == "truncated":
         path.write_bytes(content[: len(content) - 10])
     elif how == "not JSON":
-        path.write_bytes(b'{"text": "x"}\nnot json\n' + content)
+        path.write_bytes(b'{"text": "x"}\n' + b"not json\n" * 20 + content)
     else:
         path.unlink()
 
@@ -316,7 +316,6 @@ def spoil(path: Path, how: str) -> None:
         ("parquet", "truncated", 0, r"4\.parquet is a damaged Parquet file"),
         pytest.param("parquet", "truncated", 2, r"4\.parquet is a damaged Parquet file", marks=pytest.mark.slow),
         ("jsonl", "not JSON", 0, r"train-4\.jsonl, line 2: not a JSON object"),
-        ("jsonl", "truncated", 2, r"train-4\.jsonl, line 24: not a JSON object"),
         pytest.param(
             "gz", "truncated", 0, r"4\.jsonl\.gz is a damaged gzip file \(after line \d+\)", marks=pytest.mark.slow
         ),
@@ -411,7 +410,7 @@ def test_what_is_streamed_if_nothing_is_asked_for(tmp_path, monkeypatch):
     stored = load(local, **sizes)
     assert not isinstance(stored, StreamedCorpus)
     assert stored.description.endswith("tokens, vocabulary 300, stored")
-    monkeypatch.setattr("fsam_trainers.data.stream.STREAMED_BYTES", 1000)
+    monkeypatch.setattr("fsam_trainers.data.loading.STREAMED_BYTES", 1000)
     large = load(local, **sizes)
     assert isinstance(large, StreamedCorpus)
     assert "streamed (0.0 GB, more than 1e-06) from 5 shards" in large.description

@@ -7,7 +7,7 @@ from data_helpers import documents, prose
 
 from fsam_core.errors import UserError
 from fsam_trainers.data import documents as pieces
-from fsam_trainers.data import prepare, text
+from fsam_trainers.data import prepare, specs, text
 
 
 def build(path: Path, **more):
@@ -22,11 +22,11 @@ def write(folder: Path, files: dict[str, str | bytes]) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("piece", [pieces.PIECE, 50])
+@pytest.mark.parametrize("piece", [text.PIECE, 50])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_one_file_comes_back_exactly_and_is_cut_at_a_line(tmp_path, monkeypatch, end, piece):
-    monkeypatch.setattr(pieces, "PIECE", piece)
-    monkeypatch.setattr(pieces, "LINE", piece // 2)
+    monkeypatch.setattr(text, "PIECE", piece)
+    monkeypatch.setattr(text, "REACH", piece // 2)
     content = end.join(prose(12, seed) for seed in range(100)) + end + "<|endoftext|> written out"
     corpus = build(write(tmp_path, {"a.txt": content}) / "a.txt")
     (train,), (validation,) = documents(corpus.train, corpus), documents(corpus.validation, corpus)
@@ -41,14 +41,15 @@ def test_one_line_is_cut_at_the_mark(tmp_path, end):
     content = prose(2000).replace("\n", " ") + end
     corpus = build(write(tmp_path, {"a.txt": content}) / "a.txt")
     (validation,) = documents(corpus.validation, corpus)
-    assert validation == content[-(len(content) // 20) :]
+    in_bytes = content.encode()
+    assert validation == in_bytes[-(len(in_bytes) // 20) :].decode("utf-8", "ignore")  # from the next character on
 
 
 def test_a_folder_is_split_by_file_and_skips_binary_files(tmp_path):
     files = {f"{'deep/' * (n % 3)}{n:02}.txt": prose(40, n) for n in range(60)}
     folder = write(
         tmp_path / "texts",
-        {**files, "bad.txt": b"caf\xe9 latin-1", "nul.bin": b"a\0b", "empty.txt": "", ".git/HEAD": "ref"},
+        {**files, "bad.txt": b"caf\xe9 latin-1", "nul.dat": b"a\0b", "empty.txt": "", ".git/HEAD": "ref"},
     )
     corpus = build(folder)
     train, validation = documents(corpus.train, corpus), documents(corpus.validation, corpus)
@@ -56,7 +57,7 @@ def test_a_folder_is_split_by_file_and_skips_binary_files(tmp_path):
     assert sorted(text for text in train + validation if text) == sorted(order)
     assert [text for text in order if text in set(train)] == [text for text in train if text]
     assert 1 <= len(validation) <= 10
-    assert "61 files" in corpus.description  # the empty one is a document too
+    assert "(2 other files left out, the first: bad.txt is not UTF-8 text): 60 files," in corpus.description
 
 
 def test_the_split_of_a_file_does_not_depend_on_the_others(tmp_path):
@@ -101,7 +102,10 @@ def test_max_tokens_bounds_both_splits_and_keeps_the_start(tmp_path):
 
 def test_few_training_tokens_leave_enough_held_out_to_measure_by(tmp_path):
     path = write(tmp_path, {"a.txt": prose(20000)}) / "a.txt"
-    assert build(path, max_tokens=1000).validation.size == build(path).validation.size > 1000
+    tokenizer = build(path).folder / "tokenizer.json"
+    sizes = {build(path, tokenizer=tokenizer, max_tokens=most).validation.size for most in (1000, None)}
+    assert len(sizes) == 1
+    assert min(sizes) > 1000
 
 
 def test_the_content_and_each_setting_make_another_corpus(tmp_path):
@@ -164,7 +168,7 @@ def test_the_python_corpus_omits_what_distributions_change(tmp_path, monkeypatch
     found = documents(corpus.train, corpus) + documents(corpus.validation, corpus)
     assert sorted(found) == sorted((folder / name).read_text() for name in wanted)
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(folder / "json" / "tests")})
-    monkeypatch.setattr(text, "_portable", lambda part: False)
+    monkeypatch.setattr(specs, "_portable", lambda part: False)
     with pytest.raises(UserError, match=r"--data python: .*tests holds no Python sources"):
         prepare("python", vocab_size=300, seq_len=8)
 
@@ -174,11 +178,11 @@ def test_the_python_corpus_omits_what_distributions_change(tmp_path, monkeypatch
     [
         ({"a.txt": ""}, "a.txt", ["--data", "a.txt", "empty"]),
         ({"a.txt": b"caf\xe9"}, "a.txt", ["--data", "a.txt", "UTF-8"]),
-        ({"a.txt": b"a\0b"}, "a.txt", ["--data", "a.txt", "UTF-8"]),
+        ({"a.txt": b"a\0b"}, "a.txt", ["--data", "a.txt is not text", "byte 1 is NUL"]),
         ({"a.txt": "word"}, "a.txt", ["--data", "training", "9"]),
         ({"a.txt": "word " * 30}, "a.txt", ["--data", "validation", "9"]),
         ({"d/a": b"\xff", "d/b": ""}, "d", ["--data", "/d ", "no text"]),
-        ({"d/train.bin": b"\0\0"}, "d", ["--data", "train.bin"]),
+        ({"d/train.bin": b"\0\0"}, "d", ["--data", "training", "1", "9"]),
         ({}, "missing.txt", ["--data", "missing.txt", "python", ".jsonl", ".bin", "hf:NAME"]),
         ({}, "x" * 5000, ["--data", "xxx", "hf:NAME"]),
         ({}, "~nobody-of-this-name/x", ["--data", "~nobody-of-this-name", "hf:NAME"]),

@@ -8,7 +8,7 @@ from data_helpers import documents, prose
 
 from fsam_core.errors import UserError
 from fsam_trainers.data import prepare
-from fsam_trainers.data.vocabulary import end_id, size, train_tokenizer
+from fsam_trainers.data.vocabulary import load_tokenizer, train_tokenizer
 
 TEXT = prose(3000)
 
@@ -35,11 +35,13 @@ def other_tokenizer(path: Path, end: str, ids: int = 300) -> Path:
 
 
 def test_the_end_token_is_0_and_every_byte_has_a_token():
-    tokenizer = train_tokenizer(["abab" * 20], 300)
-    assert end_id(tokenizer) == 0
-    assert 257 <= size(tokenizer) <= 300
+    content = train_tokenizer(["abab" * 20], 300)
+    loaded = load_tokenizer(content, None, 300)
+    assert loaded.end == 0
+    assert 257 <= loaded.size <= 300
     text = "".join(map(chr, range(1, 0x300))) + "\U0001f600"
-    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    (ids,) = loaded.encode_batch([text])
+    assert tokenizers.Tokenizer.from_buffer(content).decode(ids) == text
 
 
 @pytest.mark.parametrize("end", ["<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>"])
@@ -89,10 +91,21 @@ def test_ids_with_holes_count_by_the_largest(tmp_path):
         token for token in vocabulary if len(token) > 1 and not any(token in m for m in content["model"]["merges"])
     )
     vocabulary[unused] = 900
-    assert size(tokenizers.Tokenizer.from_str(json.dumps(content))) == 901
+    assert load_tokenizer(json.dumps(content).encode(), None, 1000).size == 901
 
 
 def test_a_missing_package_names_the_command_that_installs_it(data, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(UserError, match=r'--data: needs the package "tokenizers": pip install "fsam\[data\]"'):
+    with pytest.raises(UserError, match=r"--data: tokenizers is not installed: pip install 'fsam\[data\]'"):
         prepare(data, vocab_size=300, seq_len=8)
+
+
+def test_a_broken_package_is_told_from_a_missing_one(data, tmp_path, monkeypatch):
+    (tmp_path / "sentencepiece.py").write_text("raise OSError('libprotobuf.so')")
+    monkeypatch.delitem(sys.modules, "sentencepiece", raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "t.model").write_bytes(b"\n\n")
+    with pytest.raises(
+        UserError, match=r"--data: sentencepiece is installed but cannot be imported \(OSError: libprot"
+    ):
+        prepare(data, vocab_size=300, seq_len=8, tokenizer=tmp_path / "t.model")
