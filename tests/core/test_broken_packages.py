@@ -101,6 +101,7 @@ def test_profile_says_what_a_subcommand_lacks(tmp_path, missing, arguments):
     assert done.stderr == f"fsam: error: {missing} is not installed: pip install 'fsam[{missing}]'\n"
 
 
+@pytest.mark.slow
 def test_profile_needs_only_what_a_subcommand_uses(tmp_path):
     sizes = ["--batch", "1", "--seq-len", "8", "--vocab-size", "300", "--repeats", "10"]
     command = ["profile", "step", "--framework", "jax", "--only", "adamw", "--no-peers", *sizes]

@@ -121,10 +121,17 @@ def enter(joined: Processes) -> None:
 def raise_if_lost(error: BaseException) -> None:
     """
     Raises:
-        UserError: if the error says that another process is lost.
+        UserError: if the error says that another process is lost, or that the port for the others is in use.
     """
     # JAX raises gloo's errors as ValueError when a program is started and as RuntimeError when it is waited for.
-    if isinstance(error, (RuntimeError, ValueError)) and not isinstance(error, UserError) and is_lost(error):
+    if not isinstance(error, (RuntimeError, ValueError)) or isinstance(error, UserError):
+        return
+    if any(phrase in str(error).lower() for phrase in ("address already in use", "failed to start rpc server")):
+        raise UserError(
+            f"MASTER_PORT: got {os.environ.get('MASTER_PORT')}, this port or, of JAX, the next one is in use on this "
+            "machine: give another one, as torchrun --master-port does"
+        ) from error
+    if is_lost(error):
         here = _current
         raise UserError(
             f"rank {here.rank} of {here.count}: another rank is gone, or did not answer in {here.timeout:g} s "

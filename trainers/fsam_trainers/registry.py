@@ -31,12 +31,16 @@ def joined(framework: str) -> Iterator[Processes]:
     """Join the other processes of this launch, if there are any; within the block they are `processes.current()`.
 
     Raises:
-        UserError: when another process is lost while the block runs.
+        UserError: when the processes cannot meet, or another one is lost while the block runs.
     """
     if processes.number("WORLD_SIZE", 1) == 1 or processes.current().count > 1:
         yield processes.current()
         return
-    found = _join(framework)
+    try:
+        found = _join(framework)
+    except Exception as error:
+        processes.raise_if_lost(error)
+        raise
     processes.enter(found)
     try:
         yield found

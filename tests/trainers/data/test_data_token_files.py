@@ -236,6 +236,8 @@ def cut(path: Path) -> None:
         ({"x.bin": llmc(IDS)}, {"token_dtype": "uint32"}, ["--token-dtype: got uint32", "uint16 by its header"]),
         ({"x.bin": IDS.astype("<u2").tobytes()}, {"token_dtype": "float"}, ["--token-dtype: got 'float'", "int64"]),
         ({"x.bin": (-IDS).astype("<i4").tobytes()}, {"token_dtype": "int32"}, ["the token id -", "another type"]),
+        ({"x.bin": WIDE.astype("<u4").tobytes()}, {"token_dtype": "uint16"}, ["every other id", "give a wider one"]),
+        ({"x.bin": IDS.astype("<u2").tobytes()}, {"token_dtype": "uint32"}, ["holds the token id", "type than uint32"]),
         ({"x.bin": b"A plain text, called .bin. " * 90}, {}, ["x.bin is text"]),
         ({"x.bin": b"PK\x03\x04" + bytes(900)}, {}, ["x.bin is a zip archive, as PyTorch saves weights"]),
         ({"x.bin": IDS.astype("<u2").tobytes(), "x.idx": b"TNTIDX\0\0" + bytes(99)}, {}, ["x.idx is no index of"]),

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
+from rich.markup import escape
 from rich.table import Table
 
-from fsam_core import backends
+from fsam_core import UserError, backends
 from fsam_trainers.console import stdout
 from fsam_trainers.files import writable, write_json
 
@@ -35,19 +36,24 @@ def main(arguments: list[str]) -> int:
     table = Table("framework", "version", "backend", "in this version", "picked", "why")
     for row in rows:
         marks = ["yes" if row[name] else "" for name in ("built", "picked")]
-        table.add_row(row["framework"], row["version"] or "not installed", row["backend"], *marks, row["reason"])
+        table.add_row(
+            row["framework"], row["version"] or "not installed", row["backend"], *marks, escape(row["reason"])
+        )
     stdout().print(table)
     return 0
 
 
 def found() -> list[dict[str, Any]]:
-    """A row for every backend of every framework."""
+    """A row for every backend of every framework; of one that cannot be used the reason says why."""
     rows = []
     for framework, names in backends.BACKENDS.items():
-        installed = importlib.util.find_spec(framework) is not None
-        picked = backends.choose(framework) if installed else None
-        version = importlib.metadata.version(framework) if installed else None
-        missing = "" if installed else f"pip install 'fsam[{framework}]'"
+        picked, problem, version = None, "", None
+        try:
+            picked = backends.choose(framework)
+        except UserError as error:
+            problem = str(error)
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            version = importlib.metadata.version(framework)
         for name in names:
             chosen = picked is not None and picked.name == name
             rows.append(
@@ -57,7 +63,7 @@ def found() -> list[dict[str, Any]]:
                     "backend": name,
                     "built": backends.built(name),
                     "picked": chosen,
-                    "reason": picked.reason if picked and chosen else missing,
+                    "reason": picked.reason if picked and chosen else problem,
                 }
             )
     return rows

@@ -13,8 +13,9 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import tyro
 
-from fsam_core import UserError
+from fsam_core import UserError, backends
 from fsam_trainers import processes
+from fsam_trainers.cli.config_file import expanded
 from fsam_trainers.config import SAVINGS, Intervals, Settings, steps_for
 from fsam_trainers.console import Console
 from fsam_trainers.models.layout import ModelConfig
@@ -87,6 +88,8 @@ class Common(Basis):
     intervals: tyro.conf.OmitArgPrefixes[RunIntervals] = field(default_factory=RunIntervals)
     tokens_per_param: float | None = None
     """instead of --steps: tokens for each non-embedding parameter (Chinchilla: about 20)"""
+    config: Path | None = None
+    """TOML file with options, which those of the command line override; every run writes its own, OUT/config.toml"""
     out: Path | None = None
     """folder of the run; a run that was interrupted there is resumed (default: under runs/)"""
     json: Path | None = None
@@ -122,10 +125,15 @@ class Common(Basis):
         tenth = dict.fromkeys({"evaluate_every", "checkpoint_every"} - self.given, max(1, steps // 10))
         return Intervals(**{**vars(self.intervals), **tenth})
 
+    def recorded(self) -> dict[str, Any]:
+        """Options for config.toml, besides settings and intervals."""
+        return {"preset": self.preset, **vars(self.corpus)}
+
     def load_corpus(self, settings: Settings, console: Console) -> Any:
         """The corpus; one process of each host prepares it, the others read the cache."""
         from fsam_trainers.data import load
 
+        backends.require(*backends.TRAINING[settings.framework])  # before minutes of tokenizing
         given = self.corpus
         found = processes.current().first_on_host(
             lambda: load(
@@ -159,8 +167,9 @@ def parse(command: type[Command], arguments: Sequence[str], prog: str) -> Comman
     """The options of `command`; prints help or a usage error and exits by itself.
 
     Raises:
-        UserError: for a preset or savings that are not known.
+        UserError: for a preset or savings that are not known, and for a wrong --config.
     """
+    arguments = expanded(command, arguments)
     basis, _ = tyro.cli(Basis, args=arguments, return_unknown_args=True, add_help=False)
     size = preset(basis.preset)
     if basis.savings not in SAVINGS:

@@ -6,8 +6,9 @@ hold. Either way a run resumes bit for bit.
 
 from fsam_trainers.data.batches import Batches, validation_batches
 from fsam_trainers.data.corpus import Corpus
+from fsam_trainers.data.loading import StreamedCorpus, load, training_batches
 from fsam_trainers.data.pipeline import prepare
-from fsam_trainers.data.stream import StreamedBatches, StreamedCorpus, load, merged, training_batches
+from fsam_trainers.data.stream import StreamedBatches, merged
 
 __all__ = [
     "Batches",

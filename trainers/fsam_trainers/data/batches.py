@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fsam_core.errors import UserError
-from fsam_trainers.data.corpus import check_at_least, check_length
+from fsam_trainers.data.corpus import Tokens, check_at_least, check_length
 
 
 class Batches:
@@ -27,7 +27,7 @@ class Batches:
 
     def __init__(
         self,
-        tokens: np.ndarray,
+        tokens: Tokens,
         seq_len: int,
         batch_size: int,
         seed: int,
@@ -79,7 +79,7 @@ def check_rows(batch_size: int, micro_batches: int, ranks: int) -> None:
         raise UserError(f"{got} must be divisible by --micro-batches {micro_batches} times {ranks} processes")
 
 
-def validation_batches(tokens: np.ndarray, seq_len: int, batch_size: int, count: int) -> list[np.ndarray]:
+def validation_batches(tokens: Tokens, seq_len: int, batch_size: int, count: int) -> list[np.ndarray]:
     """The first windows of the held-out tokens, always the same: at most `count` arrays, int32 [b, seq_len + 1].
 
     All arrays have one shape, so a compiled evaluation compiles once: b = batch_size, and windows that do not fill a
@@ -106,7 +106,7 @@ def permutation(seed: int, draw: tuple[int, ...], count: int) -> np.ndarray:
     return np.random.Generator(bits).permutation(count)
 
 
-def windows_of(tokens: np.ndarray, chosen: np.ndarray, seq_len: int) -> np.ndarray:
+def windows_of(tokens: Tokens, chosen: np.ndarray, seq_len: int) -> np.ndarray:
     """Windows of the numbers `chosen`: int32 [chosen, seq_len + 1]; window i starts at token i · seq_len."""
     places = chosen[:, None] * seq_len + np.arange(seq_len + 1)
     return np.asarray(tokens[places], dtype=np.int32)

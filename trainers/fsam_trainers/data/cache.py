@@ -1,7 +1,8 @@
 """Entries of the token cache: written atomically, verified when opened.
 
-An entry is a folder with train.bin, validation.bin, tokenizer.json and meta.json. It is built under a temporary name
-in the same folder and renamed in one step, so no process ever sees half of one, even if the build is killed.
+An entry is a folder with train.bin, validation.bin, tokenizer.json (or tokenizer.model) and meta.json. It is built
+under a temporary name in the same folder and renamed in one step, so no process ever sees half of one, even if the
+build is killed.
 """
 
 import errno
@@ -20,8 +21,10 @@ import numpy as np
 from fsam_core.errors import UserError
 from fsam_trainers.data.corpus import DTYPES, Corpus, checksum, fingerprint, map_tokens
 from fsam_trainers.data.documents import extra
+from fsam_trainers.data.vocabulary import is_json
 from fsam_trainers.files import sync
 
+SENTENCEPIECE = "tokenizer.model"
 _BUILDING = ".building-"
 _DAY = 86400.0  # seconds
 
@@ -73,6 +76,18 @@ def durable(path: Path) -> Iterator[BinaryIO]:
         os.fsync(file.fileno())
 
 
+def write_tokenizer(folder: Path, content: bytes) -> None:
+    """Write an entry's tokenizer.json, or the SentencePiece model in its place."""
+    with durable(folder / ("tokenizer.json" if is_json(content) else SENTENCEPIECE)) as file:
+        file.write(content)
+
+
+def read_tokenizer(folder: Path) -> bytes:
+    """The content of an entry's tokenizer.json or SentencePiece model."""
+    model = folder / SENTENCEPIECE
+    return (model if model.is_file() else folder / "tokenizer.json").read_bytes()
+
+
 def write_meta(folder: Path, meta: dict[str, Any]) -> None:
     """Write an entry's meta.json; `open_entry` documents its keys."""
     with durable(folder / "meta.json") as file:
@@ -92,8 +107,9 @@ def open_entry(folder: Path) -> Corpus:
         if fingerprint(vocab_size, dtype, meta["train_blake2b"], meta["validation_blake2b"]) != mark:
             raise ValueError("its fingerprint does not match")
         expected = {split: (meta[f"{split}_tokens"], meta[f"{split}_blake2b"]) for split in ("train", "validation")}
-    with _checking(folder, "tokenizer.json"):
-        json.loads((folder / "tokenizer.json").read_bytes())
+    if not (folder / SENTENCEPIECE).is_file():
+        with _checking(folder, "tokenizer.json"):
+            json.loads((folder / "tokenizer.json").read_bytes())
     tokens = {split: _open_tokens(folder, f"{split}.bin", dtype, *expected[split]) for split in expected}
     return Corpus(tokens["train"], tokens["validation"], vocab_size, mark, folder, description)
 

@@ -3,36 +3,70 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fsam_core.errors import UserError
 
 CHUNK = 1 << 22  # tokens looked at together where all of a file must be
-DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+DTYPES: dict[str, np.dtype] = {
+    "uint16": np.dtype("<u2"),
+    "uint32": np.dtype("<u4"),
+    "int32": np.dtype("<i4"),
+    "int64": np.dtype("<i8"),
+}
+
+
+class JoinedTokens:
+    """Token arrays of one dtype end to end, indexed like one [T]. Only what is taken out by an array is copied."""
+
+    def __init__(self, parts: list[np.ndarray]) -> None:
+        self.parts = parts
+        self._starts = np.cumsum([0, *(part.size for part in parts)])
+        self.dtype, self.size = parts[0].dtype, int(self._starts[-1])
+
+    def __getitem__(self, index: Any) -> Any:
+        """A slice of step 1 is joined tokens again; an integer array gives an array of its shape."""
+        if isinstance(index, slice):
+            start, stop, _ = index.indices(self.size)
+            spans = zip(self.parts, self._starts.tolist(), strict=False)
+            return JoinedTokens([part[max(start - at, 0) : max(stop - at, 0)] for part, at in spans])
+        which = np.searchsorted(self._starts, index, side="right") - 1
+        taken = np.empty(index.shape, self.dtype)
+        for number in np.unique(which):
+            here = which == number
+            taken[here] = self.parts[number][index[here] - self._starts[number]]
+        return taken
+
+    def tobytes(self) -> bytes:
+        return b"".join(part.tobytes() for part in self.parts)
+
+
+Tokens = np.ndarray | JoinedTokens
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
     """A corpus in tokens.
 
-    train: [T] uint16 or uint32, memory-mapped, read-only. Documents end to end, each followed by the end token.
+    train: [T] of one of DTYPES, memory-mapped, read-only. Documents end to end, each followed by the end token.
     validation: [V], same dtype; no document, or part of one, is in both.
     vocab_size: number of rows the model's embedding needs; every token id is below it.
     fingerprint: hex digest of the tokens, their dtype and vocab_size: corpora with the same one hold the same tokens.
-    folder: where the shards, meta.json and tokenizer.json lie (for a .bin SPEC: the folder of the .bin).
+    folder: where the tokens, meta.json and the tokenizer lie (of files of tokens: the folder of the first).
     description: one line for a person.
     """
 
-    train: np.ndarray
-    validation: np.ndarray
+    train: Tokens
+    validation: Tokens
     vocab_size: int
     fingerprint: str
     folder: Path
     description: str
 
 
-def token_dtype(vocab_size: int) -> np.dtype:
+def dtype_for(vocab_size: int) -> np.dtype:
     """The narrower of little-endian uint16 and uint32 that holds every id below `vocab_size`."""
     return DTYPES["uint16" if vocab_size <= 1 << 16 else "uint32"]
 
@@ -44,8 +78,8 @@ def map_tokens(path: Path, dtype: np.dtype) -> np.ndarray:
     return np.memmap(path, dtype, mode="r")
 
 
-def checksum(tokens: np.ndarray) -> str:
-    """blake2b hex digest of the bytes of a 1-D array, read piece by piece."""
+def checksum(tokens: Tokens) -> str:
+    """blake2b hex digest of the bytes of the tokens, read piece by piece."""
     digest = hashlib.blake2b(digest_size=32)
     for start in range(0, tokens.size, CHUNK):
         digest.update(tokens[start : start + CHUNK].tobytes())

@@ -1,25 +1,32 @@
-"""The common output of all text sources: documents in pieces, each with its split, and a digest of the content."""
+"""What all sources share: rows and pieces of documents, what is held out, digests, and errors of reading."""
 
 import hashlib
 import importlib
-import io
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Literal, NamedTuple, TextIO
+from typing import Literal, NamedTuple
 
+from fsam_core import backends
 from fsam_core.errors import UserError
 
 Split = Literal["train", "validation"]
 
-PIECE = 1 << 17  # characters: long enough that cuts are rare, short enough that a batch of pieces keeps every core busy
-LINE = 1 << 14  # characters a piece may grow by to end at the end of a line
 HELD_OUT = 20  # one document in this many is held out for validation
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_VALIDATION = re.compile(r"validation|(?<![a-z])val(id)?(?![a-z])")
+
+
+class Row(NamedTuple):
+    """A row of a file, numbered from 0: a document, or the part of one that `starts` and `ends` say."""
+
+    number: int
+    text: str
+    ends: bool = True
+    starts: bool = True
 
 
 class Piece(NamedTuple):
@@ -28,14 +35,7 @@ class Piece(NamedTuple):
     split: Split
     text: str
     ends: bool
-
-
-class Row(NamedTuple):
-    """A row of a file, numbered from 0. `ends`: the end token belongs after it."""
-
-    number: int
-    text: str
-    ends: bool = True
+    starts: bool
 
 
 class Stream(NamedTuple):
@@ -43,21 +43,6 @@ class Stream(NamedTuple):
 
     feeds: tuple[Split, ...]
     pieces: Iterator[Piece]
-
-
-@dataclass(frozen=True)
-class Source:
-    """A text corpus before tokenization.
-
-    title: what it is, for a person. unit: what its documents are ("files", "rows"); empty where counting says nothing.
-    digest: hex digest of what the documents are; the same digest means the same documents in the same splits.
-    open: starts reading; the first stream feeds the training split.
-    """
-
-    title: str
-    unit: str
-    digest: str
-    open: Callable[[], list[Stream]]
 
 
 def held_out(key: str) -> bool:
@@ -78,31 +63,16 @@ def row_split(index: int) -> Split:
     return "validation" if index == 1 or (index > 1 and held_out(str(index))) else "train"
 
 
-def row_pieces(texts: Iterable[str], split: Callable[[int], Split]) -> Iterator[Piece]:
-    """One document per text; `split` maps its index to its split. Lone surrogates become U+FFFD."""
-    for index, text in enumerate(texts):
-        text = encodable(text)
-        if len(text) <= PIECE:
-            yield Piece(split(index), text, ends=True)
-        else:
-            yield from file_pieces(io.StringIO(text, newline=""), len(text), split(index))
+def named_splits(paths: list[Path]) -> tuple[list[Path], list[Path]]:
+    """(files to train on, files whose names say "validation" or "val"); the latter are [] if there are no others."""
+    own = [path for path in paths if _VALIDATION.search(path.name.lower())]
+    others = [path for path in paths if path not in own]
+    return (others, own) if own and others else (paths, [])
 
 
 def encodable(text: str) -> str:
     """The text with lone surrogates, which JSON can contain and UTF-8 cannot, replaced by U+FFFD."""
     return text if text.isascii() else _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
-
-
-def file_pieces(file: TextIO, count: int, split: Split) -> Iterator[Piece]:
-    """The next `count` characters of an open file as one document, in pieces that end with a line where one is near."""
-    while True:
-        text = file.read(min(PIECE, count))
-        text += file.readline(min(LINE, count - len(text)))
-        count -= len(text)
-        ends = count == 0 or not text
-        yield Piece(split, text, ends)
-        if ends:
-            return
 
 
 def content_digest(kind: str, parts: Iterable[tuple[str, bytes]]) -> str:
@@ -130,11 +100,12 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def extra(module: str) -> ModuleType:
-    """A module of the optional `data` dependencies; UserError with the command that installs it where it is missing."""
+    """A module of the optional `data` dependencies. Raises UserError with a pip command if it is missing or broken."""
     try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(f'--data: needs the package "{module}": pip install "fsam[data]"') from error
+        backends.require(module)
+    except UserError as error:
+        raise UserError(f"--data: {error}") from error
+    return importlib.import_module(module)
 
 
 def one_line(error: BaseException) -> str:

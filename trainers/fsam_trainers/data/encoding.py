@@ -3,12 +3,12 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
 from fsam_trainers.data.documents import Piece, Split, Stream
-from fsam_trainers.data.vocabulary import end_id
+from fsam_trainers.data.vocabulary import Tokenizer
 
 _BATCH = 1 << 21  # characters encoded at a time
 _SMALL = 1 << 12  # characters read at least, where few tokens are wanted
@@ -58,30 +58,34 @@ def take_head(stream: Stream, characters: int) -> tuple[list[str], Stream]:
 
 
 def encode_streams(
-    streams: list[Stream], tokenizer: Any, sinks: dict[Split, Sink], report: Callable[[int], None]
+    streams: list[Stream], tokenizer: Tokenizer, sinks: dict[Split, Sink], report: Callable[[int], None]
 ) -> None:
     """Write every stream's tokens, an end token after each document, until the sinks it feeds are full.
 
     `report` is called now and then with the number of training tokens written.
     """
-    end = end_id(tokenizer)
     for stream in streams:
         fed = [sinks[split] for split in stream.feeds]
         for batch in _batches(stream.pieces, fed):
             wanted = [piece for piece in batch if sinks[piece.split].room != 0]
-            encoded = tokenizer.encode_batch_fast([piece.text for piece in wanted], add_special_tokens=False)
-            for piece, encoding in zip(wanted, encoded, strict=True):
+            encoded = tokenizer.encode([piece.text for piece in wanted], [piece.starts for piece in wanted])
+            for piece, ids in zip(wanted, encoded, strict=True):
                 if sinks[piece.split].room != 0:
-                    sinks[piece.split].write(piece, encoding.ids, end)
+                    sinks[piece.split].write(piece, ids, tokenizer.end)
             report(sinks["train"].tokens)
 
 
-def encode_rows(tokenizer: Any, end: int, texts: list[str], ends: list[bool]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of rows end to end, uint32 [T], `end` after each that `ends`; and where rows start, int64 [rows + 1]."""
-    encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    rows = [[*encoding.ids, end] if last else encoding.ids for encoding, last in zip(encoded, ends, strict=True)]
-    starts = np.cumsum([0, *map(len, rows)], dtype=np.int64)
-    return np.fromiter(chain.from_iterable(rows), np.uint32, int(starts[-1])), starts
+def encode_rows(
+    tokenizer: Tokenizer, texts: list[str], starts: list[bool], ends: list[bool]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of rows end to end, uint32 [T], the end token after each that `ends`; where rows begin, int64 [rows + 1].
+
+    starts: of each row, whether it starts a document, see `Tokenizer.encode`.
+    """
+    encoded = tokenizer.encode(texts, starts)
+    rows = [[*ids, tokenizer.end] if last else ids for ids, last in zip(encoded, ends, strict=True)]
+    places = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+    return np.fromiter(chain.from_iterable(rows), np.uint32, int(places[-1])), places
 
 
 def _batches(pieces: Iterator[Piece], fed: list[Sink]) -> Iterator[list[Piece]]:

@@ -42,19 +42,20 @@ def chunks(text: ShardedText, seed: int, part: int, parts: int, start: Place) ->
             if n < first.shard:
                 continue
             name = text.train[shard].name
-            chunk = Chunk(name, [], [], [])
+            chunk = Chunk(name, [], [], [], [])
             size = 0
             for row in text.train[shard].rows(first.row if n == first.shard else 0, which, of):
                 if not text.trains(shard, row.number):
                     continue
                 chunk.places.append(Place(epoch, n, row.number))
                 chunk.texts.append(encodable(row.text))
+                chunk.starts.append(row.starts)
                 chunk.ends.append(row.ends)
                 size += len(row.text)
                 if size >= CHUNK or len(chunk.texts) >= _ROWS:
                     yield chunk
                     characters += size
-                    chunk, size = Chunk(name, [], [], []), 0
+                    chunk, size = Chunk(name, [], [], [], []), 0
             if chunk.texts:
                 yield chunk
                 characters += size

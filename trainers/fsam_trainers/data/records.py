@@ -1,78 +1,114 @@
-"""Data sets in rows with a `text` column: JSON lines (C4's format), plain, gzipped or zstd-compressed, and Parquet."""
+"""Data sets in rows with a text column: JSON lines (C4's format), plain, gzipped or zstd-compressed, and Parquet."""
 
 import gzip
 import io
 import json
+import logging
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from fsam_core.errors import UserError
-from fsam_trainers.data.documents import (
-    Row,
-    Source,
-    Stream,
-    content_digest,
-    extra,
-    file_digest,
-    one_line,
-    reading,
-    row_pieces,
-    row_split,
-)
+from fsam_trainers.data.documents import Row, extra, one_line, reading
+from fsam_trainers.data.kinds import PARQUET
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet")
+COLUMNS = ("text", "content")  # where a row's text is, unless --text-column says it: the first of these that it has
+SKIPPED = 10  # rows without a text that may be skipped, and one in a hundred
+
+_log = logging.getLogger(__name__)
 
 
-def is_records(path: Path) -> bool:
-    """Whether a file's name says that it holds rows."""
-    return path.name.lower().endswith(SUFFIXES)
+class Bad(NamedTuple):
+    """A row that cannot be used."""
+
+    place: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.reason}"
 
 
-def records_source(title: str, paths: list[Path]) -> Source:
-    """The rows of all `paths`, file after file, one document each.
+class Skipped:
+    """Counts the rows that hold no text; too many of them raise a UserError. One for all files of a corpus."""
 
-    Files with "validation" in their names, as C4's have, are the held-out split if there are others beside them;
-    without such files the rows are split by a hash of their number.
+    def __init__(self) -> None:
+        self.rows = self.count = 0
+        self.first = ""
+        self._said: set[str] = set()
 
-    Raises UserError, here or while reading, for a file that cannot be read, is damaged, or has a row without a text.
-    """
-    digest = content_digest("records", ((path.name, file_digest(path)) for path in paths))
-
-    def rows(paths: list[Path]) -> Iterator[str]:
-        for path in paths:
-            yield from (row.text for row in record_rows(path))
-
-    own, others = own_validation(paths)
-
-    def streams() -> list[Stream]:
-        if not own or not others:
-            return [Stream(("train", "validation"), row_pieces(rows(paths), row_split))]
-        return [
-            Stream(("train",), row_pieces(rows(others), lambda index: "train")),
-            Stream(("validation",), row_pieces(rows(own), lambda index: "validation")),
-        ]
-
-    return Source(title, "rows", digest, streams)
-
-
-def own_validation(paths: list[Path]) -> tuple[list[Path], list[Path]]:
-    """The files whose names say that they are held out, as C4's do, and the others."""
-    own = [path for path in paths if "validation" in path.name.lower()]
-    return own, [path for path in paths if path not in own]
+    def usable(self, rows: Iterable[tuple[int, str | Bad]], *, whole: bool) -> Iterator[Row]:
+        """The rows that hold a text. `whole`: these are all rows of a file, of which one at least must be usable."""
+        good, bad, first = 0, 0, ""
+        for number, text in rows:
+            self.rows += 1
+            if isinstance(text, str):
+                good += 1
+                yield Row(number, text)
+                continue
+            bad += 1
+            self.count += 1
+            first, self.first = first or str(text), self.first or str(text)
+            if self.count > SKIPPED + self.rows // 100:
+                raise UserError(f"--data: {first}; {self.count} of the first {self.rows} rows hold no text")
+        if bad and not good and whole:
+            raise UserError(f"--data: {first}")
+        if bad and first not in self._said:  # a file is read more than once
+            self._said.add(first)
+            _log.warning("--data: %s of %s rows skipped, the first: %s", bad, good + bad, first)
 
 
-def record_rows(path: Path, start: int = 0, part: int = 0, parts: int = 1) -> Iterator[Row]:
+def columns_of(column: str | None) -> tuple[str, ...]:
+    """Where a row's text may be: in the column of this name, or, if there is none, in one of COLUMNS."""
+    return COLUMNS if column is None else (column,)
+
+
+def text_of(row: Any, columns: tuple[str, ...], place: str) -> str | Bad:
+    """The text of a decoded row."""
+    column = next((name for name in columns if name in row), None) if isinstance(row, dict) else None
+    if not isinstance(row, dict):
+        return Bad(place, f'must be an object with a "{columns[0]}", got {type(row).__name__}')
+    if column is None:
+        return Bad(place, _no_column(columns, list(row)))
+    text = row[column]
+    return text if isinstance(text, str) else Bad(place, f'"{column}" must be a string, got {type(text).__name__}')
+
+
+def record_rows(
+    path: Path,
+    start: int = 0,
+    part: int = 0,
+    parts: int = 1,
+    *,
+    columns: tuple[str, ...] = COLUMNS,
+    skipped: Skipped | None = None,
+) -> Iterator[Row]:
     """The rows of a file from number `start` on whose number is `part` modulo `parts`; the others are not decoded.
 
-    Rows are numbered from 0. Raises UserError, naming the file, if it is damaged or a row has no text.
+    Rows are numbered from 0; one that holds no text is skipped and keeps its number. Raises UserError, naming the file,
+    if it is damaged, none of its rows has a text, or more rows have none than `Skipped` allows.
     """
-    read = parquet_rows if path.name.lower().endswith(".parquet") else jsonl_rows
-    return read(path, start, part, parts)
+    read = _parquet_rows if _is_parquet(path) else _jsonl_rows
+    rows = read(path, start, part, parts, columns)
+    yield from (skipped or Skipped()).usable(rows, whole=start == 0 and parts == 1)
 
 
-def jsonl_rows(path: Path, start: int = 0, part: int = 0, parts: int = 1) -> Iterator[Row]:
-    """`record_rows` of a JSON-lines file; blank lines are no rows."""
+def _is_parquet(path: Path) -> bool:
+    if path.name.lower().endswith(".parquet"):
+        return True
+    with reading(path), path.open("rb") as file:
+        return file.read(len(PARQUET)) == PARQUET
+
+
+def _no_column(columns: tuple[str, ...], has: list[str]) -> str:
+    wanted = " or ".join(f'"{name}"' for name in columns)
+    return f"no {wanted} column, only: {', '.join(has[:10])}: name the one with the text by --text-column"
+
+
+def _jsonl_rows(
+    path: Path, start: int, part: int, parts: int, columns: tuple[str, ...]
+) -> Iterator[tuple[int, str | Bad]]:
+    """Blank lines are no rows."""
     line_number, row = 0, -1
     with reading(path), _open(path) as file:
         try:
@@ -81,7 +117,7 @@ def jsonl_rows(path: Path, start: int = 0, part: int = 0, parts: int = 1) -> Ite
                     continue
                 row += 1
                 if row >= start and row % parts == part:
-                    yield Row(row, _text_of(line, f"{path}, line {line_number}"))
+                    yield row, _decoded(line, columns, f"{path}, line {line_number}")
         except (OSError, EOFError, zlib.error) as error:
             if isinstance(error, OSError) and error.errno is not None:  # the disk's word, not the decompressor's
                 raise
@@ -102,42 +138,38 @@ def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
     return path.open("rb")
 
 
-def _text_of(line: bytes, place: str) -> str:
+def _decoded(line: bytes, columns: tuple[str, ...], place: str) -> str | Bad:
     try:
-        row = json.loads(line)
+        return text_of(json.loads(line), columns, place)
     except (ValueError, RecursionError) as error:  # not UTF-8 and not JSON are both ValueErrors
-        raise UserError(f"--data: {place}: not a JSON object: {one_line(error)}") from error
-    if not isinstance(row, dict) or "text" not in row:
-        has = ", ".join(list(row)[:10]) if isinstance(row, dict) else type(row).__name__
-        raise UserError(f'--data: {place}: no "text" column, only: {has}')
-    if not isinstance(row["text"], str):
-        raise UserError(f'--data: {place}: "text" must be a string, got {type(row["text"]).__name__}')
-    return row["text"]
+        return Bad(place, f"not a JSON object: {one_line(error)}")
 
 
-def parquet_rows(path: Path, start: int = 0, part: int = 0, parts: int = 1) -> Iterator[Row]:
-    """`record_rows` of a Parquet file's `text` column; whole row groups before `start` are not read."""
+def _parquet_rows(
+    path: Path, start: int, part: int, parts: int, columns: tuple[str, ...]
+) -> Iterator[tuple[int, str | Bad]]:
+    """Whole row groups before `start` are not read."""
     arrow = extra("pyarrow")
     parquet = extra("pyarrow.parquet")
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
-            if "text" not in file.schema_arrow.names:
-                raise UserError(f'--data: {path}: no "text" column, only: {", ".join(file.schema_arrow.names[:10])}')
+            names = file.schema_arrow.names
+            column = next((name for name in columns if name in names), None)
+            if column is None:
+                raise UserError(f"--data: {path}: {_no_column(columns, names)}")
             sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
             skipped = 0
             while skipped < len(sizes) and number + sizes[skipped] <= start:
                 number += sizes[skipped]
                 skipped += 1
             groups = list(range(skipped, len(sizes)))
-            for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=["text"]):
+            for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=[column]):
                 first = max(number, start)
                 first += (part - first) % parts
                 for row, text in enumerate(batch.column(0)[first - number :: parts].to_pylist()):
-                    if not isinstance(text, str):
-                        place = f"{path}, row {first + row * parts + 1}"
-                        raise UserError(f'--data: {place}: "text" must be a string, got {type(text).__name__}')
-                    yield Row(first + row * parts, text)
+                    place = f"{path}, row {first + row * parts + 1}"
+                    yield first + row * parts, text_of({column: text}, columns, place)
                 number += batch.num_rows
     except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"--data: {path} is a damaged Parquet file (after row {number}): {one_line(error)}") from error

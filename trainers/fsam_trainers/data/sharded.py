@@ -1,17 +1,27 @@
-"""The input of a stream: text in shards that are opened one at a time and can be read from any row."""
+"""A corpus of text in shards that are opened one at a time and can be read from any row: stored and streamed alike."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from fsam_core.errors import UserError
 from fsam_trainers.data import hub
-from fsam_trainers.data.documents import HELD_OUT, Row, Split, content_digest, held_out, rank, row_split
-from fsam_trainers.data.records import own_validation, record_rows
-from fsam_trainers.data.shards import piece_count, text_rows
-from fsam_trainers.data.specs import Files, find_files
+from fsam_trainers.data.documents import (
+    Piece,
+    Row,
+    Split,
+    Stream,
+    content_digest,
+    encodable,
+    held_out,
+    named_splits,
+    rank,
+    row_split,
+)
+from fsam_trainers.data.records import COLUMNS, Skipped, record_rows
+from fsam_trainers.data.specs import Files, find_files, is_hub
+from fsam_trainers.data.text import held_out_from, text_rows
 
 _OPEN = 8  # shards that a sample is taken from, interleaved
 
@@ -37,26 +47,43 @@ class ShardedText:
     title: what it is, for a person. digest: hex digest of the shards' names and sizes.
     train: shards to train on. validation: shards that are held out; None: one in HELD_OUT rows of `train` is, by a hash
     of the shard's and the row's numbers.
+    unit: what the documents are ("files", "rows"); "" where counting says nothing. skipped: rows without a text.
     """
 
     title: str
     digest: str
     train: tuple[Shard, ...]
     validation: tuple[Shard, ...] | None
+    unit: str = "rows"
+    skipped: Skipped = field(default_factory=Skipped)
 
     def trains(self, shard: int, row: int) -> bool:
         """Whether this row of `train[shard]` belongs to the training split."""
         return self.validation is not None or _split(shard, row) == "train"
 
+    def streams(self) -> list[Stream]:
+        """All documents, shard after shard; the first stream contains those of the training split."""
+
+        def pieces(shards: tuple[Shard, ...], split: Split | None) -> Iterator[Piece]:
+            for number, shard in enumerate(shards):
+                for row in shard.rows(0, 0, 1):
+                    yield Piece(split or _split(number, row.number), encodable(row.text), row.ends, row.starts)
+
+        if self.validation is None:
+            return [Stream(("train", "validation"), pieces(self.train, None))]
+        held = Stream(("validation",), pieces(self.validation, "validation"))
+        return [Stream(("train",), pieces(self.train, "train")), held]
+
     def sample(self, split: Split) -> Iterator[Row]:
-        """Rows of a split, some from each of many shards, always in the same order: shards that a hash of their names
-        puts first are read first, a few interleaved. Each row is one document."""
+        """Documents of a split from each of many shards, always in the same order: shards that a hash of their names
+        puts first are read first, a few interleaved. The rows of a document stay together, but for those to train on:
+        a vocabulary can be learned from parts, and of more documents."""
         shards = self.validation if self.validation is not None and split == "validation" else self.train
 
         def rows(shard: int) -> Iterator[Row]:
             for row in shards[shard].rows(0, 0, 1):
                 if self.validation is not None or _split(shard, row.number) == split:
-                    yield row._replace(ends=True)
+                    yield row
 
         waiting = sorted(range(len(shards)), key=lambda shard: (rank(shards[shard].name), shard), reverse=True)
         opened: list[Iterator[Row]] = []
@@ -64,24 +91,33 @@ class ShardedText:
             while waiting and len(opened) < _OPEN:
                 opened.append(rows(waiting.pop()))
             for iterator in list(opened):
-                if (row := next(iterator, None)) is None:
-                    opened.remove(iterator)
-                else:
+                for row in iterator:
                     yield row
+                    if row.ends or split == "train":
+                        break
+                else:
+                    opened.remove(iterator)
 
 
-def open_sharded(spec: str) -> ShardedText:
-    """The corpus of a SPEC that is "python", a file, a folder or a glob, or starts with "hf:".
+def open_sharded(spec: str, columns: tuple[str, ...] = COLUMNS, files: Files | None = None) -> ShardedText:
+    """The corpus of a SPEC that is "python", a file, a folder or a glob of text or rows, or starts with "hf:".
 
-    Nothing but names, sizes and, of a hub's data set, its description is read. Raises UserError if there is nothing.
+    Nothing but names, sizes, beginnings and, of a hub's data set, its description is read. columns: where a row's text
+    is. files: those that `find_files` found. Raises UserError if there is nothing.
     """
-    if spec.startswith("hf:"):
-        return _hub(spec)
-    files = find_files(spec)
-    names = _names(files.paths)
-    kind = "rows" if files.rows else "texts"
-    parts = [(name, str(path.stat().st_size).encode()) for name, path in zip(names, files.paths, strict=True)]
-    return _files(files, content_digest(f"sharded {kind}", parts))
+    if is_hub(spec):
+        return _hub(spec, columns)
+    files = files or find_files(spec, columns)
+    parts = [
+        (name, str(path.stat().st_size).encode()) for name, path in zip(_names(files.paths), files.paths, strict=True)
+    ]
+    # Other columns hold another text.
+    kind = files.kind if files.kind == "text" or columns == COLUMNS else f"rows {columns[0]}"
+    return (
+        _rows(files, content_digest(f"sharded {kind}", parts), columns)
+        if files.kind == "rows"
+        else _texts(files, content_digest(f"sharded {kind}", parts))
+    )
 
 
 def _split(shard: int, row: int) -> Split:
@@ -97,53 +133,47 @@ def _names(paths: list[Path]) -> list[str]:
     return [Path(*path.parts[shared - 1 :]).as_posix() for path in paths]
 
 
-def _files(files: Files, digest: str) -> ShardedText:
-    if files.rows:
-        own, others = own_validation(files.paths)
+def _rows(files: Files, digest: str, columns: tuple[str, ...]) -> ShardedText:
+    skipped = Skipped()
+    train, own = (
+        tuple(Shard(str(path), partial(record_rows, path, columns=columns, skipped=skipped)) for path in paths)
+        for paths in named_splits(files.paths)
+    )
+    return ShardedText(files.title, digest, train, own or None, skipped=skipped)
 
-        def shards(paths: list[Path]) -> tuple[Shard, ...]:
-            return tuple(Shard(str(path), partial(record_rows, path)) for path in paths)
 
-        if own and others:
-            return ShardedText(files.title, digest, shards(others), shards(own))
-        return ShardedText(files.title, digest, shards(files.paths), None)
-    full = [path for path in files.paths if path.stat().st_size]
-    if not full:
-        raise UserError(f"--data: {files.title} holds no text: no file in it has anything in it")
-    if len(full) == 1:
-        return _one_text(files, digest, full[0])
-    # Whole files to one split or the other, as where a folder is stored.
+def _texts(files: Files, digest: str) -> ShardedText:
+    """Whole files to one split or the other, by a hash of the name; of a single one the end is held out."""
+
+    def shard(path: Path, **span: int) -> Shard:
+        return Shard(str(path), partial(text_rows, path, **span))
+
+    if len(files.paths) == 1:
+        (path,) = files.paths
+        cut = held_out_from(path)
+        return ShardedText(files.title, digest, (shard(path, end=cut),), (shard(path, begin=cut),), unit="")
     names = dict(zip(files.paths, _names(files.paths), strict=True))
-    chosen = {path for path in full if held_out(names[path])} or {min(full, key=lambda path: rank(names[path]))}
-    if len(chosen) == len(full):
-        chosen.remove(max(full, key=lambda path: rank(names[path])))
-
-    def shard(path: Path) -> Shard:
-        return Shard(str(path), partial(text_rows, path, skip_binary=not files.chosen))
-
-    train = tuple(shard(path) for path in full if path not in chosen)
-    return ShardedText(files.title, digest, train, tuple(shard(path) for path in full if path in chosen))
+    by_rank = sorted(files.paths, key=lambda path: rank(names[path]))
+    chosen = {path for path in by_rank if held_out(names[path])} or {by_rank[0]}
+    if len(chosen) == len(by_rank):
+        chosen.remove(by_rank[-1])
+    train, validation = (tuple(shard(p) for p in files.paths if (p in chosen) == held) for held in (False, True))
+    return ShardedText(files.title, digest, train, validation, unit="files")
 
 
-def _one_text(files: Files, digest: str, path: Path) -> ShardedText:
-    """The last twentieth of the pieces for validation."""
-    count = piece_count(path)
-    if count < 2:
-        raise UserError(f"--data: {path} is too short to be streamed ({path.stat().st_size:,} bytes): --stream no")
-    cut = count - -(-count // HELD_OUT)
-    train = Shard(str(path), partial(text_rows, path, last=cut))
-    return ShardedText(files.title, digest, (train,), (Shard(str(path), partial(text_rows, path, first=cut)),))
-
-
-def _hub(spec: str) -> ShardedText:
+def _hub(spec: str, columns: tuple[str, ...]) -> ShardedText:
     opened = hub.load(spec)
+    skipped = Skipped()
 
-    def shards(rows: Any) -> tuple[Shard, ...]:
-        count = rows.num_shards
-        return tuple(Shard(f"{spec}, shard {n}", partial(hub.shard_rows, spec, rows, n)) for n in range(count))
+    def shards(split: Any) -> tuple[Shard, ...]:
+        rows = range(split.num_shards)
+        return tuple(
+            Shard(f"{spec}, shard {n}", partial(hub.shard_rows, spec, split, n, columns, skipped)) for n in rows
+        )
 
     train = shards(opened.splits["train"])
     validation = shards(opened.splits["validation"]) if "validation" in opened.splits else None
-    counts = f"{len(train)} {0 if validation is None else len(validation)}"
-    digest = content_digest("sharded hf", [*opened.parts, ("shards", counts.encode())])
-    return ShardedText(opened.title, digest, train, validation)
+    counts = f"{len(train)} {0 if validation is None else len(validation)} {' '.join(columns)}"
+    parts = hub.identity(spec, lambda path: str(path.stat().st_size).encode())
+    digest = content_digest("sharded hf", [*parts, ("shards", counts.encode())])
+    return ShardedText(opened.title, digest, train, validation, skipped=skipped)

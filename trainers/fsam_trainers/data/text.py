@@ -1,192 +1,71 @@
-"""Text sources: the standard library's own sources, one text file, a folder of text files."""
+"""UTF-8 text files in pieces that are cut at line ends, and can be read from any piece on."""
 
 import codecs
-import hashlib
-import os
-import platform
-import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO
 
 from fsam_core.errors import UserError
-from fsam_trainers.data.documents import (
-    HELD_OUT,
-    Piece,
-    Source,
-    Split,
-    Stream,
-    content_digest,
-    file_pieces,
-    held_out,
-    rank,
-    reading,
-)
+from fsam_trainers.data.documents import HELD_OUT, Row, reading
+from fsam_trainers.data.kinds import not_text
 
-# What distributions strip, patch or generate: without it, a Python version has the same text wherever it runs.
-# The last line is what Debian's 3.11 adds, drops, or patches in a way that names Debian; it may patch more.
-# fmt: off
-_NOT_PORTABLE = frozenset({
-    "test", "tests", "idle_test", "idlelib", "tkinter", "turtledemo", "lib2to3", "ensurepip", "distutils", "pydoc_data",
-    "site-packages", "dist-packages", "__pycache__", "sitecustomize.py", "usercustomize.py",
-    "_distutils_system_mod.py", "macholib", "pydoc.py", "site.py", "sysconfig", "sysconfig.py", "venv",
-})
-# fmt: on
-_NOT_PORTABLE_PREFIXES = ("config-", "_sysconfigdata")
+PIECE = 1 << 14  # bytes of a piece
+REACH = 1 << 12  # bytes it may grow by to end with a line
+
+_LINE_END = re.compile(rb"\S\n(?=\S)")
 
 
-class TextFile(NamedTuple):
-    """A UTF-8 file: its name relative to the corpus, where it is, its length in characters, a digest of its bytes."""
+def text_rows(
+    path: Path, start: int, part: int, parts: int, *, begin: int = 0, end: int | None = None
+) -> Iterator[Row]:
+    """Pieces of the bytes begin … end of a file, from number `start` on, with number ≡ part (mod parts).
 
-    name: str
-    path: Path
-    characters: int
-    digest: bytes
-
-
-def python_source() -> Source:
-    """The running interpreter's standard library, one document per .py file. Raises UserError if there is none."""
-    folder, names = standard_library()
-    files = _text_files(folder, names)
-    if not any(file.characters for file in files):
-        raise UserError(f"--data python: {folder} holds no Python sources: give a text file or folder instead")
-    return _source(f"python {platform.python_version()} standard library", files)
-
-
-def standard_library() -> tuple[Path, list[str]]:
-    """Its folder, and the .py files in it that are in every distribution's."""
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    return folder, [name for name in text_names(folder, _portable) if name.endswith(".py")]
-
-
-def files_source(title: str, paths: list[Path]) -> Source:
-    """Text files, one document each. Raises UserError for one that is not UTF-8, and where all are empty."""
-    common = Path(os.path.commonpath([path.parent for path in paths]))
-    files = []
-    for path in paths:
-        if (file := _scan(path.relative_to(common).as_posix(), path)) is None:
-            raise UserError(f"--data: {path} is not UTF-8 text")
-        files.append(file)
-    if not any(file.characters for file in files):
-        raise UserError(f"--data: the files that {title} matches are empty")
-    return _source(title, files)
-
-
-def file_source(path: Path) -> Source:
-    """One text file. Raises UserError if it is empty or not UTF-8."""
-    file = _scan(path.name, path)
-    if file is None:
-        raise UserError(
-            f"--data: {path} is not UTF-8 text, nor is its name that of a .jsonl, .jsonl.gz, .parquet or .bin file"
-        )
-    if not file.characters:
-        raise UserError(f"--data: {path} is empty")
-    return _source(path.name, [file])
-
-
-def folder_source(folder: Path) -> Source:
-    """Every UTF-8 text file below a folder but hidden ones, one document each. Raises UserError if there is none."""
-    files = _text_files(folder, text_names(folder))
-    if not any(file.characters for file in files):
-        raise UserError(
-            f"--data: {folder} holds no text: neither a UTF-8 text file below it "
-            "nor a .jsonl, .jsonl.gz or .parquet file directly in it"
-        )
-    return _source(folder.resolve().name or str(folder), files)
-
-
-def text_names(folder: Path, keep: Callable[[str], bool] = lambda part: not part.startswith(".")) -> list[str]:
-    """The posix paths, relative to the folder, of all regular files below it, sorted.
-
-    `keep` says, by its name alone, whether a file or folder is wanted; hidden ones (.git, say) are not.
+    Together the pieces are one document, without a byte order mark. If they are distributed over several parts, each is
+    a document of its own, because the text that follows it is then another one. Raises UserError, naming the byte, if
+    they are not UTF-8 text.
     """
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    found: list[Path] = []
-    with reading(folder):
-        for parent, folders, names in os.walk(folder, onerror=fail):
-            folders[:] = filter(keep, folders)
-            found += (path for name in filter(keep, names) if (path := Path(parent, name)).is_file())
-    return sorted(path.relative_to(folder).as_posix() for path in found)
-
-
-def _portable(part: str) -> bool:
-    """Whether a file or folder of the standard library is in every distribution's."""
-    return part not in _NOT_PORTABLE and not part.startswith(_NOT_PORTABLE_PREFIXES)
-
-
-def _text_files(folder: Path, names: Iterable[str]) -> list[TextFile]:
-    return [file for name in names if (file := _scan(name, folder / name))]
-
-
-def _scan(name: str, path: Path) -> TextFile | None:
-    """Read a file once; None where it is not text, which is: not UTF-8, or with a zero byte in it."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    digest = hashlib.blake2b()
-    characters = 0
     with reading(path), path.open("rb") as file:
-        while True:
-            content = file.read(1 << 20)
-            digest.update(content)
-            try:
-                characters += len(decoder.decode(content, final=not content))
-            except UnicodeDecodeError:
-                return None
-            if b"\0" in content:
-                return None
-            if not content:
-                return TextFile(name, path, characters, digest.digest())
+        end = path.stat().st_size if end is None else end
+        count = -(-(end - begin) // PIECE)
+        for number in range(start + (part - start) % parts, count, parts):
+            cuts = (0 if n == 0 else _boundary(file, begin + n * PIECE) for n in (number, number + 1))
+            first, last = (min(max(cut, begin), end) for cut in cuts)
+            file.seek(first)
+            content = file.read(last - first)
+            if reason := not_text(path, content, first):
+                raise UserError(f"--data: {path} {reason}")
+            text = content.removeprefix(b"" if first else codecs.BOM_UTF8).decode()
+            apart = parts > 1
+            yield Row(number, text, ends=apart or number == count - 1, starts=apart or number == 0)
 
 
-def _source(title: str, files: list[TextFile]) -> Source:
-    digest = content_digest("text", ((file.name, file.digest) for file in files))
-    full = [file for file in files if file.characters]
-    if len(full) == 1:
-        return Source(title, "", digest, lambda: _one_file(full[0]))
-    return Source(title, "files", digest, lambda: _by_file(files))
+def held_out_from(path: Path) -> int:
+    """The byte at which the last twentieth of a file begins: after a line end if one is near, else at a character."""
+    with reading(path), path.open("rb") as file:
+        size = path.stat().st_size
+        mark, reach = size - size // HELD_OUT, min(size // 10, 1 << 16)
+        file.seek(mark - reach)
+        window = file.read(2 * reach)[: size - 1 - (mark - reach)]  # a line end that ends the text is no place to cut
+        ends = [mark - reach + place + 1 for place, byte in enumerate(window) if byte == 0x0A]
+        return min(ends, key=lambda end: abs(end - mark)) if ends else _character(file, mark)
 
 
-def _by_file(files: list[TextFile]) -> list[Stream]:
-    """Whole files to one split or the other, by a hash of the name; with text in both splits."""
-    full = sorted((file for file in files if file.characters), key=lambda file: rank(file.name))
-    chosen = {file.name for file in files if held_out(file.name)}
-    if not any(file.name in chosen for file in full):
-        chosen.add(full[0].name)
-    if all(file.name in chosen for file in full):
-        chosen.remove(full[-1].name)
-
-    def read(split: Split) -> Iterator[Piece]:
-        for file in files:
-            if (file.name in chosen) == (split == "validation"):
-                yield from _read(file.path, 0, file.characters, split)
-
-    return [Stream(("train",), read("train")), Stream(("validation",), read("validation"))]
+def _boundary(file: BinaryIO, mark: int) -> int:
+    """The start of the piece near byte `mark`: after a line end in reach, one between two lines of text if there is."""
+    file.seek(mark - 1)
+    window = file.read(REACH)
+    # Tokenizers encode white space on both sides of a line end together.
+    best = _LINE_END.search(window)
+    line = best.end() if best else window.find(b"\n") + 1
+    return mark - 1 + line if line else _character(file, mark)
 
 
-def _one_file(file: TextFile) -> list[Stream]:
-    """The last twentieth of the characters for validation, cut at the end of a line where one is near."""
-    cut = _cut(file)
-    return [
-        Stream(("train",), _read(file.path, 0, cut, "train")),
-        Stream(("validation",), _read(file.path, cut, file.characters, "validation")),
-    ]
-
-
-def _cut(file: TextFile) -> int:
-    mark = file.characters - file.characters // HELD_OUT
-    reach = min(file.characters // 10, 1 << 16)
-    start, stop = mark - reach, min(mark + reach, file.characters - 1)
-    window = "".join(piece.text for piece in _read(file.path, start, max(start, stop), "train"))
-    ends = [start + index + 1 for index, character in enumerate(window) if character == "\n"]
-    return min(ends, key=lambda end: abs(end - mark), default=mark)
-
-
-def _read(path: Path, start: int, stop: int, split: Split) -> Iterator[Piece]:
-    """Characters start … stop of a file as one document. No newline is translated."""
-    with reading(path), path.open(encoding="utf-8", newline="") as file:
-        skip = start
-        while skip > 0 and (text := file.read(min(skip, 1 << 20))):
-            skip -= len(text)
-        yield from file_pieces(file, stop - start, split)
+def _character(file: BinaryIO, mark: int) -> int:
+    """The start of the first character at byte `mark` or after it."""
+    file.seek(mark)
+    window = file.read(3)
+    inside = 0
+    while inside < len(window) and window[inside] & 0xC0 == 0x80:  # a character's second, third or fourth byte
+        inside += 1
+    return mark + inside

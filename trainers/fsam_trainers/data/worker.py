@@ -1,7 +1,7 @@
 """The program of a tokenizing process: `python -m fsam_trainers.data.worker FD`, started by `workers`.
 
-FD is its end of a pipe. First comes the tokenizer.json's content, then (texts, ends) again and again, each answered by
-what `encode_rows` gives, or by the message of what it raised.
+FD is its end of a pipe. First comes the tokenizer's content, then (texts, starts, ends) again and again, each
+answered by what `encode_rows` gives, or by the message of what it raised.
 """
 
 import signal
@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 
 from fsam_trainers.data.documents import one_line
 from fsam_trainers.data.encoding import encode_rows
-from fsam_trainers.data.vocabulary import end_id, load_tokenizer
+from fsam_trainers.data.vocabulary import load_tokenizer
 
 
 def main() -> None:
@@ -21,9 +21,9 @@ def main() -> None:
         try:
             tokenizer = load_tokenizer(pipe.recv_bytes(), None, 1 << 31)
             while True:
-                texts, ends = pipe.recv()
+                texts, starts, ends = pipe.recv()
                 try:
-                    answer: object = encode_rows(tokenizer, end_id(tokenizer), texts, ends)
+                    answer: object = encode_rows(tokenizer, texts, starts, ends)
                 except Exception as error:  # the tokenizers library raises bare Exceptions
                     answer = one_line(error)
                 pipe.send(answer)

@@ -14,7 +14,7 @@ import numpy as np
 
 from fsam_core.errors import UserError
 from fsam_trainers.data.encoding import encode_rows
-from fsam_trainers.data.vocabulary import end_id, load_tokenizer
+from fsam_trainers.data.vocabulary import load_tokenizer
 
 
 class Place(NamedTuple):
@@ -27,11 +27,12 @@ class Place(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Rows to encode together. name: the shard of the first, for messages."""
+    """Rows to encode together: each with its place and whether it starts and ends a document. name: of the shard."""
 
     name: str
     places: list[Place]
     texts: list[str]
+    starts: list[bool]
     ends: list[bool]
 
     @property
@@ -64,7 +65,7 @@ class Workers:
         if not self._workers:
             tokenizer = load_tokenizer(self._tokenizer, None, 1 << 31)
             for chunk in chunks:
-                tokens, starts = encode_rows(tokenizer, end_id(tokenizer), chunk.texts, chunk.ends)
+                tokens, starts = encode_rows(tokenizer, chunk.texts, chunk.starts, chunk.ends)
                 yield Encoded(chunk.name, chunk.places, tokens, starts)
             return
         # A worker has one chunk, and its answer is read before it gets the next one. So neither side of a pipe waits
@@ -124,7 +125,7 @@ class _Worker:
     def give(self, chunk: Chunk) -> None:
         self.chunk, self.last = chunk, chunk.title
         with self._alive():
-            self.pipe.send((chunk.texts, chunk.ends))
+            self.pipe.send((chunk.texts, chunk.starts, chunk.ends))
 
     def answer(self) -> Encoded:
         assert self.chunk is not None
