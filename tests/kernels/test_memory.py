@@ -8,7 +8,7 @@ import sys
 import pytest
 import spawn
 
-from fsam_kernels.memory import chunk_rows, head_bytes
+from fsam_kernels.memory import chunk_rows, head_bytes, row_bytes
 from fsam_kernels.options import CROSS_ENTROPY, Loss
 
 N, D, V, CHUNK = 1024, 256, 32768, 64 * 2**20
@@ -80,3 +80,55 @@ def test_chunk_is_what_fits_and_at_least_one_row():
     assert chunk_rows(1000, 2, 4, CROSS_ENTROPY, 40_000) == 6
     assert chunk_rows(1000, 4, 4, Loss(soft_cap=5.0), 40_000) == 2
     assert chunk_rows(1000, 4, 4, CROSS_ENTROPY, 1) == 1
+
+
+# On a GPU, in bfloat16: (V, in place, N) -> rows. A chunk of 4,096 rows, or of as many as fit into 2 GiB.
+ON_A_GPU = {
+    (32768, True, 8192): 4096,
+    (32768, False, 8192): 4096,
+    (50257, False, 8192): 4096,
+    (128256, True, 8192): 4096,
+    (128256, False, 8192): 2048,  # 2,688 fit, and would leave 128 rows for a fourth chunk
+    (262144, True, 8192): 4096,
+    (32768, True, 8194): 2816,  # and no chunk of two rows
+    (32768, True, 17): 17,
+    (32768, True, 1): 1,
+}
+
+
+@pytest.mark.parametrize(("V", "in_place", "N"), ON_A_GPU)
+def test_gpu_chunks_are_few_equal_and_whole_tiles(V, in_place, N):
+    rows = chunk_rows(V, 2, 4, CROSS_ENTROPY, None, "cuda", in_place=in_place, N=N)
+    assert rows == ON_A_GPU[V, in_place, N]
+    assert rows * row_bytes(V, 2, 4, CROSS_ENTROPY, in_place=in_place) <= 2 * 2**30
+    count = -(-N // rows)
+    assert count * rows - N < 128 * count  # the last chunk lacks less than a tile for each of them
+
+
+def test_gpu_chunk_respects_the_bytes_that_were_asked_for():
+    each = row_bytes(50257, 2, 4, CROSS_ENTROPY)
+    for rows, expected in ((5000, 4992), (300, 256), (100, 100), (0.5, 1)):
+        assert chunk_rows(50257, 2, 4, CROSS_ENTROPY, int(rows * each), "cuda") == expected
+    assert chunk_rows(50257, 2, 4, CROSS_ENTROPY, 100 * each, "cuda", N=150) == 75
+
+
+def test_in_place_row_has_one_array_and_two_with_a_soft_cap():
+    assert row_bytes(1000, 2, 4, CROSS_ENTROPY, in_place=True) == 2000
+    assert row_bytes(1000, 2, 4, Loss(soft_cap=5.0), in_place=True) == 4000
+    assert row_bytes(1000, 4, 4, CROSS_ENTROPY, in_place=True) == 4000
+
+
+def test_step_and_profiler_take_the_same_chunks():
+    pytest.importorskip("triton")
+    import torch
+
+    from fsam_kernels.shapes import HEADS
+    from fsam_kernels.torch.linear_cross_entropy import chunks
+    from fsam_kernels.triton import softmax_stats
+    from fsam_profiling.gpu import launches
+
+    for head in HEADS.values():
+        h, w = (torch.empty(rows, head.D, dtype=torch.bfloat16, device="meta") for rows in (head.N, head.V))
+        taken = chunks(h, w, CROSS_ENTROPY, None, softmax_stats)
+        assert len(launches.chunk(head, torch.bfloat16, "meta")[0]) == taken[0].stop
+        assert len({range(head.N)[rows].stop - rows.start for rows in taken}) == 1

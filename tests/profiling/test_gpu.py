@@ -181,8 +181,9 @@ def test_step_bytes_are_the_sum_of_its_operations():
     assert adamw["least_bytes"] == pytest.approx(6 * logits + 30 * weights, rel=1e-3)
     assert eighth["least_bytes"] == pytest.approx(6 * logits + (30 + 8 + 14) * weights, rel=1e-3)
     for row in (adamw, eighth):
-        assert row["bytes"] == pytest.approx(row["head_bytes"] + row["parameter_bytes"], abs=1)
-        assert row["ratio"] == pytest.approx(row["bytes"] / row["least_bytes"])
+        of_kernels = row["head_bytes"] + row["parameter_bytes"]
+        assert row["bytes"] == pytest.approx(of_kernels + row["glue_bytes"] + row["weight_pass_bytes"], abs=1)
+        assert row["ratio"] == pytest.approx(of_kernels / row["least_bytes"])
         assert 1 <= row["ratio"] < 1.02
         assert row["floor_us"] == pytest.approx(row["least_bytes"] / 3350e9 * 1e6)
 
@@ -296,7 +297,8 @@ def test_ragged_chunk_shares_the_machine_code():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (cli.GpuOptions(arch="sm_75"), "arch: 'sm_75' is not known: use all, sm_80"),
+        (cli.GpuOptions(arch="sm_75"), "arch: 'sm_75' is not known: use all, sm_80.*, h200"),
+        (cli.GpuOptions(what="passes", shape="5b"), "shape: '5b' is not known: use tiny"),
         (cli.GpuOptions(shape="5b"), "shape: '5b' is not known: use tiny"),
         (cli.GpuOptions(), "TRITON_INTERPRET is set"),
     ],

@@ -11,6 +11,7 @@ from fsam_core.cost.steps import StepCost
 from fsam_core.errors import UserError
 from fsam_core.methods import Perturbed
 from fsam_kernels.memory import Memory, default_chunk_bytes
+from fsam_trainers import device
 from fsam_trainers.config import Settings
 from fsam_trainers.console import Console
 from fsam_trainers.models.layout import ModelConfig
@@ -75,7 +76,8 @@ def figures(
     Raises:
         UserError: naming the option that is wrong.
     """
-    asked = options_of(settings, _platform(machine, settings.framework), devices=devices)
+    platform = device.platform(settings.framework) if machine == "here" else "accelerator"
+    asked = options_of(settings, platform, devices=devices)
     model, tokens = counted(settings.model, settings.framework), settings.tokens_per_step * devices
     rates = _machine(machine, model, asked, tokens)
     if budget is not None:
@@ -142,20 +144,6 @@ def _every_saving(settings: Settings, model: cost.Model, asked: cost.Options) ->
             continue
         found.append((name, one if "cotangent" in changes else _with_cotangent(one, settings)))
     return found
-
-
-def _platform(machine: str, framework: str) -> str:
-    """The platform of the machine; a machine with a name is an accelerator."""
-    if machine != "here":
-        return "accelerator"
-    if framework == "torch":
-        import torch
-
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return "cpu" if found is None else found.type
-    import jax
-
-    return jax.default_backend()
 
 
 def _machine(name: str, model: cost.Model, o: cost.Options, tokens: float) -> cost.Machine:

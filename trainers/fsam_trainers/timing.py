@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from fsam_trainers import registry
+from fsam_trainers import device, registry
 from fsam_trainers.config import Settings
 
 Name = TypeVar("Name", bound=Hashable)
@@ -121,7 +121,8 @@ def _timed(
     for model in engines.values():
         model.prepare(tokens_BxL1)
     stepped = lambda model: lambda index: model.step(tokens_BxL1, index)()
-    times = interleaved({name: stepped(model) for name, model in engines.items()}, repeats, tick)
+    wait = device.waiting({settings.framework for settings in variants.values()})
+    times = interleaved({name: stepped(model) for name, model in engines.items()}, repeats, tick, wait=wait)
     del engines
     gc.collect()
     return times

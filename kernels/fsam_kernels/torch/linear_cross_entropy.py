@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -71,7 +72,8 @@ def outside_autograd(function: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(function)
     def wrapped(*args: P.args, **options: P.kwargs) -> T:
         device = next(x.device.type for x in args if isinstance(x, Tensor))
-        with torch.no_grad(), torch.autocast(device, enabled=False):
+        has_autocast = torch.amp.is_autocast_available(device)  # "meta" has none
+        with torch.no_grad(), torch.autocast(device, enabled=False) if has_autocast else contextlib.nullcontext():
             return function(*args, **options)
 
     return wrapped
@@ -160,7 +162,7 @@ def linear_cross_entropy(
                 softmax.through_cap_(p_CxV, u_CxV, loss.soft_cap)
             total.add(p_CxV, rows)
 
-    for rows in chunks(h_NxD, w_VxD, loss, chunk_bytes, vocabulary):
+    for rows in chunks(h_NxD, w_VxD, loss, chunk_bytes, softmax, vocabulary):
         one(rows)
     h, w, b = (None, None, None) if keep else (h_NxD, w_VxD, bias_V)
     _, _, top_N, scale_N, target_N = stats
@@ -169,13 +171,19 @@ def linear_cross_entropy(
 
 
 def chunks(
-    h_NxD: Tensor, w_VxD: Tensor, loss: Loss, chunk_bytes: int | None, vocabulary: Vocabulary | None = None
+    h_NxD: Tensor,
+    w_VxD: Tensor,
+    loss: Loss,
+    chunk_bytes: int | None,
+    softmax: SoftmaxOps = plain,
+    vocabulary: Vocabulary | None = None,
 ) -> list[slice]:
-    """Slices of rows whose working tensors fit in `chunk_bytes`; a slice has at least one row."""
+    """Slices of `memory.chunk_rows` rows, on every rank of a vocabulary the same."""
     columns = len(w_VxD) if vocabulary is None else vocabulary.widest
     sizes = h_NxD.element_size(), accum_dtype(h_NxD).itemsize
-    rows = chunk_rows(columns, *sizes, loss, chunk_bytes, h_NxD.device.type)
-    return [slice(start, start + rows) for start in range(0, len(h_NxD), rows)]
+    N = len(h_NxD)
+    rows = chunk_rows(columns, *sizes, loss, chunk_bytes, h_NxD.device.type, in_place=softmax.IN_PLACE, N=N)
+    return [slice(start, start + rows) for start in range(0, N, rows)]
 
 
 def product(
@@ -193,13 +201,32 @@ def product(
     return logits
 
 
+@functools.cache
+def adds_in_float32(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the library adds a product of `dtype` to a float32 tensor itself, so that it is not rounded before.
+
+    `torch.addmm(out_dtype=)` does so for half precision on a GPU. PyTorch 2.8 and 2.9 have the argument and refuse a
+    float32 tensor to add to, and a CPU has no such product, so it is tried on a small one.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False
+    x = torch.zeros(16, 16, dtype=dtype, device=device)
+    total = torch.zeros(16, 16, device=device)
+    try:
+        torch.addmm(total, x, x, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
 class Sums:
     """h̄ = weights (P W), and w̄ = Pᵀ (weights h), b̄ = Pᵀ weights, summed chunk by chunk in float32 or float64.
 
     With a vocabulary over ranks, h̄ is the sum over all ranks.
 
     `weights_N` have the dtype that sums are kept in. They multiply the tensors with D values a row, not those with V.
-    In half precision they are divided by the largest weight (`unit`) first, because 1/N times a probability underflows.
+    In half precision they are divided by the largest weight (`unit`) first, because 1/N times a probability underflows
+    in float16. Where the library adds bfloat16 products in float32, w̄ needs no unit, and so goes straight onto `onto`.
     """
 
     def __init__(
@@ -219,13 +246,15 @@ class Sums:
         if h_NxD.dtype != self.accum and len(weights_N):
             largest = weights_N.abs().max()
             self.unit = torch.where(largest > 0, largest, 1)
+        self.adds_in_float32 = adds_in_float32(h_NxD.dtype, h_NxD.device)
+        self.wbar_unit = None if self.adds_in_float32 and h_NxD.dtype == torch.bfloat16 else self.unit
         self.cast_VxD = w_VxD.to(h_NxD.dtype)
         self.hbar_NxD = torch.empty_like(h_NxD)
         self.onto_VxD = onto_VxD
         if onto_VxD is not None and onto_VxD.dtype != self.accum:
             raise ValueError(f"onto_VxD: w̄ is summed in {self.accum}, got a tensor of {onto_VxD.dtype}")
         # Without a unit the products add to `onto` directly; with one, the sum is multiplied by it before it is added.
-        self.wbar_VxD = onto_VxD if self.unit is None else None
+        self.wbar_VxD = onto_VxD if self.wbar_unit is None else None
         self.bbar_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=self.accum)
 
     def add(self, p_CxV: Tensor, rows: slice) -> None:
@@ -235,38 +264,47 @@ class Sums:
         torch.mm(p_CxV, self.cast_VxD, out=self.hbar_NxD[rows])
         self.hbar_NxD[rows].mul_(weights_C[:, None])
         relative_C = (weights_C if self.unit is None else weights_C / self.unit).to(h_CxD.dtype)
-        weighted_CxD = h_CxD * relative_C[:, None]
-        first = self.wbar_VxD is None
-        if self.wbar_VxD is None:  # not zero-filled: touching new pages costs an eighth of the product
-            self.wbar_VxD = torch.empty_like(self.w_VxD, dtype=self.accum)
-        if self.unit is None and first:
-            torch.mm(p_CxV.T, weighted_CxD, out=self.wbar_VxD)
-        elif self.unit is None:
-            self.wbar_VxD.addmm_(p_CxV.T, weighted_CxD)
-        else:
-            # The library sums one product in float32 and rounds it. Blocks avoid a second array of the size of w̄.
-            for start in range(0, len(self.wbar_VxD), BLOCK):
-                columns = slice(start, start + BLOCK)
-                block_BxD = p_CxV[:, columns].T @ weighted_CxD
-                if first:
-                    self.wbar_VxD[columns] = block_BxD
-                else:
-                    self.wbar_VxD[columns] += block_BxD
+        if self.wbar_unit is self.unit:
+            weighted_CxD = h_CxD * relative_C[:, None]
+        else:  # one rounding: the weights alone, rounded to bfloat16, would be wrong by as much in every row
+            weighted_CxD = (h_CxD * weights_C[:, None]).to(h_CxD.dtype)
+        self._add_to_wbar(p_CxV, weighted_CxD)
         if self.bbar_V is not None:
             self.bbar_V += p_CxV.T @ relative_C
 
+    def _add_to_wbar(self, p_CxV: Tensor, weighted_CxD: Tensor) -> None:
+        first = self.wbar_VxD is None
+        if self.wbar_VxD is None:  # not zero-filled: touching new pages costs an eighth of the product
+            self.wbar_VxD = torch.empty_like(self.w_VxD, dtype=self.accum)
+        if self.adds_in_float32 or weighted_CxD.dtype == self.accum:
+            options: dict[str, Any] = {"out_dtype": self.accum} if self.adds_in_float32 else {}
+            if first:
+                torch.mm(p_CxV.T, weighted_CxD, out=self.wbar_VxD, **options)
+            else:
+                torch.addmm(self.wbar_VxD, p_CxV.T, weighted_CxD, out=self.wbar_VxD, **options)
+            return
+        # The library sums one product in float32 and rounds it. Blocks avoid a second array of the size of w̄.
+        for start in range(0, len(self.wbar_VxD), BLOCK):
+            columns = slice(start, start + BLOCK)
+            block_BxD = p_CxV[:, columns].T @ weighted_CxD
+            if first:
+                self.wbar_VxD[columns] = block_BxD
+            else:
+                self.wbar_VxD[columns] += block_BxD
+
     def result(self) -> HeadGradients:
-        scaled = lambda x, like: self._times_unit(x).to(x.dtype if self.upcast_wbar else like.dtype)
-        bbar_V = None if self.bbar_V is None else scaled(self.bbar_V, self.bias_V)
+        finished = lambda x, unit, like: _times(x, unit).to(x.dtype if self.upcast_wbar else like.dtype)
+        bbar_V = None if self.bbar_V is None else finished(self.bbar_V, self.unit, self.bias_V)
         if self.wbar_VxD is None:  # the batch has no rows
             self.wbar_VxD = torch.zeros_like(self.w_VxD, dtype=self.accum)
         if self.vocabulary is not None:
             self.hbar_NxD = self.vocabulary.all_reduce(self.hbar_NxD)
         if self.onto_VxD is None:
-            return HeadGradients(self.hbar_NxD, scaled(self.wbar_VxD, self.w_VxD), bbar_V)
+            return HeadGradients(self.hbar_NxD, finished(self.wbar_VxD, self.wbar_unit, self.w_VxD), bbar_V)
         if self.wbar_VxD is not self.onto_VxD:
-            self.onto_VxD.add_(self._times_unit(self.wbar_VxD))
+            self.onto_VxD.add_(_times(self.wbar_VxD, self.wbar_unit))
         return HeadGradients(self.hbar_NxD, self.onto_VxD, bbar_V)
 
-    def _times_unit(self, x: Tensor) -> Tensor:
-        return x if self.unit is None else x.mul_(self.unit)
+
+def _times(x: Tensor, unit: Tensor | None) -> Tensor:
+    return x if unit is None else x.mul_(unit)

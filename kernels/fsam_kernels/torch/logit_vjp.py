@@ -55,6 +55,6 @@ def logit_vjp(
             softmax.through_cap_(p_CxV, moved(h_NxD[rows]), soft_cap)
         total.add(p_CxV, rows)
 
-    for rows in chunks(h_NxD, w_VxD, base.loss, chunk_bytes, base.vocabulary):
+    for rows in chunks(h_NxD, w_VxD, base.loss, chunk_bytes, softmax, base.vocabulary):
         one(rows)
     return total.result()

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from fsam_kernels.options import Loss
 
+IN_PLACE = False  # half-precision logits get float32 exponentials beside them
+
 
 class RowStats(NamedTuple):
     """Each row's loss, lse, and the three numbers that give its cotangent; float32 (float64 for float64 logits).
@@ -49,7 +51,12 @@ class SoftmaxOps(Protocol):
     The tensor that `statistics`, `partial_statistics` and `exponentials` return for `cotangent` is the backend's own
     choice: exponentials here, the logits themselves in Triton. Its name therefore differs, and the parameters of
     `cotangent` are positional.
+
+    Attributes:
+        IN_PLACE: whether the logits' own array is overwritten in every dtype (`memory.row_bytes`).
     """
+
+    IN_PLACE: bool
 
     def empty_chunk(self, C: int, V: int, like: Tensor) -> Tensor: ...
 

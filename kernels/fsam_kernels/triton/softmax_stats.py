@@ -42,6 +42,7 @@ from fsam_kernels.triton import tiles
 # Columns of a tile. Eight warps hold 16 values a thread: 32 to 72 registers on sm_90 at V = 50257; four warps
 # 44 to 127.
 BLOCK, WARPS = 4096, 8
+IN_PLACE = True
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PAD = 16  # elements; Triton treats a stride as aligned where it is a multiple of 16
 

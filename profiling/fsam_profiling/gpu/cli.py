@@ -19,9 +19,10 @@ class GpuOptions:
     """What the compilers make of every Triton kernel, on a machine without the card."""
 
     arch: str = "sm_90"
-    """sm_80, sm_90, sm_100, sm_120, gfx942, or all of them: all"""
-    what: Literal["head", "parameters", "step"] = "head"
-    """the kernels of the head, of the parameter operations over all tensors of a model, or of a whole step"""
+    """sm_80, sm_90, sm_100, sm_120, gfx942, or all of them: all; h200 is sm_90 with the bandwidth of that card"""
+    what: Literal["head", "parameters", "step", "passes"] = "head"
+    """the kernels of the head, of the parameter operations over all tensors of a model, or of a whole step; passes:
+    PyTorch's own passes in the head, between kernels and products, for which nothing is compiled"""
     shape: str | None = None
     """one of the heads (or models) in `fsam_kernels.shapes`; default: all of them, of a step 24m"""
     only: str = "adamw,precond-functional-sam"
@@ -41,14 +42,17 @@ def run(options: GpuOptions) -> int:
     """
     for module in ("torch", "triton"):
         backends.require(module)
-    from fsam_profiling.gpu import kernels, parameters, step
-    from fsam_profiling.gpu.code import CARDS
+    from fsam_profiling.gpu import kernels, parameters, passes, step
+    from fsam_profiling.gpu.code import BY_NAME, CARDS
 
-    if options.arch not in ("all", *CARDS):
-        raise UserError(f"arch: {options.arch!r} is not known: use all, {', '.join(CARDS)}")
+    if options.arch not in ("all", *BY_NAME):
+        raise UserError(f"arch: {options.arch!r} is not known: use all, {', '.join(BY_NAME)}")
     archs = list(CARDS) if options.arch == "all" else [options.arch]
     shape = options.shape
-    if options.what == "step":
+    if options.what == "passes":
+        archs, found, table = [], list(passes.read(shape, options.dtype)), passes.table
+        Console(width=140).print(table(found))
+    elif options.what == "step":
         found, table = list(step.read(archs, shape or "24m", options.only)), step.table
     elif options.what == "head":
         found, table = list(kernels.read(archs, shape, options.dtype)), kernels.table

@@ -22,7 +22,7 @@ from fsam_profiling.gpu.llvm import Unreadable
 
 
 class Card(NamedTuple):
-    """A card of each architecture, for its floor and occupancy.
+    """A card, for its floor and occupancy.
 
     NVIDIA, limits of a multiprocessor: those of sm_80 and sm_90 are in the headers of NVIDIA's CCCL; those of sm_100
     and sm_120 are assumed to be what the CUDA programming guide lists and were not checked against it. Registers are
@@ -61,6 +61,10 @@ CARDS = {
 }
 
 
+# Another card of an architecture, by its own name.
+BY_NAME = CARDS | {"h200": CARDS["sm_90"]._replace(name="H200 SXM", bandwidth=4800e9)}
+
+
 class Code(NamedTuple):
     """One kernel's machine code.
 
@@ -86,7 +90,7 @@ class Code(NamedTuple):
 
 def compile_launch(launch: Launch, arch: str) -> Any:
     """Compile a launch for a card, which need not be present."""
-    names, card = launch.fn.arg_names, CARDS[arch]
+    names, card = launch.fn.arg_names, BY_NAME[arch]
     attributes: dict[tuple[int], list[list[Any]]] = {}
     for i, name in enumerate(names):
         found: list[list[Any]] = [["tt.divisibility", 16]] if name in launch.aligned else []
@@ -109,7 +113,7 @@ def read(launch: Launch, arch: str) -> Code:
     Raises:
         Unreadable: where the compiler's output lacks a figure.
     """
-    compiled, card = compile_launch(launch, arch), CARDS[arch]
+    compiled, card = compile_launch(launch, arch), BY_NAME[arch]
     figures = _amd if card.target.backend == "hip" else _nvidia
     registers, spills, loads, stores, matrix = figures(compiled)
     shared = compiled.metadata.shared

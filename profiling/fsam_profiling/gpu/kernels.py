@@ -36,9 +36,9 @@ from rich.table import Table
 
 from fsam_core.errors import UserError
 from fsam_kernels.options import Loss
-from fsam_kernels.shapes import HEADS, Head
+from fsam_kernels.shapes import Head
 from fsam_profiling.gpu import code, launches, traffic
-from fsam_profiling.gpu.code import CARDS, Code
+from fsam_profiling.gpu.code import BY_NAME, CARDS, Code
 from fsam_profiling.gpu.launches import Launch, Stage
 
 
@@ -49,12 +49,10 @@ def read(archs: Sequence[str], shape: str | None = None, dtype: str = "bfloat16"
         UserError: for a shape that is not known, under TRITON_INTERPRET, and for a compiler whose output cannot be
             read.
     """
-    if shape is not None and shape not in HEADS:
-        raise UserError(f"shape: {shape!r} is not known: use {', '.join(HEADS)}")
+    heads = launches.heads(shape)
     if triton.knobs.runtime.interpret:
         raise UserError("TRITON_INTERPRET is set, under which Triton compiles nothing: unset it to profile kernels")
     logits_dtype = getattr(torch, dtype)
-    heads = HEADS if shape is None else {shape: HEADS[shape]}
     compiled: dict[Any, Code] = {}
     for arch in archs:
         for stage in launches.STAGES:
@@ -64,7 +62,7 @@ def read(archs: Sequence[str], shape: str | None = None, dtype: str = "bfloat16"
                     cold, warm = _timed(arch, stage, heads[shapes[0]], logits_dtype, loss)
                     yield {
                         "arch": arch,
-                        "card": CARDS[arch].name,
+                        "card": BY_NAME[arch].name,
                         "triton": triton.__version__,
                         "stage": stage.name,
                         "options": name,
@@ -101,7 +99,7 @@ def _stage(arch: str, stage: Stage, of_stage: list[Launch], compiled: dict[Any, 
         "bytes": moved,
         "least_bytes": least,
         "ratio": moved / least,
-        "floor_us": 1e6 * least / CARDS[arch].bandwidth,
+        "floor_us": 1e6 * least / BY_NAME[arch].bandwidth,
         "kernels": kernels,
     }
 
@@ -111,7 +109,7 @@ def _kernel(arch: str, launch: Launch, compiled: dict[Any, Code]) -> dict[str, A
     if key not in compiled:
         compiled[key] = code.read(launch, arch)
     found = compiled[key]
-    moved = traffic.count(launch, found.llvm, CARDS[arch].warp)
+    moved = traffic.count(launch, found.llvm, BY_NAME[arch].warp)
     return {
         "kernel": launch.kernel,
         "grid": launch.grid,
@@ -133,9 +131,9 @@ def _kernel(arch: str, launch: Launch, compiled: dict[Any, Code]) -> dict[str, A
 
 def _timed(arch: str, stage: Stage, head: Head, dtype: torch.dtype, loss: Loss) -> tuple[float | None, float | None]:
     """(cold, warm) microseconds of one call, medians of three interleaved rounds; (None, None) without the card."""
-    if present() != arch:
+    if arch not in present():
         return None, None
-    call = stage.call(*launches.chunk(head, dtype, "cuda"), loss)
+    call = stage.call(*launches.chunk(head, dtype, "cuda", loss), loss)
     rounds = [(triton.testing.do_bench(call, return_mode="median"), _warm(call)) for _ in range(3)]
     cold, warm = (1e3 * figures.median(each) for each in zip(*rounds, strict=True))
     return cold, warm
@@ -153,22 +151,24 @@ def _warm(call: Any, repeats: int = 20) -> float:
     return start.elapsed_time(end) / repeats
 
 
-def present() -> str | None:
-    """The architecture of the card in this machine, or None."""
+def present() -> tuple[str, ...]:
+    """The names in `code.BY_NAME` of the card in this machine: its architecture, and its own where it has one."""
     if not torch.cuda.is_available():
-        return None
+        return ()
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     if torch.version.hip:
-        return str(properties.gcnArchName).partition(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
+        return (str(properties.gcnArchName).partition(":")[0],)
+    own = tuple(name for name in BY_NAME.keys() - CARDS.keys() if name in properties.name.lower())
+    return (f"sm_{properties.major}{properties.minor}", *own)
 
 
 def table(found: list[dict[str, Any]]) -> Table:
     """One line a kernel, and one for a stage of several; widths in bytes a thread, shared memory in bytes."""
     first = found[0]
+    bandwidth = BY_NAME[first["arch"]].bandwidth / 1e12
     title = (
-        f"{first['arch']} ({first['card']}, {CARDS[first['arch']].bandwidth / 1e12:g} TB/s), {first['dtype']} logits, "
-        f"Triton {first['triton']}. A floor is least bytes / bandwidth, not a timing."
+        f"{first['arch']} ({first['card']}, {bandwidth:g} TB/s), {first['dtype']} logits, Triton {first['triton']}. "
+        "A floor is least bytes / bandwidth, not a timing."
     )
     timed = any(row["cold_us"] is not None for row in found)
     result = Table(title=title, box=box.SIMPLE, pad_edge=False)

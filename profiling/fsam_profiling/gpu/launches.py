@@ -16,14 +16,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fsam_core.errors import UserError
+from fsam_kernels.memory import chunk_rows
 from fsam_kernels.options import CROSS_ENTROPY, Loss
-from fsam_kernels.shapes import Head
+from fsam_kernels.shapes import HEADS, Head
 from fsam_kernels.torch.softmax_stats import RowStats
 from fsam_kernels.triton import softmax_stats, tiles
 
 # Options that each kernel is compiled with: all off, and all on.
 LOSSES = {"plain": CROSS_ENTROPY, "all options": Loss(label_smoothing=0.1, z_loss=1e-4, soft_cap=30.0)}
-CHUNK_BYTES = 512 * 2**20  # logits of one chunk: `memory.default_chunk_bytes` on a GPU
 
 
 class Stage(NamedTuple):
@@ -141,14 +142,23 @@ KERNELS = {
 }
 
 
-def chunk_rows(head: Head, dtype: torch.dtype) -> int:
-    """Rows of a chunk whose logits fill CHUNK_BYTES, or all of the head's tokens."""
-    return max(1, min(head.N, CHUNK_BYTES // (head.V * dtype.itemsize)))
+def heads(shape: str | None) -> dict[str, Head]:
+    """The head of that name, or all.
+
+    Raises:
+        UserError: for a shape that is not known.
+    """
+    if shape is not None and shape not in HEADS:
+        raise UserError(f"shape: {shape!r} is not known: use {', '.join(HEADS)}")
+    return HEADS if shape is None else {shape: HEADS[shape]}
 
 
-def chunk(head: Head, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
-    """(logits [C, V] in padded rows, labels [C]) of one chunk, on "meta" without storage, elsewhere random."""
-    C = chunk_rows(head, dtype)
+def chunk(head: Head, dtype: torch.dtype, device: str, loss: Loss = CROSS_ENTROPY) -> tuple[Tensor, Tensor]:
+    """(logits [C, V] in padded rows, labels [C]) of one chunk, on "meta" without storage, elsewhere random.
+
+    C is that of a step on a GPU.
+    """
+    C = chunk_rows(head.V, dtype.itemsize, 4, loss, None, "cuda", in_place=softmax_stats.IN_PLACE, N=head.N)
     u_CxV = softmax_stats.empty_chunk(C, head.V, torch.empty(0, dtype=dtype, device=device))
     labels_C = torch.zeros(C, dtype=torch.int64, device=device)
     if device != "meta":
@@ -159,7 +169,7 @@ def chunk(head: Head, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
 
 def launches(stage: Stage, head: Head, dtype: torch.dtype, loss: Loss = CROSS_ENTROPY) -> list[Launch]:
     """The launches of one call of `stage` on one chunk of `head`, in order."""
-    u_CxV, labels_C = chunk(head, dtype, "meta")
+    u_CxV, labels_C = chunk(head, dtype, "meta", loss)
     call = stage.call(u_CxV, labels_C, loss)
     C, V = u_CxV.shape
 

@@ -19,7 +19,7 @@ from fsam_core.errors import UserError
 from fsam_kernels.shapes import WEIGHTS
 from fsam_kernels.triton import tables
 from fsam_profiling.gpu import code, llvm, parameter_launches, programs, traffic
-from fsam_profiling.gpu.code import CARDS, Code
+from fsam_profiling.gpu.code import BY_NAME, CARDS, Code
 from fsam_profiling.gpu.launches import Launch
 from fsam_profiling.gpu.parameter_launches import Operation
 from fsam_profiling.gpu.programs import REGION, Access
@@ -48,13 +48,13 @@ def read(
     for arch in archs:
         for operation in operations:
             for model in models:
-                launches = parameter_launches.launches(operation, WEIGHTS[model], lanes=CARDS[arch].warp)
+                launches = parameter_launches.launches(operation, WEIGHTS[model], lanes=BY_NAME[arch].warp)
                 kernels = [_kernel(arch, launch, compiled) for launch in launches]
                 elements = launches[0].columns
                 least, moved = elements * operation.least_bytes, sum(kernel["bytes"] for kernel in kernels)
                 yield {
                     "arch": arch,
-                    "card": CARDS[arch].name,
+                    "card": BY_NAME[arch].name,
                     "triton": triton.__version__,
                     "operation": operation.name,
                     "model": model,
@@ -65,7 +65,7 @@ def read(
                     "least_bytes": least,
                     "ratio": moved / least,
                     "bytes_per_parameter": moved / elements,
-                    "floor_us": 1e6 * least / CARDS[arch].bandwidth,
+                    "floor_us": 1e6 * least / BY_NAME[arch].bandwidth,
                     "kernels": kernels,
                 }
 
@@ -95,7 +95,7 @@ def _kernel(arch: str, launch: Launch, compiled: dict[Any, Code]) -> dict[str, A
     if key not in compiled:
         compiled[key] = code.read(launch, arch)
     found = compiled[key]
-    moved, load, store = count(launch, found.llvm, CARDS[arch].warp)
+    moved, load, store = count(launch, found.llvm, BY_NAME[arch].warp)
     return {
         "kernel": launch.kernel,
         "grid": launch.grid,

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from fsam_trainers import device
+
 # Sides of square products; the fastest one counts.
 SIZES = {"cpu": (512, 1024, 2048)}
 LARGE = (4096, 8192)
@@ -19,7 +21,7 @@ def flops_per_second(framework: str, dtype: str = "float32") -> float:
 
 
 def sizes(framework: str) -> tuple[int, ...]:
-    return SIZES.get(_platform(framework), LARGE)
+    return SIZES.get(device.platform(framework), LARGE)
 
 
 def _rate(size: int, run: Callable[[], Any], wait: Callable[[Any], Any]) -> float:
@@ -41,17 +43,6 @@ def _product(framework: str, size: int, dtype: str) -> tuple[Callable[[], Any], 
         return lambda: product(x), jax.block_until_ready
     import torch
 
-    matrix = torch.randn(size, size, dtype=getattr(torch, dtype), device=_platform("torch"))
-    wait = (lambda _: None) if _platform("torch") == "cpu" else lambda _: torch.accelerator.synchronize()
-    return lambda: matrix @ matrix, wait
-
-
-def _platform(framework: str) -> str:
-    if framework == "jax":
-        import jax
-
-        return jax.default_backend()
-    import torch
-
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return "cpu" if found is None else found.type
+    matrix = torch.randn(size, size, dtype=getattr(torch, dtype), device=device.platform("torch"))
+    wait = device.waiting([framework])
+    return lambda: matrix @ matrix, lambda _: wait()

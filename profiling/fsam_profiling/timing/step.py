@@ -27,7 +27,7 @@ from fsam_profiling.settings import step_settings
 from fsam_profiling.timing import matmul_rate, trace, variants
 from fsam_profiling.timing.peak import peak_bytes
 from fsam_profiling.timing.variants import Variant
-from fsam_trainers import timing
+from fsam_trainers import device, timing
 from fsam_trainers.console import Console
 
 WARM_UP = 1  # JAX steps are compiled ahead, and PyTorch has taken two steps to count its FLOPs
@@ -102,7 +102,8 @@ def measure(options: StepOptions) -> tuple[list[dict[str, Any]], dict[str, float
     runs = _made(timed)
     operations = {name: variants.flops(timed[name], run) for name, run in runs.items()}
     with Console().counting("timing", (options.repeats + WARM_UP) * len(runs)) as tick:
-        times = timing.interleaved(runs, options.repeats, tick, warm_up=WARM_UP)
+        wait = device.waiting(frameworks)
+        times = timing.interleaved(runs, options.repeats, tick, warm_up=WARM_UP, wait=wait)
     del runs
     gc.collect()
     means = {name: _mean(name, of, times) for name, of in kinds.items()}

@@ -91,6 +91,7 @@ def flops(variant: Variant, run: Callable[[int], Any]) -> int:
 def _jax(chosen: Settings, whose: str, kind: str, tokens_BxL1: np.ndarray) -> Callable[[int], Any]:
     import jax
 
+    from fsam_core.jax import MicroBatches
     from fsam_profiling.tpu import step_programs
     from fsam_trainers.models import flax_decoder
 
@@ -100,7 +101,7 @@ def _jax(chosen: Settings, whose: str, kind: str, tokens_BxL1: np.ndarray) -> Ca
     held = [(params, step_programs.optimizer_of(chosen, whose, kind).init(params))]
 
     def run(index: int) -> None:
-        state, loss = compiled(held.pop(), [{"tokens": tokens_BxL1}])
+        state, loss = compiled(held.pop(), MicroBatches([{"tokens": tokens_BxL1}]))
         held.append(state)
         jax.block_until_ready((state, loss))
 

@@ -1,0 +1,1 @@
+"""The sections of `tools/device_check.py`, one module each; products, weights and logits are those of correctness."""
