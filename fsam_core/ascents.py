@@ -33,6 +33,10 @@ class AscentInputs(Protocol):
         """AdamW's first moment before this step, zeros before the first."""
 
     @property
+    def weights(self) -> Any:
+        """θ."""
+
+    @property
     def previous(self) -> Any:
         """The gradient ĝ of the last completed step, before clipping; zeros before the first."""
 
@@ -79,6 +83,29 @@ ASCENTS: dict[str, Ascent] = {
         Ascent("random", lambda seen: seen.random(), "none"),
     )
 }
+
+
+def quantised(bits: int) -> Ascent:
+    """Q(θ) − θ: with norm="none" and ρ = 1 the second pass is at weights rounded to so many bits.
+
+    SAM is then quantisation-aware training with a straight-through gradient, in one pass. Q rounds to nearest, with one
+    symmetric scale for each row of a matrix (all but its last axis); vectors stay as they are.
+
+    Raises:
+        UserError: for fewer than 2 bits.
+    """
+    if not isinstance(bits, int) or bits < 2:
+        raise UserError(f"bits must be a whole number >= 2, got {bits!r}")
+    levels = 2 ** (bits - 1) - 1
+
+    def change(theta: Any) -> Any:
+        if theta.ndim < 2:
+            return theta * 0
+        largest = abs(theta).amax(-1, keepdim=True) if hasattr(theta, "amax") else abs(theta).max(-1, keepdims=True)
+        step = largest / levels
+        return (theta / (step + (step == 0))).round() * step - theta
+
+    return Ascent(f"quantised to {bits} bits", lambda seen: seen.map(change, seen.weights), "none")
 
 
 def named(ascent: str | Ascent) -> Ascent:

@@ -43,12 +43,13 @@ from fsam_core.errors import UserError
 from fsam_core.scopes import Scope
 
 Path = Literal["base", "sam", "functional", "logit"]
-Precondition = Literal["adam"]
-Norm = Literal["l2", "dual", "per-tensor"]
+Precondition = Literal["adam", "weights"]
+Norm = Literal["l2", "dual", "per-tensor", "none"]
 SecondMoment = Literal["current", "previous"]
 Cut = Literal["logits", "hidden"]
 Form = Literal["correction", "split"]
 Rho = float | Callable[[Any], Any]
+Combine = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,18 @@ class Perturbed:
     Attributes:
         rho: length of the perturbation, ≥ 0, in the units of the weights; or a function of the number of completed
             optimizer steps that returns it (an optax schedule in JAX, any Python function in PyTorch).
-        precondition: None for d = g (the published SAM direction), "adam" for d = g / (sqrt(v̂) + δ).
+        precondition: None for d = g (the published SAM direction), "adam" for d = g / (sqrt(v̂) + δ), "weights" for
+            d = (|θ| + η)² g (ASAM's, with norm="dual"), or a function of one tensor's (θ, g) that returns its d.
         norm: "l2" for ε = ρ d / ‖d‖₂; "dual" for ε = ρ d / sqrt(gᵀ d); "per-tensor" for l2 in each tensor separately,
-            so that every tensor's ε has length ρ.
+            so that every tensor's ε has length ρ; "none" for ε = ρ d (and no clipping in it).
+        eta: η of precondition="weights".
         second_moment: "current" folds this step's gradient into v̂ first; "previous" uses the optimizer's moment as it
             is. With "previous" a token seen for the first time has v = 0 and takes the whole perturbation.
         fraction: the share q of the batch on which the correction is computed, 0 < q ≤ 1. The second pass costs q of a
             full one; below 1 one more gradient is stored. It must cut the batch into whole rows or micro-batches.
         strength: factor w ≥ 0 of the correction.
+        combine: None for ĝ = g', or a function of (g·g, g·g', g'·g') that returns (α, β) of ĝ = α g + β g'
+            (`fsam_core.combining`). It needs fraction 1, strength 1 and the full ascent, and stores g.
         form: "correction" for ĝ = g_B + w (g'_S − g_S); "split" for the step at the price of a plain one, in which S is
             only passed at θ+ε (and forwards at θ for the functional method) and the rest only at θ. It needs a fraction
             below 1, and ascent="rest" or one that is known before the step. The length of ε is rho / fraction.
@@ -94,11 +99,13 @@ class Perturbed:
     """
 
     rho: Rho
-    precondition: Precondition | None = None
+    precondition: Precondition | Callable[[Any, Any], Any] | None = None
     norm: Norm = "l2"
+    eta: float = 0.01
     second_moment: SecondMoment = "current"
     fraction: float = 1.0
     strength: float = 1.0
+    combine: Combine | None = None
     form: Form = "correction"
     ascent: str | Ascent = "full"
     ascent_fraction: float | None = None
@@ -112,7 +119,10 @@ class Perturbed:
         if not hasattr(type(self), "path"):
             raise UserError("method: Perturbed has no path of its own; use SAM, FunctionalSAM or LogitSAM")
         check_rho(self.rho(0) if callable(self.rho) else self.rho, "rho(0)" if callable(self.rho) else "rho")
-        _check_choice("precondition", self.precondition, (None, *get_args(Precondition)))
+        if not callable(self.precondition):
+            _check_choice("precondition", self.precondition, (None, *get_args(Precondition)))
+        if not _is_number(self.eta) or not 0 <= self.eta < math.inf:
+            raise UserError(f"eta must be a finite number >= 0, got {self.eta!r}")
         _check_choice("norm", self.norm, get_args(Norm))
         _check_choice("second_moment", self.second_moment, get_args(SecondMoment))
         scopes.check(self.scope)
@@ -138,6 +148,9 @@ class Perturbed:
             )
 
         _check_choice("form", self.form, get_args(Form))
+        if self.combine is not None and not (self.exact and ascent.source == "full"):
+            got = f"fraction={self.fraction}, strength={self.strength} and ascent={ascent.name!r}"
+            raise UserError(f"combine: it needs g and g' of the whole batch, and so the full ascent; got {got}")
         if self.form == "split":
             self._check_split()
         elif ascent.source == "rest":
@@ -159,6 +172,13 @@ class Perturbed:
     def exact(self) -> bool:
         """Whether ĝ = g': the correction is computed on the whole batch, at strength 1."""
         return self.fraction == 1 and self.strength == 1
+
+    @cached_property
+    def direction_of(self) -> Callable[[Any, Any], Any] | None:
+        """(θ, g) -> d of one tensor, for a preconditioner that is such a function."""
+        if self.precondition == "weights":
+            return lambda theta, g: (abs(theta) + self.eta) ** 2 * g
+        return self.precondition if callable(self.precondition) else None
 
     @cached_property
     def direction(self) -> Ascent:
@@ -233,7 +253,7 @@ def named(name: str, rho: Rho = 0.5, *, argument: str = "method", **options: Any
 def describe(method: Method) -> dict[str, Any]:
     """The method as plain values, for metrics and checkpoints."""
     values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
-    for name in ("rho", "scope"):
+    for name in ("rho", "scope", "precondition", "combine"):
         if callable(values.get(name)):
             values[name] = repr(values[name])
     if isinstance(values.get("ascent"), Ascent):

@@ -11,7 +11,8 @@ from fsam_core import regions, split
 from fsam_core.errors import UserError
 from fsam_core.jax import passes, staged
 from fsam_core.jax.passes import Params, PassResult, add_correction, upcast, weighted_mean
-from fsam_core.jax.perturbation import StepInputs, StepResult, norm_of, perturb
+from fsam_core.jax.perturbation import StepInputs, StepResult, norm_of, perturb, products_of
+from fsam_core.methods import Combine
 
 
 def corrected(inputs: StepInputs, batches: list[Any]) -> StepResult:
@@ -89,12 +90,22 @@ def _corrected(inputs: StepInputs, batches: list[Any]) -> StepResult:
             moved_losses.append((there.weight, there.loss))
     weight_S, g_moved = weighted_mean(gradients)
     g_hat = g_moved if exact else add_correction(g_B, g_moved, g_S, method.strength)
+    if method.combine is not None:
+        g_hat = _combined(method.combine, g_B, g_moved)
     with regions.in_jax("norm"):
         base_norm = norm_of(g_B, inputs.mask if exact else None)
     moved_loss = weighted_mean(moved_losses)[1] if moved_losses else None
     weight = weight if None not in seen else weight_S
     bad, aux = passes.largest([x.bad_label for x in evaluated]), [a for x in evaluated for a in x.aux]
     return StepResult(loss, moved_loss, weight, base_norm, length, g_hat, g_B, bad, aux)
+
+
+def _combined(combine: Combine, g: Params, g_moved: Params) -> Params:
+    """α g + β g'."""
+    with regions.in_jax("norm"):
+        alpha, beta = combine(products_of(g, g), products_of(g, g_moved), products_of(g_moved, g_moved))
+    with regions.in_jax("update"):
+        return jax.tree.map(lambda x, y: (alpha * upcast(x) + beta * upcast(y)).astype(x.dtype), g, g_moved)
 
 
 def _split(inputs: StepInputs, S: Any, R: Any) -> StepResult:

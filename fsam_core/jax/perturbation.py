@@ -44,6 +44,10 @@ class AscentInputs:
         return optimizers.moments(inputs.opt_state, inputs.params, inputs.mask, "the ascent").mu
 
     @property
+    def weights(self) -> Params:
+        return self._inputs.params
+
+    @property
     def previous(self) -> Params:
         if self._inputs.previous is None:
             raise UserError("carry is missing: this ascent uses the last gradient; pass the one from carry_of(...)")
@@ -105,15 +109,21 @@ def perturb(inputs: StepInputs, gradient: Any) -> tuple[Params, jax.Array]:
         v = held.nu
         groups = [(_settings(inputs, held, i), held.mask_of(i, mask)) for i in range(len(held.states))]
     with regions.in_jax("norm"):
-        clip = clip_factor(norm_of(ascent, mask), adam.clip_norm)
+        clip = clip_factor(norm_of(ascent, mask), None if method.norm == "none" else adam.clip_norm)
+        if method.direction_of is not None:
+            scaled = jax.tree.map(lambda a: (a * clip).astype(a.dtype), ascent)
+            ascent, clip = jax.tree.map(method.direction_of, params, scaled), jnp.ones_like(clip)
         sums = [
             ops.preconditioned_norm(ascent, v, clip=clip, adam=x, mask=own, per_tensor=method.norm == "per-tensor")
             for x, own in groups
         ]
         sumsq, dot = sums[0] if len(sums) == 1 else jax.tree.map(lambda *x: sum(x[1:], x[0]), *sums)
+        if method.direction_of is not None and method.norm == "dual":
+            dot = products_of(scaled, ascent, mask)
         rho = method.rho_at(steps_of(inputs.opt_state) if callable(method.rho) else 0)
         root = lambda square: jnp.where(square == 0, 0, rho * jax.lax.rsqrt(jnp.where(square == 0, 1, square)))
-        scale = jax.tree.map(root, dot if method.norm == "dual" else sumsq)
+        square = {"dual": dot, "none": jax.tree.map(jnp.ones_like, sumsq)}.get(method.norm, sumsq)
+        scale = jax.tree.map(root, square)
         squares = jax.tree.map(lambda k, square: upcast(jnp.square(k) * square), scale, sumsq)
         length = jnp.sqrt(sum(jax.tree.leaves(squares)))
     with regions.in_jax("perturb"):
@@ -148,6 +158,13 @@ def norm_of(tree: Any, mask: Any = None) -> jax.Array:
     leaves = jax.tree.leaves(tree)
     held = [True] * len(leaves) if mask is None else jax.tree.leaves(mask)
     return optax.tree.norm([upcast(x) for x, keep in zip(leaves, held, strict=True) if keep])
+
+
+def products_of(x: Any, y: Any, mask: Any = None) -> jax.Array:
+    """xᵀ y over all leaves that are not masked."""
+    pairs = list(zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True))
+    held = [True] * len(pairs) if mask is None else jax.tree.leaves(mask)
+    return jnp.stack([jnp.vdot(upcast(a), upcast(b)) for (a, b), keep in zip(pairs, held, strict=True) if keep]).sum()
 
 
 def clip_factor(norm: jax.Array, clip_norm: float | None) -> jax.Array:

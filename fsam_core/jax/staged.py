@@ -56,6 +56,7 @@ def is_shared(inputs: StepInputs, S: list[Any], others: list[Any]) -> bool:
     if (
         not isinstance(features, Staged)
         or method.form == "split"
+        or method.combine
         or inputs.mask is None
         or len(S) > 1
         or inputs.pass_axis is not None

@@ -21,6 +21,7 @@ from fsam_core.torch.gradients import (
     add_weighted,
     base_minus_correction,
     clone_if_reused,
+    combine,
     difference,
     local_norm,
     with_gradient,
@@ -68,10 +69,13 @@ def _corrected(inputs: StepInputs, batches: list[Any]) -> StepResult:
 
     if whole:
         g_S = g_B
+    to_combine = clone_if_reused(config.parallel, g_B) if method.combine else None
     of_B = {p: g.clone() for p, g in g_B.items()} if inputs.keeps_correction else None
     onto = {} if exact else base_minus_correction(config.parallel, g_B, g_S, w)
     del g_S, g_B, ascends  # freed before the second pass makes its own
     g_hat, second = _second(inputs, scope, moved, S, saved, onto)
+    if to_combine is not None and method.combine is not None:
+        combine(config.parallel, to_combine, g_hat, method.combine)
     moved_loss = second.loss if second else None
     weight = second.weight if second and whole and rest else base.weight
     change = None if of_B is None else difference(g_hat, of_B)

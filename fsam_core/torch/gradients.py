@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fsam_core.errors import UserError
+from fsam_core.methods import Combine
 from fsam_core.regions import in_torch
 from fsam_core.torch.dtensor import likes
 from fsam_core.torch.parallel import Parallel
@@ -32,6 +33,23 @@ def add_correction(onto: Gradients, g_moved: Gradients, w: float) -> Gradients:
 def difference(g_hat: Gradients, g_B: Gradients) -> Gradients:
     """ĝ − g_B, in the arrays of g_B."""
     return {p: torch.sub(g_hat[p], g, out=g) for p, g in g_B.items()}
+
+
+def combine(parallel: Parallel, g: Gradients, g_moved: Gradients, how: Combine) -> None:
+    """α g + β g', in the arrays of g'; α and β are of the products over whole tensors."""
+
+    def products(x: Gradients, y: Gradients) -> Tensor:
+        upcast = lambda z: z.reshape(-1).to(torch.promote_types(z.dtype, torch.float32))
+        return torch.stack([torch.dot(upcast(x[p]), upcast(y[p])) if p in x and p in y else zero for p in g_moved])
+
+    first = next(iter(g_moved.values()))
+    zero = first.new_zeros((), dtype=torch.promote_types(first.dtype, torch.float32))
+    sums = [products(g, g), products(g, g_moved), products(g_moved, g_moved)]
+    alpha, beta = how(*(x.sum() for x in parallel.all_reduce_sums(list(g_moved), sums, False)))
+    for p, gradient in g_moved.items():
+        gradient.mul_(beta)
+        if p in g:
+            gradient.add_(g[p] * alpha)
 
 
 def add_weighted(total: Gradients, gradients: Gradients, weight: Tensor) -> None:

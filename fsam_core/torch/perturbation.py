@@ -13,7 +13,7 @@ from fsam_core.errors import UserError
 from fsam_core.methods import Perturbed, check_rho
 from fsam_core.regions import in_torch
 from fsam_core.torch import optimizers, rng
-from fsam_core.torch.dtensor import likes, local_parts
+from fsam_core.torch.dtensor import likes, local, local_parts
 from fsam_core.torch.passes import Gradients, PassConfig
 
 
@@ -78,6 +78,10 @@ class AscentInputs:
         return [_or_zero(state.get("exp_avg"), p) for state, p in zip(states, self._params, strict=True)]
 
     @property
+    def weights(self) -> list[Tensor]:
+        return [p.detach() for p in self._params]
+
+    @property
     def previous(self) -> list[Tensor]:
         return self._of(self._inputs.previous)
 
@@ -110,7 +114,7 @@ def perturb(
     ascent = local_parts([a.to(p.dtype) for a, p in zip(given, params, strict=True)])
     with in_torch("norm"):
         clip: Tensor | float = 1.0
-        if inputs.clip_norm is not None:
+        if inputs.clip_norm is not None and method.norm != "none":
             local_norm = parallel.local_norm(params, ascent) if norm is None else norm
             clip = (inputs.clip_norm / parallel.norm(local_norm)).clamp(max=1.0)
         v, adam = None, None
@@ -119,14 +123,21 @@ def perturb(
         each = method.norm == "per-tensor"
         out = config.weights.destinations(params)
         into = getattr(ops, "direction_and_norm", None)
-        if into and v and out and not copies and method.norm != "dual" and _are_accumulated(out):
+        if into and v and out and not copies and method.norm in ("l2", "per-tensor") and _are_accumulated(out):
             # The array of the perturbed weights first holds the direction.
             sumsq = square = into(ascent, v, clip=clip, adam=adam, out=out, per_tensor=each)
             ascent, v, adam, clip = out, None, None, 1.0
         else:
-            sums = ops.preconditioned_norm(ascent, v, clip=clip, adam=adam, per_tensor=each or parallel.sharded)
+            apart = each or parallel.sharded
+            if method.direction_of is None:
+                sums = ops.preconditioned_norm(ascent, v, clip=clip, adam=adam, per_tensor=apart)
+            else:
+                scaled = [a * clip for a in ascent]
+                ascent, clip = list(map(method.direction_of, map(local, params), scaled)), 1.0
+                dots = torch.stack([(d * a).sum() for d, a in zip(ascent, scaled, strict=True)])
+                sums = (ops.preconditioned_norm(ascent, per_tensor=apart)[0], dots if apart else dots.sum())
             sumsq, dot = parallel.all_reduce_sums(params, sums, each)
-            square = dot if method.norm == "dual" else sumsq
+            square = {"dual": dot, "none": torch.ones_like(sumsq)}.get(method.norm, sumsq)
         scale = torch.where(square == 0, 0, rho / torch.where(square == 0, 1, square).sqrt())
         length = (scale.square() * sumsq).sum().sqrt()
     options: dict[str, Any] = {"clip": clip, "adam": adam, "out": out}

@@ -83,7 +83,13 @@ def is_shared(inputs: StepInputs, part: Sequence[Any], rest: Sequence[Any]) -> b
         UserError: as `SharedPrefix`.
     """
     method, parallel = inputs.method, inputs.config.parallel
-    if inputs.shares_prefix is None or method.scope == "all" or len(part) > 1 or method.form == "split":
+    if (
+        inputs.shares_prefix is None
+        or method.scope == "all"
+        or len(part) > 1
+        or method.form == "split"
+        or method.combine
+    ):
         return False
     if parallel.count > 1 or parallel.sharded:
         return False  # a wrapper's hooks run at one forward pass from end to end

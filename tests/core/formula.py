@@ -100,22 +100,28 @@ class Formula:
             share = method.share if method.ascent == "part" else method.fraction
             of = {"part": part_of(batches, share), "rest": rest_of(batches, share)}
             ascent = self._base(theta, _joined(of.get(str(method.ascent), batches)))
-        epsilon = self._perturbation({k: x for k, x in ascent.items() if self.holds(k)}, known["nu"])
+        epsilon = self._perturbation(theta, {k: x for k, x in ascent.items() if self.holds(k)}, known["nu"])
         moved = {k: x + epsilon.get(k, 0) for k, x in theta.items()}
         g_B, g_S, moved_S = self._base(theta, B), self._base(theta, S), self._moved(theta, moved, S)
         w = method.strength
         if method.form == "split":
             w = self._seen(S).sum() / self._seen(B).sum()
         g_hat = {k: g_B[k] + w * (moved_S[k] - g_S[k]) for k in theta}
+        if method.combine:
+            dot = lambda x, y: sum((x[k] * y[k]).sum() for k in theta)
+            alpha, beta = method.combine(dot(g_B, g_B), dot(g_B, moved_S), dot(moved_S, moved_S))
+            g_hat = {k: alpha * g_B[k] + beta * moved_S[k] for k in theta}
         return g_hat, _norm(epsilon)
 
-    def _perturbation(self, a: Tensors, nu: Tensors) -> Tensors:
+    def _perturbation(self, theta: Tensors, a: Tensors, nu: Tensors) -> Tensors:
         method, c = self.method, 1.0
-        if self.clip_norm is not None:
+        if self.clip_norm is not None and method.norm != "none":
             c = min(1.0, self.clip_norm / float(_norm(a)))
         a = {k: c * x for k, x in a.items()}
         d = dict(a)
-        if method.precondition:
+        if method.precondition == "weights":
+            d = {k: (theta[k].abs() + method.eta) ** 2 * x for k, x in a.items()}
+        elif method.precondition:
             current = method.second_moment == "current"
             for k, x in a.items():
                 v = B2 * nu[k] + (1 - B2) * x**2 if current else nu[k]
@@ -125,6 +131,8 @@ class Formula:
             lengths = {k: x.norm() for k, x in d.items()}
         elif method.norm == "dual":
             lengths = dict.fromkeys(d, sum((a[k] * d[k]).sum() for k in d).sqrt())
+        elif method.norm == "none":
+            lengths = dict.fromkeys(d, 1.0)
         rho = method.rho / method.fraction if method.form == "split" else method.rho
         return {k: rho * x / lengths[k] for k, x in d.items()}
 

@@ -110,7 +110,8 @@ CASES: dict[str, dict[str, Any]] = {
 QUICK = {
     "torch": {"adamw", "sam", "recompute", "keep", "cut hidden", "half", "quarter, keep", "eighth, cut hidden",
               "eighth, part's ascent", "micro-batches", "micro-batches, quarter", "ascent of a quarter", "momentum",
-              "sam, -momentum", "top", "top, quarter", "ascent micro", "checkpointing", "split", "split, cut hidden", "sam, split"},
+              "sam, -momentum", "top", "top, quarter", "ascent micro", "checkpointing",
+              "split", "split, cut hidden", "sam, split"},
     "jax": {"keep", "norms"},
 }  # fmt: skip
 

@@ -129,7 +129,14 @@ def test_describe_gives_plain_values():
     assert describe(Plain()) == {"path": "base"}
     got = describe(FunctionalSAM(0.5, precondition="adam"))
     named = {"path": "functional", "rho": 0.5, "precondition": "adam", "norm": "l2", "second_moment": "current"}
-    named |= {"fraction": 1.0, "strength": 1.0, "form": "correction", "ascent": "full", "ascent_fraction": None, "scope": "all"}
+    named |= {
+        "fraction": 1.0,
+        "strength": 1.0,
+        "form": "correction",
+        "ascent": "full",
+        "ascent_fraction": None,
+        "scope": "all",
+    }
     assert got == {**named, "cut": "logits", "seed": 0}
     assert isinstance(describe(SAM(lambda step: 0.1))["rho"], str)
     mine = describe(SAM(0.1, ascent=Ascent("mine", lambda seen: seen.momentum), scope=lambda name: True))

@@ -13,6 +13,7 @@ from problems import FRAMEWORKS, batch_of, distance
 from stacks import IGNORED, LOSS, got, hidden, holds, model, staged, weights
 
 from fsam_core import SAM, FunctionalSAM, LogitSAM
+from fsam_core.combining import gsam
 from fsam_kernels.memory import Memory
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -32,10 +33,13 @@ def method_of(row: option_array.Row) -> Any:
         "none": {},
         "adam": {"precondition": "adam"},
         "adam-previous": {"precondition": "adam", "second_moment": "previous"},
+        "weights": {"precondition": "weights", "eta": 0.1},
     }[row["precondition"]]
     scope = (lambda name: name.endswith("_a")) if row["scope"] == "named" else row["scope"]
     same = {name: row[name] for name in ("fraction", "strength", "form", "cut", "norm")}
-    return KINDS[row["kind"]](0.4, scope=scope, **same, **ascent, **precondition)
+    combine = {"combine": gsam(0.3)} if row["combine"] == "gsam" else {}
+    rho = 0.4 if row["norm"] != "none" else 3.0
+    return KINDS[row["kind"]](rho, scope=scope, **same, **ascent, **precondition, **combine)
 
 
 def batches_of(row: option_array.Row) -> list[dict]:
@@ -51,7 +55,7 @@ def test_array_covers_all_pairs_of_options():
     for rows, levels in ((ROWS, option_array.LEVELS), (SHARED_PREFIX, option_array.SHARED_PREFIX)):
         assert set().union(*map(option_array.pairs_of, rows)) >= option_array.all_pairs(levels)
         assert all(map(option_array.goes_together, rows))
-    assert len(ROWS) < 34  # an array of these levels has at least 24 rows
+    assert len(ROWS) < 40  # an array of these levels has at least 28 rows
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
