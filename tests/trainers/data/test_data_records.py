@@ -137,7 +137,7 @@ def test_a_bad_record_file_is_named(tmp_path, cache, name, content, parts):
 
 def test_a_parquet_file_without_texts_is_named(tmp_path):
     pq.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r'--data: .*a\.parquet: no "text" or "content" column, only: body'):
+    with pytest.raises(UserError, match=r'--data: .*a\.parquet: no "text", .* column, only: body'):
         build(tmp_path / "a.parquet")
     write_parquet(tmp_path / "b.parquet", ["x", *[None] * 11])
     with pytest.raises(UserError, match=r'--data: .*b\.parquet, row 2: "text" must be a string, got NoneType; 11 of'):

@@ -1,9 +1,11 @@
 """Batches of windows over a token array, as a pure function of (seed, step).
 
 A window is seq_len + 1 tokens (inputs `x[:, :-1]`, labels `x[:, 1:]`); the next one starts at the last token of the one
-before, so every token but the first is a label exactly once an epoch.
+before, so every token but the first is a label exactly once an epoch. A negative token is one of a prompt: the input
+~token, and no target.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -97,6 +99,17 @@ def validation_batches(tokens: Tokens, seq_len: int, batch_size: int, count: int
         windows_of(tokens, np.arange(start, start + size), seq_len)
         for start in range(0, min(count, windows // size) * size, size)
     ]
+
+
+def targets_in(tokens_BxL1: np.ndarray) -> int:
+    """How many labels of a batch are targets: those that are no token of a prompt."""
+    return int(np.count_nonzero(tokens_BxL1[:, 1:] >= 0))
+
+
+def mean_over_targets(losses: Sequence[float], batches: Sequence[np.ndarray]) -> float:
+    """The mean over the targets of all batches, int32 [B, L + 1] each, from each one's own; 0 if there are none."""
+    counts = [targets_in(x) for x in batches]
+    return float(np.dot(losses, counts)) / max(sum(counts), 1)
 
 
 def permutation(seed: int, draw: tuple[int, ...], count: int) -> np.ndarray:

@@ -50,7 +50,8 @@ Tokens = np.ndarray | JoinedTokens
 class Corpus:
     """A corpus in tokens.
 
-    train: [T] of one of DTYPES, memory-mapped, read-only. Documents end to end, each followed by the end token.
+    train: [T] of one of DTYPES, memory-mapped, read-only. Documents end to end, each followed by the end token. The
+        tokens of prompts are ~id, see `encode_rows`.
     validation: [V], same dtype; no document, or part of one, is in both.
     vocab_size: number of rows the model's embedding needs; every token id is below it.
     fingerprint: hex digest of the tokens, their dtype and vocab_size: corpora with the same one hold the same tokens.
@@ -66,9 +67,9 @@ class Corpus:
     description: str
 
 
-def dtype_for(vocab_size: int) -> np.dtype:
-    """The narrower of little-endian uint16 and uint32 that holds every id below `vocab_size`."""
-    return DTYPES["uint16" if vocab_size <= 1 << 16 else "uint32"]
+def dtype_for(vocab_size: int, *, prompts: bool) -> np.dtype:
+    """The narrower of uint16 and uint32 that holds every id below `vocab_size`; int32 if there are prompts' too."""
+    return DTYPES["int32" if prompts else "uint16" if vocab_size <= 1 << 16 else "uint32"]
 
 
 def map_tokens(path: Path, dtype: np.dtype) -> np.ndarray:

@@ -13,6 +13,8 @@ from fsam_core import backends
 from fsam_core.errors import UserError
 
 Split = Literal["train", "validation"]
+Columns = tuple[tuple[str, ...], ...]
+"""Where a row's document is: the first of these that it has, a column of text or those of a prompt and its answer."""
 
 HELD_OUT = 20  # one document in this many is held out for validation
 
@@ -21,21 +23,29 @@ _VALIDATION = re.compile(r"validation|(?<![a-z])val(id)?(?![a-z])")
 
 
 class Row(NamedTuple):
-    """A row of a file, numbered from 0: a document, or the part of one that `starts` and `ends` say."""
+    """A row of a file, numbered from 0: a document, or the part of one that `starts` and `ends` say.
+
+    ends: it is the last part, after which the end token belongs. prompt: context before the text, on whose tokens no
+    model is trained; None of a row of text alone.
+    """
 
     number: int
     text: str
     ends: bool = True
     starts: bool = True
+    prompt: str | None = None
+
+    @property
+    def whole(self) -> str:
+        """The text, after its prompt if it has one."""
+        return (self.prompt or "") + self.text
 
 
 class Piece(NamedTuple):
-    """Part of a document, usually all of it. `ends`: it is the last part, after which the end token belongs."""
+    """A row and the split that it belongs to."""
 
     split: Split
-    text: str
-    ends: bool
-    starts: bool
+    row: Row
 
 
 class Stream(NamedTuple):

@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from fsam_trainers.data.documents import Piece, Split, Stream
+from fsam_trainers.data.documents import Piece, Row, Split, Stream
 from fsam_trainers.data.vocabulary import Tokenizer
 
 _BATCH = 1 << 21  # characters encoded at a time
@@ -37,13 +37,13 @@ class Sink:
     def checksum(self) -> str:
         return self._digest.hexdigest()
 
-    def write(self, piece: Piece, ids: list[int], end: int) -> None:
-        content = np.array([*ids, end] if piece.ends else ids, self.dtype)[: self.room].tobytes()
+    def write(self, row: Row, ids: list[int]) -> None:
+        content = np.array(ids, self.dtype)[: self.room].tobytes()
         self.file.write(content)
         self._digest.update(content)
         self.tokens += len(content) // self.dtype.itemsize
-        self.documents += piece.ends
-        self.characters += len(piece.text)
+        self.documents += row.ends
+        self.characters += len(row.whole)
 
 
 def take_head(stream: Stream, characters: int) -> tuple[list[str], Stream]:
@@ -52,15 +52,15 @@ def take_head(stream: Stream, characters: int) -> tuple[list[str], Stream]:
     seen = 0
     while seen < characters and (piece := next(stream.pieces, None)):
         head.append(piece)
-        seen += len(piece.text) if piece.split == "train" else 0
-    texts = [piece.text for piece in head if piece.split == "train"]
+        seen += len(piece.row.whole) if piece.split == "train" else 0
+    texts = [piece.row.whole for piece in head if piece.split == "train"]
     return texts, Stream(stream.feeds, chain(head, stream.pieces))
 
 
 def encode_streams(
     streams: list[Stream], tokenizer: Tokenizer, sinks: dict[Split, Sink], report: Callable[[int], None]
 ) -> None:
-    """Write every stream's tokens, an end token after each document, until the sinks it feeds are full.
+    """Write every stream's tokens, see `encode_rows`, until the sinks it feeds are full.
 
     `report` is called now and then with the number of training tokens written.
     """
@@ -68,24 +68,33 @@ def encode_streams(
         fed = [sinks[split] for split in stream.feeds]
         for batch in _batches(stream.pieces, fed):
             wanted = [piece for piece in batch if sinks[piece.split].room != 0]
-            encoded = tokenizer.encode([piece.text for piece in wanted], [piece.starts for piece in wanted])
+            encoded = encode_rows(tokenizer, [piece.row for piece in wanted])
             for piece, ids in zip(wanted, encoded, strict=True):
                 if sinks[piece.split].room != 0:
-                    sinks[piece.split].write(piece, ids, tokenizer.end)
+                    sinks[piece.split].write(piece.row, ids)
             report(sinks["train"].tokens)
 
 
-def encode_rows(
-    tokenizer: Tokenizer, texts: list[str], starts: list[bool], ends: list[bool]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of rows end to end, uint32 [T], the end token after each that `ends`; where rows begin, int64 [rows + 1].
+def encode_rows(tokenizer: Tokenizer, rows: list[Row]) -> list[list[int]]:
+    """The tokens of each row: ~id for each id of its prompt, the ids of its text, and the end token if it `ends`.
 
-    starts: of each row, whether it starts a document, see `Tokenizer.encode`.
+    So a negative token is context: the input ~token, and as a label, like every negative one, ignored.
     """
-    encoded = tokenizer.encode(texts, starts)
-    rows = [[*ids, tokenizer.end] if last else ids for ids, last in zip(encoded, ends, strict=True)]
-    places = np.cumsum([0, *map(len, rows)], dtype=np.int64)
-    return np.fromiter(chain.from_iterable(rows), np.uint32, int(places[-1])), places
+    asked = [row for row in rows if row.prompt]
+    prompts = iter(tokenizer.encode([row.prompt or "" for row in asked], [True] * len(asked)))
+    encoded = tokenizer.encode([row.text for row in rows], [row.starts and not row.prompt for row in rows])
+    for row, ids in zip(rows, encoded, strict=True):
+        if row.prompt:
+            ids[:0] = [~token for token in next(prompts)]
+        if row.ends:
+            ids.append(tokenizer.end)
+    return encoded
+
+
+def joined(encoded: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of rows end to end, int32 [T], and where each begins, int64 [rows + 1]."""
+    places = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+    return np.fromiter(chain.from_iterable(encoded), np.int32, int(places[-1])), places
 
 
 def _batches(pieces: Iterator[Piece], fed: list[Sink]) -> Iterator[list[Piece]]:
@@ -99,7 +108,7 @@ def _batches(pieces: Iterator[Piece], fed: list[Sink]) -> Iterator[list[Piece]]:
         characters = 0
         while characters < limit and len(batch) < _PIECES and (piece := next(pieces, None)):
             batch.append(piece)
-            characters += len(piece.text)
+            characters += len(piece.row.whole)
         if not batch:
             return
         yield batch

@@ -8,7 +8,6 @@ import numpy as np
 
 from fsam_core.errors import UserError
 from fsam_trainers.data.batches import permutation
-from fsam_trainers.data.documents import encodable
 from fsam_trainers.data.sharded import ShardedText
 from fsam_trainers.data.workers import Chunk, Encoded, Place, Workers
 
@@ -42,21 +41,19 @@ def chunks(text: ShardedText, seed: int, part: int, parts: int, start: Place) ->
             if n < first.shard:
                 continue
             name = text.train[shard].name
-            chunk = Chunk(name, [], [], [], [])
+            chunk = Chunk(name, [], [])
             size = 0
             for row in text.train[shard].rows(first.row if n == first.shard else 0, which, of):
                 if not text.trains(shard, row.number):
                     continue
                 chunk.places.append(Place(epoch, n, row.number))
-                chunk.texts.append(encodable(row.text))
-                chunk.starts.append(row.starts)
-                chunk.ends.append(row.ends)
-                size += len(row.text)
-                if size >= CHUNK or len(chunk.texts) >= _ROWS:
+                chunk.rows.append(row)
+                size += len(row.whole)
+                if size >= CHUNK or len(chunk.rows) >= _ROWS:
                     yield chunk
                     characters += size
-                    chunk, size = Chunk(name, [], [], [], []), 0
-            if chunk.texts:
+                    chunk, size = Chunk(name, [], []), 0
+            if chunk.rows:
                 yield chunk
                 characters += size
         if not characters and first == Place(epoch, 0, 0):
@@ -136,7 +133,7 @@ class Tokens:
         return chunk.places[row]._replace(token=self._at - int(chunk.starts[row]))
 
     def take(self, count: int) -> np.ndarray:
-        """The next `count` tokens and their successor, with which the next call begins: uint32 [count + 1]."""
+        """The next `count` tokens and their successor, with which the next call begins: int32 [count + 1]."""
         taken: list[np.ndarray] = []
         while count:
             chunk = self._fill()

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fsam_core.errors import UserError
-from fsam_trainers.data.documents import Row, extra, one_line
-from fsam_trainers.data.records import Bad, Skipped, text_of
+from fsam_trainers.data.documents import Columns, Row, extra, one_line
+from fsam_trainers.data.records import Bad, Skipped, document_of
 
 _DEFAULT_CONFIG = {"allenai/c4": "en"}
 
@@ -45,7 +45,7 @@ def identity(spec: str, look: Callable[[Path], bytes]) -> list[tuple[str, bytes]
 
 
 def shard_rows(
-    spec: str, split: Any, shard: int, columns: tuple[str, ...], skipped: Skipped, start: int, part: int, parts: int
+    spec: str, split: Any, shard: int, columns: Columns, skipped: Skipped, start: int, part: int, parts: int
 ) -> Iterator[Row]:
     """Rows of one shard of a split, from number `start` on, with number ≡ part (mod parts).
 
@@ -53,12 +53,12 @@ def shard_rows(
     """
     place = f"{spec}, shard {shard}"
 
-    def decoded() -> Iterator[tuple[int, str | Bad]]:
+    def decoded() -> Iterator[Row | Bad]:
         with _reading(place):
             rows = split.shard(num_shards=split.num_shards, index=shard)
             for number, row in enumerate(rows.skip(start) if start else rows, start):
                 if number % parts == part:
-                    yield number, text_of(row, columns, f"{place}, row {number + 1}")
+                    yield document_of(row, columns, number, f"{place}, row {number + 1}")
 
     yield from skipped.usable(decoded(), whole=start == 0 and parts == 1)
 

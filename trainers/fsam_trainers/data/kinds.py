@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from fsam_trainers.data.documents import reading
+from fsam_trainers.data.documents import Columns, reading
 
 Kind = Literal["tokens", "rows", "text", "other"]
 
@@ -25,8 +25,8 @@ class Found(NamedTuple):
     reason: str = ""
 
 
-def kind_of(path: Path, columns: tuple[str, ...]) -> Found:
-    """Token ids, rows with one of these text columns, text, or something else. Reads 8 kB, or one line of JSON."""
+def kind_of(path: Path, columns: Columns) -> Found:
+    """Token ids, rows with one of these columns, text, or something else. Reads 8 kB, or one line of JSON."""
     name = path.name.lower()
     if name.endswith(".bin"):
         return Found("tokens")
@@ -42,12 +42,12 @@ def kind_of(path: Path, columns: tuple[str, ...]) -> Found:
         if start.startswith(b"{"):
             file.seek(head.index(b"{"))
             row = _object(file.readline(_LINE))
-            if any(column in row for column in columns):
+            if any(row.keys() >= set(names) for names in columns):
                 return Found("rows")
             # Two complete objects in two lines: rows whose text has another name. A document of JSON is text.
             if row and name.endswith(".json") and _object(file.readline(_LINE)):
                 return Found("rows")
-    has_column = any(re.search(rb'"%s"\s*:' % re.escape(column.encode()), head) for column in columns)
+    has_column = any(all(re.search(rb'"%s"\s*:' % re.escape(x.encode()), head) for x in names) for names in columns)
     if name.endswith(".json") and re.match(rb"\[\s*\{", start) and has_column:
         return Found("other", f"is one JSON array: write an object a line, as jq -c '.[]' {path} does")
     whole = len(head) < _HEAD

@@ -12,7 +12,7 @@ from fsam_core.errors import UserError
 from fsam_trainers.data import cache as store
 from fsam_trainers.data.batches import Batches
 from fsam_trainers.data.corpus import Corpus, Tokens, check_at_least, check_length, dtype_for, fingerprint
-from fsam_trainers.data.documents import Piece, Split, Stream, encodable
+from fsam_trainers.data.documents import Piece, Split, Stream
 from fsam_trainers.data.encoding import Sink, encode_streams
 from fsam_trainers.data.pipeline import (
     FORMAT,
@@ -185,11 +185,11 @@ def _fill(
     """Write a cache entry with no training tokens into `folder`."""
     if given is None or tokenizer is None:
         given, tokenizer = learn_tokenizer(_head(spec, text), vocab_size, say)
-    dtype = dtype_for(vocab_size)
+    dtype = dtype_for(vocab_size, prompts=text.prompts)
     say("tokenizing held-out text")
     with store.durable(folder / "train.bin") as train, store.durable(folder / "validation.bin") as validation:
         sinks: dict[Split, Sink] = {"train": Sink(train, dtype, 0), "validation": Sink(validation, dtype, limit)}
-        pieces = (Piece("validation", encodable(row.text), row.ends, row.starts) for row in text.sample("validation"))
+        pieces = (Piece("validation", row) for row in text.sample("validation"))
         encode_streams([Stream(("validation",), pieces)], tokenizer, sinks, lambda tokens: None)
     store.write_tokenizer(folder, given)
     sums = {split: sinks[split].checksum for split in sinks}
@@ -204,7 +204,7 @@ def _head(spec: str, text: ShardedText) -> Iterator[str]:
     seen = 0
     rows = text.sample("train")
     while seen < TRAINING_CHARACTERS and (row := next(rows, None)):
-        seen += len(row.text)
-        yield encodable(row.text)
+        seen += len(row.whole)
+        yield row.whole
     if not seen:
         raise UserError(f"--data {spec} holds no text to train on")

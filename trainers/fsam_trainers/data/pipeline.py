@@ -13,7 +13,7 @@ from fsam_core.errors import UserError
 from fsam_trainers.data import cache as store
 from fsam_trainers.data import hub
 from fsam_trainers.data.corpus import Corpus, check_at_least, check_length, dtype_for, fingerprint
-from fsam_trainers.data.documents import Split, content_digest, file_digest
+from fsam_trainers.data.documents import Columns, Split, content_digest, file_digest
 from fsam_trainers.data.encoding import Sink, encode_streams, take_head
 from fsam_trainers.data.progress import status
 from fsam_trainers.data.records import columns_of
@@ -40,7 +40,7 @@ def prepare(
     text_column: str | None = None,
     token_dtype: str | None = None,
 ) -> Corpus:
-    """The corpus that `spec` names in tokens, split into training and held-out ones: uint16, or uint32 above 65536 ids.
+    """The corpus that `spec` names in tokens, split into training and held-out ones; see `Corpus`.
 
     spec: "python" (the standard library's sources), a text file, a file of rows (.jsonl, .json, .parquet), a .bin of
         tokens, a folder or glob of one of these, or "hf:NAME[:CONFIG]"; docs/data.md has the rules. About a twentieth
@@ -51,7 +51,8 @@ def prepare(
     max_tokens: most tokens in the training split; the held-out one then has at most max(max_tokens // 20, 65536).
     cache: folder to keep the tokens in, instead of FSAM_CACHE or the user's cache folder. Files of tokens are used
         where they lie.
-    text_column: the column of rows with their text; None is "text", or else "content".
+    text_column: the column of rows with their text, or two separated by a comma, of prompts and answers; None is
+        "text", or else "content", or else "prompt,answer".
     token_dtype: uint16, uint32, int32 or int64, of files of tokens that do not state it; they have any of these dtypes.
 
     Raises UserError, in one sentence, for anything that is wrong with the arguments, the data or the cache.
@@ -107,7 +108,7 @@ def _prepare_text(
     tokenizer_path: Path | None,
     limits: dict[Split, int | None],
     cache: Path | None,
-    columns: tuple[str, ...],
+    columns: Columns,
 ) -> Corpus:
     if files is None and limits["train"] is None:
         raise UserError(
@@ -186,7 +187,7 @@ def _fill(
         texts, streams[0] = take_head(streams[0], wanted)
         given, tokenizer = learn_tokenizer(texts, vocab_size, say)
         del texts
-    dtype = dtype_for(vocab_size)
+    dtype = dtype_for(vocab_size, prompts=text.prompts)
     with store.durable(folder / "train.bin") as train, store.durable(folder / "validation.bin") as validation:
         sinks: dict[Split, Sink] = {
             "train": Sink(train, dtype, limits["train"]),
@@ -201,7 +202,8 @@ def _fill(
 
 def _meta(text: ShardedText, vocab_size: int, used: int, dtype: np.dtype, sinks: dict[Split, Sink]) -> dict[str, Any]:
     train, validation = sinks["train"], sinks["validation"]
-    documents = f" {train.documents + validation.documents:,} {text.unit}," if text.unit else ""
+    unit = "prompts with answers" if text.prompts else text.unit
+    documents = f" {train.documents + validation.documents:,} {unit}," if unit else ""
     skipped = f" {text.skipped.count:,} skipped ({text.skipped.first})," if text.skipped.count else ""
     vocabulary = f"{vocab_size}" if used == vocab_size else f"{vocab_size} ({used} used)"
     return {

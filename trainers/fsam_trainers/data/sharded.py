@@ -1,19 +1,20 @@
 """A corpus of text in shards that are opened one at a time and can be read from any row: stored and streamed alike."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 from fsam_trainers.data import hub
 from fsam_trainers.data.documents import (
+    Columns,
     Piece,
     Row,
     Split,
     Stream,
     content_digest,
-    encodable,
     held_out,
     named_splits,
     rank,
@@ -48,6 +49,7 @@ class ShardedText:
     train: shards to train on. validation: shards that are held out; None: one in HELD_OUT rows of `train` is, by a hash
     of the shard's and the row's numbers.
     unit: what the documents are ("files", "rows"); "" where counting says nothing. skipped: rows without a text.
+    prompts: whether the documents are prompts with answers.
     """
 
     title: str
@@ -56,6 +58,7 @@ class ShardedText:
     validation: tuple[Shard, ...] | None
     unit: str = "rows"
     skipped: Skipped = field(default_factory=Skipped)
+    prompts: bool = False
 
     def trains(self, shard: int, row: int) -> bool:
         """Whether this row of `train[shard]` belongs to the training split."""
@@ -67,7 +70,7 @@ class ShardedText:
         def pieces(shards: tuple[Shard, ...], split: Split | None) -> Iterator[Piece]:
             for number, shard in enumerate(shards):
                 for row in shard.rows(0, 0, 1):
-                    yield Piece(split or _split(number, row.number), encodable(row.text), row.ends, row.starts)
+                    yield Piece(split or _split(number, row.number), row)
 
         if self.validation is None:
             return [Stream(("train", "validation"), pieces(self.train, None))]
@@ -99,11 +102,11 @@ class ShardedText:
                     opened.remove(iterator)
 
 
-def open_sharded(spec: str, columns: tuple[str, ...] = COLUMNS, files: Files | None = None) -> ShardedText:
+def open_sharded(spec: str, columns: Columns = COLUMNS, files: Files | None = None) -> ShardedText:
     """The corpus of a SPEC that is "python", a file, a folder or a glob of text or rows, or starts with "hf:".
 
-    Nothing but names, sizes, beginnings and, of a hub's data set, its description is read. columns: where a row's text
-    is. files: those that `find_files` found. Raises UserError if there is nothing.
+    Nothing but names, sizes, beginnings, the first row and, of a hub's data set, its description is read. columns:
+    where a row's document is. files: those that `find_files` found. Raises UserError if there is nothing.
     """
     if is_hub(spec):
         return _hub(spec, columns)
@@ -112,7 +115,7 @@ def open_sharded(spec: str, columns: tuple[str, ...] = COLUMNS, files: Files | N
         (name, str(path.stat().st_size).encode()) for name, path in zip(_names(files.paths), files.paths, strict=True)
     ]
     # Other columns hold another text.
-    kind = files.kind if files.kind == "text" or columns == COLUMNS else f"rows {columns[0]}"
+    kind = files.kind if files.kind == "text" or columns == COLUMNS else f"rows {','.join(columns[0])}"
     return (
         _rows(files, content_digest(f"sharded {kind}", parts), columns)
         if files.kind == "rows"
@@ -133,13 +136,21 @@ def _names(paths: list[Path]) -> list[str]:
     return [Path(*path.parts[shared - 1 :]).as_posix() for path in paths]
 
 
-def _rows(files: Files, digest: str, columns: tuple[str, ...]) -> ShardedText:
+def _settled(columns: Columns, rows: Iterable[Row]) -> Columns:
+    """Those of the columns that have the form of the first row: a corpus is texts alone, or prompts with answers."""
+    first = next(iter(rows), None) if len(columns) > 1 else None
+    return tuple(names for names in columns if first is None or (len(names) > 1) == (first.prompt is not None))
+
+
+def _rows(files: Files, digest: str, columns: Columns) -> ShardedText:
     skipped = Skipped()
+    train_paths, own_paths = named_splits(files.paths)
+    columns = _settled(columns, chain.from_iterable(record_rows(path, columns=columns) for path in train_paths))
     train, own = (
         tuple(Shard(str(path), partial(record_rows, path, columns=columns, skipped=skipped)) for path in paths)
-        for paths in named_splits(files.paths)
+        for paths in (train_paths, own_paths)
     )
-    return ShardedText(files.title, digest, train, own or None, skipped=skipped)
+    return ShardedText(files.title, digest, train, own or None, skipped=skipped, prompts=len(columns[0]) > 1)
 
 
 def _texts(files: Files, digest: str) -> ShardedText:
@@ -161,9 +172,12 @@ def _texts(files: Files, digest: str) -> ShardedText:
     return ShardedText(files.title, digest, train, validation, unit="files")
 
 
-def _hub(spec: str, columns: tuple[str, ...]) -> ShardedText:
+def _hub(spec: str, columns: Columns) -> ShardedText:
     opened = hub.load(spec)
     skipped = Skipped()
+    split = opened.splits["train"]
+    look = (hub.shard_rows(spec, split, n, columns, Skipped(), 0, 0, 1) for n in range(split.num_shards))
+    columns = _settled(columns, chain.from_iterable(look))
 
     def shards(split: Any) -> tuple[Shard, ...]:
         rows = range(split.num_shards)
@@ -173,7 +187,8 @@ def _hub(spec: str, columns: tuple[str, ...]) -> ShardedText:
 
     train = shards(opened.splits["train"])
     validation = shards(opened.splits["validation"]) if "validation" in opened.splits else None
-    counts = f"{len(train)} {0 if validation is None else len(validation)} {' '.join(columns)}"
+    names = " ".join(map(",".join, columns))
+    counts = f"{len(train)} {0 if validation is None else len(validation)} {names}"
     parts = hub.identity(spec, lambda path: str(path.stat().st_size).encode())
     digest = content_digest("sharded hf", [*parts, ("shards", counts.encode())])
-    return ShardedText(opened.title, digest, train, validation, skipped=skipped)
+    return ShardedText(opened.title, digest, train, validation, skipped=skipped, prompts=len(columns[0]) > 1)

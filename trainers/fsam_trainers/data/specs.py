@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fsam_core.errors import UserError
-from fsam_trainers.data.documents import named_splits, reading
+from fsam_trainers.data.documents import Columns, named_splits, reading
 from fsam_trainers.data.kinds import Kind, kind_of
 from fsam_trainers.data.records import COLUMNS
 
 WHAT_WORKS = (
-    "python, a text file, a file of rows with a text column (.jsonl, .json, .jsonl.gz, .jsonl.zst, .parquet), a .bin "
-    "file of tokens, a folder or glob of one of these, or hf:NAME[:CONFIG]"
+    "python, a text file, a file of rows with a text column, or a prompt and an answer (.jsonl, .json, .jsonl.gz, "
+    ".jsonl.zst, .parquet), a .bin file of tokens, a folder or glob of one of these, or hf:NAME[:CONFIG]"
 )
 # What distributions strip, patch or generate: without it, a Python version has the same text wherever it runs.
 # The last line is what Debian's 3.11 adds, drops, or patches in a way that names Debian; it may patch more.
@@ -50,7 +50,7 @@ def is_hub(spec: str) -> bool:
     return spec.startswith("hf:")
 
 
-def find_files(spec: str, columns: tuple[str, ...] = COLUMNS) -> Files:
+def find_files(spec: str, columns: Columns = COLUMNS) -> Files:
     """The files of "python", a file, a folder or a glob. Of each one, names, size and at most the beginning is read.
 
     A file or glob must be of one kind throughout. Of a folder: the files of rows or of tokens directly in it; where
@@ -122,7 +122,7 @@ def _is_glob(spec: str) -> bool:
     return glob.has_magic(spec) and not os.path.exists(path_of(spec))
 
 
-def _chosen(title: str, paths: list[Path], columns: tuple[str, ...]) -> Files:
+def _chosen(title: str, paths: list[Path], columns: Columns) -> Files:
     """Files that the user named: each of them must be usable, and all of one kind."""
     found = [kind_of(path, columns) for path in paths]
     for path, (kind, reason) in zip(paths, found, strict=True):
@@ -136,7 +136,7 @@ def _chosen(title: str, paths: list[Path], columns: tuple[str, ...]) -> Files:
     return _without_tests(title, paths, kind)
 
 
-def _texts(title: str, paths: list[Path], folder: Path, columns: tuple[str, ...]) -> Files:
+def _texts(title: str, paths: list[Path], folder: Path, columns: Columns) -> Files:
     """All texts of a folder, or the files of rows among them if the others only describe those."""
     found = {path: kind_of(path, columns) for path in paths}
     rows, texts = ([path for path in paths if found[path].kind == kind] for kind in ("rows", "text"))

@@ -161,7 +161,7 @@ class _Part:
         self._block, self._used = state.get("block", 0), state.get("used", 0)
         self._feed: Feed | None = None
         self._tokens: Tokens | None = None
-        self._buffered: np.ndarray | None = None  # uint32 [buffer · seq_len + 1]
+        self._buffered: np.ndarray | None = None  # int32 [buffer · seq_len + 1]
         self._order = np.zeros(0, np.int64)
 
     @property

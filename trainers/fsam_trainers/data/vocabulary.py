@@ -26,7 +26,7 @@ class Tokenizer(NamedTuple):
     size: int
 
     def encode(self, texts: list[str], starts: list[bool]) -> list[list[int]]:
-        """The ids of pieces of documents. One that does not start its document follows a line end.
+        """The ids of pieces of documents. One that does not start its document follows a line end or a prompt.
 
         Some tokenizers put a space before a text. Such a piece is encoded with the line end, whose ids are then
         removed, so that a document has the same ids whole and in pieces.

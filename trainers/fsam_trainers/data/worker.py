@@ -1,7 +1,7 @@
 """The program of a tokenizing process: `python -m fsam_trainers.data.worker FD`, started by `workers`.
 
-FD is its end of a pipe. First comes the tokenizer's content, then (texts, starts, ends) again and again, each
-answered by what `encode_rows` gives, or by the message of what it raised.
+FD is its end of a pipe. First comes the tokenizer's content, then rows again and again, each list answered by its
+`joined` tokens, or by the message of what was raised.
 """
 
 import signal
@@ -9,7 +9,7 @@ import sys
 from multiprocessing.connection import Connection
 
 from fsam_trainers.data.documents import one_line
-from fsam_trainers.data.encoding import encode_rows
+from fsam_trainers.data.encoding import encode_rows, joined
 from fsam_trainers.data.vocabulary import load_tokenizer
 
 
@@ -21,9 +21,9 @@ def main() -> None:
         try:
             tokenizer = load_tokenizer(pipe.recv_bytes(), None, 1 << 31)
             while True:
-                texts, starts, ends = pipe.recv()
+                rows = pipe.recv()
                 try:
-                    answer: object = encode_rows(tokenizer, texts, starts, ends)
+                    answer: object = joined(encode_rows(tokenizer, rows))
                 except Exception as error:  # the tokenizers library raises bare Exceptions
                     answer = one_line(error)
                 pipe.send(answer)

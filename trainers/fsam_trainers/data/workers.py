@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from fsam_core.errors import UserError
-from fsam_trainers.data.encoding import encode_rows
+from fsam_trainers.data.documents import Row
+from fsam_trainers.data.encoding import encode_rows, joined
 from fsam_trainers.data.vocabulary import load_tokenizer
 
 
@@ -27,13 +28,11 @@ class Place(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Rows to encode together: each with its place and whether it starts and ends a document. name: of the shard."""
+    """Rows to encode together, each with its place. name: of the shard."""
 
     name: str
     places: list[Place]
-    texts: list[str]
-    starts: list[bool]
-    ends: list[bool]
+    rows: list[Row]
 
     @property
     def title(self) -> str:
@@ -41,7 +40,7 @@ class Chunk(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A chunk's tokens, uint32 [T]; row r of `places` is tokens[starts[r] : starts[r + 1]]."""
+    """A chunk's tokens, int32 [T]; row r of `places` is tokens[starts[r] : starts[r + 1]]."""
 
     name: str
     places: list[Place]
@@ -65,8 +64,7 @@ class Workers:
         if not self._workers:
             tokenizer = load_tokenizer(self._tokenizer, None, 1 << 31)
             for chunk in chunks:
-                tokens, starts = encode_rows(tokenizer, chunk.texts, chunk.starts, chunk.ends)
-                yield Encoded(chunk.name, chunk.places, tokens, starts)
+                yield Encoded(chunk.name, chunk.places, *joined(encode_rows(tokenizer, chunk.rows)))
             return
         # A worker has one chunk, and its answer is read before it gets the next one. So neither side of a pipe waits
         # for the other to read, and answers come in the order of the chunks.
@@ -125,7 +123,7 @@ class _Worker:
     def give(self, chunk: Chunk) -> None:
         self.chunk, self.last = chunk, chunk.title
         with self._alive():
-            self.pipe.send((chunk.texts, chunk.starts, chunk.ends))
+            self.pipe.send(chunk.rows)
 
     def answer(self) -> Encoded:
         assert self.chunk is not None
