@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	# torch first and pinned: an open range would take a build with gigabytes of CUDA libraries.
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[jax,torch,triton,tpu,data,report,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[jax,torch,triton,tpu,data,hf,report,tensorboard,dev]'
 	touch $@
 
 # AdamW and preconditioned Functional-SAM, seven passes over 100,000 tokens: a table, a plot and a report.

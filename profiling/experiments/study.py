@@ -16,10 +16,11 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from fsam_trainers.config import Settings
 from fsam_trainers.data import Batches, prepare
 from fsam_trainers.files import disk_errors, write_json
 from fsam_trainers.presets import preset
+from fsam_trainers.tuning import sweep
 
 METHOD = "precond-functional-sam"
 SMALL = 8_000
@@ -46,8 +48,6 @@ DECAYS = (1e-2, 0.1, 0.3, 1.0)
 DROPOUTS = (0.05, 0.1, 0.2, 0.3)
 RHOS = (0.05, 0.1, 0.2, 0.4)
 SAM_RHOS = (0.02, 0.05, 0.1, 0.2)
-# A sweep whose best value is its first or last is extended beyond it, up to this many values.
-MOST_VALUES = 7
 
 # Name -> (method, settings that it changes).
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -162,17 +162,14 @@ def _tune(study: Study, regime: str, rich: Rich) -> dict[str, Any]:
     """The best learning rate, and with it ρ's, weight decay and dropout, each by the validation loss at the end."""
 
     def best(label: str, values: tuple[float, ...], of: Any) -> float:
-        while True:
+        def losses_of(values: Sequence[float]) -> dict[float, float]:
             runs = {value: _run(study, regime, f"tune {label} {value:g}", of(value)) for value in values}
             figures = _all(study, list(runs.values()), rich)
-            losses = {value: figures[run.name]["val_loss"] for value, run in runs.items()}
-            swept[label] = {f"{value:g}": loss for value, loss in losses.items()}
-            chosen = min(losses, key=lambda value: losses[value])
-            # A best value at the end of a sweep may not be the best.
-            wider = {values[0]: values[0] ** 2 / values[1], values[-1]: values[-1] ** 2 / values[-2]}.get(chosen)
-            if wider is None or len(values) >= MOST_VALUES or (label == "dropout" and wider >= 1):
-                return chosen
-            values = tuple(sorted((*values, wider)))
+            return {value: figures[run.name]["val_loss"] for value, run in runs.items()}
+
+        chosen, losses = sweep(values, losses_of, below=1.0 if label == "dropout" else math.inf)
+        swept[label] = {f"{value:g}": loss for value, loss in losses.items()}
+        return chosen
 
     swept: dict[str, dict[str, float]] = {}
     rate = best("rate", RATES, lambda x: settings_of(study, "AdamW", learning_rate=x))

@@ -105,7 +105,7 @@ def test_when_every_checkpoint_is_damaged_nothing_is_overwritten(run, capsys):
         (["--vocab-size", "310"], "model.vocab_size 300 (now 310)"),
         (["--seq-len", "8"], "model.seq_len 16 (now 8)"),
         (["--no-tied"], "model.tied True (now False)"),
-        (["--steps", "9"], "steps 6 (now 9)"),
+        (["--steps", "5"], "steps 6 (now 5)"),
         (["--method", "sam"], "method 'adamw' (now 'sam')"),
         (["--seed", "1"], "seed 0 (now 1)"),
         (["--learning-rate", "0.5"], "learning_rate 0.01 (now 0.5)"),

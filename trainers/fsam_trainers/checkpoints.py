@@ -37,7 +37,7 @@ def begin(root: Path, step: int, size: int) -> tuple[Path, Path]:
     Raises:
         UserError: when the disk refuses.
     """
-    target = root / f"step_{step:08d}"
+    target = folder_of(root, step)
     folder = begin_folder(target)
     with disk_errors(target):
         free = shutil.disk_usage(folder).free
@@ -54,6 +54,8 @@ def begin(root: Path, step: int, size: int) -> tuple[Path, Path]:
 def seal(folder: Path, target: Path, run: dict[str, Any], keep: int) -> None:
     """Make a folder that holds the whole state a valid checkpoint, then drop all but the newest `keep`.
 
+    The one at `run["kept_step"]`, if there is such an entry, stays as well.
+
     Raises:
         UserError: when the disk refuses; older checkpoints stay.
     """
@@ -61,8 +63,9 @@ def seal(folder: Path, target: Path, run: dict[str, Any], keep: int) -> None:
         write_json(folder / "run.json", run)
         write_json(folder / "files.json", {name: list(entry) for name, entry in _entries(folder).items()})
         publish(folder, target)
-        for old in _folders(target.parent)[:-keep]:
-            shutil.rmtree(old)
+        for old in folders(target.parent)[:-keep]:
+            if old != folder_of(target.parent, run.get("kept_step", -1)):
+                shutil.rmtree(old)
 
 
 @contextlib.contextmanager
@@ -92,20 +95,50 @@ def newest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     if not root.is_dir():
         return None
     sweep(root)
-    folders = _folders(root)
-    for folder in reversed(folders):
-        if not (damage := _damage(folder)):
-            return Checkpoint(folder, json.loads((folder / "run.json").read_text(encoding="utf-8")))
-        warn(f"checkpoint {folder} is damaged ({damage}); trying the one before it")
-    if folders:
+    found = next(intact(root, warn), None)
+    if found is None and (every := folders(root)):
         raise UserError(
-            f"--out: no checkpoint in {root} is whole (the newest: {_damage(folders[-1])}); delete the folder to start "
+            f"--out: no checkpoint in {root} is whole (the newest: {_damage(every[-1])}); delete the folder to start "
             "again, or give another --out"
         )
-    return None
+    return found
 
 
-def _folders(root: Path) -> list[Path]:
+def intact(root: Path, warn: Callable[[str], None]) -> Iterator[Checkpoint]:
+    """The intact checkpoints, the newest first; warns about each damaged one."""
+    for folder in reversed(folders(root)):
+        if damage := _damage(folder):
+            warn(f"checkpoint {folder} is damaged ({damage}); trying the one before it")
+        else:
+            yield _read(folder)
+
+
+def at(root: Path, step: int) -> Checkpoint:
+    """The checkpoint of this step.
+
+    Raises:
+        UserError: when there is none, with the steps that there are, or it is damaged.
+    """
+    folder = folder_of(root, step)
+    if not folder.is_dir():
+        steps = ", ".join(str(int(path.name[5:])) for path in folders(root)) or "none"
+        raise UserError(f"{root} holds no checkpoint of step {step}; there are: {steps}")
+    if damage := _damage(folder):
+        raise UserError(f"checkpoint {folder} is damaged: {damage}")
+    return _read(folder)
+
+
+def folder_of(root: Path, step: int) -> Path:
+    """Where the checkpoint of this step is, or would be."""
+    return root / f"step_{step:08d}"
+
+
+def _read(folder: Path) -> Checkpoint:
+    return Checkpoint(folder, json.loads((folder / "run.json").read_text(encoding="utf-8")))
+
+
+def folders(root: Path) -> list[Path]:
+    """Every checkpoint's folder, the oldest first, whole or not."""
     return sorted(path for path in root.glob("step_*") if path.is_dir())
 
 

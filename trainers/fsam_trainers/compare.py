@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,16 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from fsam_core import UserError
-from fsam_core import cost as counting
-from fsam_trainers import metrics, processes, timing
+from fsam_trainers import metrics, timing
+from fsam_trainers.budget import Budget, measured_costs, within
 from fsam_trainers.config import Intervals, Settings
 from fsam_trainers.console import Console
-from fsam_trainers.cost_table import counted, options_of
 from fsam_trainers.data import Corpus, StreamedCorpus
 from fsam_trainers.files import write_json
 from fsam_trainers.loop import train
 from fsam_trainers.report import write_plot, write_report
+from fsam_trainers.resuming import BranchPoint
 
 COLUMNS = (
     "method",
@@ -44,16 +41,18 @@ def compare(
     intervals: Intervals,
     console: Console,
     *,
-    budget: str,
+    budget: Budget,
     seeds: int,
     cost_steps: int,
     command: str,
+    options: Mapping[str, Any] | None = None,
+    branch_from: BranchPoint | None = None,
 ) -> dict[str, Any] | None:
     """Train every variant with every seed under `out`, then write comparison.json, plot.png and report.html there.
 
     Finished runs are reused and an interrupted one is resumed. With budget "time" each variant gets as many steps as
     fit into AdamW's time, by the cost ratio measured first; with "flops" as many as fit into its matrix products, by
-    the cost model.
+    the cost model. `options` and `branch_from` are as in `loop.train`.
 
     Returns:
         What comparison.json holds; None when a signal stopped it.
@@ -62,22 +61,22 @@ def compare(
         UserError: as `loop.train`.
     """
     settings = next(iter(variants.values()))
-    costs = _costs(variants, corpus, out, cost_steps, console)
+    costs = measured_costs(variants, corpus, out, cost_steps, console)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
     curves: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in variants}
-    for seed in range(seeds):
+    for seed in range(settings.seed, settings.seed + seeds):
         for name, variant in variants.items():
-            steps = max(1, round(variant.steps / _ratio(budget, costs[name], variant)))
-            share = steps / variant.steps
-            one = dataclasses.replace(variant, seed=seed, steps=steps, warmup=round(variant.warmup * share))
+            one = dataclasses.replace(within(budget, variant, costs[name]), seed=seed)
+            share = one.steps / variant.steps
             every = dataclasses.replace(
                 intervals,
                 evaluate_every=round(intervals.evaluate_every * share) or intervals.evaluate_every,
                 checkpoint_every=round(intervals.checkpoint_every * share) or intervals.checkpoint_every,
             )
-            folder = out / f"{_file_name(name)}-seed{seed}"
-            console.say(f"{name}, seed {seed}: {steps} steps")
-            figures = train(one, corpus, folder, every, console, base_ms=costs["adamw"].step_ms)
+            folder = out / f"{file_name(name)}-seed{seed}"
+            console.say(f"{name}, seed {seed}: {one.steps} steps")
+            ms = costs["adamw"].step_ms
+            figures = train(one, corpus, folder, every, console, ms, options=options, branch_from=branch_from)
             if figures["status"] == "stopped":
                 return None
             runs[name].append(figures)
@@ -89,45 +88,9 @@ def compare(
     return comparison
 
 
-def _ratio(budget: str, measured: timing.RelativeCost, settings: Settings) -> float:
-    """How many AdamW steps of the budget the run's average step takes."""
-    if budget == "flops":
-        return _counted(settings).flops_ratio
-    return measured.ratio if budget == "time" else 1.0
-
-
-def _counted(settings: Settings) -> counting.Cost:
-    """The run's steps by `fsam_core.cost`, with the choice of the cotangent that a CPU makes."""
-    options = options_of(settings, "cpu")
-    return counting.estimate(counted(settings.model, settings.framework), options, settings.tokens_per_step)
-
-
-def _file_name(variant: str) -> str:
+def file_name(variant: str) -> str:
     """A variant's name as that of a folder."""
     return variant.replace(":", "_").replace("=", "").replace("/", "-")
-
-
-def _costs(
-    variants: Mapping[str, Settings], corpus: Corpus | StreamedCorpus, out: Path, repeats: int, console: Console
-) -> dict[str, timing.RelativeCost]:
-    """The cost of every variant, measured once for a folder: a time budget must not change when a run is resumed."""
-    path = out / "costs.json"
-    settings = next(iter(variants.values()))
-    asked = {"variants": {name: one.as_dict() for name, one in variants.items()}}
-    if path.exists():
-        try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-            if known["asked"] == json.loads(json.dumps(asked)):
-                return {name: timing.RelativeCost(*values) for name, values in known["costs"].items()}
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"--out: {path} is damaged; delete it, or give another --out") from error
-        raise UserError(f"--out: {out} holds a comparison with other settings or methods; give another --out")
-    with contextlib.closing(processes.batches(settings, corpus)) as batches:
-        tokens = batches.at(0)
-    with console.counting("timing the methods, interleaved", (repeats + 2) * timing.timed_steps(variants)) as tick:
-        costs = timing.measure(variants, tokens, repeats, tick)
-    write_json(path, {"asked": asked, "costs": costs})
-    return costs
 
 
 def _summary(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, Any, Literal, get_args
@@ -18,16 +18,21 @@ from fsam_core.methods import Form as StepForm
 from fsam_core.schedules import Between, Schedule, cosine, tied
 from fsam_kernels.memory import Form
 from fsam_kernels.options import Loss
+from fsam_trainers.metrics import Log
 from fsam_trainers.models.layout import ModelConfig
 
 Framework = Literal["jax", "torch"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Sync = Literal["global", "local"]
 RhoSchedule = Literal["constant", "cosine", "learning-rate"]
+RateSchedule = Literal["cosine", "wsd"]
+DecayShape = Literal["linear", "1-sqrt"]
 # On which devices a run computes, and not what: a checkpoint may be resumed with others.
 PLACEMENT = ("data_parallel", "fsdp", "tensor_parallel")
 # What changes the result no more than rounding does.
 NUMERICS_NEUTRAL = (*PLACEMENT, "compile", "remat")
+# How a run ends, and not how it begins: an existing run may be continued to another end (`resuming.py`).
+END = ("steps", "learning_rate_schedule", "final_learning_rate", "decay", "decay_shape")
 # How tyro reads a field: as text. `Settings` checks the choices, because tyro's message is not one sentence.
 TEXT = PrimitiveConstructorSpec(
     nargs=1,
@@ -74,12 +79,20 @@ class Settings:
     """parts a batch is computed in"""
     seed: int = 0
     """of the initial weights, the order of the data and dropout"""
+    init_from: str | None = None
+    """weights to start from: a run's folder, a folder of safetensors (this project's or GPT-2's), or hf:NAME"""
     learning_rate: float = 1e-3
     """peak learning rate, reached after --warmup steps"""
     warmup: int = 0
     """steps of linear warm-up (of a run by the command: a tenth, at most 1000)"""
+    learning_rate_schedule: Annotated[RateSchedule, TEXT, tyro.conf.arg(aliases=["--schedule"])] = "cosine"
+    """after the warm-up: cosine to the end, or wsd: constant, then a decay over the last --decay of the run"""
+    decay: float = 0.2
+    """with wsd, share of the run in which the learning rate decays; 0 for none"""
+    decay_shape: Annotated[DecayShape, TEXT] = "linear"
+    """with wsd, how it decays: linear, or 1-sqrt (faster at first)"""
     final_learning_rate: float = 0.1
-    """where the cosine ends, as a share of the peak"""
+    """where the cosine or the decay ends, as a share of the peak"""
     weight_decay: float = 1e-4
     """decoupled weight decay, on matrices"""
     b1: float = 0.9
@@ -155,6 +168,11 @@ class Settings:
         _check(0 <= self.seed < 2**32, "--seed", self.seed, "between 0 and 2**32 - 1")
         _check(0 < self.learning_rate < math.inf, "--learning-rate", self.learning_rate, "a finite number > 0")
         _check(self.warmup >= 0, "--warmup", self.warmup, "at least 0")
+        choices, schedule = " or ".join(get_args(RateSchedule)), self.learning_rate_schedule
+        _check(schedule in get_args(RateSchedule), "--schedule", schedule, choices)
+        _check(0 <= self.decay <= 1, "--decay", self.decay, "a share of the run, in [0, 1]")
+        choices = " or ".join(get_args(DecayShape))
+        _check(self.decay_shape in get_args(DecayShape), "--decay-shape", self.decay_shape, choices)
         _check(0 <= self.final_learning_rate <= 1, "--final-learning-rate", self.final_learning_rate, "in [0, 1]")
         _check(0 <= self.weight_decay < math.inf, "--weight-decay", self.weight_decay, "a finite number >= 0")
         _check(0 <= self.b1 < 1, "--b1", self.b1, "in [0, 1)")
@@ -226,13 +244,26 @@ class Settings:
     def tokens_per_step(self) -> int:
         return self.batch * self.model.seq_len
 
+    @property
+    def decay_start(self) -> int:
+        """The first step of the decay of "wsd"; before it nothing depends on the run's length."""
+        return max(self.warmup, self.steps - math.ceil(self.decay * self.steps))
+
     def learning_rate_at(self, step: int) -> float:
-        """The learning rate after `step` completed steps: linear warm-up from 0, then a cosine over the rest."""
+        """The learning rate after `step` completed steps: linear warm-up from 0, then the schedule."""
         if step < self.warmup:
             return self.learning_rate * step / self.warmup
-        progress = min((step - self.warmup) / max(self.steps - self.warmup, 1), 1.0)
         floor = self.final_learning_rate
-        return self.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+        start = self.warmup if self.learning_rate_schedule == "cosine" else self.decay_start
+        progress = min(max(step - start, 0) / max(self.steps - start, 1), 1.0)
+        if self.learning_rate_schedule == "cosine":
+            return self.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+        return self.learning_rate * (1 - (1 - floor) * (progress if self.decay_shape == "linear" else progress**0.5))
+
+    def rho_at(self, step: int) -> float:
+        """The length of the perturbation after `step` completed steps, if that step has a correction."""
+        rho = getattr(self.as_method(), "rho", 0.0)
+        return float(rho(step) if callable(rho) else rho)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for checkpoints and reports."""
@@ -241,7 +272,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Intervals:
-    """How often a run evaluates and saves, in steps; 0 means only at the end. None of it changes the weights."""
+    """What a run reports and saves, and how often in steps; 0 means only at the end. None of it changes the weights."""
 
     evaluate_every: int = 0
     """steps between evaluations (of a run by the command: a tenth of it)"""
@@ -251,11 +282,16 @@ class Intervals:
     """steps between checkpoints (of a run by the command: a tenth of it)"""
     keep: int = 2
     """checkpoints kept"""
+    correction_every: int = 0
+    """steps between measurements of |ĝ - g| / |g| and of the cosine of ĝ and g, of three passes each; 0 for none"""
     probe_steps: int = 5
     """AdamW steps timed before training, for the cost ratio; 0 for none"""
+    log: Annotated[Log, TEXT] = "jsonl"
+    """where the metrics go besides OUT/metrics.jsonl: jsonl (nowhere), tensorboard (OUT/tensorboard), or wandb"""
 
     def __post_init__(self) -> None:
-        for name in ("evaluate_every", "checkpoint_every", "probe_steps"):
+        _check(self.log in get_args(Log), "--log", self.log, ", ".join(get_args(Log)))
+        for name in ("evaluate_every", "checkpoint_every", "correction_every", "probe_steps"):
             _check(getattr(self, name) >= 0, f"--{name.replace('_', '-')}", getattr(self, name), "at least 0")
         for name in ("evaluation_batches", "keep"):
             _check(getattr(self, name) >= 1, f"--{name.replace('_', '-')}", getattr(self, name), "at least 1")
@@ -280,11 +316,16 @@ def _share(text: str) -> float | str:
         return text
 
 
-def difference(mine: dict[str, Any], other: dict[str, Any]) -> str:
-    """The first few settings in which two `as_dict`s differ, as text; "" if they agree."""
+def difference(mine: dict[str, Any], other: dict[str, Any], ignored: Container[str] = ()) -> str:
+    """The first few settings in which two `as_dict`s differ, as text; "" if they agree.
+
+    A setting that `other` does not have is younger than it: it then had the default.
+    """
     mine, other = ({**x, **{f"model.{k}": v for k, v in x["model"].items()}} for x in (mine, other))
+    defaults = {f"model.{f.name}": f.default for f in dataclasses.fields(ModelConfig)}
+    other = {f.name: f.default for f in dataclasses.fields(Settings)} | defaults | other
     same = set(NUMERICS_NEUTRAL) - ({"data_parallel"} if mine["sync"] == "local" else set())
-    names = [k for k in mine if k not in ("model", *same) and mine[k] != other.get(k)]
+    names = [k for k in mine if k not in ("model", *same) and k not in ignored and mine[k] != other.get(k)]
     return ", ".join(f"{k} {other.get(k)!r} (now {mine[k]!r})" for k in names[:4])
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+
+from fsam_trainers.config import Settings
 
 
 class StepReport(NamedTuple):
@@ -17,6 +20,20 @@ class StepReport(NamedTuple):
     grad_norm: float
     perturbation_norm: float
     skipped: bool
+
+
+class Correction(NamedTuple):
+    """How far the method's gradient ĝ is from the plain gradient g of the same batch."""
+
+    correction_ratio: float
+    """‖ĝ − g‖ / ‖g‖."""
+    correction_cosine: float
+    """cos(ĝ, g)."""
+
+    @classmethod
+    def of(cls, g: float, g_hat: float, difference: float, product: float) -> Correction:
+        """From ‖g‖², ‖ĝ‖², ‖ĝ − g‖² and ĝᵀg."""
+        return cls(math.sqrt(difference / (g or math.nan)), product / math.sqrt(g * g_hat or math.nan))
 
 
 class Writing(NamedTuple):
@@ -46,8 +63,18 @@ class Engine(Protocol):
         steps, in which a skipped one does not count.
         """
 
-    def evaluate(self, batches: Sequence[np.ndarray]) -> float:
-        """Mean loss a token over the batches, at θ, without dropout."""
+    def correction(self, tokens_BxL1: np.ndarray, index: int) -> Correction | None:
+        """What a corrected step would make of this rank's rows at the present weights; nothing changes.
+
+        None for AdamW, and for a half-precision model whose losses are scaled.
+        """
+
+    def evaluate(self, batches: Sequence[np.ndarray], average: bool = True) -> float:
+        """Mean loss a token over the batches, without dropout, at the average of the weights if there is one.
+
+        Args:
+            average: False for the weights themselves.
+        """
 
     def state_bytes(self) -> int:
         """Bytes of what `save` writes."""
@@ -61,8 +88,13 @@ class Engine(Protocol):
             UserError: when the disk refuses.
         """
 
-    def restore(self, folder: Path) -> None:
-        """Read them back, to the bit."""
+    def restore(self, folder: Path, source: Settings | None = None) -> None:
+        """Read them back, to the bit.
+
+        Args:
+            source: the settings of the run that saved them, if it is another one. Then weights, moments and the number
+                of completed steps are read, the average if both runs have one, and nothing that belongs to the method.
+        """
 
     def weights(self) -> dict[str, np.ndarray]:
         """The weights by flat name."""

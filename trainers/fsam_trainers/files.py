@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,15 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """As `write_text`, for plain values; NaN and infinities become null, as JSON has neither."""
     write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_toml(path: Path, values: Mapping[str, Any]) -> None:
+    """As `write_text`, for a table of strings, numbers, booleans and paths, with dashes in its keys; None is left out.
+
+    Such values are written in TOML as in JSON.
+    """
+    plain = {k.replace("_", "-"): str(v) if isinstance(v, Path) else v for k, v in values.items() if v is not None}
+    write_text(path, "".join(f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in plain.items()))
 
 
 def finite(value: Any) -> Any:

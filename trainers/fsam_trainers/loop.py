@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fsam_core import UserError
-from fsam_trainers import checkpoints, metrics, processes, registry
-from fsam_trainers.config import Intervals, Settings, difference
+from fsam_trainers import metrics, processes, registry, resuming
+from fsam_trainers.config import Intervals, Settings
 from fsam_trainers.console import Console
-from fsam_trainers.data import Batches, Corpus, StreamedBatches, StreamedCorpus, merged, validation_batches
+from fsam_trainers.data import Corpus, StreamedCorpus, merged, validation_batches
 from fsam_trainers.engine import Engine, StepReport
-from fsam_trainers.files import disk_errors
+from fsam_trainers.files import disk_errors, write_toml
+from fsam_trainers.pretrained import keep_tokenizer
+from fsam_trainers.resuming import BranchPoint, branch_of
 from fsam_trainers.saving import Saver
 from fsam_trainers.timing import base_step_ms
 
 LAUNCHER_SECONDS = 5.0  # a launcher passes a signal on within this time; its ranks have received it already
 SKIPPED_IN_A_ROW = 50  # after so many the run has diverged
+SKIPPED_SHARE = 0.25  # of all steps; a run with more has diverged
+
+
+class Diverged(UserError):
+    """A run whose steps are no longer finite."""
 
 
 @dataclass
@@ -56,20 +66,31 @@ def train(
     intervals: Intervals,
     console: Console,
     base_ms: float | None = None,
+    *,
+    until: int | None = None,
+    fresh: bool = False,
+    branch_from: BranchPoint | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train in the folder `out`, or resume the run that is there.
+    """Train in the folder `out`, or resume or extend the run that is there.
 
     Args:
-        settings: what to train; a checkpoint in `out` must have been made with the same.
+        settings: what to train; a checkpoint in `out` must have been made with the same, but for the run's end.
         corpus: tokens; likewise.
-        out: receives metrics.jsonl and checkpoints/.
+        out: receives metrics.jsonl, config.toml and checkpoints/.
         base_ms: milliseconds of an AdamW step; None to measure them.
+        until: the step to pause at; None for the end.
+        fresh: whether a run in `out` is deleted first.
+        branch_from: the checkpoint of another run to start from.
+        options: of the command, besides `settings` and `intervals`, for config.toml.
 
     Returns:
-        The run's figures: what `fsam train --json` writes. "status" is "finished" or "stopped" (by a signal).
+        The run's figures: what `fsam train --json` writes. "status" is "finished", "paused" (at `until`), "stopped" (by
+        a signal) or "diverged".
 
     Raises:
-        UserError: for a folder that holds another run or damaged checkpoints, a full disk, or a run that diverged.
+        UserError: for a folder that holds another run or damaged checkpoints, or a full disk.
+        Diverged: after too many skipped steps in a row.
     """
     root = out / "checkpoints"
     with (
@@ -81,28 +102,35 @@ def train(
         held_out = validation_batches(
             corpus.validation, settings.model.seq_len, settings.batch, intervals.evaluation_batches
         )
-        run = {"settings": settings.as_dict(), "data": corpus.fingerprint}
+        run: dict[str, Any] = {"settings": settings.as_dict(), "data": corpus.fingerprint}
+        kept = settings.decay_start if settings.learning_rate_schedule == "wsd" else 0
+        run |= {"kept_step": kept} if 0 < kept < settings.steps else {}
         now = Progress(base_step_ms=base_ms)
 
-        def newest() -> checkpoints.Checkpoint | None:
-            found = checkpoints.newest(root, console.warn)
-            if found:
-                _same_run(run, found.run, out)
+        def start() -> resuming.Start | None:
+            if fresh:
+                resuming.clear(out)
+            found = resuming.start(out, settings, corpus.fingerprint, branch_from, console)
+            values = {**(options or {}), **vars(intervals), **settings.as_dict()}
+            write_toml(out / "config.toml", {**values.pop("model"), **values})
+            keep_tokenizer(corpus.folder, out)
             return found
 
-        found = processes.current().from_main(newest)
+        found = processes.current().from_main(start)
         if found:
-            batches.restore(found.run.get("stream"))
-            now = Progress(**found.run["progress"])
+            batches.restore(found.checkpoint.run.get("stream"))
+            now = Progress(**found.checkpoint.run["progress"])
+            branch = branch_of(branch_from) if branch_from else found.checkpoint.run.get("branch")
+            run |= {"branch": branch} if branch else {}
         elif intervals.probe_steps and base_ms is None and settings.method != "adamw":
             console.say("timing AdamW steps for comparison")
             now.base_step_ms = base_step_ms(settings, batches.at(0), intervals.probe_steps)
         model = registry.make(settings)
         if found:
-            model.restore(found.state)
-            console.say(f"resuming {out} at step {now.step} of {settings.steps}")
+            model.restore(found.checkpoint.state, found.source)
+            console.say(f"{'branching' if found.source else 'resuming'} {out} at step {now.step} of {settings.steps}")
         main = processes.current().is_main
-        lines = metrics.JsonLines(out / "metrics.jsonl", now.step) if main else _Nowhere()
+        lines = metrics.open_lines(out, now.step, intervals.log, run["settings"]) if main else _Nowhere()
 
         def checkpoint() -> None:
             began = time.perf_counter()
@@ -113,44 +141,77 @@ def train(
 
         def evaluate() -> None:
             now.val_loss = model.evaluate(held_out)
-            lines.write({"step": now.step, "seconds": now.seconds, "val_loss": now.val_loss})
+            line = {"step": now.step, "seconds": now.seconds, "val_loss": now.val_loss}
+            if settings.ema:
+                line["val_loss_without_ema"] = model.evaluate(held_out, average=False)
+            lines.write(line)
             console.evaluated(now.step, now.val_loss)
 
+        last: list[np.ndarray] = []  # the batch of the last step
+
+        def batch(index: int) -> np.ndarray:
+            last[:] = [batches.at(index)]
+            return last[0]
+
+        due = Due(intervals, min(settings.steps, until or settings.steps), kept)
         with console.progress(settings, now) as bar, contextlib.closing(lines):
-            if now.step < settings.steps:
+            if now.step < due.end:
                 model.prepare(batches.at(now.step))
             in_a_row, first = 0, now.step
-            for report, milliseconds in _steps(model, batches, settings, now, stop, intervals, saver):
+            for report, milliseconds in _steps(model, batch, due, now, stop, saver):
                 in_a_row = in_a_row + 1 if report.skipped else 0
                 if report.skipped:
                     now.skipped_steps += 1
                     console.warn(f"step {now.step} skipped: loss or a norm was not finite ({report})")
                 if in_a_row >= SKIPPED_IN_A_ROW:
                     saver.wait()
-                    raise UserError(
+                    raise Diverged(
                         f"{in_a_row} steps in a row were not finite: the run has diverged; lower --learning-rate "
                         f"{settings.learning_rate} or --rho {settings.rho}. Checkpoints up to then are in {root}"
                     )
-                lines.write(_line(settings, now, report, milliseconds))
+                line = _line(settings, now, report, milliseconds)
+                if due.correction(now.step) and (found_correction := model.correction(last[0], now.step - 1)):
+                    line |= found_correction._asdict()
+                lines.write(line)
                 bar(report.loss, milliseconds)
-                if _due(now.step, intervals.evaluate_every, settings.steps):
+                if due.evaluation(now.step):
                     evaluate()
-                if _due(now.step, intervals.checkpoint_every, settings.steps):
+                if due.checkpoint(now.step):
                     checkpoint()
-            if stop.signal and first < now.step < settings.steps and not _due(now.step, intervals.checkpoint_every, 0):
+            if stop.signal and first < now.step < due.end and not due.checkpoint(now.step):
                 checkpoint()
             saver.wait()
         return processes.current().from_main(lambda: _figures(settings, corpus, model, now, out, stop))
 
 
+@dataclass(frozen=True)
+class Due:
+    """What follows which step of a run up to step `end`."""
+
+    intervals: Intervals
+    end: int
+    kept: int
+    """A step with a checkpoint that stays; 0 for none."""
+
+    def evaluation(self, step: int) -> bool:
+        return step == self.end or _divides(self.intervals.evaluate_every, step)
+
+    def checkpoint(self, step: int) -> bool:
+        return step in (self.end, self.kept) or _divides(self.intervals.checkpoint_every, step)
+
+    def correction(self, step: int) -> bool:
+        return _divides(self.intervals.correction_every, step)
+
+    def anything(self, step: int) -> bool:
+        return self.evaluation(step) or self.checkpoint(step) or self.correction(step)
+
+
+def _divides(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
 def _steps(
-    model: Engine,
-    batches: Batches | StreamedBatches,
-    settings: Settings,
-    now: Progress,
-    stop: Stop,
-    intervals: Intervals,
-    saver: Saver,
+    model: Engine, batch: Callable[[int], np.ndarray], due: Due, now: Progress, stop: Stop, saver: Saver
 ) -> Iterator[tuple[StepReport, float]]:
     """Take the remaining steps; yields the report and the milliseconds of each, after `now` was updated.
 
@@ -168,25 +229,20 @@ def _steps(
         now.seconds += seconds
         return seen, 1000 * seconds
 
-    for index in range(now.step, settings.steps):
+    for index in range(now.step, due.end):
         # All ranks stop after the same step. A signal during the wait takes effect before the next step.
         if agreed := saver.poll(stop.signal):
             stop.signal = agreed
             break
-        started = model.step(batches.at(index), index)
+        started = model.step(batch(index), index)
         if waiting:
             yield finished(waiting)
         waiting = started
-        pause = any(_due(index + 1, n, settings.steps) for n in (intervals.evaluate_every, intervals.checkpoint_every))
-        if pause or not model.asynchronous:
+        if due.anything(index + 1) or not model.asynchronous:
             yield finished(waiting)
             waiting, began = None, time.perf_counter()
     if waiting:
         yield finished(waiting)
-
-
-def _due(step: int, every: int, steps: int) -> bool:
-    return step == steps or (every > 0 and step % every == 0)
 
 
 def _line(settings: Settings, now: Progress, report: StepReport, milliseconds: float) -> dict[str, Any]:
@@ -197,7 +253,9 @@ def _line(settings: Settings, now: Progress, report: StepReport, milliseconds: f
         "seconds": now.seconds,
         "step_ms": milliseconds,
         "learning_rate": settings.learning_rate_at(completed),
+        "rho": settings.rho_at(completed) if settings.kind(completed) == "corrected" else 0.0,
         "kind": settings.kind(completed),
+        "skipped_steps": now.skipped_steps,
         **report._asdict(),
     }
 
@@ -210,7 +268,7 @@ def _figures(
     base = milliseconds if settings.method == "adamw" else now.base_step_ms
     last = [x["loss"] for x in lines[-20:] if x["loss"] is not None]
     return {
-        "status": "stopped" if stop.signal and now.step < settings.steps else "finished",
+        "status": _status(settings, now, stop),
         "signal": stop.signal,
         "method": settings.method,
         "framework": settings.framework,
@@ -242,11 +300,11 @@ def _mean_of_medians(lines: list[dict[str, Any]]) -> float:
     return sum(statistics.median(of) * len(of) for of in kinds.values()) / len(lines)
 
 
-def _same_run(mine: dict[str, Any], other: dict[str, Any], out: Path) -> None:
-    if changed := difference(mine["settings"], other["settings"]):
-        raise UserError(f"--out: {out} holds a run with {changed}; give the same settings, or another --out")
-    if mine["data"] != other["data"]:
-        raise UserError(f"--out: {out} holds a run on other data or another tokenizer; give the same, or another --out")
+def _status(settings: Settings, now: Progress, stop: Stop) -> str:
+    if now.step < settings.steps:
+        return "stopped" if stop.signal else "paused"
+    too_many = now.skipped_steps > SKIPPED_SHARE * now.step
+    return "diverged" if too_many or now.val_loss is None or not math.isfinite(now.val_loss) else "finished"
 
 
 class _Nowhere:

@@ -121,7 +121,7 @@ def _total_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _refuse_second_derivatives() -> None:
-    """The gradients that a forward pass computes have no graph, so a derivative of them would lack most of its terms."""
+    """Gradients that a forward pass computes have no graph: a derivative of them would lack most of its terms."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "cross_entropy has no second derivative, which create_graph=True asks for; use "

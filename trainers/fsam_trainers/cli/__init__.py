@@ -13,8 +13,14 @@ from fsam_trainers import host_memory, processes
 # Subcommand -> (the module whose `main(arguments)` runs it and returns the exit code, what it does). The profiling
 # package is imported by name, as nothing else of it is.
 COMMANDS = {
-    "train": ("fsam_trainers.cli.train", "train one model with one method, or resume the run"),
+    "train": ("fsam_trainers.cli.train", "train one model with one method, or resume or extend the run"),
+    "tune": ("fsam_trainers.cli.tune", "find the best options for a method, with a tuned AdamW beside it"),
     "compare": ("fsam_trainers.cli.compare", "train several methods on the same data and budget: table, plot, report"),
+    "evaluate": ("fsam_trainers.cli.evaluate", "losses on held-out texts, after rounding and noise too; differences"),
+    "runs": ("fsam_trainers.cli.runs", "a table of the runs below a folder"),
+    "sample": ("fsam_trainers.cli.sample", "continue a text with a run or a model"),
+    "export": ("fsam_trainers.cli.export", "write a model for transformers, or for anything that reads safetensors"),
+    "sharpness": ("fsam_trainers.cli.sharpness", "what is sharp, the logits or the function; eigenvalues, landscapes"),
     "cost": ("fsam_trainers.cli.cost", "count the cost of a step relative to AdamW; nothing is trained"),
     "profile": (
         "fsam_trainers.cli.profile",
@@ -28,7 +34,7 @@ USAGE = "usage: fsam COMMAND [OPTIONS]; fsam COMMAND --help lists the options\n\
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one subcommand and exit: 0 done, 2 bad input, 128 + n stopped by signal n (state saved).
+    """Run one subcommand and exit: 0 done, 1 the run diverged, 2 bad input, 128 + n stopped by signal n (state saved).
 
     Args:
         arguments: of a program that calls this, which Ctrl-C then stops as well; None for those of the process.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -11,7 +12,8 @@ from rich.table import Table
 
 from fsam_core import UserError, backends
 from fsam_trainers import registry
-from fsam_trainers.cli.options import Common, RunIntervals, RunOptions, parse
+from fsam_trainers.cli.config_file import read
+from fsam_trainers.cli.options import Branching, RunIntervals, RunOptions, parse
 from fsam_trainers.cli.variants import variants
 from fsam_trainers.console import Console, command_line, stdout
 from fsam_trainers.files import writable, write_json
@@ -33,7 +35,7 @@ class ComparedIntervals(RunIntervals):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compare(Common):
+class Compare(Branching):
     """Train several methods on the same data and budget: one table, one plot, one HTML report."""
 
     run: tyro.conf.OmitArgPrefixes[ComparedOptions]
@@ -44,7 +46,7 @@ class Compare(Common):
     budget: Literal["steps", "time", "flops"] = "steps"
     """what is equal for all: optimizer steps, the time that AdamW takes for --steps, or its FLOPs by the cost model"""
     seeds: int = 1
-    """runs of each method, with seeds 0, 1, …"""
+    """runs of each method, with seeds 0, 1, …; of a branch one, with its base's"""
     cost_steps: int = 12
     """steps of each method timed interleaved, for the cost ratio"""
     RUN: ClassVar[type[RunOptions]] = ComparedOptions
@@ -70,6 +72,12 @@ def _compare(options: Compare, console: Console) -> int:
         raise UserError(f"--seeds must be at least 1, got {options.seeds}")
     if options.cost_steps < 10:
         raise UserError(f"--cost-steps must be at least 10 for a median worth printing, got {options.cost_steps}")
+    start = options.start()
+    if start is not None:
+        if options.seeds != 1 or options.budget != "steps":
+            raise UserError("--branch-from takes --seeds 1, the base run's own, and --budget steps")
+        seed = read(start.run / "config.toml").get("seed", 0)
+        chosen = {name: dataclasses.replace(one, seed=seed) for name, one in chosen.items()}
     settings = next(iter(chosen.values()))
     intervals = options.intervals_of(settings.steps)
     out = options.folder(f"compare-{settings.framework}-{options.preset}")
@@ -85,6 +93,8 @@ def _compare(options: Compare, console: Console) -> int:
         seeds=options.seeds,
         cost_steps=options.cost_steps,
         command=command_line(),
+        options=options.recorded(),
+        branch_from=start,
     )
     if comparison is None:
         console.say("stopped; the same command resumes from there")

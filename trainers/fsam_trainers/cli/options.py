@@ -14,14 +14,16 @@ from typing import Any, ClassVar, Literal, TypeVar
 import tyro
 
 from fsam_core import UserError, backends
-from fsam_trainers import processes
+from fsam_trainers import pretrained, processes
 from fsam_trainers.cli.config_file import expanded
 from fsam_trainers.config import SAVINGS, Intervals, Settings, steps_for
 from fsam_trainers.console import Console
 from fsam_trainers.models.layout import ModelConfig
 from fsam_trainers.presets import preset
+from fsam_trainers.resuming import BranchPoint
 
 DEFAULT_STEPS = 300
+TENTHS = ("evaluate_every", "checkpoint_every")  # intervals that are a tenth of the run where none is given
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,13 @@ class Basis:
     """model size: tiny, or the paper's 2m, 24m, 43m, 118m, 1208m (non-embedding parameters)"""
     savings: str = "exact"
     """options by name: exact, balanced (--correction-fraction 1/4), cheap (1/8, --cut hidden), split (1/2)"""
+
+
+@dataclass(frozen=True)
+class _InitFrom:
+    """Parsed first: the model's sizes are those of the source."""
+
+    init_from: str | None = None
 
 
 class _Model(ModelConfig):
@@ -69,9 +78,9 @@ class DataOptions:
     data_workers: int | None = None
     """with a stream, tokenizing processes a rank (default: one fewer than cores, 1 to 4); 0: none but the run's own"""
     tokenizer: Path | None = None
-    """a tokenizer.json or a SentencePiece .model; without one a byte-level BPE is trained on the data"""
+    """a tokenizer.json or a SentencePiece .model (default: that of --init-from, or a BPE trained on the data)"""
     text_column: str | None = None
-    """of rows, the column with their text (default: text, or else content)"""
+    """of rows, the column of text (default: text, content, or prompt,answer), or two: question,reply"""
     token_dtype: str | None = None
     """of .bin files that do not state it, the type of the ids: uint16, uint32, int32, int64"""
     max_tokens: int | None = None
@@ -120,10 +129,10 @@ class Common(Basis):
         warmup = self.run.warmup if "warmup" in self.given else min(1000, steps // 10)
         return Settings(**{**vars(self.run), "model": model, "steps": steps, "warmup": warmup, **changes})
 
-    def intervals_of(self, steps: int) -> Intervals:
-        """The intervals of a run of so many steps."""
-        tenth = dict.fromkeys({"evaluate_every", "checkpoint_every"} - self.given, max(1, steps // 10))
-        return Intervals(**{**vars(self.intervals), **tenth})
+    def intervals_of(self, steps: int, usual: int | None = None) -> Intervals:
+        """The intervals of a run of so many steps; `usual` where none is given, by default a tenth of the run."""
+        usual = max(1, steps // 10) if usual is None else usual
+        return Intervals(**{**vars(self.intervals), **dict.fromkeys(set(TENTHS) - self.given, usual)})
 
     def recorded(self) -> dict[str, Any]:
         """Options for config.toml, besides settings and intervals."""
@@ -134,14 +143,17 @@ class Common(Basis):
         from fsam_trainers.data import load
 
         backends.require(*backends.TRAINING[settings.framework])  # before minutes of tokenizing
-        given = self.corpus
+        given, tokenizer = self.corpus, self.corpus.tokenizer
+        if settings.init_from is not None:
+            source = pretrained.find(settings.init_from, "--init-from")
+            tokenizer = source.tokenizer_for(given.data, tokenizer, given.text_column)
         found = processes.current().first_on_host(
             lambda: load(
                 given.data,
                 stream=given.stream,
                 vocab_size=settings.model.vocab_size,
                 seq_len=settings.model.seq_len,
-                tokenizer=given.tokenizer,
+                tokenizer=tokenizer,
                 max_tokens=given.max_tokens,
                 text_column=given.text_column,
                 token_dtype=given.token_dtype,
@@ -160,6 +172,25 @@ class Common(Basis):
         return out
 
 
+@dataclass(frozen=True, kw_only=True)
+class Branching(Common):
+    """Options of commands whose runs may start from another run's checkpoint."""
+
+    branch_from: str | None = None
+    """RUN@STEP: start from this checkpoint of another run, with its options where no others are given"""
+
+    def start(self) -> BranchPoint | None:
+        """The checkpoint of --branch-from.
+
+        Raises:
+            UserError: for text that is not RUN@STEP.
+        """
+        return None if self.branch_from is None else BranchPoint.parse(self.branch_from)
+
+    def recorded(self) -> dict[str, Any]:
+        return {**super().recorded(), "branch_from": self.branch_from}
+
+
 Command = TypeVar("Command", bound=Common)
 
 
@@ -174,9 +205,14 @@ def parse(command: type[Command], arguments: Sequence[str], prog: str) -> Comman
     size = preset(basis.preset)
     if basis.savings not in SAVINGS:
         raise UserError(f"--savings: {basis.savings!r} is not known; use one of {', '.join(SAVINGS)}")
+    start, _ = tyro.cli(_InitFrom, args=arguments, return_unknown_args=True, add_help=False)
     model = _Model(size.layers, size.width, size.heads, size.seq_len, size.vocab_size)
+    source = None if start.init_from is None else pretrained.find(start.init_from, "--init-from")
+    if source is not None:
+        model = _Model(**{**vars(source.config), "dropout": 0.0})
     usual: dict[str, Any] = {"learning_rate": size.learning_rate, "rho": size.rho, **SAVINGS[basis.savings]}
     usual |= {"steps": DEFAULT_STEPS, "warmup": DEFAULT_STEPS // 10, "batch": size.batch, "model": model}
+    usual |= {} if source is None else {"soft_cap": source.soft_cap}
     run = command.RUN(framework="jax", method="precond-functional-sam", **usual)
     intervals = command.INTERVALS(evaluate_every=DEFAULT_STEPS // 10, checkpoint_every=DEFAULT_STEPS // 10)
     default = command(**vars(basis), run=run, intervals=intervals)

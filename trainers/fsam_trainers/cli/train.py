@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,14 +10,19 @@ from rich.table import Table
 
 from fsam_core import backends
 from fsam_trainers import processes, registry
-from fsam_trainers.cli.options import Common, parse
+from fsam_trainers.cli.config_file import read
+from fsam_trainers.cli.options import Branching, parse
 from fsam_trainers.console import Console, command_line, stdout
 from fsam_trainers.files import writable, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(Common):
-    """Train one model with one method; run again with the same options, it is resumed where it was interrupted."""
+class Train(Branching):
+    """Train one model with one method. Run again with the same options, it is resumed where it was interrupted; with
+    more --steps it is extended."""
+
+    fresh: bool = False
+    """delete the run that is in the folder, and start again"""
 
 
 def main(arguments: list[str]) -> int:
@@ -32,12 +38,20 @@ def _train(options: Train, console: Console) -> int:
     from fsam_trainers.loop import train
 
     settings = options.settings()
-    intervals = options.intervals_of(settings.steps)
+    start = options.start()
     name = f"{settings.framework}-{options.preset}-{settings.method}-seed{settings.seed}"
-    out = options.folder(name)
+    out = options.folder(name if start is None else f"{name}-from-{start.step}")
+    if "warmup" not in options.given and not options.fresh and (out / "config.toml").is_file():
+        # The usual warm-up depends on --steps; a run that is extended keeps the one that it had.
+        settings = options.settings(warmup=read(out / "config.toml")["warmup"])
+    intervals = options.intervals_of(settings.steps)
+    if intervals.log != "jsonl":
+        backends.require(intervals.log)  # before minutes of tokenizing
     backends.choose(settings.framework, settings.backend)
     corpus = options.load_corpus(settings, console)
-    figures = train(settings, corpus, out, intervals, console)
+    figures = train(
+        settings, corpus, out, intervals, console, fresh=options.fresh, branch_from=start, options=options.recorded()
+    )
     figures["command"] = command_line()
 
     def report() -> None:
@@ -49,7 +63,14 @@ def _train(options: Train, console: Console) -> int:
     if figures["status"] == "stopped":
         console.say(f"stopped at step {figures['steps']} of {settings.steps}; the same command resumes from there")
         return 128 + figures["signal"]
-    return 0
+    if figures["status"] == "diverged" and processes.current().is_main:
+        print(
+            f"fsam: error: the run has diverged: {figures['skipped_steps']} of {figures['steps']} steps were skipped "
+            f"and the validation loss is {figures['val_loss']}; lower --learning-rate {settings.learning_rate} or "
+            f"--rho {settings.rho}",
+            file=sys.stderr,
+        )
+    return 1 if figures["status"] == "diverged" else 0
 
 
 def _print(figures: dict[str, Any]) -> None:

@@ -12,10 +12,10 @@ from fsam_trainers.models.layout import ModelConfig
 
 # The options in which the methods of one comparison may differ.
 VARIED = (
-    "learning_rate", "warmup", "final_learning_rate", "weight_decay", "b1", "b2", "eps", "clip_norm", "dropout", "ema",
-    "rho", "rho_schedule", "norm", "second_moment", "savings", "correction_fraction", "form", "ascent",
-    "ascent_fraction", "scope", "cut", "every", "start", "probability", "between", "cotangent", "label_smoothing",
-    "z_loss",
+    "learning_rate", "warmup", "learning_rate_schedule", "decay", "decay_shape", "final_learning_rate", "weight_decay",
+    "b1", "b2", "eps", "clip_norm", "dropout", "ema", "rho", "rho_schedule", "norm", "second_moment", "savings",
+    "correction_fraction", "form", "ascent", "ascent_fraction", "scope", "cut", "every", "start", "probability",
+    "between", "cotangent", "label_smoothing", "z_loss",
 )  # fmt: skip
 
 
@@ -29,13 +29,17 @@ def variants(options: Common, methods: str) -> dict[str, Settings]:
     unknown = [name for name in names if name.partition(":")[0] not in NAMES]
     if unknown or not names:
         raise UserError(f"--methods: {', '.join(unknown) or 'none given'}; use some of {', '.join(NAMES)}")
-    return {name: _variant(options, name) for name in names}
+    return {name: variant(options, name, "--methods") for name in names}
 
 
-def _variant(options: Common, text: str) -> Settings:
-    """The settings of the command line followed by the method's own options."""
+def variant(options: Common, text: str, argument: str) -> Settings:
+    """The settings of the command line followed by the method's own options.
+
+    Raises:
+        UserError: for an unknown option, naming `argument`.
+    """
     method, *own = text.split(":")
-    arguments = [*options.arguments, *(f"--{option}" for option in _joined(own) if _checked(option, text))]
+    arguments = [*options.arguments, *(f"--{option}" for option in _joined(own) if _checked(option, text, argument))]
     return parse(type(options), arguments, "fsam compare").settings(method=method)
 
 
@@ -48,7 +52,7 @@ def _joined(parts: list[str]) -> Iterator[str]:
         yield option
 
 
-def _checked(option: str, text: str) -> bool:
+def _checked(option: str, text: str, argument: str) -> bool:
     """True for a valid option=value; tyro's own message is not one sentence.
 
     Raises:
@@ -58,11 +62,11 @@ def _checked(option: str, text: str) -> bool:
     name = name.replace("-", "_")
     if not equals or name not in VARIED:
         known = ", ".join(x.replace("_", "-") for x in VARIED)
-        raise UserError(f"--methods: {option!r} in {text!r} is no option=value; the options are {known}")
+        raise UserError(f"{argument}: {option!r} in {text!r} is no option=value; the options are {known}")
     number = get_type_hints(Settings, include_extras=True) | get_type_hints(ModelConfig)
     if (kind := number.get(name)) in (int, float):
         try:
             kind(value)
         except ValueError:
-            raise UserError(f"--methods: {name}={value} in {text!r} is no {kind.__name__}") from None
+            raise UserError(f"{argument}: {name}={value} in {text!r} is no {kind.__name__}") from None
     return True

@@ -23,10 +23,12 @@ import fsam_core.jax as fsam  # noqa: E402
 from fsam_core.jax.adamw import AdamW  # noqa: E402
 from fsam_core.regions import in_jax  # noqa: E402
 from fsam_trainers.config import Settings  # noqa: E402
-from fsam_trainers.engine import StepReport, Writing  # noqa: E402
+from fsam_trainers.data.batches import mean_over_targets  # noqa: E402
+from fsam_trainers.engine import Correction, StepReport, Writing  # noqa: E402
 from fsam_trainers.jax import mesh, saving  # noqa: E402
 from fsam_trainers.models import flax_decoder  # noqa: E402
-from fsam_trainers.models.layout import blocks, flattened, initial, nested  # noqa: E402
+from fsam_trainers.models.layout import blocks, flattened, nested  # noqa: E402
+from fsam_trainers.pretrained import initial_weights  # noqa: E402
 
 
 class State(NamedTuple):
@@ -53,10 +55,25 @@ def optimizer(settings: Settings) -> AdamW:
 
 def learning_rate(settings: Settings) -> optax.Schedule:
     """`Settings.learning_rate_at` as an optax schedule."""
-    peak, steps = settings.learning_rate, max(settings.steps - settings.warmup, 1)
-    cosine = optax.cosine_decay_schedule(peak, steps, settings.final_learning_rate)
+    peak, floor = settings.learning_rate, settings.final_learning_rate
+    if settings.learning_rate_schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, max(settings.steps - settings.warmup, 1), floor)
+    else:
+        start = settings.decay_start - settings.warmup
+        after = optax.join_schedules([optax.constant_schedule(peak), _decay(settings)], [start])
     warmup = optax.linear_schedule(0, peak, settings.warmup)
-    return optax.join_schedules([warmup, cosine], [settings.warmup]) if settings.warmup else cosine
+    return optax.join_schedules([warmup, after], [settings.warmup]) if settings.warmup else after
+
+
+def _decay(settings: Settings) -> optax.Schedule:
+    """The decay of "wsd" by the number of steps since its start."""
+    peak, floor, steps = settings.learning_rate, settings.final_learning_rate, settings.steps - settings.decay_start
+    power = 1.0 if settings.decay_shape == "linear" else 0.5
+
+    def at(step: Any) -> Any:
+        return peak * (1 - (1 - floor) * (step / max(steps, 1)).clip(0, 1) ** power)
+
+    return lambda step: at(jnp.asarray(step))
 
 
 def gradient_of(settings: Settings) -> Callable[..., Any]:
@@ -101,6 +118,19 @@ def step_of(settings: Settings) -> Callable[..., tuple[State, fsam.Info]]:
     return step
 
 
+def products_of(settings: Settings) -> Callable[[State, Any], tuple[jax.Array, ...]]:
+    """(state, micro-batches) -> ‖g‖², ‖ĝ‖², ‖ĝ − g‖² and ĝᵀg."""
+    gradient = gradient_of(settings)
+
+    def products(state: State, batch: Any) -> tuple[jax.Array, ...]:
+        of = lambda kind: gradient(state.params, batch, state.opt_state, state.carry, kind=kind)[1]
+        g, g_hat = of("plain"), of("corrected")
+        difference = jax.tree.map(jnp.subtract, g_hat, g)
+        return tuple(optax.tree.vdot(a, b) for a, b in ((g, g), (g_hat, g_hat), (difference, difference), (g_hat, g)))
+
+    return products
+
+
 def _memory(settings: Settings) -> fsam.Memory:
     return fsam.Memory(settings.cotangent, row_axes=mesh.row_axes(settings))
 
@@ -125,7 +155,7 @@ class JaxEngine:
         self.backend = mesh.backend(settings)
         self.device = jax.devices()[0].device_kind
         self.mesh = mesh.make(settings)
-        params = mesh.placed(self.mesh, nested(initial(settings.model, settings.seed)))
+        params = mesh.placed(self.mesh, nested(initial_weights(settings)))
         self._key = jax.random.key(settings.seed)
         init = partial(state_of, settings)
         with jax.set_mesh(self.mesh):
@@ -140,6 +170,7 @@ class JaxEngine:
         self._compiled: dict[str, Callable[..., Any]] = {}
         self._completed = 0  # steps that are known to be finite
         self._unread: list[jax.Array] = []  # whether later steps are finite, in order
+        self._products = jax.jit(products_of(settings))
         loss = fsam.mean_loss(_features(settings, trained=False), memory=_memory(settings), backend=self.backend)
         self._loss = jax.jit(loss)
 
@@ -179,11 +210,17 @@ class JaxEngine:
         """The possible numbers of completed steps."""
         return range(self._completed, self._completed + len(self._unread) + 1)
 
-    def evaluate(self, batches: Sequence[np.ndarray]) -> float:
-        params = self.state.params if self.state.average is None else self.state.average
+    def correction(self, tokens_BxL1: np.ndarray, index: int) -> Correction | None:
+        if self.settings.method == "adamw":
+            return None
+        with jax.set_mesh(self.mesh):
+            return Correction.of(*map(float, self._products(self.state, self._parts(tokens_BxL1, index))))
+
+    def evaluate(self, batches: Sequence[np.ndarray], average: bool = True) -> float:
+        params = self.state.average if average and self.state.average is not None else self.state.params
         with jax.set_mesh(self.mesh):
             losses = [self._loss(params, {"tokens": mesh.rows(self.mesh, x)}) for x in batches]
-            return float(np.mean([float(x) for x in losses]))
+            return mean_over_targets([float(x) for x in losses], batches)
 
     def state_bytes(self) -> int:
         return sum(x.nbytes for x in jax.tree.leaves(self.state))
@@ -191,12 +228,23 @@ class JaxEngine:
     def save(self, folder: Path) -> Writing:
         return saving.begin(self.state._asdict(), folder)
 
-    def restore(self, folder: Path) -> None:
+    def restore(self, folder: Path, source: Settings | None = None) -> None:
         # With the shardings of this mesh; the checkpoint may be of another.
-        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, self.state._asdict())
+        if source is None:
+            like = jax.tree.map(ocp.utils.to_shape_dtype_struct, self.state._asdict())
+        else:
+            with jax.set_mesh(self.mesh):
+                state = jax.eval_shape(partial(state_of, source), self.state.params)
+                places = mesh.places(self.mesh, state)
+            placed = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+            like = jax.tree.map(placed, state, places)._asdict()
         with ocp.StandardCheckpointer() as checkpointer:
             # Without the copy a restored buffer may be memory that XLA does not own and cannot take as a donation.
-            self.state = State(**jax.tree.map(jnp.copy, checkpointer.restore(folder.absolute(), like)))
+            found = State(**jax.tree.map(jnp.copy, checkpointer.restore(folder.absolute(), like)))
+        if source is not None:
+            average = found.average if source.ema else jax.tree.map(jnp.copy, found.params)
+            found = found._replace(carry=self.state.carry, average=average if self.settings.ema else None)
+        self.state = found
         self._completed, self._unread = int(self.state.opt_state.count), []
 
     def weights(self) -> dict[str, np.ndarray]:

@@ -18,7 +18,7 @@ from fsam_trainers.jax.mesh import by_rows, in_use
 from fsam_trainers.models.flax_mixed import product, rows_of
 from fsam_trainers.models.layout import EMBEDDING_STD, ModelConfig, initial, nested
 
-_ones, _normal = nn.initializers.ones, nn.initializers.normal(EMBEDDING_STD)
+_ones, _zeros, _normal = nn.initializers.ones, nn.initializers.zeros, nn.initializers.normal(EMBEDDING_STD)
 _fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
@@ -59,7 +59,7 @@ class Decoder(nn.Module):
             x_NxD = block(c, name=f"block_{i}")(x_NxD, L, deterministic)
         if last is not None:
             return x_NxD
-        h_NxD = layer_norm(x_NxD, self.param("final_norm", _ones, (c.width,)))
+        h_NxD = _normed(self, "final_norm", x_NxD)
         if c.tied:
             return h_NxD, in_use("embedding", embedding_VxD.astype(dtype))
         return h_NxD, in_use("head", self.param("head", _normal, (c.vocab_size, c.width)).astype(dtype))
@@ -75,14 +75,18 @@ class Block(nn.Module):
         c, D = self.config, self.config.width
         B = len(x_NxD) // L
         drop = nn.Dropout(c.dropout, deterministic=deterministic)
-        through = lambda name, x, *shape: product(name, x, self.param(name, _fan_in, shape))
 
-        h_NxD = layer_norm(x_NxD, self.param("attention_norm", _ones, (D,)))
+        def through(name: str, x: jax.Array, *shape: int) -> jax.Array:
+            y = product(name, x, self.param(name, _fan_in, shape))
+            bias = _bias(self, name, shape[-1])
+            return y if bias is None else y + bias.astype(y.dtype).reshape(y.shape[1:])
+
+        h_NxD = _normed(self, "attention_norm", x_NxD)
         qkv_Nx3xD = by_rows(through("qkv", h_NxD, D, 3 * D), None, "tensor", sequences=B)
         a_NxD = by_rows(causal_attention(qkv_Nx3xD, L, c.heads), "tensor", sequences=B)
         x_NxD += by_rows(drop(through("attention_out", a_NxD, D, D)), sequences=B)
 
-        h_NxD = layer_norm(x_NxD, self.param("mlp_norm", _ones, (D,)))
+        h_NxD = _normed(self, "mlp_norm", x_NxD)
         h_NxF = by_rows(nn.gelu(through("mlp_in", h_NxD, D, 4 * D)), "tensor", sequences=B)
         return x_NxD + by_rows(drop(through("mlp_out", h_NxF, 4 * D, D)), sequences=B)
 
@@ -99,19 +103,30 @@ def causal_attention(qkv_Nx3xD: jax.Array, L: int, heads: int) -> jax.Array:
     return jnp.matmul(p_BxHxLxL, v_BxHxLxd).transpose(0, 2, 1, 3).reshape(N, D)
 
 
-def layer_norm(x_NxD: jax.Array, scale_D: jax.Array) -> jax.Array:
-    """(x − mean) / sqrt(var + 1e-6) · scale, in float32 or wider."""
+def layer_norm(x_NxD: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None = None, eps: float = 1e-6) -> jax.Array:
+    """(x − mean) / sqrt(var + eps) · scale + bias, in float32 or wider."""
     wide_NxD = x_NxD.astype(jnp.promote_types(x_NxD.dtype, jnp.float32))
     centred = wide_NxD - wide_NxD.mean(axis=-1, keepdims=True)
-    return (centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + 1e-6) * scale_D).astype(
-        x_NxD.dtype
-    )
+    y_NxD = centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + eps) * scale_D
+    return (y_NxD if bias_D is None else y_NxD + bias_D).astype(x_NxD.dtype)
+
+
+def _normed(module: Any, name: str, x_NxD: jax.Array) -> jax.Array:
+    """The layer norm of this name in a module."""
+    D = x_NxD.shape[-1]
+    return layer_norm(x_NxD, module.param(name, _ones, (D,)), _bias(module, name, D), module.config.norm_eps)
+
+
+def _bias(module: Any, name: str, size: int) -> jax.Array | None:
+    return module.param(f"{name}_bias", _zeros, (size,)) if module.config.biases else None
 
 
 def features(
     model: Decoder, params: dict, batch: dict, loss: Loss = CROSS_ENTROPY, dtype: Any = jnp.float32
 ) -> LinearHead:
     """The features function of `fsam_core.jax`: batch["tokens"] is [B, L+1]; with batch["key"] dropout is on.
+
+    A negative token is context: the input ~token, and no target.
 
     The params are cast to `dtype` where they are used (`flax_mixed`), so whatever is made of them (perturbed ones,
     gradients) is float32 from there on.
@@ -134,7 +149,8 @@ def staged(model: Decoder, blocks: int, loss: Loss = CROSS_ENTROPY, dtype: Any =
 def _applied(model: Decoder, params: dict, batch: dict, dtype: Any, **part: Any) -> Any:
     rngs = {"dropout": batch["key"]} if "key" in batch else {}
     tokens_BxL = batch["tokens"][:, :-1]
-    return model.apply({"params": params}, tokens_BxL, deterministic=not rngs, rngs=rngs, dtype=dtype, **part)
+    inputs_BxL = jnp.where(tokens_BxL < 0, ~tokens_BxL, tokens_BxL)
+    return model.apply({"params": params}, inputs_BxL, deterministic=not rngs, rngs=rngs, dtype=dtype, **part)
 
 
 def _head(out: tuple[jax.Array, jax.Array], batch: dict, loss: Loss) -> LinearHead:

@@ -1,7 +1,8 @@
 """The decoder's sizes and its parameters: names, shapes and initial values, shared by Flax and PyTorch.
 
-Pre-LN, GELU, learned positions, no biases, tied or untied head: the architecture of Nanodo, the trainer used in the
-paper. A flat name such as "block_0.qkv" is the PyTorch parameter's own name and the path in the Flax tree.
+Pre-LN, GELU, learned positions, tied or untied head, no biases: the architecture of Nanodo, the trainer used in the
+paper. With biases and an epsilon of 1e-5 it is GPT-2's. A flat name such as "block_0.qkv" is the PyTorch parameter's
+own name and the path in the Flax tree.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ class ModelConfig:
     """one matrix for input embedding and head"""
     dropout: float = 0.0
     """after the embedding, attention and MLP"""
+    biases: bool = False
+    """biases of projections and layer norms, as GPT-2 has them"""
+    norm_eps: float = 1e-6
+    """epsilon of the layer norms"""
 
     def __post_init__(self) -> None:
         for name in ("layers", "width", "heads", "seq_len", "vocab_size"):
@@ -48,6 +53,8 @@ class ModelConfig:
             raise UserError(f"model: width {self.width} must be a multiple of heads {self.heads}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"--dropout must be in [0, 1), got {self.dropout}")
+        if not 0 < self.norm_eps < 1:
+            raise UserError(f"--norm-eps must be in (0, 1), got {self.norm_eps}")
 
     @property
     def parameters(self) -> int:
@@ -62,7 +69,7 @@ class ModelConfig:
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Flat parameter name -> shape; matrices are [in, out], embedding and head [V, D]."""
+    """Flat parameter name -> shape; matrices are [in, out], embedding and head [V, D], the bias of `x` is `x_bias`."""
     D, F = config.width, 4 * config.width
     found: dict[str, tuple[int, ...]] = {"embedding": (config.vocab_size, D), "positions": (config.seq_len, D)}
     for i in range(config.layers):
@@ -73,6 +80,8 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         found[f"block_{i}.mlp_in"] = (D, F)
         found[f"block_{i}.mlp_out"] = (F, D)
     found["final_norm"] = (D,)
+    if config.biases:
+        found |= {f"{name}_bias": shape[-1:] for name, shape in found.items() if name not in ("embedding", "positions")}
     if not config.tied:
         found["head"] = (config.vocab_size, D)
     return found
@@ -81,14 +90,14 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def initial(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
     """Flat name -> float32 initial value; the same in both frameworks for the same seed.
 
-    Norm scales are 1, embeddings N(0, 0.02²), matrices N(0, 1/fan-in), those that write into the residual stream
-    smaller by sqrt(2 · layers).
+    Norm scales are 1, biases 0, embeddings N(0, 0.02²), matrices N(0, 1/fan-in), those that write into the residual
+    stream smaller by sqrt(2 · layers).
     """
     random = np.random.Generator(np.random.Philox(seed))
 
     def value(name: str, shape: tuple[int, ...]) -> np.ndarray:
         if len(shape) == 1:
-            return np.ones(shape, np.float32)
+            return np.full(shape, 0 if name.endswith("_bias") else 1, np.float32)
         std = EMBEDDING_STD if name in ("embedding", "positions", "head") else shape[0] ** -0.5
         if name.endswith("_out"):
             std /= math.sqrt(2 * config.layers)
@@ -100,7 +109,7 @@ def initial(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
 def blocks(config: ModelConfig) -> Blocks:
     """Which parameters belong to which block, for scopes that are given by name."""
     head, above = ("embedding", "final_norm") if config.tied else ("head", "final_norm|head")
-    return Blocks(config.layers, r"^block_(\d+)\.", rf"^({above})$", rf"^{head}$", r"norm$")
+    return Blocks(config.layers, r"^block_(\d+)\.", rf"^({above})(_bias)?$", rf"^{head}$", r"norm(_bias)?$")
 
 
 def nested(flat: dict[str, np.ndarray]) -> dict:

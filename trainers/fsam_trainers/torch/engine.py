@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from fsam_core import MicroBatches, backends
+from fsam_core.schedules import ALWAYS, Schedule
 
 backends.require("torch")
 
@@ -27,9 +29,11 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 import fsam_core.torch as fsam  # noqa: E402
 from fsam_trainers import processes  # noqa: E402
 from fsam_trainers.config import Settings  # noqa: E402
-from fsam_trainers.engine import StepReport, Writing  # noqa: E402
+from fsam_trainers.data.batches import mean_over_targets  # noqa: E402
+from fsam_trainers.engine import Correction, StepReport, Writing  # noqa: E402
 from fsam_trainers.models import torch_decoder  # noqa: E402
 from fsam_trainers.models.layout import blocks  # noqa: E402
+from fsam_trainers.pretrained import initial_weights  # noqa: E402
 from fsam_trainers.torch import mesh, saving  # noqa: E402
 
 
@@ -92,7 +96,8 @@ class TorchEngine:
         self.device = str(self._device)
         if self._ranks.count > 1 and self._device.type != "cpu":
             self._device = torch.device(self._device.type, self._ranks.local_rank)
-        self.model = torch_decoder.Decoder(settings.model, settings.seed, remat=settings.remat).to(self._device)
+        self.model = torch_decoder.Decoder(settings.model, remat=settings.remat, weights=initial_weights(settings))
+        self.model.to(self._device)
         self._average: torch.optim.swa_utils.AveragedModel | None = None
         if settings.ema:
             decay = torch.optim.swa_utils.get_ema_multi_avg_fn(settings.ema)
@@ -137,17 +142,13 @@ class TorchEngine:
         """Nothing is compiled."""
 
     def step(self, tokens_BxL1: np.ndarray, index: int) -> Callable[[], StepReport]:
-        if self.settings.model.dropout:
-            rank, count = self._row_rank
-            own = [rank] if count > 1 else []
-            seed = np.random.SeedSequence([self.settings.seed, index, *own]).generate_state(1, np.uint64)[0]
-            torch.manual_seed(int(seed))
+        self._seed(index)
         # As in JAX, a skipped step does not advance the schedule.
         rate = self.settings.learning_rate_at(self._step.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self._running.train()
-        self._step(MicroBatches(self._tokens(one) for one in np.split(tokens_BxL1, self.settings.micro_batches)))
+        self._step(self._parts(tokens_BxL1))
         info = self._step.info
         assert info is not None
         if self._average is not None and not info.skipped:
@@ -155,10 +156,45 @@ class TorchEngine:
         report = StepReport(info.loss, info.base_norm, info.grad_norm, info.perturbation_norm, info.skipped)
         return lambda: report
 
-    def evaluate(self, batches: Sequence[np.ndarray]) -> float:
-        model = self._running if self._average is None else self._average.module
+    def correction(self, tokens_BxL1: np.ndarray, index: int) -> Correction | None:
+        if self.settings.method == "adamw" or self.settings.dtype == "float16":
+            return None
+        self._running.train()
+        plain, corrected = Schedule(start=sys.maxsize), ALWAYS
+        g, g_hat = (self._gradient(schedule, tokens_BxL1, index) for schedule in (plain, corrected))
+        products = torch.zeros(4, dtype=torch.float64)
+        for a, b in zip(g, g_hat, strict=True):
+            a, b = _whole(a).double().flatten(), _whole(b).double().flatten()
+            products += torch.stack([a @ a, b @ b, (b - a).square().sum(), a @ b]).cpu()
+        return Correction.of(*products.tolist())
+
+    def _gradient(self, schedule: Schedule, tokens_BxL1: np.ndarray, index: int) -> list[torch.Tensor]:
+        """The gradient of a step by this schedule, for each parameter; the step itself counts nothing."""
+        self._seed(index)
+        step = copy.copy(self._step)
+        step.schedule = schedule
+        step.gradient(self._parts(tokens_BxL1))
+        found = [torch.full_like(p, torch.nan) if p.grad is None else p.grad.clone() for p in self.model.parameters()]
+        for p in self.model.parameters():
+            p.grad = None
+        return found
+
+    def _seed(self, index: int) -> None:
+        """Seed the dropout of step `index`."""
+        if self.settings.model.dropout:
+            rank, count = self._row_rank
+            own = [rank] if count > 1 else []
+            seed = np.random.SeedSequence([self.settings.seed, index, *own]).generate_state(1, np.uint64)[0]
+            torch.manual_seed(int(seed))
+
+    def _parts(self, tokens_BxL1: np.ndarray) -> MicroBatches:
+        return MicroBatches(self._tokens(one) for one in np.split(tokens_BxL1, self.settings.micro_batches))
+
+    def evaluate(self, batches: Sequence[np.ndarray], average: bool = True) -> float:
+        model = self._average.module if average and self._average is not None else self._running
         model.eval()
-        return float(np.mean([float(self._loss(model, self._tokens(self._share(x, model)))) for x in batches]))
+        losses = [float(self._loss(model, self._tokens(self._share(x, model)))) for x in batches]
+        return mean_over_targets(losses, batches)
 
     def _share(self, tokens_BxL1: np.ndarray, model: torch.nn.Module) -> np.ndarray:
         """This rank's rows if the loss is a mean over the ranks and the rows divide evenly; else all rows."""
@@ -180,16 +216,22 @@ class TorchEngine:
     def save(self, folder: Path) -> Writing:
         return saving.begin(self._state(), folder)
 
-    def restore(self, folder: Path) -> None:
+    def restore(self, folder: Path, source: Settings | None = None) -> None:
         state = self._state()
+        if source is not None:
+            state["step"] = {name: state["step"][name] for name in ("steps", "skipped_steps")}
+            if not source.ema:
+                state.pop("average", None)
         with _plain_errors():
             dcp.load(state, checkpoint_id=folder)
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         for master, p in self.optimizer.copies.items():
             p.data.copy_(master.detach())
         self._step.load_state_dict(state["step"])
-        if self._average is not None:
+        if self._average is not None and "average" in state:
             self._average.load_state_dict(state["average"])
+        elif self._average is not None:  # its first update copies the weights; an evaluation may come before
+            self._average.module.load_state_dict(self.model.state_dict())
 
     def weights(self) -> dict[str, np.ndarray]:
         return {name: _whole(p).detach().cpu().numpy() for name, p in self.model.named_parameters()}

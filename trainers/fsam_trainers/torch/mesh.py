@@ -41,6 +41,8 @@ def check(settings: Settings, count: int) -> None:
     if settings.sync == "local" and math.prod(placement.sizes(settings).values()) != count:
         raise UserError(f"--sync local: the number of replicas is part of the method; give --data-parallel {count}")
     if settings.tensor_parallel > 1:
+        if settings.model.biases:
+            raise UserError("--tensor-parallel: in torch a model with --biases is not cut; give --fsdp, or use jax")
         placement.check_model(settings)
     check_rows(settings.batch, settings.micro_batches, count // settings.tensor_parallel)
 

@@ -1,0 +1,105 @@
+"""`--config FILE.toml`: the options of a command in a file, which the command line overrides.
+
+A file is a flat table with the names of the options. Every run writes its own as OUT/config.toml.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import tyro
+
+from fsam_core import UserError
+from fsam_trainers.config import SAVINGS
+from fsam_trainers.resuming import BranchPoint
+
+NOT_IN_A_FILE = ("config", "arguments", "run", "corpus", "intervals", "model")
+ALIASES = {"schedule": "learning_rate_schedule"}
+# Option -> those of a file that it replaces when it is on the command line: they are what it stands for.
+STANDS_FOR: dict[str, frozenset[str]] = {
+    "savings": frozenset(name for options in SAVINGS.values() for name in options),
+    "preset": frozenset(("layers", "width", "heads", "seq_len", "vocab_size", "batch", "learning_rate", "rho")),
+    "tokens_per_param": frozenset(("steps",)),
+    "steps": frozenset(("tokens_per_param",)),
+}
+
+
+@dataclass(frozen=True)
+class Files:
+    """The options that name a file of options."""
+
+    config: Path | None = None
+    branch_from: str | None = None
+
+
+def expanded(command: type, arguments: Sequence[str]) -> tuple[str, ...]:
+    """The arguments after those of the files that they name: the base run's of --branch-from, then --config.
+
+    Raises:
+        UserError: naming the file and what is wrong with it.
+    """
+    files, _ = tyro.cli(Files, args=arguments, return_unknown_args=True, add_help=False)
+    found: list[str] = []
+    own = {x[2:].partition("=")[0].replace("-", "_") for x in arguments if x.startswith("--")}
+    replaced = frozenset[str]().union(*(of for name, of in STANDS_FOR.items() if name in own))
+    if files.branch_from is not None and "branch_from" in get_type_hints(command):
+        base = BranchPoint.parse(files.branch_from).run / "config.toml"
+        if not base.is_file():
+            raise UserError(f"--branch-from: {base} is not there; give the folder of a run of `fsam train`")
+        found += _arguments(command, "--branch-from", base, replaced | {"branch_from"})
+    if files.config is not None:
+        found += _arguments(command, "--config", files.config, replaced)
+    return (*found, *arguments)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The file's table, with underscores in its keys.
+
+    Raises:
+        UserError: for a file that is not there or is no TOML.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config: {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"--config: {path} is not TOML: {error}") from error
+    return {key.replace("-", "_"): value for key, value in table.items()}
+
+
+def _arguments(command: type, option: str, path: Path, replaced: frozenset[str]) -> Iterator[str]:
+    """The file's options but for the `replaced` ones, as arguments."""
+    known = dict(_options(command))
+    for key, value in read(path).items():
+        name, kind = key.replace("_", "-"), known.get(ALIASES.get(key, key))
+        if kind is None:
+            raise UserError(f"{option}: {path}: {name!r} is not the name of an option; fsam train --help lists them")
+        wrong = isinstance(value, dict | list) or isinstance(value, bool) != (kind is bool)
+        if wrong or (kind in (int, float) and not isinstance(value, int | float)):
+            works = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "a string or a number")
+            raise UserError(f"{option}: {path}: {name} must be {works}, got {value!r}")
+        if kind is not _Replaced and key not in replaced:
+            yield f"--{'' if value is not False else 'no-'}{name}" + ("" if kind is bool else f"={value}")
+
+
+class _Replaced:
+    """The type of an option that this command replaces by its own; a file may have it."""
+
+
+_SUPPRESSED = get_args(tyro.conf.Suppress[str])[1]
+
+
+def _options(command: type) -> Iterator[tuple[str, Any]]:
+    """(name, type) of every option of a command."""
+    hints, bare = get_type_hints(command, include_extras=True), get_type_hints(command)
+    for field in dataclasses.fields(command):
+        if field.name not in NOT_IN_A_FILE:
+            hidden = _SUPPRESSED in getattr(hints[field.name], "__metadata__", ())
+            yield field.name, _Replaced if hidden else bare[field.name]
+        elif dataclasses.is_dataclass(bare[field.name]):
+            yield from _options(bare[field.name])

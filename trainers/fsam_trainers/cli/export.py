@@ -1,0 +1,36 @@
+"""`fsam export`: a run's weights for other programs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fsam_trainers import pretrained
+from fsam_trainers.console import stdout
+from fsam_trainers.export import export
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a model into a folder that transformers, or anything that reads safetensors, can load."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """a run's folder, a folder of safetensors, or hf:NAME"""
+    to: str = "safetensors"
+    """safetensors: this project's names; hf: transformers' GPT-2"""
+    out: Path | None = None
+    """the new folder (default: MODEL-safetensors or MODEL-hf)"""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    options = tyro.cli(Export, prog="fsam export", args=arguments)
+    found = pretrained.find(options.model, "MODEL")
+    name = options.model.removeprefix("hf:").rstrip("/")
+    out = options.out or Path(f"{Path(name).name if options.model.startswith('hf:') else name}-{options.to}")
+    export(found, options.to, out)
+    stdout().print(f"model: {out}", markup=False, soft_wrap=True)
+    return 0

@@ -1,0 +1,142 @@
+"""Losses of models on held-out texts, with standard errors, also after their weights were rounded or given noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fsam_core import UserError
+from fsam_kernels.options import Loss
+from fsam_trainers.data import load
+from fsam_trainers.data.batches import targets_in, windows_of
+from fsam_trainers.pretrained import Pretrained, inference
+from fsam_trainers.quantize import Weights, noisy, rounded
+
+
+class Mean(NamedTuple):
+    """A mean over the targets of windows and its standard error, None of a single window."""
+
+    value: float
+    error: float | None
+
+
+class Change(NamedTuple):
+    """What is done to the weights before they are evaluated: `draws` has a function for each random draw."""
+
+    name: str
+    draws: Sequence[Callable[[Weights], Weights]]
+
+
+def changes(bits: list[int], sigmas: list[float], draws: int) -> list[Change]:
+    """None, then rounding to each number of bits, then each noise; noise is averaged over `draws` draws."""
+    found = [Change("as trained", [lambda weights: weights])]
+    found += [Change(f"{n} bits", [partial(rounded, bits=n)]) for n in bits]
+    return found + [
+        Change(f"noise {x:g}", [partial(noisy, sigma=x, seed=seed) for seed in range(draws)]) for x in sigmas
+    ]
+
+
+def held_out(found: Pretrained, spec: str, tokenizer: Path | None, seq_len: int, most: int) -> np.ndarray:
+    """The first windows of the held-out split of a text, in the model's tokens: int32 [at most `most`, seq_len + 1].
+
+    Raises:
+        UserError: as `data.load`, and where the model's tokenizer is not known.
+    """
+    corpus = load(
+        spec,
+        vocab_size=found.config.vocab_size,
+        seq_len=seq_len,
+        tokenizer=found.tokenizer_for(spec, tokenizer),
+    )
+    count = min(most, (corpus.validation.size - 1) // seq_len)
+    return windows_of(corpus.validation, np.arange(count), seq_len)
+
+
+def evaluate(
+    models: list[Pretrained],
+    specs: list[str],
+    changed: list[Change],
+    *,
+    framework: Callable[[Pretrained], str],
+    tokenizer: Path | None = None,
+    seq_len: int | None = None,
+    most: int = 256,
+) -> Iterator[dict[str, Any]]:
+    """A row for each model, change of its weights, and text.
+
+    "difference" is to the first model after the same change: the mean of the windows' differences and its standard
+    error, None for the first model, and where the two have other tokens.
+
+    Args:
+        seq_len: tokens a window; None for the smallest of the models', so that all see the same windows.
+        most: windows a text.
+
+    Raises:
+        UserError: where a model or a text cannot be read, or a model is too short for the windows.
+    """
+    length = seq_len or min(found.config.seq_len for found in models)
+    first: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
+    for number, found in enumerate(models):
+        if length > found.config.seq_len:
+            raise UserError(f"--seq-len must be at most {found.config.seq_len}, that of {found.source}, got {length}")
+        texts = {spec: held_out(found, spec, tokenizer, length, most) for spec in specs}
+        weights, losses_of = found.weights(), inference(framework(found)).window_losses
+        loss = Loss(soft_cap=found.soft_cap or None)
+        for change in changed:
+            total = {spec: np.zeros(len(windows)) for spec, windows in texts.items()}
+            for draw in change.draws:
+                drawn = draw(weights)
+                for spec, windows in texts.items():
+                    total[spec] += losses_of(found.config, drawn, loss, windows)
+            for spec, windows in texts.items():
+                losses_W = total[spec] / len(change.draws)
+                base = first.setdefault((change.name, spec), (windows, losses_W))
+                paired = number > 0 and np.array_equal(base[0], windows)
+                yield _row(found, change.name, spec, windows, losses_W, losses_W - base[1] if paired else None)
+
+
+def mean_of(values_W: np.ndarray, targets_W: np.ndarray) -> Mean:
+    """The mean over targets of independent windows, from each one's own, and its standard error, a ratio estimator's.
+
+    targets_W: how many each window has. Where all have as many, both are those of the values alone.
+    """
+    count, total = len(values_W), max(int(targets_W.sum()), 1)
+    mean = float(values_W @ targets_W) / total
+    if count < 2:
+        return Mean(mean, None)
+    squares = np.square((values_W - mean) * targets_W).sum()
+    return Mean(mean, math.sqrt(squares * count / (count - 1)) / total)
+
+
+def _row(
+    found: Pretrained,
+    change: str,
+    spec: str,
+    windows: np.ndarray,
+    losses_W: np.ndarray,
+    differences_W: np.ndarray | None,
+) -> dict[str, Any]:
+    targets_W = np.array([targets_in(window[None]) for window in windows])
+    loss = mean_of(losses_W, targets_W)
+    difference = None if differences_W is None else mean_of(differences_W, targets_W)
+    perplexity = math.exp(loss.value) if loss.value < 700 else math.inf
+    return {
+        "model": found.source,
+        "method": found.method,
+        "steps": found.steps,
+        "weights": change,
+        "data": spec,
+        "windows": len(windows),
+        "tokens": int(targets_W.sum()),
+        "loss": loss.value,
+        "loss_error": loss.error,
+        "perplexity": perplexity,
+        "perplexity_error": None if loss.error is None else perplexity * loss.error,
+        "difference": None if difference is None else difference.value,
+        "difference_error": None if difference is None else difference.error,
+    }

@@ -1,0 +1,171 @@
+"""Where a run starts from: its own newest checkpoint, an earlier one if its end was moved, or another run's.
+
+Learning rate, ρ and the kind of a step depend on the settings and on the number of completed steps alone. A checkpoint
+therefore belongs to a run of other length too, if all three agree for every step before it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fsam_core import UserError
+from fsam_trainers import checkpoints
+from fsam_trainers.checkpoints import Checkpoint
+from fsam_trainers.config import END, Settings, difference
+from fsam_trainers.console import Console
+from fsam_trainers.files import disk_errors
+from fsam_trainers.models.layout import ModelConfig
+
+# What a branch shares with its base: the same weights, and the same batches at the same steps.
+SHARED = ("framework", "batch", "seed", *(f"model.{f.name}" for f in dataclasses.fields(ModelConfig)))
+
+
+class BranchPoint(NamedTuple):
+    """A checkpoint of another run."""
+
+    run: Path
+    step: int
+
+    @classmethod
+    def parse(cls, text: str) -> BranchPoint:
+        """
+        Raises:
+            UserError: for text that is not RUN@STEP.
+        """
+        run, at, step = text.rpartition("@")
+        if not at or not run or not step.isdigit():
+            raise UserError(f"--branch-from must be RUN@STEP, the folder of a run and a step; got {text!r}")
+        return cls(Path(run), int(step))
+
+
+class Start(NamedTuple):
+    """A checkpoint to start from."""
+
+    checkpoint: Checkpoint
+    source: Settings | None = None
+    """The settings of the other run that the checkpoint belongs to; None if it is this run's own."""
+
+
+def clear(out: Path) -> None:
+    """Delete the run in `out`: --fresh.
+
+    Raises:
+        UserError: when the disk refuses.
+    """
+    with disk_errors(out):
+        if (out / "checkpoints").exists():
+            shutil.rmtree(out / "checkpoints")
+        for name in ("metrics.jsonl", "config.toml", "wandb.id"):
+            (out / name).unlink(missing_ok=True)
+
+
+def start(out: Path, settings: Settings, data: str, branch_from: BranchPoint | None, console: Console) -> Start | None:
+    """What the run in `out` starts from; None for initial weights.
+
+    Checkpoints that belong to another end of the run than this one's are moved to OUT/ended-at-STEP.
+
+    Raises:
+        UserError: for a folder that holds another run or damaged checkpoints, and for a branch that does not fit.
+    """
+    root = out / "checkpoints"
+    newest = checkpoints.newest(root, console.warn)
+    if newest is None:
+        return None if branch_from is None else _branch(branch_from, settings, data)
+    mine, other = settings.as_dict(), newest.run["settings"]
+    if changed := difference(mine, other, ignored=END):
+        raise UserError(f"--out: {out} holds a run with {changed}; give the same settings, another --out, or --fresh")
+    if data != newest.run["data"]:
+        raise UserError(f"--out: {out} holds a run on other data or another tokenizer; give the same, or another --out")
+    if branch_from and newest.run.get("branch") != branch_of(branch_from):
+        raise UserError(f"--out: {out} holds another run than the branch from {branch_from.run}; give another --out")
+    if not (changed := difference(mine, other)):
+        return Start(newest)
+    for found in checkpoints.intact(root, console.warn):
+        if _agrees_up_to(found, settings):
+            _set_aside(out, found, console)
+            console.say(f"extending {out} from step {_step(found)}, to the bit as one run: {changed}")
+            return Start(found)
+    if settings.steps <= other["steps"]:
+        raise UserError(
+            f"--out: {out} holds a run with {changed}, and none of its checkpoints is a beginning of this one; give "
+            "more --steps to extend it, the same settings, another --out, or --fresh"
+        )
+    completed = _completed(newest)
+    console.warn(
+        f"extending {out} from step {_step(newest)}: its steps so far followed the schedule of {other['steps']} steps, "
+        f"at the learning rate {_of(newest, settings).learning_rate_at(completed):.3g} now, which becomes "
+        f"{settings.learning_rate_at(completed):.3g}; a run of {settings.steps} steps from the start would differ"
+    )
+    return Start(newest)
+
+
+def branch_of(point: BranchPoint) -> dict[str, Any]:
+    """The entry of a branch's checkpoints that tells what it branched from."""
+    return {"run": str(point.run.resolve()), "step": point.step}
+
+
+def _branch(point: BranchPoint, settings: Settings, data: str) -> Start:
+    found = checkpoints.at(point.run / "checkpoints", point.step)
+    source, here = _settings(found), settings.as_dict()
+    every = {f.name for f in dataclasses.fields(Settings)} | {k for k in SHARED if k.startswith("model.")}
+    if changed := difference(here, source.as_dict(), ignored=every - set(SHARED)):
+        raise UserError(f"--branch-from: {point.run} is a run with {changed}; a branch keeps that")
+    if data != found.run["data"]:
+        raise UserError(f"--branch-from: {point.run} is a run on other data or another tokenizer; give the same")
+    if settings.steps <= point.step:
+        raise UserError(f"--steps must be more than the {point.step} of --branch-from, got {settings.steps}")
+    return Start(found, source)
+
+
+def _settings(found: Checkpoint) -> Settings:
+    known = {f.name for f in dataclasses.fields(Settings)}
+    values = {name: value for name, value in found.run["settings"].items() if name in known}
+    return Settings(**{**values, "model": ModelConfig(**values["model"])})
+
+
+def _of(found: Checkpoint, settings: Settings) -> Settings:
+    """`settings` with the end that this checkpoint was made for."""
+    end = {name: found.run["settings"][name] for name in END if name in found.run["settings"]}
+    defaults = {f.name: f.default for f in dataclasses.fields(Settings) if f.name in END and f.name not in end}
+    return dataclasses.replace(settings, **{**defaults, **end})
+
+
+def _agrees_up_to(found: Checkpoint, settings: Settings) -> bool:
+    """Whether a run with `settings` passes through this checkpoint, to the bit."""
+    if _step(found) > settings.steps:
+        return False
+    other, steps = _of(found, settings), range(_completed(found))
+    rates = all(settings.learning_rate_at(i) == other.learning_rate_at(i) for i in steps)
+    if not rates or any(settings.kind(i) != other.kind(i) for i in steps):
+        return False
+    depends = settings.rho_schedule == "cosine" and settings.steps != other.steps
+    return not depends or all(settings.kind(i) == "plain" for i in steps)
+
+
+def _set_aside(out: Path, found: Checkpoint, console: Console) -> None:
+    """Move the checkpoints after `found`, which this run will not pass through, with a copy of the metrics."""
+    later = [path for path in checkpoints.folders(out / "checkpoints") if path.name > found.folder.name]
+    if not later:
+        return
+    aside = out / f"ended-at-{int(later[-1].name[5:])}"
+    with disk_errors(aside):
+        (aside / "checkpoints").mkdir(parents=True, exist_ok=True)
+        for name in ("metrics.jsonl", "config.toml"):
+            if (out / name).exists():
+                shutil.copy2(out / name, aside / name)
+        for path in later:
+            target = aside / "checkpoints" / path.name
+            shutil.rmtree(target, ignore_errors=True)
+            path.rename(target)
+    console.say(f"its checkpoints after step {_step(found)} are now in {aside}")
+
+
+def _step(found: Checkpoint) -> int:
+    return found.run["progress"]["step"]
+
+
+def _completed(found: Checkpoint) -> int:
+    return found.run["progress"]["step"] - found.run["progress"]["skipped_steps"]
