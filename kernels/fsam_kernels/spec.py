@@ -12,6 +12,12 @@ Everything is computed in float64, whatever the dtype of the inputs.
                            with (h', W', b') = (h, W, b) this is the ordinary backward pass, at perturbed weights the
                            functional one. The tanh is part of the network, so it is taken at the perturbed head;
                            without a cap ū = z̄
+    head_curvature         the derivative of logit_vjp along tangents (ḣ, Ẇ, ḃ) of the head, in two summands:
+                           u̇ = ḣ Wᵀ + h Ẇᵀ + ḃ,  ż = t u̇,  t = 1 − tanh²(u / c);  ṫ = −(2 / c) tanh(u / c) t u̇
+                           Gauss–Newton   q = weight ((1 + r)(p∘ż − p pᵀż) + 2 ζ p pᵀż) t, the Jacobian held:
+                                          q W,  qᵀ h,  Σ_n q_n
+                           functional     z̄ held:  z̄ṫ W + ū Ẇ,  (z̄ṫ)ᵀ h + ūᵀ ḣ,  Σ_n (z̄ṫ)_n,  ū = z̄ t
+                           without a cap t = 1 and ṫ = 0
     reductions             none ℓ;  sum Σ_n weight_n ℓ_n;  mean Σ_n weight_n ℓ_n / Σ_n weight_n;
                            or the sum over a given token count (that of all micro-batches and ranks, say)
     direction              d = c g,  or  d = c g / (sqrt(v̂) + δ)        c the factor of gradient clipping
@@ -91,6 +97,42 @@ def logit_vjp(
     if soft_cap is not None:
         ubar = ubar * (1 - np.tanh(logits(h_NxD, w_VxD, bias_V) / soft_cap) ** 2)
     return ubar @ _f64(w_VxD), ubar.T @ _f64(h_NxD), ubar.sum(axis=0)
+
+
+def head_curvature(
+    h_NxD: ArrayLike,
+    w_VxD: ArrayLike,
+    labels_N: ArrayLike,
+    weights_N: ArrayLike,
+    hdot_NxD: ArrayLike,
+    wdot_VxD: ArrayLike,
+    *,
+    bias_V: ArrayLike | None = None,
+    bias_dot_V: ArrayLike | None = None,
+    loss: Loss = CROSS_ENTROPY,
+) -> tuple[tuple[F64, F64, F64], tuple[F64, F64, F64]]:
+    """The Gauss–Newton and the functional summand of (h̄_NxD, w̄_VxD, b̄_V)'s derivative along these tangents."""
+    h, w, hdot, wdot = map(_f64, (h_NxD, w_VxD, hdot_NxD, wdot_VxD))
+    zbar = linear_cross_entropy(h, w, labels_N, weights_N, bias_V=bias_V, loss=loss)[2]
+    weights = np.where(np.asarray(labels_N) >= 0, _f64(weights_N), 0.0)[:, None]
+    udot, u = hdot @ w.T + h @ wdot.T, logits(h, w, bias_V)
+    if bias_dot_V is not None:
+        udot = udot + _f64(bias_dot_V)
+    z, t, tdot = u, np.ones_like(u), np.zeros_like(u)
+    if loss.soft_cap is not None:
+        z, tanh = capped(u, loss.soft_cap), np.tanh(u / loss.soft_cap)
+        t = 1 - tanh**2
+        tdot = -2 / loss.soft_cap * tanh * t * udot
+    zdot, top = t * udot, z.max(axis=1, keepdims=True)
+    lse = top + np.log(np.exp(z - top).sum(axis=1, keepdims=True))
+    p, r = np.exp(z - lse), 2 * loss.z_loss * lse
+    # p∘ż − p pᵀż is the same for ż − ż_top, and loses no digits where p_top → 1.
+    shift = np.take_along_axis(zdot, z.argmax(axis=1)[:, None], axis=1)
+    mean = np.sum(p * (zdot - shift), axis=1, keepdims=True)
+    q = weights * ((1 + r) * p * (zdot - shift - mean) + 2 * loss.z_loss * p * (mean + shift)) * t
+    held, moved = zbar * t, zbar * tdot
+    gauss_newton = q @ w, q.T @ h, q.sum(axis=0)
+    return gauss_newton, (moved @ w + held @ wdot, moved.T @ h + held.T @ hdot, moved.sum(axis=0))
 
 
 def logits(h_NxD: ArrayLike, w_VxD: ArrayLike, bias_V: ArrayLike | None = None) -> F64:

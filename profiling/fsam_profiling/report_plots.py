@@ -35,7 +35,7 @@ MARKS = "osD^vP"
 
 def regions(names: Sequence[str], parts: Sequence[dict[str, float]], unit: str) -> str:
     """A stacked bar for each name; `parts` are region -> amount in `unit`."""
-    figure, axis = _figure(0.42 * len(names) + 1.5)
+    figure, axis = new_figure(0.42 * len(names) + 1.5)
     held = [x for x in COLOURS if any(x in part for part in parts)]
     for y, part in enumerate(parts):
         left = 0.0
@@ -50,12 +50,12 @@ def regions(names: Sequence[str], parts: Sequence[dict[str, float]], unit: str) 
     axis.set_xlim(0, 1.12 * max(sum(part.values()) for part in parts))
     bars = [mpl.patches.Patch(color=COLOURS[x], label=x) for x in held]
     figure.legend(handles=bars, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def ratios(names: Sequence[str], values: Sequence[tuple[float, float, float]]) -> str:
     """A point for each name at its ratio, with its 20th and 80th percentile as a line."""
-    figure, axis = _figure(0.27 * len(names) + 0.9)
+    figure, axis = new_figure(0.27 * len(names) + 0.9)
     for y, (low, middle, high) in enumerate(values):
         axis.plot([low, high], [y, y], color=LINES[0], linewidth=2, alpha=0.5, solid_capstyle="butt")
         axis.plot(middle, y, "o", color=LINES[0], markersize=5)
@@ -64,7 +64,7 @@ def ratios(names: Sequence[str], values: Sequence[tuple[float, float, float]]) -
     axis.invert_yaxis()
     axis.set_xlabel("step over AdamW's")
     axis.grid(axis="x", alpha=0.25)
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def fractions(series: dict[str, list[tuple[float, float, float, float]]]) -> str:
@@ -73,7 +73,7 @@ def fractions(series: dict[str, list[tuple[float, float, float, float]]]) -> str
     Args:
         series: label -> (q, ratio, 20th, 80th percentile) of each point; AdamW itself stands at (0, 1).
     """
-    figure, axis = _figure(3.4)
+    figure, axis = new_figure(3.4)
     for (label, points), colour, mark in zip(series.items(), LINES * 4, MARKS * 4, strict=False):
         whole = sorted([(0.0, 1.0, 1.0, 1.0), *points])
         axis.plot([x[0] for x in whole], [x[1] for x in whole], mark + "-", color=colour, label=label, markersize=4)
@@ -83,7 +83,7 @@ def fractions(series: dict[str, list[tuple[float, float, float, float]]]) -> str
     axis.set_xlim(-0.03, 1.03)
     axis.grid(alpha=0.25)
     axis.legend(frameon=False, fontsize=8)
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def roofline(points: dict[str, tuple[float, float]], flops_per_second: float, bytes_per_second: float) -> str:
@@ -92,7 +92,7 @@ def roofline(points: dict[str, tuple[float, float]], flops_per_second: float, by
     Args:
         points: label -> (operations a byte, operations a second).
     """
-    figure, axis = _figure(3.6)
+    figure, axis = new_figure(3.6)
     ridge = flops_per_second / bytes_per_second
     reach = [x for x, _ in points.values()]
     low, high = min([ridge, *reach]) / 4, max([ridge, *reach]) * 4
@@ -109,7 +109,7 @@ def roofline(points: dict[str, tuple[float, float]], flops_per_second: float, by
     axis.set_ylabel("operations a second")
     axis.grid(alpha=0.25)
     figure.legend(loc="outside lower center", ncols=1 if len(points) < 4 else 2, frameon=False, fontsize=7)
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def by_fraction(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[float, float, float, float]]]:
@@ -127,7 +127,7 @@ def by_fraction(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[float, f
     return found
 
 
-def _figure(height: float) -> tuple[Any, Any]:
+def new_figure(height: float) -> tuple[Any, Any]:
     figure = matplotlib.figure.Figure(figsize=(WIDTH, height), layout="constrained")
     axis = figure.subplots()
     axis.spines[["top", "right"]].set_visible(False)
@@ -135,7 +135,7 @@ def _figure(height: float) -> tuple[Any, Any]:
     return figure, axis
 
 
-def _svg(figure: Any) -> str:
+def as_svg(figure: Any) -> str:
     """The picture as the text of an <svg> element, deterministic."""
     held = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": "fsam", "svg.fonttype": "path"}):

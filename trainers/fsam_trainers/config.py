@@ -284,6 +284,8 @@ class Intervals:
     """checkpoints kept"""
     correction_every: int = 0
     """steps between measurements of |ĝ - g| / |g| and of the cosine of ĝ and g, of three passes each; 0 for none"""
+    sharpness_every: int = 0
+    """steps between measurements of the shares of H g (docs/sharpness.md) on a batch of held-out text; 0 for none"""
     probe_steps: int = 5
     """AdamW steps timed before training, for the cost ratio; 0 for none"""
     log: Annotated[Log, TEXT] = "jsonl"
@@ -291,7 +293,7 @@ class Intervals:
 
     def __post_init__(self) -> None:
         _check(self.log in get_args(Log), "--log", self.log, ", ".join(get_args(Log)))
-        for name in ("evaluate_every", "checkpoint_every", "correction_every", "probe_steps"):
+        for name in ("evaluate_every", "checkpoint_every", "correction_every", "sharpness_every", "probe_steps"):
             _check(getattr(self, name) >= 0, f"--{name.replace('_', '-')}", getattr(self, name), "at least 0")
         for name in ("evaluation_batches", "keep"):
             _check(getattr(self, name) >= 1, f"--{name.replace('_', '-')}", getattr(self, name), "at least 1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib
 import math
 import signal
 import statistics
@@ -172,6 +173,8 @@ def train(
                 line = _line(settings, now, report, milliseconds)
                 if due.correction(now.step) and (found_correction := model.correction(last[0], now.step - 1)):
                     line |= found_correction._asdict()
+                if due.sharpness(now.step):
+                    line |= _shares(settings, held_out[0], model)
                 lines.write(line)
                 bar(report.loss, milliseconds)
                 if due.evaluation(now.step):
@@ -202,8 +205,11 @@ class Due:
     def correction(self, step: int) -> bool:
         return _divides(self.intervals.correction_every, step)
 
+    def sharpness(self, step: int) -> bool:
+        return _divides(self.intervals.sharpness_every, step)
+
     def anything(self, step: int) -> bool:
-        return self.evaluation(step) or self.checkpoint(step) or self.correction(step)
+        return any(x(step) for x in (self.evaluation, self.checkpoint, self.correction, self.sharpness))
 
 
 def _divides(every: int, step: int) -> bool:
@@ -243,6 +249,14 @@ def _steps(
             waiting, began = None, time.perf_counter()
     if waiting:
         yield finished(waiting)
+
+
+def _shares(settings: Settings, tokens_BxL1: np.ndarray, model: Engine) -> dict[str, float]:
+    """The shares of H g at θ. The profiling package measures them; nothing else of it is imported."""
+    if processes.current().count > 1:
+        raise UserError("--sharpness-every takes one process; give the checkpoints to `fsam sharpness` afterwards")
+    measured = importlib.import_module("fsam_profiling.sharpness.during")
+    return measured.shares_of(settings, tokens_BxL1, model.weights())
 
 
 def _line(settings: Settings, now: Progress, report: StepReport, milliseconds: float) -> dict[str, Any]:

@@ -1,0 +1,233 @@
+"""What `fsam sharpness` looks at: the checkpoints of runs, and models without a training state."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from fsam_core import MicroBatches, UserError
+from fsam_core.curvature import Products
+from fsam_kernels import spec
+from fsam_kernels.options import Loss
+from fsam_trainers import checkpoints, pretrained, registry
+from fsam_trainers.config import Settings
+from fsam_trainers.models.layout import ModelConfig, nested
+
+SEQUENCES = 8  # of a micro-batch, at most
+ARGUMENT = "RUNS"
+
+
+class Moments(NamedTuple):
+    """AdamW's second moment by flat name, after `steps` steps, and the settings of the direction."""
+
+    second: dict[str, np.ndarray]
+    steps: int
+    settings: Settings
+
+
+class Subject(NamedTuple):
+    """Weights at which curvature is measured.
+
+    Attributes:
+        run: the run or model, as it was given.
+        step: of the run, None for a model without one.
+        weights: by flat name, float32.
+        moments: None for a model without a training state.
+    """
+
+    run: str
+    step: int | None
+    method: str | None
+    config: ModelConfig
+    soft_cap: float
+    framework: str
+    weights: dict[str, np.ndarray]
+    moments: Moments | None
+
+    @property
+    def label(self) -> str:
+        return self.run if self.step is None else f"{self.run} at step {self.step}"
+
+
+class Source(NamedTuple):
+    """Something on the command line: a model, and the checkpoints there are of it, the oldest first."""
+
+    model: pretrained.Pretrained
+    folders: list[Path]
+
+
+def find(given: str) -> Source:
+    """A run's folder with all its checkpoints, one checkpoint's folder, or a model as `fsam evaluate` takes it.
+
+    Raises:
+        UserError: where there is none.
+    """
+    folder = Path(given).expanduser()
+    one = folder.name.startswith("step_") and (folder / "run.json").is_file()
+    run = folder.parent.parent if one else folder
+    found = pretrained.find(str(run) if one else given, ARGUMENT)
+    if one:
+        return Source(found, [folder])
+    return Source(found, checkpoints.folders(folder / "checkpoints") if (folder / "checkpoints").is_dir() else [])
+
+
+def subjects(source: Source, framework: str | None, which: Literal["all", "last"]) -> Iterator[Subject]:
+    """The weights at each checkpoint of a source, in order; at the last alone if asked for.
+
+    Raises:
+        UserError: for a damaged checkpoint.
+    """
+    found = source.model
+    run = Path(found.source).name or found.source
+    if not source.folders:
+        chosen = found.framework_for(framework)
+        yield Subject(run, None, None, found.config, found.soft_cap, chosen, found.weights(), None)
+        return
+    for folder in source.folders[-1:] if which == "last" else source.folders:
+        one = checkpoints.at(folder.parent, int(folder.name.removeprefix("step_")))
+        settings = _settings(one.run["settings"])
+        weights, moments = _state(settings, one.state, framework)
+        chosen = found.framework_for(framework)
+        step = int(one.run["progress"]["step"])
+        yield Subject(run, step, settings.method, settings.model, settings.soft_cap, chosen, weights, moments)
+
+
+def _settings(values: dict[str, Any]) -> Settings:
+    """The settings of a run for one process on this machine, and for weights that are read from its checkpoint."""
+    known = {f.name for f in dataclasses.fields(Settings)}
+    alone = {
+        "data_parallel": 1,
+        "fsdp": 1,
+        "tensor_parallel": 1,
+        "compile": False,
+        "backend": "auto",
+        "init_from": None,
+    }
+    kept = {name: value for name, value in {**values, **alone}.items() if name in known}
+    return Settings(**{**kept, "model": ModelConfig(**values["model"])})
+
+
+def _state(settings: Settings, state: Path, framework: str | None) -> tuple[dict[str, np.ndarray], Moments]:
+    """(the weights, AdamW's second moment) of a checkpoint, read by the framework that wrote it."""
+    engine: Any = registry.make(settings)
+    engine.restore(state)
+    if settings.framework == "jax":
+        from fsam_trainers.models.layout import flattened
+
+        adam = engine.state.opt_state
+        second = {name: np.asarray(x) for name, x in flattened(adam.nu).items()}
+        return engine.weights(), Moments(second, int(adam.count), settings)
+    kept = {name: engine.optimizer.state[p] for name, p in engine.model.named_parameters()}
+    second = {name: one["exp_avg_sq"].detach().cpu().numpy() for name, one in kept.items()}
+    return engine.weights(), Moments(second, int(next(iter(kept.values()))["step"]), settings)
+
+
+def micro_batches(windows_WxL1: np.ndarray) -> list[np.ndarray]:
+    """The windows in parts of equal size, of at most SEQUENCES each."""
+    count = len(windows_WxL1)
+    parts = next(m for m in range(1, count + 1) if count % m == 0 and count // m <= SEQUENCES)
+    return np.split(windows_WxL1, parts)
+
+
+class Curvatures:
+    """Makes the `Curvature` of each subject over the same windows, in the subject's framework.
+
+    The loss is the reported one, without label smoothing and z-loss. Compiled programs serve all checkpoints of a run.
+    """
+
+    def __init__(self, windows_WxL1: np.ndarray, dtype: str, products: Products) -> None:
+        self._parts, self._dtype, self._products = micro_batches(windows_WxL1), dtype, products
+        self._last: tuple[Any, Any] | None = None
+
+    @contextmanager
+    def of(self, subject: Subject) -> Iterator[Any]:
+        """Within the block, JAX computes in `dtype`.
+
+        Raises:
+            UserError: as the framework's Curvature.
+        """
+        loss = Loss(soft_cap=subject.soft_cap or None)
+        config = dataclasses.replace(subject.config, dropout=0.0)
+        if subject.framework == "torch":
+            yield self._in_torch(config, loss, subject.weights)
+            return
+        import jax
+
+        with jax.enable_x64(self._dtype == "float64"):
+            yield self._in_jax(config, loss, subject.weights)
+
+    def _in_torch(self, config: ModelConfig, loss: Loss, weights: dict[str, np.ndarray]) -> Any:
+        import torch
+
+        from fsam_core.torch.curvature import Curvature
+        from fsam_trainers.models import torch_decoder
+
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+        model = torch_decoder.Decoder(config).eval()
+        torch_decoder.load(model, weights)
+        model.to(device, getattr(torch, self._dtype))
+        batch = MicroBatches(torch.from_numpy(x.astype(np.int64)).to(device) for x in self._parts)
+        return Curvature(model, partial(torch_decoder.features, loss=loss), batch, products=self._products)
+
+    def _in_jax(self, config: ModelConfig, loss: Loss, weights: dict[str, np.ndarray]) -> Any:
+        import jax
+        import jax.numpy as jnp
+
+        from fsam_core.jax.curvature import Curvature
+        from fsam_trainers.models import flax_decoder
+
+        dtype = jnp.dtype(self._dtype)
+        params = jax.tree.map(lambda x: jnp.asarray(x, dtype), nested(weights))
+        if self._last is not None and self._last[0] == (config, loss):
+            return self._last[1].at(params)
+        features = partial(flax_decoder.features, flax_decoder.Decoder(config), loss=loss, dtype=dtype)
+        batch = MicroBatches({"tokens": jnp.asarray(x)} for x in self._parts)
+        found = Curvature(features, params, batch, products=self._products)
+        self._last = (config, loss), found
+        return found
+
+
+def as_tree(subject: Subject, flat: dict[str, np.ndarray]) -> Any:
+    """Arrays by flat name in the form that the subject's framework has them."""
+    if subject.framework == "torch":
+        import torch
+
+        return {name: torch.from_numpy(np.array(x)) for name, x in flat.items()}
+    return nested(flat)
+
+
+def adam_direction(moments: Moments, gradient: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """d = g / (sqrt(v̂) + ε) as the run's next step would take it, from g[P] and v[P]."""
+    settings, count = moments.settings, moments.steps
+    current = settings.second_moment == "current"
+    clip = spec.clip_factor([gradient], settings.clip_norm or None)
+    correction = spec.bias_correction(count + 1, settings.b2, current=current)
+    return spec.direction(
+        gradient, second, clip=clip, b2=settings.b2, eps=settings.eps, correction=correction, current=current
+    )
+
+
+def windows(sources: Sequence[Source], data: str, tokenizer: Path | None, tokens: int) -> np.ndarray:
+    """The held-out windows that all sources are measured on, int32 [W, seq_len + 1], about `tokens` tokens.
+
+    Raises:
+        UserError: where the models take other tokens or sizes of vocabulary.
+    """
+    from fsam_trainers.evaluation import held_out
+
+    length = min(source.model.config.seq_len for source in sources)
+    count = max(1, tokens // length)
+    every = [held_out(source.model, data, tokenizer, length, count) for source in sources]
+    for source, own in zip(sources, every, strict=True):
+        if not np.array_equal(own, every[0]):
+            raise UserError(
+                f"{ARGUMENT}: {source.model.source} has another tokenizer than {sources[0].model.source}, so their "
+                "losses are of other tokens; give them to a command each"
+            )
+    return every[0]
