@@ -4,8 +4,14 @@ JAX gets four virtual devices, so that what is sharded can be run sharded.
 """
 
 import os
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parent.parent
+# One line a case: seconds each, and another case of the same test says nearly the same.
+SLOW_CASES = frozenset((ROOT / "tests" / "slow_cases.txt").read_text().splitlines())
 
 # Before either framework is imported, and inherited by the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -26,3 +32,15 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 # The same examples each time, so that a failure belongs to the change that it is seen with.
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.load_profile("same")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Leave the cases of `slow_cases.txt` to `make test-all`."""
+    found = {item.nodeid.partition("@")[0]: item for item in items}
+    for name in SLOW_CASES & found.keys():
+        found[name].add_marker(pytest.mark.slow)
+    files = {name.partition("::")[0] for name in found}
+    gone = [name for name in SLOW_CASES - found.keys() if name.partition("::")[0] in files and len(files) > 20]
+    if gone:
+        raise pytest.UsageError(f"tests/slow_cases.txt names no such test: {', '.join(sorted(gone))}")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import spawn
+from quick import slow_but
 
 from fsam_core import UserError, backends
 
@@ -75,7 +76,7 @@ def test_a_framework_without_a_device_is_one_sentence(tmp_path):
     assert "backend: JAX finds no device to run on (" in done.stdout
 
 
-@pytest.mark.parametrize("package", ["optax", "flax", "orbax"])
+@pytest.mark.parametrize("package", slow_but(["optax"], ["optax", "flax", "orbax"]))
 def test_a_missing_package_is_found_before_the_text_is_tokenized(tmp_path, package):
     cache = tmp_path / "cache"
     environment = without(tmp_path, package) | {"FSAM_CACHE": str(cache)}
@@ -84,17 +85,18 @@ def test_a_missing_package_is_found_before_the_text_is_tokenized(tmp_path, packa
     assert not cache.exists()
 
 
-@pytest.mark.parametrize(
-    ("missing", "arguments"),
-    [
-        ("torch", ["step"]),
-        ("jax", ["trace"]),
-        ("jax", ["tpu"]),
-        ("torch", ["check", "--only", "gpu"]),
-        ("jax", ["check", "--only", "tpu"]),
-    ],
-)
-def test_profile_says_what_a_subcommand_lacks(tmp_path, missing, arguments):
+LACKS = [
+    ("torch", ["step"]),
+    ("jax", ["trace"]),
+    ("jax", ["tpu"]),
+    ("torch", ["check", "--only", "gpu"]),
+    ("jax", ["check", "--only", "tpu"]),
+]
+
+
+@pytest.mark.parametrize("case", slow_but(LACKS[:1], LACKS))
+def test_profile_says_what_a_subcommand_lacks(tmp_path, case):
+    missing, arguments = case
     environment = without(tmp_path, missing)
     done = spawn.run("-m", "fsam_trainers.cli", "profile", *arguments, env=environment, check=False)
     assert done.returncode == 2, done.stderr

@@ -18,16 +18,6 @@ METHOD = FunctionalSAM(rho=0.1)
 ADAM = FunctionalSAM(rho=0.1, precondition="adam", ascent="previous")
 
 
-@pytest.fixture(autouse=True)
-def fresh_state():
-    """Accelerate keeps its settings in the process."""
-    yield
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
 def prepared(optimizer=torch.optim.SGD, method=METHOD, lr=1.0, **options):
     accelerator = Accelerator(cpu=True, **options)
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ from fsam_trainers.models.layout import ModelConfig
 V, ROWS, L = 11, 2, 5
 
 
-@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+@pytest.fixture(params=[True, pytest.param(False, marks=pytest.mark.slow)], ids=["tied", "untied"])
 def problem(request):
     """(params, loss of them, a direction), in float64."""
     with jax.enable_x64(True):
