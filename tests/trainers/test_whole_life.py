@@ -1,4 +1,4 @@
-"""A run's whole life by the command: train, extend, evaluate, export, transformers, fine-tune, sample."""
+"""A run's whole life by the command: tune, train, extend, evaluate, export, transformers, fine-tune, sample."""
 
 import json
 
@@ -14,10 +14,17 @@ from trained_runs import FRAMEWORKS
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_every_command_takes_what_the_one_before_has_made(framework, text, tmp_path, capsys):
     base, hf, tuned = (tmp_path / name for name in ("base", "hf", "tuned"))
-    more = ("--framework", framework, "--method", "precond-functional-sam", "--probe-steps", 0)
+    more = ("--framework", framework, "--method", "precond-functional-sam")
     schedule = ("--schedule", "wsd", "--decay", 0.5, "--warmup", 1)
+    search = ("--grid", "learning-rate=0.01,0.02", "--steps", 4)
+    assert fsam(*arguments(text, tmp_path / "tune", *more, *search, command="tune")) == 0
+    rows = json.loads((tmp_path / "tune" / "tuning.json").read_text())["rows"]
+    best = {row["method"]: row["values"]["learning-rate"] for row in rows}
+    assert best.keys() == {"adamw", "precond-functional-sam"}
+    more = (*more, "--probe-steps", 0)
+    rate = ("--learning-rate", best["precond-functional-sam"])
     for steps in (6, 12):
-        assert fsam(*arguments(text, base, *more, *schedule, "--steps", steps)) == 0
+        assert fsam(*arguments(text, base, *more, *rate, *schedule, "--steps", steps)) == 0
     assert fsam("export", base, "--to", "hf", "--out", hf) == 0
     command = ["train", "--data", text, "--batch", 4, "--quiet", *more, "--learning-rate", 0.003, "--steps", 20]
     assert fsam(*command, "--init-from", hf, "--rho", 0.05, "--out", tuned) == 0
