@@ -15,6 +15,10 @@ from fsam_core.errors import UserError
 
 TreeMap = Callable[[Callable[[Any], Any], Any], Any]
 """(function, tree) -> the tree with function(leaf) in place of each leaf"""
+Of = Any
+"""A part of a batch: a key (of a tuple: an index), or a function of the batch."""
+IGNORED = -100
+"""The label of a position that has none."""
 SHARED = (bool, int, float, complex, str, bytes, type(None))
 """Leaves that have no rows: S and the rest both get them."""
 
@@ -48,6 +52,24 @@ class MicroBatches:
 def micro_batches(batch: Any) -> list[Any]:
     """The micro-batches of a step's argument; a batch is the only one of its own."""
     return list(batch) if isinstance(batch, MicroBatches) else [batch]
+
+
+def part_of(batch: Any, of: Of) -> Any:
+    """A part of the batch; None for None.
+
+    Raises:
+        UserError: where the batch has no such part.
+    """
+    if of is None:
+        return None
+    if callable(of):
+        return of(batch)
+    try:
+        return batch[of]
+    except (KeyError, IndexError, TypeError):
+        raise UserError(
+            f"labels: the batch, a {type(batch).__name__}, has no {of!r}; give its key or a function"
+        ) from None
 
 
 def map_leaves(function: Callable[[Any], Any], batch: Any, tree_map: TreeMap) -> Any:

@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fsam_core.errors import UserError
+from fsam_core.checking import Deviation, deviation
 from fsam_core.jax import heads, trees
 from fsam_core.jax.passes import Features, Params
 from fsam_core.jax.step import value_and_grad
 from fsam_core.methods import Plain
-
-RTOL = {False: (1e-4, 1e-3), True: (5e-3, 3e-2)}
-"""By whether anything is computed in half floats: relative errors of loss and gradient that are rounding."""
-FLOOR = 0.1
-"""A gradient smaller than this share of the largest is compared with that share, since its own size may be rounding."""
-
-
-class Deviation(NamedTuple):
-    """Relative errors of the loss and of the gradient of the parameter where it is largest."""
-
-    loss: float
-    gradient: float
 
 
 def check(
@@ -70,27 +58,7 @@ def check(
         return ours, theirs, trees.floats(params, found), trees.floats(params, expected)
 
     ours, theirs, found, expected = jax.jit(both)(params)
-    for_loss, for_gradient = RTOL[half] if rtol is None else (rtol, rtol)
-    error = float(abs(ours - theirs)) / max(abs(float(theirs)), 1e-12)
-    if not error <= for_loss:
-        raise UserError(
-            f"features: their loss is {float(ours):.6g} and the model's own {float(theirs):.6g} (relative error "
-            f"{error:.2g}); something between the head's input and the loss is not theirs (a scale, a soft-cap, "
-            "another loss)"
-        )
-    worst, name = _worst(found, expected)
-    if not worst <= for_gradient:
-        raise UserError(
-            f"features: the gradient of {name!r} deviates from that of the model's own loss (relative error "
-            f"{worst:.2g}); what depends on it is not in their head (an adapter of the head, an auxiliary loss)"
-        )
-    return Deviation(error, worst)
-
-
-def _worst(found: Params, expected: Params) -> tuple[float, str]:
     norm = lambda x: float(jnp.linalg.norm(x.astype(jnp.promote_types(x.dtype, jnp.float32)).ravel()))
-    leaves, others = jax.tree.leaves(expected), jax.tree.leaves(found)
-    norms = [norm(x) for x in leaves]
-    floor = max(FLOOR * max(norms), 1e-30)
-    errors = [norm(x - y) / max(size, floor) for x, y, size in zip(leaves, others, norms, strict=True)]
-    return max(zip(errors, trees.names(expected), strict=True))
+    leaves = zip(trees.names(expected), jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    gradients = {name: (norm(own - x), norm(own)) for name, x, own in leaves}
+    return deviation(float(ours), float(theirs), gradients, half=half, rtol=rtol)

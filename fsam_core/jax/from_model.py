@@ -12,11 +12,8 @@ from fsam_core import backends
 from fsam_core.errors import UserError
 from fsam_core.jax.heads import LinearHead
 from fsam_core.jax.passes import Features, Params
+from fsam_core.split import IGNORED, Of, part_of
 from fsam_kernels.options import CROSS_ENTROPY, Layout, Loss
-
-Of = Any
-"""A part of the batch: a key (of a tuple: an index), or a function of the batch."""
-IGNORED = -100
 
 
 def from_model(
@@ -57,26 +54,13 @@ def from_model(
 
     def features(params: Params, batch: Any) -> LinearHead:
         hidden, weight, bias, layout = _captured(call, params, batch, head)
-        y, weights = _part(batch, labels), _part(batch, token_weights)
+        y, weights = part_of(batch, labels), part_of(batch, token_weights)
         if shift:
             y = _next(y, IGNORED)
             weights = None if weights is None else _next(weights, 0)
-        return LinearHead(hidden, weight, y, weights, bias, layout, loss, ignore_index, _part(batch, count))
+        return LinearHead(hidden, weight, y, weights, bias, layout, loss, ignore_index, part_of(batch, count))
 
     return features
-
-
-def _part(batch: Any, of: Of) -> Any:
-    if of is None:
-        return None
-    if callable(of):
-        return of(batch)
-    try:
-        return batch[of]
-    except (KeyError, IndexError, TypeError):
-        raise UserError(
-            f"labels: the batch, a {type(batch).__name__}, has no {of!r}; give its key or a function"
-        ) from None
 
 
 def _next(x: jax.Array, last: Any) -> jax.Array:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fsam_core.errors import UserError
+from fsam_core.checking import Deviation, deviation
 from fsam_core.methods import Plain
 from fsam_core.torch.dtensor import local
 from fsam_core.torch.from_model import FromModel
@@ -18,18 +18,6 @@ from fsam_core.torch.parallel import detect_parallelism, plain_name
 from fsam_core.torch.passes import Features
 from fsam_core.torch.replay import Replay
 from fsam_core.torch.step import Step
-
-RTOL = {False: (1e-4, 1e-3), True: (5e-3, 3e-2)}
-"""By whether anything is computed in half floats: relative errors of loss and gradient that are rounding."""
-FLOOR = 0.1
-"""A gradient smaller than this share of the largest is compared with that share, since its own size may be rounding."""
-
-
-class Deviation(NamedTuple):
-    """Relative errors of the loss and of the gradient of the parameter where it is largest."""
-
-    loss: float
-    gradient: float
 
 
 def check(
@@ -87,20 +75,9 @@ def check(
         replay.restore(before)
         for p, gradient in kept.items():
             p.grad = gradient
-    for_loss, for_gradient = RTOL[half] if rtol is None else (rtol, rtol)
-    error = abs(ours - theirs) / max(abs(theirs), 1e-12)
-    if not error <= for_loss:
-        raise UserError(
-            f"features: their loss is {ours:.6g} and the model's own {theirs:.6g} (relative error {error:.2g}); "
-            "something between the head's input and the loss is not theirs (a scale, a soft-cap, another loss)"
-        )
-    worst, name = _worst(found, expected)
-    if not worst <= for_gradient:
-        raise UserError(
-            f"features: the gradient of {name!r} deviates from that of the model's own loss (relative error "
-            f"{worst:.2g}); what depends on it is not in their head (an adapter of the head, an auxiliary loss)"
-        )
-    return Deviation(error, worst)
+    norms = lambda name, own: (float((found[name].double() - own.double()).norm()), float(own.double().norm()))
+    gradients = {name: norms(name, own) for name, own in expected.items()}
+    return deviation(ours, theirs, gradients, half=half, rtol=rtol)
 
 
 def _take(params: dict[str, Any]) -> dict[str, Tensor]:
@@ -109,10 +86,3 @@ def _take(params: dict[str, Any]) -> dict[str, Tensor]:
     for p in params.values():
         p.grad = None
     return found
-
-
-def _worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
-    norms = {name: float(x.double().norm()) for name, x in expected.items()}
-    floor = max(FLOOR * max(norms.values()), 1e-30)
-    errors = {name: float((found[name].double() - x.double()).norm()) for name, x in expected.items()}
-    return max((error / max(norms[name], floor), name) for name, error in errors.items())

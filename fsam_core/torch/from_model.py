@@ -18,13 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fsam_core.errors import UserError
+from fsam_core.split import IGNORED, Of, part_of
 from fsam_core.torch.heads import Head, LinearHead
 from fsam_kernels.options import CROSS_ENTROPY, Loss
 from fsam_kernels.torch.linear_cross_entropy import compute_dtype
-
-Of = Any
-"""A part of the batch: a key (of a tuple: an index), or a function of the batch."""
-IGNORED = -100
 
 
 class _Captured(BaseException):
@@ -50,7 +47,7 @@ class FromModel:
     def linear_head(self, model: nn.Module, batch: Any) -> LinearHead:
         """The head alone, where `__call__` of a subclass returns more."""
         hidden, weight, bias = self.captured(model, batch)
-        labels, token_weights = _part(batch, self.labels), _part(batch, self.token_weights)
+        labels, token_weights = part_of(batch, self.labels), part_of(batch, self.token_weights)
         if self.shift:
             labels = F.pad(labels[..., 1:], (0, 1), value=IGNORED)
             token_weights = None if token_weights is None else F.pad(token_weights[..., 1:], (0, 1))
@@ -62,7 +59,7 @@ class FromModel:
             bias,
             loss=self.loss,
             ignore_index=self.ignore_index,
-            count=_part(batch, self.count),
+            count=part_of(batch, self.count),
         )
 
     def captured(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -188,19 +185,6 @@ def _widest(every: Mapping[str, nn.Module]) -> str:
     linear = {name: m.out_features for name, m in every.items() if isinstance(m, nn.Linear)}
     widest = [repr(name) for name, width in linear.items() if width == max(linear.values())]
     return ", ".join(widest[:4]) or "none"
-
-
-def _part(batch: Any, of: Of) -> Any:
-    if of is None:
-        return None
-    if callable(of):
-        return of(batch)
-    try:
-        return batch[of]
-    except (KeyError, IndexError, TypeError):
-        raise UserError(
-            f"labels: the batch, a {type(batch).__name__}, has no {of!r}; give its key or a function"
-        ) from None
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
