@@ -67,7 +67,7 @@ class Replay:
     def replayed(self, *, counts: bool = False) -> Iterator[State]:
         """A pass that repeats another: generators and buffers end as they are now.
 
-        With `counts` it goes on after what it repeats, with micro-batches of its own, and ends where it ends.
+        With `counts` it continues with micro-batches of its own, and generators and buffers end as these leave them.
         """
         self._settle()
         before = self.state()

@@ -34,7 +34,7 @@ def lines(out):
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_extended_wsd_run_ends_as_one_run(framework, text, tmp_path, capsys):
-    """The run of 16 goes on from step 12, where its decay began, and not from its end; its end is set aside."""
+    """The run of 16 resumes from step 12, where its decay began, and not from its end, which is set aside."""
     whole, out = (command(text, tmp_path / name, framework, *WSD) for name in ("whole", "run"))
     assert fsam(*whole, "--steps", 24) == 0
     assert fsam(*out, "--steps", 16, "--keep", 1, "--checkpoint-every", 0) == 0

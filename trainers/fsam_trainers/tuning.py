@@ -1,7 +1,7 @@
 """The best values of a few options for one method: a grid, by successive halving, extended where its edge is best.
 
 Every candidate is a run of the full length that is paused at a quarter and at half of it; of the candidates at each
-pause the better half goes on. A value at the edge of its axis may not be the best: the axis is extended beyond it until
+pause the better half resumes. A value at the edge of its axis may not be the best: the axis is extended beyond it until
 the best is inside. Losses at a pause are those of unfinished schedules, which favour lower learning rates; half of the
 candidates is kept, and not fewer, for that reason.
 """

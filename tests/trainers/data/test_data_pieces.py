@@ -35,7 +35,7 @@ def json_tokenizer(kind: str) -> bytes:
         tokenizer.decoder = decoders.ByteLevel()
     alphabet = [] if "llama" in kind or kind == "words" else pre_tokenizers.ByteLevel.alphabet()
     special = ["<|endoftext|>", "<unk>"]
-    lines = BOOK.splitlines() if not alphabet else [BOOK]  # no token that goes on after a line end
+    lines = BOOK.splitlines() if not alphabet else [BOOK]  # no token that crosses a line end
     trainer = trainers.BpeTrainer(
         vocab_size=600, special_tokens=special, initial_alphabet=[*alphabet, "\n"], show_progress=False
     )
