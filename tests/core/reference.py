@@ -1,13 +1,14 @@
-"""Functional-SAM in a few lines of autograd, written for any PyTorch model: ĝ = ∇ ⟨F(θ+ε), stop_gradient(∂L/∂z(θ))⟩."""
+"""Hand-written Functional-SAM of several batches, and the distance of `.grad` from it."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from integrations_models import reference
 
 Outputs = Callable[[nn.Module, Any], Sequence[Tensor]]
 
@@ -21,20 +22,18 @@ def functional(
         outputs: (model, batch) -> z, the tensors that the loss depends on.
         loss: one list of z a batch -> the loss of them all.
     """
-    model = copy.deepcopy(model)
-    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    z = [list(outputs(model, batch)) for batch in batches]
-    held = [[x.detach().requires_grad_() for x in one] for one in z]
-    zbar = torch.autograd.grad(loss(*held), [x for one in held for x in one])
-    flat = lambda every: [x for one in every for x in one]
-    g = torch.autograd.grad(flat(z), list(params.values()), zbar, allow_unused=True, materialize_grads=True)
-    norm = torch.cat([x.flatten() for x in g]).norm()
-    with torch.no_grad():
-        for p, x in zip(params.values(), g, strict=True):
-            p.add_(rho * x / norm)
-    moved = flat([list(outputs(model, batch)) for batch in batches])
-    found = torch.autograd.grad(moved, list(params.values()), zbar, allow_unused=True, materialize_grads=True)
-    return dict(zip(params, found, strict=True))
+    counts: list[int] = []
+
+    def every(model: nn.Module) -> tuple[Tensor, ...]:
+        z = [tuple(outputs(model, batch)) for batch in batches]
+        counts[:] = map(len, z)
+        return tuple(x for one in z for x in one)
+
+    def whole(*z: Tensor) -> Tensor:
+        given = iter(z)
+        return loss(*([next(given) for _ in range(count)] for count in counts))
+
+    return reference(model, every, whole, rho)
 
 
 def off_by(model: nn.Module, expected: dict[str, Tensor]) -> float:
