@@ -7,7 +7,7 @@ from typing import Any
 from fsam_core.errors import UserError
 
 
-def check(head: Any) -> None:
+def check_shapes(head: Any) -> None:
     """Check a LinearHead's shapes: [..., D], [V, D] or [D, V], [...], [...] or None, [V] or None.
 
     Raises:

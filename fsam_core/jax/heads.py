@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fsam_core.errors import UserError
-from fsam_core.heads import check, check_heads
+from fsam_core.heads import check_heads, check_shapes
 from fsam_kernels.memory import Memory
 from fsam_kernels.options import CROSS_ENTROPY, Layout, Loss
 from fsam_kernels.xla.chunks import shards
@@ -153,7 +153,7 @@ def _flat_outputs(head: Outputs) -> Outputs:
 
 
 def _flat_linear(head: LinearHead) -> LinearHead:
-    check(head)
+    check_shapes(head)
     V = head.weight.shape[0 if head.layout == "VD" else 1]
     _check_labels(head.labels, V, head.ignore_index)
     y, weights = head.labels.reshape(-1).astype(jnp.int32), head.token_weights

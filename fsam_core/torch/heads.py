@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree
 
 from fsam_core.errors import UserError
-from fsam_core.heads import check, check_heads
+from fsam_core.heads import check_heads, check_shapes
 from fsam_core.torch.dtensor import local_head
 from fsam_kernels.options import CROSS_ENTROPY, Layout, Loss
 from fsam_kernels.torch.linear_cross_entropy import compute_dtype
@@ -198,28 +198,29 @@ def linear_heads(head: Any) -> list[LinearHead]:
     return [x for x in (head.heads if isinstance(head, Heads) else [head]) if isinstance(x, LinearHead)]
 
 
-def flat(head: Any, *, now: bool | None = None) -> Flat:
-    """Each head checked and flattened.
+Check = Literal["now", "later", "not"]
+"""How labels and weights are checked by their values: at once, which waits for the device; later, where values that
+cannot be right make the loss NaN, so that the step is skipped; or not, in a pass that uses neither."""
 
-    Args:
-        now: whether labels and weights are checked by their values at once, which waits for the device; None for only
-            on a CPU. Otherwise values that cannot be right make the loss NaN, and the step is skipped.
+
+def flat(head: Any, check: Check | None = None) -> Flat:
+    """Each head checked and flattened. `check` is of labels and weights; None for "now" on a CPU and "later" elsewhere.
 
     Raises:
         UserError: for shapes that do not fit, DTensors placed as they cannot be used, weights or counts that depend on
             the model, labels ≥ V, and token weights that have no mean.
     """
     if not isinstance(head, Heads):
-        return [_flat(head, now)]
+        return [_flat(head, check)]
     factors = check_heads(head)
     for factor in factors:
         _check_constant(factor, "Heads: weights")
-    return [dataclasses.replace(_flat(one, now), factor=x) for one, x in zip(head.heads, factors, strict=True)]
+    return [dataclasses.replace(_flat(one, check), factor=x) for one, x in zip(head.heads, factors, strict=True)]
 
 
-def _flat(head: Any, now: bool | None) -> FlatHead | FlatOutputs:
+def _flat(head: Any, check: Check | None) -> FlatHead | FlatOutputs:
     if isinstance(head, LinearHead):
-        return _flat_linear(head, now)
+        return _flat_linear(head, check)
     tensors = activations(head)
     name = type(head).__name__
     if not tensors:
@@ -231,8 +232,8 @@ def _flat(head: Any, now: bool | None) -> FlatHead | FlatOutputs:
     return FlatOutputs(tensors, loss, _count(head.weight, tensors[0]))
 
 
-def _flat_linear(head: LinearHead, now: bool | None) -> FlatHead:
-    check(head)
+def _flat_linear(head: LinearHead, check: Check | None) -> FlatHead:
+    check_shapes(head)
     vocabulary = None
     if any(hasattr(x, "to_local") for x in (head.hidden, head.weight, head.labels, head.token_weights, head.bias)):
         found, vocabulary = local_head(head)
@@ -252,20 +253,10 @@ def _flat_linear(head: LinearHead, now: bool | None) -> FlatHead:
     weights_N = torch.where(y_N >= 0, weights_N, 0)
     count = weights_N.sum() if head.count is None else _count(head.count, weights_N)
     w_VxD = head.weight if head.layout == "VD" else head.weight.T
-    V = len(w_VxD) if vocabulary is None else vocabulary.size
-    too_large_N = y_N >= V
-    has_no_mean = (count <= 0) & (weights_N != 0).any()
-    if now or (now is None and y_N.device.type == "cpu"):
-        if too_large_N.any():
-            raise UserError(f"LinearHead: labels must be below V = {V}, or negative to be ignored; got {y_N.max()}")
-        if has_no_mean:
-            raise UserError(
-                f"LinearHead: a mean over token weights needs a count > 0, got {count:.6g}; give LinearHead(count=...) "
-                "the number that their sum is to be divided by"
-            )
-    else:
-        y_N = y_N.masked_fill(too_large_N, -1)
-        weights_N = torch.where(too_large_N.any() | has_no_mean, torch.nan, weights_N)
+    how = check or ("now" if y_N.device.type == "cpu" else "later")
+    if how != "not":
+        V = len(w_VxD) if vocabulary is None else vocabulary.size
+        y_N, weights_N = _checked(y_N, weights_N, count, V, how)
     return FlatHead(
         # Under the user's autocast the head computes in its dtype, as a linear layer would.
         hidden=head.hidden.reshape(-1, head.hidden.shape[-1]).to(compute_dtype(head.hidden)),
@@ -277,6 +268,23 @@ def _flat_linear(head: LinearHead, now: bool | None) -> FlatHead:
         count=count,
         vocabulary=vocabulary,
     )
+
+
+def _checked(y_N: Tensor, weights_N: Tensor, count: Tensor, V: int, how: Check) -> tuple[Tensor, Tensor]:
+    """(labels, token weights), those that cannot be right refused or made NaN."""
+    too_large_N = y_N >= V
+    has_no_mean = (count <= 0) & (weights_N != 0).any()
+    if how == "later":
+        weights_N = torch.where(too_large_N.any() | has_no_mean, torch.nan, weights_N)
+        return y_N.masked_fill(too_large_N, -1), weights_N
+    if too_large_N.any():
+        raise UserError(f"LinearHead: labels must be below V = {V}, or negative to be ignored; got {y_N.max()}")
+    if has_no_mean:
+        raise UserError(
+            f"LinearHead: a mean over token weights needs a count > 0, got {count:.6g}; give LinearHead(count=...) "
+            "the number that their sum is to be divided by"
+        )
+    return y_N, weights_N
 
 
 def _is_float(x: Any) -> bool:

@@ -200,7 +200,7 @@ def vjp(
         restore(config, one.state)
         with _accumulating(config, i, len(batches), config.reduces):
             with in_torch("second forward"):
-                found = heads.flat(config.parallel.call_features(config.features, batch))
+                found = heads.flat(config.parallel.call_features(config.features, batch), "not")
             with in_torch("second backward"):
                 head_vjp(config, found, one.cotangents, sums)
     gradients = sums.take()

@@ -373,7 +373,7 @@ class Step:
             return
         with torch.no_grad(), self._replay.replayed():
             for batch in batches:
-                heads.flat(config.parallel.call_features(config.features, batch), now=True)
+                heads.flat(config.parallel.call_features(config.features, batch), "now")
 
 
 def mean_loss(

@@ -227,7 +227,7 @@ def test_label_beyond_the_vocabulary_is_refused_by_value():
     with pytest.raises(UserError, match=f"labels must be below V = {V}, or negative to be ignored; got {V + 6}"):
         gradient(of, batch)
     # Where the host does not wait for the device, the loss is NaN.
-    (flat,) = heads.flat(of(Model(), batch), now=False)
+    (flat,) = heads.flat(of(Model(), batch), "later")
     assert flat.token_weights.isnan().all()
     assert flat.labels.max() < V
 
