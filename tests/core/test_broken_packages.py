@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import spawn
-from quick import slow_but
 
 from fsam_core import UserError, backends
 
@@ -76,7 +75,7 @@ def test_a_framework_without_a_device_is_one_sentence(tmp_path):
     assert "backend: JAX finds no device to run on (" in done.stdout
 
 
-@pytest.mark.parametrize("package", slow_but(["optax"], ["optax", "flax", "orbax"]))
+@pytest.mark.parametrize("package", ["optax", "flax", "orbax"])
 def test_a_missing_package_is_found_before_the_text_is_tokenized(tmp_path, package):
     cache = tmp_path / "cache"
     environment = without(tmp_path, package) | {"FSAM_CACHE": str(cache)}
@@ -94,9 +93,8 @@ LACKS = [
 ]
 
 
-@pytest.mark.parametrize("case", slow_but(LACKS[:1], LACKS))
-def test_profile_says_what_a_subcommand_lacks(tmp_path, case):
-    missing, arguments = case
+@pytest.mark.parametrize(("missing", "arguments"), LACKS)
+def test_profile_says_what_a_subcommand_lacks(tmp_path, missing, arguments):
     environment = without(tmp_path, missing)
     done = spawn.run("-m", "fsam_trainers.cli", "profile", *arguments, env=environment, check=False)
     assert done.returncode == 2, done.stderr

@@ -14,7 +14,6 @@ import optax
 import pytest
 from jax.sharding import AxisType
 from problems import B2, METHODS, adam_state, batch_of, distance, moments, values
-from quick import slow_but
 from stacks import BLOCKS, I, staged
 from stacks import weights as stack_weights
 
@@ -83,7 +82,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("fraction", [1.0, 1 / 4])
-@pytest.mark.parametrize("kind", slow_but(["list"], KINDS))
+@pytest.mark.parametrize("kind", KINDS)
 def test_batch_of_any_type_is_one_batch(kind, fraction):
     make, pick, in_jit = KINDS[kind]
     grad = value_and_grad(lambda p, b: head_of(p, *pick(b)), FunctionalSAM(RHO, fraction=fraction))
@@ -292,7 +291,7 @@ def debug_nans():
 
 
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-@pytest.mark.parametrize("method", slow_but(["precond-functional"], METHODS))
+@pytest.mark.parametrize("method", METHODS)
 def test_healthy_step_passes_under_debug_nans(debug_nans, method, jit):
     method = METHODS[method]
     for weight in (None, jnp.ones(12)):

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from quick import slow_but
 
 from fsam_core.jax import (
     FunctionalSAM,
@@ -99,7 +98,7 @@ def call_of(model):
 
 
 @pytest.mark.parametrize("shift", [False, True], ids=["labels", "shifted"])
-@pytest.mark.parametrize("name", slow_but(["tied", "bias"], MODELS))
+@pytest.mark.parametrize("name", MODELS)
 def test_gradient_is_that_of_the_whole_models_logits(name, shift):
     model, head = MODELS[name]
     features = from_model(call_of(model), head, "labels", shift=shift)

@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 from problems import batch_of, distance, mlp, values
-from quick import slow_but
 
 from fsam_core.jax import SAM, FunctionalSAM, LinearHead, MicroBatches, Plain, UserError, skip_nonfinite, value_and_grad
 
@@ -74,7 +73,7 @@ TWO = {
 
 
 @pytest.mark.parametrize(("norm", "moment"), [("l2", "current"), ("dual", "previous")])
-@pytest.mark.parametrize("wrap", slow_but(["partition"], TWO))
+@pytest.mark.parametrize("wrap", TWO)
 def test_each_leaf_has_the_moments_of_its_own_adam(wrap, norm, moment):
     wrap = TWO[wrap]
     p, state = after(wrap(optax.adamw(1e-2, b2=0.9), optax.adamw(1e-3, b2=0.9)), params())
