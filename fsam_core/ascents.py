@@ -1,17 +1,20 @@
 """Ascents: the vector a that replaces the gradient in the perturbation, d = P a.
 
 The published methods use the gradient of the batch. An ascent that is known before the step is cheaper, because the
-exact method then needs no base backward pass. It loses quality (docs/results/study.md): a functional correction works
+exact method then needs no base backward pass. It loses quality (docs/results/savings.md): a functional correction works
 on the batch whose gradient the ascent follows. A new ascent is an `Ascent` of one's own:
 
     surprise = Ascent("surprise", lambda seen: seen.map(lambda g, m: g - m, seen.gradient, seen.momentum))
     method = FunctionalSAM(rho=0.5, precondition="adam", ascent=surprise)
 
 a replaces g in every formula: in the norm, in the second moment that g is folded into, and in the clipping factor.
+An ascent may keep an array for each parameter from one step to the next (`Ascent.remembers`).
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -38,7 +41,11 @@ class AscentInputs(Protocol):
 
     @property
     def previous(self) -> Any:
-        """The gradient ĝ of the last completed step, before clipping; zeros before the first."""
+        """What the ascent remembers from the last completed step; zeros before the first."""
+
+    @property
+    def memory(self) -> Any:
+        """What the next step remembers, of an ascent with a memory of its own."""
 
     def random(self) -> Any:
         """Standard normal values, from the method's seed and the number of completed steps."""
@@ -56,18 +63,48 @@ class Ascent:
         of: inputs -> the vector, one array for each parameter.
         source: the batch of `seen.gradient`: "full", a "part" of it, each "micro"-batch separately, or the "rest" of a
             split step; "none" for a vector that is known before the step.
-        remembers: whether it uses `seen.previous`, which needs one more array for each parameter.
+        remembers: what goes to the next step as `seen.previous`, one more array for each parameter. False for nothing;
+            True for the step's gradient ĝ before clipping; or inputs -> a memory of the ascent's own, which only steps
+            with a correction change.
     """
 
     name: str
     of: Callable[[AscentInputs], Any]
     source: Source = "full"
-    remembers: bool = False
+    remembers: bool | Callable[[AscentInputs], Any] = False
 
     @property
     def known(self) -> bool:
         """Whether the vector is known before the step."""
         return self.source == "none"
+
+
+def vasso(theta: float = 0.4) -> Ascent:
+    """VaSSO (arXiv 2309.15639): the average d ← (1 − θ) d + θ g of the batches' gradients, from d = 0.
+
+    Raises:
+        UserError: for theta outside (0, 1].
+    """
+    if not 0 < theta <= 1:
+        raise UserError(f"theta must be in (0, 1], got {theta!r} (0.4, say)")
+    average = lambda seen: seen.map(lambda d, g: (1 - theta) * d + theta * g, seen.previous, seen.gradient)
+    return Ascent("vasso", lambda seen: seen.memory, remembers=average)
+
+
+def friendly(sigma: float = 1.0, decay: float = 0.9) -> Ascent:
+    """Friendly-SAM (arXiv 2403.12350): g − σ m, with m ← λ m + (1 − λ) g from m = 0, and λ = `decay`.
+
+    Raises:
+        UserError: for a decay outside [0, 1), or a sigma that is not finite.
+    """
+    if not 0 <= decay < 1:
+        raise UserError(f"decay must be in [0, 1), got {decay!r} (0.9, say)")
+    if not math.isfinite(sigma):
+        raise UserError(f"sigma must be a finite number, got {sigma!r} (1, say)")
+    average = lambda seen: seen.map(lambda m, g: decay * m + (1 - decay) * g, seen.previous, seen.gradient)
+    return Ascent(
+        "friendly", lambda seen: seen.map(lambda g, m: g - sigma * m, seen.gradient, seen.memory), remembers=average
+    )
 
 
 ASCENTS: dict[str, Ascent] = {
@@ -81,6 +118,8 @@ ASCENTS: dict[str, Ascent] = {
         Ascent("momentum", lambda seen: seen.momentum, "none"),
         Ascent("-momentum", lambda seen: seen.map(lambda m: -m, seen.momentum), "none"),
         Ascent("random", lambda seen: seen.random(), "none"),
+        vasso(),
+        friendly(),
     )
 }
 
@@ -105,17 +144,19 @@ def quantised(bits: int) -> Ascent:
         step = largest / levels
         return (theta / (step + (step == 0))).round() * step - theta
 
-    return Ascent(f"quantised to {bits} bits", lambda seen: seen.map(change, seen.weights), "none")
+    return Ascent(f"quantised:{bits}", lambda seen: seen.map(change, seen.weights), "none")
 
 
 def named(ascent: str | Ascent) -> Ascent:
-    """The ascent of that name, or the given `Ascent` itself.
+    """The ascent of that name, "quantised:4" (of any number of bits) among them, or the given `Ascent` itself.
 
     Raises:
         UserError: for an unknown name.
     """
     if isinstance(ascent, Ascent):
         return ascent
+    if found := re.fullmatch(r"quantised:(\d+)", ascent):
+        return quantised(int(found[1]))
     if ascent not in ASCENTS:
-        raise UserError(f"ascent: {ascent!r} is not known; use one of {', '.join(ASCENTS)}, or an Ascent")
+        raise UserError(f"ascent: {ascent!r} is not known; use one of {', '.join(ASCENTS)}, quantised:4, or an Ascent")
     return ASCENTS[ascent]

@@ -22,7 +22,9 @@ TRAINING: dict[str, tuple[str, ...]] = {"jax": ("jax", "optax", "flax", "orbax.c
 _EXTRA = {
     **dict.fromkeys(("optax", "flax", "orbax"), "jax"),
     **dict.fromkeys(("matplotlib", "jinja2"), "report"),
-    **dict.fromkeys(("tokenizers", "sentencepiece", "datasets", "pyarrow", "platformdirs"), "data"),
+    **dict.fromkeys(("tokenizers", "platformdirs"), "text"),
+    **dict.fromkeys(("sentencepiece", "datasets", "pyarrow"), "data"),
+    **dict.fromkeys(("sklearn", "PIL"), "images"),
 }
 _NEEDS = {"xla": ("jax", "optax"), "pallas": ("jax", "optax"), "torch": ("torch",), "triton": ("torch", "triton")}
 

@@ -3,16 +3,90 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fsam_core.errors import UserError
+from fsam_core.methods import SAM, FunctionalSAM, LogitSAM
 
 Products = Literal["exact", "difference"]
 RADIUS = 1e-3
 """Of the central differences in float32: larger ones see the third derivative, smaller ones rounding."""
+
+
+PATHS: dict[str, Any] = {"hessian": SAM, "gauss_newton": LogitSAM, "functional": FunctionalSAM}
+"""The methods whose gradients at θ + ε differ from the plain one by H ε, G ε and N ε to first order."""
+
+
+class Operators(ABC):
+    """What the `Curvature` of both frameworks has: products with H, G and N, exact or from gradients.
+
+    Vectors are trees like the parameters.
+
+    Attributes:
+        gradient: that of the mean loss.
+    """
+
+    products: Products
+    radius: float
+    gradient: Any
+
+    def hessian(self, v: Any) -> Any:
+        """H v."""
+        return self._product("hessian", v)
+
+    def gauss_newton(self, v: Any) -> Any:
+        """G v."""
+        return self._product("gauss_newton", v)
+
+    def functional(self, v: Any) -> Any:
+        """N v."""
+        return self._product("functional", v)
+
+    def both(self, v: Any) -> tuple[Any, Any]:
+        """(G v, N v) for less than the two by themselves."""
+        if self.products == "exact":
+            return self._exact("both", v)
+        return self.gauss_newton(v), self.functional(v)
+
+    def secants(self, d: Any, rho: float) -> tuple[Any, Any, Any]:
+        """(H, G, N) applied to d, as a method sees them at radius ρ: (g' − g) ‖d‖ / ρ at θ + ρ d / ‖d‖.
+
+        H is the difference of SAM's gradient, G of the logit method's, N of the functional one's. Their limits for
+        ρ → 0 are the products with H, G and N; at finite ρ G and N do not add up to H.
+        """
+        factor = self._length(d) / rho
+        difference = lambda moved: self._map(lambda x, g: (x - g) * factor, moved, self.gradient)
+        of_H, of_G, of_N = (difference(self._moved(which, d, rho)) for which in PATHS)
+        return of_H, of_G, of_N
+
+    def _product(self, which: str, v: Any) -> Any:
+        if self.products == "exact":
+            return self._exact(which, v)
+        scale = self._length(v) / (2 * self.radius)
+        ahead, behind = (self._moved(which, x, self.radius) for x in (v, self._map(lambda x: -x, v)))
+        return self._map(lambda a, b: (a - b) * scale, ahead, behind)
+
+    @abstractmethod
+    def _exact(self, which: str, v: Any) -> Any:
+        """H v, G v, N v, or of "both" (G v, N v)."""
+
+    @abstractmethod
+    def _moved(self, which: str, v: Any, rho: float) -> Any:
+        """The gradient of a method of `PATHS` whose perturbation is ρ v / ‖v‖."""
+
+    @abstractmethod
+    def _length(self, v: Any) -> float:
+        """‖v‖"""
+
+    @staticmethod
+    @abstractmethod
+    def _map(function: Callable[..., Any], *trees: Any) -> Any:
+        """A function of the arrays of the same names."""
 
 
 class Shares(NamedTuple):

@@ -49,7 +49,22 @@ SecondMoment = Literal["current", "previous"]
 Cut = Literal["logits", "hidden"]
 Form = Literal["correction", "split"]
 Rho = float | Callable[[Any], Any]
+NormFrom = Literal["current", "previous"]
 Combine = Callable[[Any, Any, Any], tuple[Any, Any]]
+Direction = Callable[[Any, Any, Any], Any]
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """How the steps between two corrected ones use the last correction c (`Schedule(between="reuse")`).
+
+    Attributes:
+        store: (g·g, g·ĝ, ĝ·ĝ) of a corrected step -> (α, β) of c = α g + β ĝ, g the gradient of the batch at θ.
+        apply: (g·g, g·c, c·c) of a later step -> (α, β) of its ĝ = α g + β c.
+    """
+
+    store: Combine
+    apply: Combine
 
 
 @dataclass(frozen=True)
@@ -67,9 +82,12 @@ class Perturbed:
         rho: length of the perturbation, ≥ 0, in the units of the weights; or a function of the number of completed
             optimizer steps that returns it (an optax schedule in JAX, any Python function in PyTorch).
         precondition: None for d = g (the published SAM direction), "adam" for d = g / (sqrt(v̂) + δ), "weights" for
-            d = (|θ| + η)² g (ASAM's, with norm="dual"), or a function of one tensor's (θ, g) that returns its d.
+            d = (|θ| + η)² g (ASAM's, with norm="dual"), or a function of one tensor's (θ, g, v̂) that returns its d.
         norm: "l2" for ε = ρ d / ‖d‖₂; "dual" for ε = ρ d / sqrt(gᵀ d); "per-tensor" for l2 in each tensor separately,
             so that every tensor's ε has length ρ; "none" for ε = ρ d (and no clipping in it).
+        norm_from: "current", or "previous" for the norms of the step before, both in ε and in the clipping factor: then
+            nothing waits for a norm between the two passes, and ‖ε‖ is ρ only about (`Info.perturbation_error`). The
+            first step is not perturbed.
         eta: η of precondition="weights".
         second_moment: "current" folds this step's gradient into v̂ first; "previous" uses the optimizer's moment as it
             is. With "previous" a token seen for the first time has v = 0 and takes the whole perturbation.
@@ -78,6 +96,7 @@ class Perturbed:
         strength: factor w ≥ 0 of the correction.
         combine: None for ĝ = g', or a function of (g·g, g·g', g'·g') that returns (α, β) of ĝ = α g + β g'
             (`fsam_core.combining`). It needs fraction 1, strength 1 and the full ascent, and stores g.
+        reuse: None for ĝ = g + (the last ĝ − g) at the steps that reuse a correction, or a `Reuse`.
         form: "correction" for ĝ = g_B + w (g'_S − g_S); "split" for the step at the price of a plain one, in which S is
             only passed at θ+ε (and forwards at θ for the functional method) and the rest only at θ. It needs a fraction
             below 1, and ascent="rest" or one that is known before the step. The length of ε is rho / fraction.
@@ -92,20 +111,22 @@ class Perturbed:
         seed: seed of the random ascent; a step's draw depends on it and on the number of completed steps.
         cut: where the functional method stores the cotangent. At the "logits" it is the published method. At the last
             "hidden" states the second pass starts from h̄ = z̄ W(θ), takes the head's own gradient at θ, and contains no
-            product with the vocabulary. This is an approximation of the method; docs/results/study.md measures it.
+            product with the vocabulary. This is an approximation of the method; docs/results/savings.md measures it.
 
     Raises:
         UserError: for any other value, when the method is constructed.
     """
 
     rho: Rho
-    precondition: Precondition | Callable[[Any, Any], Any] | None = None
+    precondition: Precondition | Direction | None = None
     norm: Norm = "l2"
+    norm_from: NormFrom = "current"
     eta: float = 0.01
     second_moment: SecondMoment = "current"
     fraction: float = 1.0
     strength: float = 1.0
     combine: Combine | None = None
+    reuse: Reuse | None = None
     form: Form = "correction"
     ascent: str | Ascent = "full"
     ascent_fraction: float | None = None
@@ -124,6 +145,7 @@ class Perturbed:
         if not _is_number(self.eta) or not 0 <= self.eta < math.inf:
             raise UserError(f"eta must be a finite number >= 0, got {self.eta!r}")
         _check_choice("norm", self.norm, get_args(Norm))
+        _check_choice("norm_from", self.norm_from, get_args(NormFrom))
         _check_choice("second_moment", self.second_moment, get_args(SecondMoment))
         scopes.check(self.scope)
         ascent = self.direction
@@ -147,6 +169,13 @@ class Perturbed:
                 f"{self.fraction} and {self.strength}"
             )
 
+        if self.norm_from == "previous" and (self.norm in ("none", "per-tensor") or ascent.source == "micro"):
+            got = f"norm={self.norm!r} and ascent={ascent.name!r}"
+            raise UserError(f"norm_from: 'previous' needs one ascent with norm='l2' or 'dual', got {got}")
+        if self.norm_from == "previous" and self.reuse is not None:
+            raise UserError("norm_from: 'previous' does not perturb the first step, and `reuse` needs its correction")
+        if ascent.source == "micro" and callable(ascent.remembers):
+            raise UserError(f"ascent: {ascent.name!r} has one memory, and its source 'micro' is several ascents")
         _check_choice("form", self.form, get_args(Form))
         if self.combine is not None and not (self.exact and ascent.source == "full"):
             got = f"fraction={self.fraction}, strength={self.strength} and ascent={ascent.name!r}"
@@ -174,11 +203,16 @@ class Perturbed:
         return self.fraction == 1 and self.strength == 1
 
     @cached_property
-    def direction_of(self) -> Callable[[Any, Any], Any] | None:
-        """(θ, g) -> d of one tensor, for a preconditioner that is such a function."""
+    def direction_of(self) -> Direction | None:
+        """(θ, g, v̂) -> d of one tensor, for a preconditioner that is such a function."""
         if self.precondition == "weights":
-            return lambda theta, g: (abs(theta) + self.eta) ** 2 * g
+            return lambda theta, g, v: (abs(theta) + self.eta) ** 2 * g
         return self.precondition if callable(self.precondition) else None
+
+    @property
+    def needs_v(self) -> bool:
+        """Whether the direction takes AdamW's second moment."""
+        return self.precondition == "adam" or callable(self.precondition)
 
     @cached_property
     def direction(self) -> Ascent:
@@ -253,8 +287,8 @@ def named(name: str, rho: Rho = 0.5, *, argument: str = "method", **options: Any
 def describe(method: Method) -> dict[str, Any]:
     """The method as plain values, for metrics and checkpoints."""
     values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
-    for name in ("rho", "scope", "precondition", "combine"):
-        if callable(values.get(name)):
+    for name in ("rho", "scope", "precondition", "combine", "reuse"):
+        if callable(values.get(name)) or isinstance(values.get(name), Reuse):
             values[name] = repr(values[name])
     if isinstance(values.get("ascent"), Ascent):
         values["ascent"] = values["ascent"].name

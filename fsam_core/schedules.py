@@ -30,8 +30,8 @@ class Schedule:
         start: the first step that may have one, in completed steps. All steps before it are plain.
         probability: the probability of a correction at each of these steps (RST, SS-SAM).
         seed: the seed of these draws.
-        between: the other steps from `start` on: "plain", or "reuse" the last correction (as LookSAM does), which
-            needs one more array for each parameter.
+        between: the other steps from `start` on: "plain", or "reuse" the last correction, as the method's `reuse` says,
+            which needs one more array for each parameter.
 
     Raises:
         UserError: naming what is wrong.

@@ -118,6 +118,7 @@ def within(
     *,
     tokens: float,
     spare: bool = True,
+    settled: Callable[[Options], Options] = lambda options: options,
 ) -> list[tuple[dict[str, Any], Cost]]:
     """The option sets that cost at most `budget` times AdamW's time, cheapest first, as (fields of `Options`, cost).
 
@@ -130,6 +131,7 @@ def within(
         options: the fields that all sets share: the path, micro-batches, dtype, devices, framework.
         tokens: tokens a step.
         spare: include sets that would stay within the budget without one of their savings, or with less of it.
+        settled: what a step would decide by itself from its options: whether it keeps its cotangent.
 
     Raises:
         UserError: for a budget below 1, or for AdamW itself.
@@ -146,7 +148,7 @@ def within(
             continue
         if "scope" in changes:
             changes["scope"] = f"top:{model.layers // 2}"
-        cost = estimate(model, dataclasses.replace(options, **changes), tokens)
+        cost = estimate(model, settled(dataclasses.replace(options, **changes)), tokens)
         if cost.time_ratio(machine) <= budget:
             found[places] = changes, cost
     ours = [one for places, one in found.items() if spare or not any(less in found for less in _giving_up_less(places))]

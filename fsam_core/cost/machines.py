@@ -20,6 +20,7 @@ class Machine:
             once; None for `flops_per_s`.
         taken_bytes_per_s: the rate of touching memory for the first time; None where that is free.
         exponentials_per_s, normals_per_s: their rates; None where they are hidden behind the bytes.
+        memory_bytes: its memory; None where it is not known.
 
     Raises:
         UserError: for a rate that is not > 0.
@@ -33,6 +34,7 @@ class Machine:
     taken_bytes_per_s: float | None = None
     exponentials_per_s: float | None = None
     normals_per_s: float | None = None
+    memory_bytes: float | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -55,22 +57,22 @@ def _at(amount: float, rate: float | None) -> float:
     return amount / rate if rate else 0.0
 
 
-# Published peaks of one device: dense bfloat16 products, and memory bandwidth. NVIDIA: data sheets of the A100 80GB
-# SXM, H100 SXM, H200 SXM and DGX B200 (half of the figures with sparsity); AMD: data sheet of the MI300X; Google: the
-# pages of the TPU versions at cloud.google.com/tpu/docs, one chip.
+# Published peaks of one device: dense bfloat16 products, bandwidth, and GB of memory, some of it the runtime's. NVIDIA:
+# data sheets of the A100 80GB SXM, H100 SXM, H200 SXM and DGX B200 (half of the figures with sparsity); AMD: data sheet
+# of the MI300X; Google: the pages of the TPU versions at cloud.google.com/tpu/docs, one chip.
 PUBLISHED: dict[str, Machine] = {
-    name: Machine(name, flops, bytes_)
-    for name, flops, bytes_ in (
-        ("a100", 312e12, 2039e9),
-        ("h100", 989e12, 3350e9),
-        ("h200", 989e12, 4800e9),
-        ("b200", 2250e12, 8000e9),
-        ("mi300x", 1307e12, 5300e9),
-        ("v4", 275e12, 1228e9),
-        ("v5e", 197e12, 819e9),
-        ("v5p", 459e12, 2765e9),
-        ("v6e", 918e12, 1640e9),
-        ("tpu7x", 2307e12, 7380e9),
+    name: Machine(name, flops, bytes_, memory_bytes=gb * 1e9)
+    for name, flops, bytes_, gb in (
+        ("a100", 312e12, 2039e9, 80),
+        ("h100", 989e12, 3350e9, 80),
+        ("h200", 989e12, 4800e9, 141),
+        ("b200", 2250e12, 8000e9, 180),
+        ("mi300x", 1307e12, 5300e9, 192),
+        ("v4", 275e12, 1228e9, 32),
+        ("v5e", 197e12, 819e9, 16),
+        ("v5p", 459e12, 2765e9, 95),
+        ("v6e", 918e12, 1640e9, 32),
+        ("tpu7x", 2307e12, 7380e9, 192),
     )
 }
 

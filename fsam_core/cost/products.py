@@ -36,6 +36,7 @@ class Model:
         saved_values: values a token saved for the backward pass, over all blocks.
         exponentials: exp, tanh and erf a token of the forward pass, over all blocks.
         tied: whether the head's weight is the embedding.
+        tokens: tokens of the trunk a row of the head; above 1, read "a token" above as "a row of the head".
         attention_backward: attention's backward products relative to its forward ones: 2, or 2.5 where the scores are
             recomputed (FlashAttention, PyTorch's `scaled_dot_product_attention`).
 
@@ -52,6 +53,7 @@ class Model:
     saved_values: float = 0.0
     exponentials: float = 0.0
     tied: bool = True
+    tokens: float = 1.0
     attention_backward: float = 2.5
 
     def __post_init__(self) -> None:
@@ -75,7 +77,8 @@ class Model:
         if scope == "norms":
             return (2 * self.layers + 1) * self.width
         if scope.startswith("top:"):
-            return blocks_of(scope) / self.layers * self.trunk_flops / 2 + (not self.tied) * self.head_parameters
+            weights = self.trunk_flops / 2 / self.tokens
+            return blocks_of(scope) / self.layers * weights + (not self.tied) * self.head_parameters
         return self.parameters
 
 
@@ -89,24 +92,40 @@ def decoder(
     *,
     tied: bool = True,
     framework: Framework = "torch",
+    kv_heads: int | None = None,
+    head_width: int | None = None,
+    gated: bool = False,
+    rotary: bool = False,
 ) -> Model:
-    """The trainers' pre-LN decoder, without biases and with learned positions.
+    """The trainers' pre-norm decoder, without biases.
 
-    A block's products are those with [D, 3D], [D, D], [D, F] and [F, D]. The values saved for the backward pass are
-    counted as in Korthikanti et al. (arXiv 2205.05198), without dropout: the inputs and outputs of the two norms, q, k,
-    v, the result of attention, the residual stream, and the MLP's two tensors of width F. The trainers' JAX decoder
-    also saves the scores, their softmax and the inputs of tanh's derivative; PyTorch recomputes these.
+    A block's products are those with [D, A + 2E], [A, D], [D, F] and [F, D], where A features are of queries and E of
+    keys and of values; a gated MLP has two with [D, F]. The values saved for the backward pass are counted as in
+    Korthikanti et al. (arXiv 2205.05198), without dropout: the inputs and outputs of the two norms, q, k, v, the result
+    of attention, the residual stream, and the MLP's tensors of width F, two or, gated, four. The trainers' JAX decoder
+    also saves the scores, their softmax and the inputs of the MLP's derivative; PyTorch recomputes these.
+
+    Args:
+        mlp: hidden units of the MLP, F.
+        kv_heads: heads of keys and values (default: all).
+        head_width: features of a head (default: width / heads).
+        gated: whether the MLP's hidden units are a product of two.
+        rotary: whether positions are rotations, and no parameters.
     """
-    weights = layers * (4 * width**2 + 2 * width * mlp)
+    d = head_width or width // heads
+    a, e = heads * d, (kv_heads or heads) * d
+    weights = layers * (2 * width * (a + e) + (2 + gated) * width * mlp)
     scores = heads * seq_len
-    kept = 8 * width + 2 * mlp + (2 * scores + 2 * mlp if framework == "jax" else 0)
+    mlp_kept = 4 * mlp if gated else 2 * mlp
+    kept = 4 * width + 2 * (a + e) + mlp_kept + (2 * scores + 2 * mlp if framework == "jax" else 0)
+    embedded = vocabulary * (1 if tied else 2) + (0 if rotary else seq_len)
     return Model(
         layers=layers,
         width=width,
         vocabulary=vocabulary,
-        parameters=weights + (2 * layers + 1) * width + width * (seq_len + vocabulary * (1 if tied else 2)),
+        parameters=weights + (2 * layers + 1 + embedded) * width,
         trunk_flops=2 * weights,
-        attention_flops=4 * layers * seq_len * width,
+        attention_flops=4 * layers * seq_len * a,
         saved_values=layers * kept,
         exponentials=layers * (mlp + scores),
         tied=tied,

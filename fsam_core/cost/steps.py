@@ -124,7 +124,7 @@ class _Counter:
         method = o.method
         self.perturbed = isinstance(method, Perturbed) and kind == "corrected"
         self.exact = isinstance(method, Perturbed) and method.exact
-        self.remembers = isinstance(method, Perturbed) and method.direction.remembers
+        self.remembers = isinstance(method, Perturbed) and bool(method.direction.remembers)
         self.splits = self.perturbed and o.form == "split"
         self.draws = self.perturbed and o.ascent == "random"
         self.q = o.fraction if self.perturbed else 1.0
@@ -277,7 +277,7 @@ class _Counter:
     def _at_work(self, rows: float, p: Pass, adds_up: bool) -> dict[str, float]:
         """Activations of `rows` rows and the head's working memory; the backward pass frees them for gradients."""
         m, o = self.model, self.o
-        inner = m.saved_values * (1 / m.layers if o.remat else 1) + (m.layers * m.width if o.remat else 0)
+        inner = m.saved_values * (1 / m.layers if o.remat else 1) + (m.layers * m.width * m.tokens if o.remat else 0)
         activations = rows * inner * o.itemsize if p.inputs else rows * m.saved_values / m.layers * o.itemsize
         head = 0.0
         if p.logits:

@@ -73,7 +73,7 @@ def _corrected(inputs: StepInputs, batches: list[Any]) -> StepResult:
     # (norms 0.2 M fewer, the base backward pass 0.5 M more, of 22).
     g_B = weighted_mean([(x.weight, x.g) for x in with_g])[1]
     g_S = g_B if len(in_S) == len(with_g) else with_g[0].g
-    moved, length = perturb(inputs, {"part": with_g[0].g, "none": None}.get(ascent.source, g_B))
+    moved, epsilon = perturb(inputs, {"part": with_g[0].g, "none": None}.get(ascent.source, g_B))
     moved_losses: list[tuple[jax.Array, Any]] = []
     gradients: list[tuple[jax.Array, Any]] = []
     for items, base in zip(in_S, seen, strict=False):
@@ -91,16 +91,16 @@ def _corrected(inputs: StepInputs, batches: list[Any]) -> StepResult:
     weight_S, g_moved = weighted_mean(gradients)
     g_hat = g_moved if exact else add_correction(g_B, g_moved, g_S, method.strength)
     if method.combine is not None:
-        g_hat = _combined(method.combine, g_B, g_moved)
+        g_hat = combined(method.combine, g_B, g_moved)
     with regions.in_jax("norm"):
         base_norm = norm_of(g_B, inputs.mask if exact else None)
     moved_loss = weighted_mean(moved_losses)[1] if moved_losses else None
     weight = weight if None not in seen else weight_S
     bad, aux = passes.largest([x.bad_label for x in evaluated]), [a for x in evaluated for a in x.aux]
-    return StepResult(loss, moved_loss, weight, base_norm, length, g_hat, g_B, bad, aux)
+    return StepResult(loss, moved_loss, weight, base_norm, epsilon, g_hat, g_B, bad, aux)
 
 
-def _combined(combine: Combine, g: Params, g_moved: Params) -> Params:
+def combined(combine: Combine, g: Params, g_moved: Params) -> Params:
     """α g + β g'."""
     with regions.in_jax("norm"):
         alpha, beta = combine(products_of(g, g), products_of(g, g_moved), products_of(g_moved, g_moved))
@@ -118,7 +118,7 @@ def _split(inputs: StepInputs, S: Any, R: Any) -> StepResult:
     evaluated = [rest]
     if functional:
         evaluated.insert(0, passes.loss_and_grad(config, params, S, backward=False, keep=True, cut=method.cut))
-    moved, length = perturb(inputs, None if method.direction.known else rest.g)
+    moved, epsilon = perturb(inputs, None if method.direction.known else rest.g)
     moved_loss = None
     if functional:
         weight_S, g_moved, bad = evaluated[0].weight, passes.vjp(config, moved, S, evaluated[0].cotangents), []
@@ -133,7 +133,7 @@ def _split(inputs: StepInputs, S: Any, R: Any) -> StepResult:
         with regions.in_jax("norm"):
             base_norm = norm_of(rest.g)
     bad_label, aux = passes.largest([*bad, *(x.bad_label for x in evaluated)]), [a for x in evaluated for a in x.aux]
-    return StepResult(loss, moved_loss, weight, base_norm, length, g_hat, None, bad_label, aux)
+    return StepResult(loss, moved_loss, weight, base_norm, epsilon, g_hat, None, bad_label, aux)
 
 
 def _with_known_ascent(inputs: StepInputs, groups: list[Any]) -> StepResult:
@@ -143,15 +143,15 @@ def _with_known_ascent(inputs: StepInputs, groups: list[Any]) -> StepResult:
     functional = method.path == "functional"
     if config.has_aux and not functional:
         raise UserError(f"has_aux: {method!r} does not run the model at θ; use the full ascent")
-    moved, length = perturb(inputs, None)
+    moved, epsilon = perturb(inputs, None)
     if method.path == "sam":
         there = passes.loss_and_grad(config, moved, items)
-        return StepResult(there.loss, there.loss, there.weight, None, length, there.g, None, there.bad_label)
+        return StepResult(there.loss, there.loss, there.weight, None, epsilon, there.g, None, there.bad_label)
     at, back = (params, moved) if functional else (moved, params)
     seen = passes.loss_and_grad(config, at, items, backward=False, keep=True, cut=method.cut)
     g_hat = passes.vjp(config, back, items, seen.cotangents)
     moved_loss = None if functional else seen.loss
-    return StepResult(seen.loss, moved_loss, seen.weight, None, length, g_hat, None, seen.bad_label, seen.aux)
+    return StepResult(seen.loss, moved_loss, seen.weight, None, epsilon, g_hat, None, seen.bad_label, seen.aux)
 
 
 def _on_two_halves(inputs: StepInputs, groups: list[Any]) -> StepResult:
@@ -162,7 +162,7 @@ def _on_two_halves(inputs: StepInputs, groups: list[Any]) -> StepResult:
     config, method, params, axis = inputs.config, inputs.method, inputs.params, inputs.pass_axis
     assert axis is not None
     (items,) = groups
-    moved, length = perturb(inputs, None)
+    moved, epsilon = perturb(inputs, None)
 
     def mine(params: Params, moved: Params, items: Any) -> Any:
         second = jax.lax.axis_index(axis) == 1
@@ -178,12 +178,12 @@ def _on_two_halves(inputs: StepInputs, groups: list[Any]) -> StepResult:
     # check_vma is off because nothing inside says that the batch is the same on both halves.
     halves = jax.shard_map(mine, in_specs=whole, out_specs=whole, axis_names={axis}, check_vma=False)
     loss, moved_loss, weight, base_norm, g_hat, bad = halves(params, moved, items)
-    return StepResult(loss, moved_loss, weight, base_norm, length, g_hat, None, bad)
+    return StepResult(loss, moved_loss, weight, base_norm, epsilon, g_hat, None, bad)
 
 
 def _each_micro_batch(inputs: StepInputs, batches: list[Any]) -> StepResult:
     """The correction of each micro-batch along its own gradient; the results are weighted means."""
-    names = ("moved_loss", "base_norm", "length", "g_hat", "g_B")
+    names = ("moved_loss", "base_norm", "epsilon", "g_hat", "g_B")
 
     def one(batch: Any) -> Any:
         found = _corrected(inputs, [batch])

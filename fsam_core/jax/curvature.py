@@ -27,7 +27,9 @@ from fsam_core import split
 from fsam_core.ascents import Ascent
 from fsam_core.curvature import (
     NO_SECOND_DERIVATIVE,
+    PATHS,
     RADIUS,
+    Operators,
     Products,
     check_not_quantised,
     check_products,
@@ -38,14 +40,12 @@ from fsam_core.jax import heads, passes, trees
 from fsam_core.jax.heads import Outputs, Part
 from fsam_core.jax.passes import Features, Params
 from fsam_core.jax.step import value_and_grad
-from fsam_core.methods import SAM, FunctionalSAM, LogitSAM, Plain
+from fsam_core.methods import Plain
 from fsam_kernels.memory import AUTO, Memory
 from fsam_kernels.xla.head_curvature import head_curvature
 
-PATHS = {"hessian": SAM, "gauss_newton": LogitSAM, "functional": FunctionalSAM}
 
-
-class Curvature:
+class Curvature(Operators):
     """Products with H, G and N of the mean loss of `batch` at `params`.
 
     Attributes:
@@ -94,35 +94,6 @@ class Curvature:
         other._start(params)
         return other
 
-    def hessian(self, v: Params) -> Params:
-        """H v."""
-        return self._product("hessian", v)
-
-    def gauss_newton(self, v: Params) -> Params:
-        """G v."""
-        return self._product("gauss_newton", v)
-
-    def functional(self, v: Params) -> Params:
-        """N v."""
-        return self._product("functional", v)
-
-    def both(self, v: Params) -> tuple[Params, Params]:
-        """(G v, N v) for less than the two by themselves."""
-        if self.products == "exact":
-            return self._exact("both", v)
-        return self.gauss_newton(v), self.functional(v)
-
-    def secants(self, d: Params, rho: float) -> tuple[Params, Params, Params]:
-        """(H, G, N) applied to d, as a method sees them at radius ρ: (g' − g) ‖d‖ / ρ at θ + ρ d / ‖d‖.
-
-        H is the difference of SAM's gradient, G of the logit method's, N of the functional one's. Their limits for
-        ρ → 0 are the products with H, G and N; at finite ρ G and N do not add up to H.
-        """
-        factor = self._length(d) / rho
-        found = [self._moved(path, d, rho) for path in PATHS]
-        of_H, of_G, of_N = (jax.tree.map(lambda x, g: (x - g) * factor, moved, self.gradient) for moved in found)
-        return of_H, of_G, of_N
-
     def loss_at(self, v: Params) -> float:
         """The loss at θ + v."""
 
@@ -162,13 +133,6 @@ class Curvature:
         call = value_and_grad(self._features, Plain(), memory=self._memory, backend=self._backend)
         return call(params, split.MicroBatches(batches))
 
-    def _product(self, which: str, v: Params) -> Params:
-        if self.products == "exact":
-            return self._exact(which, v)
-        scale = self._length(v) / (2 * self.radius)
-        ahead, behind = (self._moved(which, v, s * self.radius) for s in (1, -1))
-        return jax.tree.map(lambda a, b: (a - b) * scale, ahead, behind)
-
     def _exact(self, which: str, v: Params) -> Any:
         run = partial(exact_product, self._features, self._memory, which)
         try:
@@ -180,17 +144,19 @@ class Curvature:
         except NotImplementedError as error:
             raise UserError(NO_SECOND_DERIVATIVE.format(str(error).partition("\n")[0])) from error
 
-    def _moved(self, path: str, v: Params, rho: float) -> Params:
-        """The gradient of a method whose perturbation is ρ v / ‖v‖, of either sign."""
-
+    def _moved(self, which: str, v: Params, rho: float) -> Params:
         def run(params: Params, batches: list[Any], v: Params) -> Params:
             along = Ascent("given", lambda seen: trees.floats(params, v), "none")
-            method = PATHS[path](abs(rho), ascent=along)
-            call = value_and_grad(self._features, method, memory=self._memory, backend=self._backend)
+            call = value_and_grad(
+                self._features, PATHS[which](rho, ascent=along), memory=self._memory, backend=self._backend
+            )
             return call(params, split.MicroBatches(batches))[1]
 
-        signed = v if rho > 0 else jax.tree.map(lambda x: -x, v)
-        return self._call((path, abs(rho)), run, self.params, self._batches, signed)
+        return self._call((which, rho), run, self.params, self._batches, v)
+
+    @staticmethod
+    def _map(function: Callable[..., Any], *trees: Params) -> Params:
+        return jax.tree.map(function, *trees)
 
     def _length(self, v: Params) -> float:
         squares = [jnp.vdot(x, x) for x in jax.tree.leaves(trees.floats(self.params, v))]

@@ -50,8 +50,15 @@ class AscentInputs:
     @property
     def previous(self) -> Params:
         if self._inputs.previous is None:
-            raise UserError("carry is missing: this ascent uses the last gradient; pass the one from carry_of(...)")
+            raise UserError("carry is missing: this ascent remembers the last step; pass the one from carry_of(...)")
         return self._inputs.previous
+
+    @property
+    def memory(self) -> Params:
+        remembers = self._inputs.method.direction.remembers
+        if not callable(remembers):
+            raise UserError("ascent: it has no memory of its own; give it one as `remembers`")
+        return remembers(self)
 
     def random(self) -> Params:
         key = jax.random.fold_in(jax.random.key(self._inputs.method.seed), steps_of(self._inputs.opt_state))
@@ -77,7 +84,31 @@ class StepInputs(NamedTuple):
     mask: Any
     reuses: bool
     """Whether the correction itself is stored, which needs g_B of every leaf."""
+    norms: Norms | None = None
+    """Those of the last step, for norm_from="previous"."""
     pass_axis: str | None = None
+
+
+class Norms(NamedTuple):
+    """Norms of a step that the next one may use; 0 before the first."""
+
+    ascent: jax.Array
+    """‖a‖, from which the clipping factor c follows."""
+    direction: jax.Array
+    """What ε is divided by, ‖d‖₂ or sqrt((c a)ᵀ d), over c."""
+
+
+class Perturbation(NamedTuple):
+    """What is known of a perturbation besides θ + ε."""
+
+    length: jax.Array
+    """‖ε‖₂"""
+    error: jax.Array | None = None
+    """‖ε‖₂ relative to that with this step's own norms, minus 1, for norm_from="previous"."""
+    norms: Norms | None = None
+    """Of this step, for norm_from="previous"."""
+    memory: Params | None = None
+    """Of an ascent with a memory of its own."""
 
 
 class StepResult(NamedTuple):
@@ -87,7 +118,7 @@ class StepResult(NamedTuple):
     moved_loss: jax.Array | None
     weight: jax.Array
     base_norm: jax.Array | None
-    length: jax.Array
+    epsilon: Perturbation
     g_hat: Params
     g_B: Params | None
     bad_label: jax.Array
@@ -95,24 +126,31 @@ class StepResult(NamedTuple):
     """What `features` returned besides the head, for each micro-batch; None where θ is not evaluated."""
 
 
-def perturb(inputs: StepInputs, gradient: Any) -> tuple[Params, jax.Array]:
-    """(θ + ε, ‖ε‖₂) along the method's ascent; ε = 0 if that is 0. A masked leaf is returned as the same array.
+def perturb(inputs: StepInputs, gradient: Any) -> tuple[Params, Perturbation]:
+    """θ + ε along the method's ascent; ε = 0 if that is 0. A masked leaf is returned as the same array.
 
     Args:
         gradient: what the ascent may use, None for one that is known before the step.
     """
     ops, method, params, adam, mask = inputs.config.ops, inputs.method, inputs.params, inputs.adam, inputs.mask
-    ascent = jax.tree.map(lambda a, p: a.astype(p.dtype), method.direction.of(AscentInputs(inputs, gradient)), params)
+    seen, last = AscentInputs(inputs, gradient), _last_norms(inputs)
+    like = lambda tree: jax.tree.map(lambda a, p: a.astype(p.dtype), tree, params)
+    ascent = like(method.direction.of(seen))
+    memory = like(seen.memory) if callable(method.direction.remembers) else None
     v, groups = None, [(None, mask)]
-    if method.precondition == "adam":
-        held = optimizers.moments(inputs.opt_state, params, mask, "precondition='adam'")
+    if method.needs_v:
+        purpose = "the v of your preconditioner" if method.direction_of else "precondition='adam'"
+        held = optimizers.moments(inputs.opt_state, params, mask, purpose)
         v = held.nu
         groups = [(_settings(inputs, held, i), held.mask_of(i, mask)) for i in range(len(held.states))]
     with regions.in_jax("norm"):
-        clip = clip_factor(norm_of(ascent, mask), None if method.norm == "none" else adam.clip_norm)
+        norm = norm_of(ascent, mask)
+        clip = used = clip_factor(last.ascent if last else norm, None if method.norm == "none" else adam.clip_norm)
         if method.direction_of is not None:
             scaled = jax.tree.map(lambda a: (a * clip).astype(a.dtype), ascent)
-            ascent, clip = jax.tree.map(method.direction_of, params, scaled), jnp.ones_like(clip)
+            v_hat = scaled if v is None else _v_hat(scaled, v, groups)
+            ascent, clip = jax.tree.map(method.direction_of, params, scaled, v_hat), jnp.ones_like(clip)
+            v, groups = None, [(None, mask)]
         sums = [
             ops.preconditioned_norm(ascent, v, clip=clip, adam=x, mask=own, per_tensor=method.norm == "per-tensor")
             for x, own in groups
@@ -123,14 +161,43 @@ def perturb(inputs: StepInputs, gradient: Any) -> tuple[Params, jax.Array]:
         rho = method.rho_at(steps_of(inputs.opt_state) if callable(method.rho) else 0)
         root = lambda square: jnp.where(square == 0, 0, rho * jax.lax.rsqrt(jnp.where(square == 0, 1, square)))
         square = {"dual": dot, "none": jax.tree.map(jnp.ones_like, sumsq)}.get(method.norm, sumsq)
-        scale = jax.tree.map(root, square)
+        norms = error = None
+        if last is None:
+            scale = jax.tree.map(root, square)
+        else:
+            norms = Norms(norm, (jnp.sqrt(square) / used).astype(last.direction.dtype))
+            scale = root(jnp.square(used * last.direction))
+            divisor = used * last.direction
+            error = jnp.where(divisor == 0, 0, jnp.sqrt(square) / jnp.where(divisor == 0, 1, divisor)) - 1
         squares = jax.tree.map(lambda k, square: upcast(jnp.square(k) * square), scale, sumsq)
         length = jnp.sqrt(sum(jax.tree.leaves(squares)))
     with regions.in_jax("perturb"):
         moved = params
         for x, own in groups:
             moved = ops.perturb(moved, ascent, v, scale, clip=clip, adam=x, mask=own)
-        return moved, length
+        return moved, Perturbation(length, error, norms, memory)
+
+
+def _last_norms(inputs: StepInputs) -> Norms | None:
+    """The last step's norms, if ε takes them."""
+    if inputs.method.norm_from == "current":
+        return None
+    if inputs.norms is None:
+        raise UserError("carry is missing: norm_from='previous' uses the last norms; pass the one from carry_of(...)")
+    return inputs.norms
+
+
+def _v_hat(a: Params, v: Params, groups: Sequence[tuple[Any, Any]]) -> Params:
+    """The bias-corrected second moment of each leaf, by the settings of the Adam state that holds it."""
+    leaves, tree = jax.tree.flatten(a)
+    found = list(leaves)  # a masked leaf does not move
+    for x, mask in groups:
+        held = [True] * len(leaves) if mask is None else jax.tree.leaves(mask)
+        for i, (g, nu, own) in enumerate(zip(leaves, jax.tree.leaves(v), held, strict=True)):
+            if own:
+                g, nu = upcast(g), upcast(nu)
+                found[i] = (x.b2 * nu + (1 - x.b2) * jnp.square(g) if x.current else nu) / x.correction
+    return jax.tree.unflatten(tree, found)
 
 
 def _settings(inputs: StepInputs, held: optimizers.Moments, index: int) -> Any:

@@ -109,7 +109,7 @@ def corrected(inputs: StepInputs, S: Any, others: list[Any]) -> StepResult:
     if backward:
         with regions.in_jax("norm"):
             base_norm = norm_of(g_B, inputs.mask)
-    moved, length = perturb(inputs, {"part": g_S, "none": None}.get(method.direction.source, g_B))
+    moved, epsilon = perturb(inputs, {"part": g_S, "none": None}.get(method.direction.source, g_B))
     moved_loss = None
     if functional:
         g_moved, c = passes.vjp(upper, _Stages(moved, x), [S], seen.cotangents)
@@ -127,4 +127,4 @@ def corrected(inputs: StepInputs, S: Any, others: list[Any]) -> StepResult:
     with regions.in_jax("second backward"):
         (below,) = pull_back_prefix(c)
         g_hat: Params = jax.tree.map(lambda upper, lower: upper + lower, g_moved, below)
-    return StepResult(loss, moved_loss, weight, base_norm, length, g_hat, None, passes.largest(bad), aux)
+    return StepResult(loss, moved_loss, weight, base_norm, epsilon, g_hat, None, passes.largest(bad), aux)

@@ -13,9 +13,9 @@ import optax
 from fsam_core import backends, regions, schedules, split
 from fsam_core.errors import UserError
 from fsam_core.jax import heads, local_sync, optimizers, passes, trees
-from fsam_core.jax.correction import corrected
+from fsam_core.jax.correction import combined, corrected
 from fsam_core.jax.passes import Features, Params, PassConfig
-from fsam_core.jax.perturbation import Adam, StepInputs, mask_of, norm_of
+from fsam_core.jax.perturbation import Adam, Norms, StepInputs, mask_of, norm_of
 from fsam_core.jax.staged import Staged
 from fsam_core.methods import Method, Perturbed, Plain
 from fsam_core.schedules import ALWAYS, Kind, Schedule
@@ -43,6 +43,8 @@ class Info(NamedTuple):
     """‖ĝ‖₂ of the returned gradient, before clipping."""
     perturbation_norm: jax.Array
     """‖ε‖₂; 0 if nothing is perturbed."""
+    perturbation_error: jax.Array
+    """‖ε‖₂ relative to its length with this step's own norms, minus 1: 0 but for norm_from="previous"."""
     finite: jax.Array
     """Whether both passes were finite. If not, every returned gradient is NaN, and `skip_nonfinite` skips the step."""
     bad_label: jax.Array
@@ -53,9 +55,11 @@ class Carry(NamedTuple):
     """State between steps: trees like the parameters, or None."""
 
     previous: Any = None
-    """The last finite ĝ, for ascent="previous"."""
+    """What the ascent remembers: the last finite ĝ, for ascent="previous", or a memory of its own."""
     correction: Any = None
     """The last correction, for a schedule that reuses it."""
+    norms: Norms | None = None
+    """The last norms, for norm_from="previous": two scalars."""
 
 
 def carry_of(method: Method, params: Params, schedule: Schedule = ALWAYS) -> Carry:
@@ -68,7 +72,10 @@ def carry_of(method: Method, params: Params, schedule: Schedule = ALWAYS) -> Car
     if not isinstance(method, Perturbed):
         return Carry()
     zeros = lambda wanted: jax.tree.map(jnp.zeros_like, params) if wanted else None
-    return Carry(zeros(method.direction.remembers), zeros(schedule.between == "reuse"))
+    kinds = [jnp.promote_types(x.dtype, jnp.float32) for x in jax.tree.leaves(trees.floats(params))]
+    zero = jnp.zeros((), jnp.result_type(*kinds))
+    norms = Norms(zero, zero) if method.norm_from == "previous" else None
+    return Carry(zeros(method.direction.remembers), zeros(schedule.between == "reuse"), norms)
 
 
 def value_and_grad(
@@ -142,6 +149,8 @@ def value_and_grad(
         raise UserError(f"sync must be global or local, got {sync!r}")
     if sync == "local" and pass_axis is not None:
         raise UserError("sync='local' and pass_axis cannot be combined; give one of the two")
+    if sync == "local" and getattr(method, "norm_from", "current") == "previous":
+        raise UserError("norm_from: 'previous' keeps one norm, and each shard has its own with sync='local'")
     if has_aux and (pass_axis is not None or sync == "local"):
         raise UserError("has_aux: neither pass_axis nor sync='local' runs the whole batch at θ; leave both out")
     base_config = PassConfig(backends.load("jax", backend), features, memory, has_aux)
@@ -149,7 +158,7 @@ def value_and_grad(
 
     def adam_of(params: Params) -> Adam:
         """The settings of the optimizer; it is asked once."""
-        if optimizer is None or getattr(method, "precondition", None) != "adam":
+        if optimizer is None or not (isinstance(method, Perturbed) and method.needs_v):
             return Adam(b2, eps, clip_norm)
         tree = jax.tree.structure(params)
         if tree not in shown:
@@ -171,11 +180,14 @@ def value_and_grad(
             raise UserError("kind: 'reused' needs a carry with a correction; pass the one from carry_of(...)")
         whole, config = params, _of_floats(base_config, params)
         params = trees.floats(params)
-        before = Carry(*(None if x is None else trees.floats(whole, x) for x in before))
+        held = lambda x: None if x is None else trees.floats(whole, x)
+        before = Carry(held(before.previous), held(before.correction), before.norms)
         aux: list[Any] | None
         moved_loss: jax.Array | None
         base_norm: jax.Array | None
-        correction = before.correction
+        correction, remembers = before.correction, isinstance(method, Perturbed) and method.direction.remembers
+        error: jax.Array | None = None
+        previous, norms = before.previous, before.norms
         if isinstance(method, Plain) or kind != "corrected":
             seen = passes.loss_and_grad(config, params, passes.stacked(batches))
             loss, weight, g_hat, aux, bad_label = seen.loss, seen.weight, seen.g, seen.aux, seen.bad_label
@@ -183,20 +195,20 @@ def value_and_grad(
             with regions.in_jax("norm"):
                 base_norm = norm_of(g_hat)
             if kind == "reused":
-                with regions.in_jax("update"):
-                    g_hat = jax.tree.map(lambda g, c: (g + c).astype(g.dtype), g_hat, correction)
+                g_hat = _reused(method, g_hat, correction)
         else:
             optimizers.warn_of_accumulation(opt_state)
             mask = mask_of(method, params, blocks)
             reuses = correction is not None
             adam = adam_of(whole)
-            inputs = StepInputs(config, method, params, opt_state, before.previous, adam, mask, reuses, pass_axis)
+            inputs = StepInputs(config, method, params, opt_state, previous, adam, mask, reuses, norms, pass_axis)
             found = corrected(inputs, batches) if sync == "global" else local_sync.corrected(inputs, batches, axis)
-            loss, moved_loss, weight, length = found.loss, found.moved_loss, found.weight, found.length
+            loss, moved_loss, weight = found.loss, found.moved_loss, found.weight
+            length, error, norms, memory = found.epsilon
+            previous = memory if callable(remembers) else previous
             g_hat, base_norm, aux, bad_label = found.g_hat, found.base_norm, found.aux, found.bad_label
             if reuses:
-                with regions.in_jax("update"):
-                    correction = jax.tree.map(lambda x, g: (x - g).astype(g.dtype), g_hat, found.g_B)
+                correction = _correction(method, g_hat, found.g_B)
         with regions.in_jax("norm"):
             norm = norm_of(g_hat)
             evaluated = [x for x in (loss, moved_loss, base_norm, norm, length) if x is not None]
@@ -205,7 +217,8 @@ def value_and_grad(
             g_hat = jax.tree.map(lambda x: heads.nan_unless(finite, x), g_hat)
         missing = jnp.float32(jnp.inf if jax.config.jax_debug_nans else jnp.nan)  # type: ignore[attr-defined]
         or_missing = lambda x: missing if x is None else x
-        info = Info(loss, or_missing(moved_loss), weight, or_missing(base_norm), norm, length, finite, bad_label)
+        error = jnp.zeros_like(length) if error is None else error
+        info = Info(loss, or_missing(moved_loss), weight, or_missing(base_norm), norm, length, error, finite, bad_label)
         results: tuple[Any, ...] = (loss, info)
         if has_aux:
             assert aux is not None
@@ -215,13 +228,30 @@ def value_and_grad(
             return results, gradients
 
         def chosen(new: Any, old: Any) -> Any:
-            if old is None:
-                return None
-            return trees.gradients(whole, jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old))
+            return None if old is None else jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
-        return results, gradients, Carry(chosen(g_hat, before.previous), chosen(correction, before.correction))
+        restored = lambda tree: None if tree is None else trees.gradients(whole, tree)
+        previous = restored(chosen(g_hat if remembers is True else previous, before.previous))
+        after = Carry(previous, restored(chosen(correction, before.correction)), chosen(norms, before.norms))
+        return results, gradients, after
 
     return grad
+
+
+def _correction(method: Perturbed, g_hat: Params, g_B: Params) -> Params:
+    """What the next steps reuse."""
+    if method.reuse is not None:
+        return combined(method.reuse.store, g_B, g_hat)
+    with regions.in_jax("update"):
+        return jax.tree.map(lambda x, g: (x - g).astype(g.dtype), g_hat, g_B)
+
+
+def _reused(method: Method, g: Params, correction: Params) -> Params:
+    """ĝ of a step that reuses it."""
+    if isinstance(method, Perturbed) and method.reuse is not None:
+        return combined(method.reuse.apply, g, correction)
+    with regions.in_jax("update"):
+        return jax.tree.map(lambda g, c: (g + c).astype(g.dtype), g, correction)
 
 
 def _of_floats(config: PassConfig, params: Params) -> PassConfig:

@@ -15,7 +15,7 @@ from fsam_core.torch.dtensor import local
 from fsam_core.torch.from_model import FromModel
 from fsam_core.torch.heads import outputs
 from fsam_core.torch.parallel import detect_parallelism, plain_name
-from fsam_core.torch.passes import Features
+from fsam_core.torch.pass_config import Features
 from fsam_core.torch.replay import Replay
 from fsam_core.torch.step import Step
 

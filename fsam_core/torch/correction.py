@@ -23,11 +23,13 @@ from fsam_core.torch.gradients import (
     clone_if_reused,
     combine,
     difference,
+    divide,
     local_norm,
+    scale,
     with_gradient,
 )
 from fsam_core.torch.pass_result import PassResult, Replayed, SavedMicrobatch, merge_results, rescaled, shares
-from fsam_core.torch.perturbation import StepInputs, StepResult, in_scope, perturb
+from fsam_core.torch.perturbation import Perturbation, StepInputs, StepResult, in_scope, perturb
 
 
 def corrected(inputs: StepInputs, batches: Sequence[Any], *, local: bool = False) -> StepResult:
@@ -40,7 +42,8 @@ def corrected(inputs: StepInputs, batches: Sequence[Any], *, local: bool = False
     form = _each_micro_batch if inputs.method.direction.source == "micro" else _corrected
     result = form(inputs, list(batches))
     if local:
-        averaged = [*result.g_hat.values(), *(result.correction or {}).values()]
+        memory = result.epsilon.memory if result.epsilon else None
+        averaged = [x for of in (result.g_hat, result.correction, memory) for x in (of or {}).values()]
         inputs.config.parallel.all_reduce_mean_(averaged)
     return result
 
@@ -65,7 +68,7 @@ def _corrected(inputs: StepInputs, batches: list[Any]) -> StepResult:
     base_norm = local_norm(config.parallel, scope if exact else params, g_B)
     ascends = {"full": g_B, "part": g_S, "micro": g_S, "none": None}[ascent.source]
     norm = base_norm if ascent.name == "full" and len(scope) == len(params) else None
-    moved, length = perturb(inputs, scope, ascends, norm=norm)
+    moved, epsilon = perturb(inputs, scope, ascends, norm=norm)
 
     if whole:
         g_S = g_B
@@ -78,8 +81,16 @@ def _corrected(inputs: StepInputs, batches: list[Any]) -> StepResult:
         combine(config.parallel, to_combine, g_hat, method.combine)
     moved_loss = second.loss if second else None
     weight = second.weight if second and whole and rest else base.weight
-    change = None if of_B is None else difference(g_hat, of_B)
-    return StepResult(g_hat, base.loss, moved_loss, weight, base_norm, length, change)
+    change = None if of_B is None else _correction(inputs, g_hat, of_B)
+    return StepResult(g_hat, base.loss, moved_loss, weight, base_norm, epsilon, change)
+
+
+def _correction(inputs: StepInputs, g_hat: Gradients, g_B: Gradients) -> Gradients:
+    """What the next steps reuse, in the arrays of g_B."""
+    if (reuse := inputs.method.reuse) is None:
+        return difference(g_hat, g_B)
+    combine(inputs.config.parallel, g_hat, g_B, lambda mm, gm, gg: reuse.store(gg, gm, mm)[::-1])
+    return g_B
 
 
 def _base(inputs: StepInputs, part: list[Any], rest: list[Any]) -> tuple[Gradients, Gradients, PassResult, PassResult]:
@@ -145,35 +156,34 @@ def _split(inputs: StepInputs, S: list[Any], R: list[Any]) -> StepResult:
     scope = in_scope(inputs, params)
     base_norm = None if known else local_norm(config.parallel, params, g_R)
     norm = base_norm if method.direction.name == "rest" and len(scope) == len(params) else None
-    moved, length = perturb(inputs, scope, None if known else g_R, norm=norm)
+    moved, epsilon = perturb(inputs, scope, None if known else g_R, norm=norm)
     onto = clone_if_reused(config.parallel, g_R)
     if base_S is not None:
-        base = merge_results(base_S, base_R, saved=False)
         of_S, of_R = shares(base_S, base_R)
-        for gradient in onto.values():
-            gradient.mul_(of_R.to(gradient))
+        base = merge_results(base_S, base_R, saved=False, of=(of_S, of_R))
+        scale(onto.values(), of_R)
         saved = [rescaled(one, of_S) for one in base_S.saved]
         assert config.replay is not None
         with config.replay.replayed(), config.weights.at(scope, moved):
             g_hat = passes.vjp(config, S, saved, onto)
-        return StepResult(g_hat, base.loss, None, base.weight, base_norm, length)
+        return StepResult(g_hat, base.loss, None, base.weight, base_norm, epsilon)
     with config.weights.at(scope, moved):
         g_hat, both = passes.loss_and_grad(config, S, onto=(onto, base_R), region="second")
     weight_S = both.weight - base_R.weight
     moved_loss = (both.loss * both.weight - base_R.loss * base_R.weight) / torch.where(weight_S > 0, weight_S, 1)
-    return StepResult(g_hat, base_R.loss, moved_loss, both.weight, base_norm, length)
+    return StepResult(g_hat, base_R.loss, moved_loss, both.weight, base_norm, epsilon)
 
 
 def _with_known_ascent(inputs: StepInputs, batches: list[Any]) -> StepResult:
     """The exact method along an ascent known before the step, which needs no gradient at θ."""
     config, method = inputs.config, inputs.method
     scope = in_scope(inputs, [p for p in config.params if p.requires_grad])
-    moved, length = perturb(inputs, scope, None, norm=None)
+    moved, epsilon = perturb(inputs, scope, None, norm=None)
     if method.path == "functional":
         base = passes.loss_and_cotangent(config, batches, cut=method.cut)
         g_hat, _ = _second(inputs, scope, moved, batches, base.saved, {})
         with_gradient(g_hat)
-        return StepResult(g_hat, base.loss, None, base.weight, None, length)
+        return StepResult(g_hat, base.loss, None, base.weight, None, epsilon)
     if method.path == "sam":
         with config.weights.at(scope, moved):
             g_hat, base = passes.loss_and_grad(config, batches)
@@ -185,7 +195,7 @@ def _with_known_ascent(inputs: StepInputs, batches: list[Any]) -> StepResult:
         with config.replay.replayed():
             g_hat = passes.vjp(config, batches, base.saved)
     with_gradient(g_hat)
-    return StepResult(g_hat, base.loss, base.loss, base.weight, None, length)
+    return StepResult(g_hat, base.loss, base.loss, base.weight, None, epsilon)
 
 
 def _each_micro_batch(inputs: StepInputs, batches: list[Any]) -> StepResult:
@@ -203,12 +213,12 @@ def _each_micro_batch(inputs: StepInputs, batches: list[Any]) -> StepResult:
     weights = torch.stack([one.weight for one in every])
     weight = weights.sum()
     safe = torch.where(weight > 0, weight, 1)
-    for gradient in total.values():
-        gradient.div_(safe.to(gradient))
+    divide(total.values(), safe)
 
     def mean(values: Sequence[Any]) -> Any:
         return None if values[0] is None else (torch.stack(list(values)) * (weights / safe)).sum()
 
-    loss, moved_loss, length = (mean([getattr(one, x) for one in every]) for x in ("loss", "moved_loss", "length"))
+    loss, moved_loss = (mean([getattr(one, x) for one in every]) for x in ("loss", "moved_loss"))
+    epsilon = Perturbation(mean([one.epsilon.length for one in every if one.epsilon]))
     base_norm = config.parallel.local_share(mean([one.base_norm for one in every]))
-    return StepResult(total, loss, moved_loss, weight, base_norm, length)
+    return StepResult(total, loss, moved_loss, weight, base_norm, epsilon)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fsam_core.errors import UserError
 from fsam_core.torch.heads import Flat, FlatHead, FlatOutputs
 from fsam_kernels.memory import Memory
+from fsam_kernels.torch.direction import accum_dtype
 
 Pairs = list[tuple[Tensor, Tensor]]
 """Tensors of a graph with their gradients, from which autograd continues."""
@@ -52,12 +53,14 @@ def cotangent(
     gradient: bool,
     saved: int = 0,
     onto: Tensor | None = None,
+    upcast: bool = False,
 ) -> tuple[Tensor, Any, tuple[Tensor, ...] | None]:
     """(loss, z̄, z̄ at the head's tensors or None) of one micro-batch: sums over its tokens, over `divisor`.
 
     The cotangent of a linear head's weight is added to `onto` where that is given, and is then that.
 
     Args:
+        upcast: whether that cotangent is returned as it was summed, in float32.
         saved: of how many such heads z̄ is saved for a second pass; `memory` says in which form.
 
     Raises:
@@ -77,6 +80,7 @@ def cotangent(
         gradient=gradient,
         keep=saved > 0 and _keeps(head, saved, memory),
         onto_VxD=onto,
+        upcast_wbar=upcast,
         vocabulary=head.vocabulary,
         chunk_bytes=memory.chunk_bytes,
     )
@@ -116,43 +120,56 @@ class ReachesMore(UserError):
 
 
 def head_vjp(
-    ops: ModuleType, head: FlatHead | FlatOutputs, zbar: Any, memory: Memory, onto: Tensor | None = None
+    ops: ModuleType,
+    head: FlatHead | FlatOutputs,
+    zbar: Any,
+    memory: Memory,
+    onto: Tensor | None = None,
+    upcast: bool = False,
 ) -> tuple[Tensor, ...]:
     """The cotangent of another head of these shapes, contracted with this one: cotangents of its tensors.
 
-    `onto` is as in `cotangent`.
+    `onto` and `upcast` are as in `cotangent`.
     """
     if isinstance(zbar, AtTensors):
         return (*zbar.own, *zbar.shared)
     assert isinstance(head, FlatHead)
-    options = {"bias_V": head.bias, "onto_VxD": onto, "chunk_bytes": memory.chunk_bytes}
+    options = {"bias_V": head.bias, "onto_VxD": onto, "upcast_wbar": upcast, "chunk_bytes": memory.chunk_bytes}
     return _present(ops.logit_vjp(zbar, head.hidden, head.weight, **options))
 
 
-def in_place_sum(head: FlatHead | FlatOutputs) -> tuple[bool, Tensor | None]:
-    """(whether the head's weight may get its gradient without autograd, the gradient it has if products can add to it).
+def weight_in_place(head: FlatHead | FlatOutputs) -> Any:
+    """The head's weight where it may get its gradient without autograd; else None.
 
     That needs a weight which is a parameter itself and has no hooks. The products of every chunk, micro-batch and pass
     then add to one array, and autograd's sums with the embedding's gradient, each as large as the vocabulary, fall
     away.
     """
     if isinstance(head, FlatOutputs):
-        return False, None
+        return None
     w: Any = head.weight
-    if not w.is_leaf or not w.requires_grad or type(w) not in (Tensor, nn.Parameter) or w._backward_hooks:
-        return False, None
-    accum = torch.promote_types(head.hidden.dtype, torch.float32)
-    can_add = w.grad is not None and not w.grad.is_sparse and w.grad.dtype == accum
-    return True, w.grad if can_add else None
+    allows = w.is_leaf and w.requires_grad and type(w) in (Tensor, nn.Parameter) and not w._backward_hooks
+    return w if allows else None
+
+
+def can_add(head: FlatHead | FlatOutputs, so_far: Tensor | None) -> bool:
+    """Whether the products of a linear head can add to this sum: it has the dtype in which they are summed."""
+    if so_far is None or so_far.is_sparse or isinstance(head, FlatOutputs):
+        return False
+    return so_far.dtype == accum_dtype(head.hidden.dtype)
 
 
 def pairs(
-    head: FlatHead | FlatOutputs, gradients: Sequence[Tensor], *, in_place: bool = False, donate: bool = True
+    head: FlatHead | FlatOutputs,
+    gradients: Sequence[Tensor],
+    *,
+    add_weight: Callable[[Tensor, bool], None] | None = None,
+    donate: bool = True,
 ) -> Pairs:
     """The head's tensors with their gradients, for one backward pass from all heads.
 
     Args:
-        in_place: the head's weight, which allows for it, gets its gradient here and without autograd.
+        add_weight: takes the gradient of the head's weight, and whether its buffer may be reused, in place of autograd.
         donate: whether the gradients' buffers may be reused.
     """
     found: Pairs = []
@@ -160,9 +177,10 @@ def pairs(
         if not x.requires_grad:
             continue
         is_weight = isinstance(head, FlatHead) and x is head.weight
-        if is_weight and in_place:
-            _accumulate(x, g, donate)
+        if is_weight and add_weight is not None:
+            add_weight(g, donate)
         else:
+            g = g.to(x.dtype)
             # Autograd may make a view of it the gradient itself, of a weight stored as [D, V].
             may_be_kept = is_weight or (x if x._base is None else x._base).is_leaf
             found.append((x, g.clone() if may_be_kept and not donate else g))
@@ -203,13 +221,6 @@ def _keeps(head: FlatHead, count: int, memory: Memory) -> bool:
     """Whether the cotangents of that many such heads are kept, and not recomputed."""
     V = len(head.weight) if head.vocabulary is None else head.vocabulary.widest
     return memory.keeps(len(head.hidden) * count, V, head.hidden.element_size())
-
-
-def _accumulate(p: Tensor, gradient: Tensor, donate: bool) -> None:
-    if p.grad is None:
-        p.grad = gradient if donate else gradient.clone()
-    elif p.grad is not gradient:
-        p.grad.add_(gradient)
 
 
 def _is_one(factor: Any) -> bool:

@@ -14,7 +14,7 @@ gradients, and G v and N v together 3.5.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,30 +30,32 @@ from fsam_core import split
 from fsam_core.ascents import Ascent
 from fsam_core.curvature import (
     NO_SECOND_DERIVATIVE,
+    PATHS,
     RADIUS,
+    Operators,
     Products,
     check_not_quantised,
     check_products,
     check_weight,
 )
 from fsam_core.errors import UserError
-from fsam_core.methods import SAM, FunctionalSAM, LogitSAM, Method, Plain
+from fsam_core.methods import SAM, Method, Plain
 from fsam_core.torch import cotangents, heads, optimizers
+from fsam_core.torch.evaluation import mean_loss
 from fsam_core.torch.heads import FlatHead, FlatOutputs
 from fsam_core.torch.parallel import detect_parallelism, plain_name
-from fsam_core.torch.passes import Features
+from fsam_core.torch.pass_config import Features
 from fsam_core.torch.replay import Replay
-from fsam_core.torch.step import Step, mean_loss
+from fsam_core.torch.step import Step
 from fsam_kernels.memory import AUTO, Memory
 from fsam_kernels.torch.head_curvature import head_curvature
 
-PATHS = {"hessian": SAM, "gauss_newton": LogitSAM, "functional": FunctionalSAM}
 Tensors = dict[str, Any]
 REPEATS = 1e-5
 """The relative difference of two losses of one batch that rounding may make on a device with atomic sums."""
 
 
-class Curvature:
+class Curvature(Operators):
     """Products with H, G and N of the mean loss of `batch` at the model's weights, with respect to those that train.
 
     Weights, buffers, `.grad` and the generators are afterwards as before.
@@ -112,35 +114,6 @@ class Curvature:
         self._check_repeats()
         self.loss, self.gradient = self._gradient(Plain())
 
-    def hessian(self, v: Tensors) -> Tensors:
-        """H v."""
-        return self._product("hessian", v)
-
-    def gauss_newton(self, v: Tensors) -> Tensors:
-        """G v."""
-        return self._product("gauss_newton", v)
-
-    def functional(self, v: Tensors) -> Tensors:
-        """N v."""
-        return self._product("functional", v)
-
-    def both(self, v: Tensors) -> tuple[Tensors, Tensors]:
-        """(G v, N v) for less than the two by themselves."""
-        if self.products == "exact":
-            return self._exact("both", v)
-        return self.gauss_newton(v), self.functional(v)
-
-    def secants(self, d: Tensors, rho: float) -> tuple[Tensors, Tensors, Tensors]:
-        """(H, G, N) applied to d, as a method sees them at radius ρ: (g' − g) ‖d‖ / ρ at θ + ρ d / ‖d‖.
-
-        H is the difference of SAM's gradient, G of the logit method's, N of the functional one's. Their limits for
-        ρ → 0 are the products with H, G and N; at finite ρ G and N do not add up to H.
-        """
-        factor = self._length(d) / rho
-        found = [self._moved(path, d, rho) for path in PATHS]
-        of_H, of_G, of_N = ({n: (x - self.gradient[n]) * factor for n, x in moved.items()} for moved in found)
-        return of_H, of_G, of_N
-
     def loss_at(self, v: Tensors) -> float:
         """The loss at θ + v."""
         return self._along(SAM, v, self._length(v))[0]
@@ -197,17 +170,12 @@ class Curvature:
             for p, gradient in kept.items():
                 p.grad = gradient
 
-    def _product(self, which: str, v: Tensors) -> Tensors:
-        if self.products == "exact":
-            return self._exact(which, v)
-        scale = self._length(v) / (2 * self.radius)
-        ahead, behind = (self._moved(which, v, s * self.radius) for s in (1, -1))
-        return {name: (x - behind[name]) * scale for name, x in ahead.items()}
+    def _moved(self, which: str, v: Tensors, rho: float) -> Tensors:
+        return self._along(PATHS[which], v, rho)[1]
 
-    def _moved(self, path: str, v: Tensors, rho: float) -> Tensors:
-        """The gradient of a method whose perturbation is ρ v / ‖v‖, of either sign."""
-        along = v if rho > 0 else {name: -x for name, x in v.items()}
-        return self._along(PATHS[path], along, abs(rho))[1]
+    @staticmethod
+    def _map(function: Callable[..., Any], *trees: Tensors) -> Tensors:
+        return {name: function(*(tree[name] for tree in trees)) for name in trees[0]}
 
     def _along(self, method: Any, v: Tensors, rho: float) -> tuple[float, Tensors]:
         """(the loss of the last pass, the gradient) of a method whose perturbation is ρ v / ‖v‖."""

@@ -21,13 +21,40 @@ Gradients = dict[Any, Tensor]
 def base_minus_correction(parallel: Parallel, g_B: Gradients, g_S: Gradients, w: float) -> Gradients:
     """g_B − w g_S, in the arrays of g_B where those are not g_S's too."""
     of = {p: g.clone() if g_S.get(p) is g else g for p, g in clone_if_reused(parallel, g_B).items()}
-    return {p: g.sub_(g_S[p], alpha=w) if p in g_S else g for p, g in of.items()}
+    both = [p for p in of if p in g_S]
+    if both:
+        torch._foreach_sub_([of[p] for p in both], [g_S[p] for p in both], alpha=w)
+    return of
 
 
 def add_correction(onto: Gradients, g_moved: Gradients, w: float) -> Gradients:
     """onto + w g', in the arrays of `onto`, or in those of g' where that has nothing."""
-    found = {p: g if p not in g_moved else g.add_(g_moved[p], alpha=w) for p, g in onto.items()}
-    return found | {p: g.mul_(w) if w != 1 else g for p, g in g_moved.items() if p not in onto}
+    both = [p for p in onto if p in g_moved]
+    if both:
+        torch._foreach_add_([onto[p] for p in both], [g_moved[p] for p in both], alpha=w)
+    alone = {p: g for p, g in g_moved.items() if p not in onto}
+    if alone and w != 1:
+        torch._foreach_mul_(list(alone.values()), w)
+    return onto | alone
+
+
+def divide(gradients: Collection[Tensor], divisor: Tensor) -> None:
+    """Gradients over a number, in place; it is rounded to the dtype of each."""
+    for some in _by_dtype(gradients):
+        torch._foreach_div_(some, divisor.to(some[0]))
+
+
+def scale(gradients: Collection[Tensor], factor: Tensor | float) -> None:
+    """Gradients times a factor, in place; a tensor is rounded to the dtype of each."""
+    for some in _by_dtype(gradients):
+        torch._foreach_mul_(some, factor.to(some[0]) if isinstance(factor, Tensor) else factor)
+
+
+def _by_dtype(gradients: Collection[Tensor]) -> Collection[list[Tensor]]:
+    kinds: dict[Any, list[Tensor]] = {}
+    for g in gradients:
+        kinds.setdefault((g.device, g.dtype), []).append(g)
+    return kinds.values()
 
 
 def difference(g_hat: Gradients, g_B: Gradients) -> Gradients:
@@ -54,8 +81,11 @@ def combine(parallel: Parallel, g: Gradients, g_moved: Gradients, how: Combine) 
 
 def add_weighted(total: Gradients, gradients: Gradients, weight: Tensor) -> None:
     """Add gradients times a weight, in their own arrays."""
-    for p, gradient in gradients.items():
-        total[p] = gradient.mul_(weight.to(gradient)).add_(total.get(p, 0))
+    scale(gradients.values(), weight)
+    both = [p for p in gradients if p in total]
+    if both:
+        torch._foreach_add_([gradients[p] for p in both], [total[p] for p in both])
+    total |= gradients
 
 
 def clone_if_reused(parallel: Parallel, gradients: Gradients) -> Gradients:

@@ -247,16 +247,18 @@ def _flat_linear(head: LinearHead, check: Check | None) -> FlatHead:
     if head.ignore_index is not None:
         y_N = y_N.masked_fill(y_N == head.ignore_index, -1)
     kind = torch.promote_types(head.hidden.dtype, torch.float32)
-    weights_N = (
-        torch.ones(y_N.shape, dtype=kind, device=y_N.device) if weights is None else weights.reshape(-1).to(kind)
-    )
-    weights_N = torch.where(y_N >= 0, weights_N, 0)
-    count = weights_N.sum() if head.count is None else _count(head.count, weights_N)
     w_VxD = head.weight if head.layout == "VD" else head.weight.T
     how = check or ("now" if y_N.device.type == "cpu" else "later")
-    if how != "not":
+    if how == "not":  # the pass uses neither weights nor their sum
+        weights_N = count = torch.zeros(0, dtype=kind)
+    else:
+        weights_N = (y_N >= 0).to(kind)
+        if weights is not None:
+            weights_N = torch.where(y_N >= 0, weights.reshape(-1).to(kind), 0)
+        count = weights_N.sum() if head.count is None else _count(head.count, weights_N)
+        may_have_no_mean = weights is not None or head.count is not None
         V = len(w_VxD) if vocabulary is None else vocabulary.size
-        y_N, weights_N = _checked(y_N, weights_N, count, V, how)
+        y_N, weights_N = _checked(y_N, weights_N, count if may_have_no_mean else None, V, how)
     return FlatHead(
         # Under the user's autocast the head computes in its dtype, as a linear layer would.
         hidden=head.hidden.reshape(-1, head.hidden.shape[-1]).to(compute_dtype(head.hidden)),
@@ -270,16 +272,16 @@ def _flat_linear(head: LinearHead, check: Check | None) -> FlatHead:
     )
 
 
-def _checked(y_N: Tensor, weights_N: Tensor, count: Tensor, V: int, how: Check) -> tuple[Tensor, Tensor]:
-    """(labels, token weights), those that cannot be right refused or made NaN."""
+def _checked(y_N: Tensor, weights_N: Tensor, count: Tensor | None, V: int, how: Check) -> tuple[Tensor, Tensor]:
+    """(labels, token weights), those that cannot be right refused or made NaN; `count` where it is to be checked."""
     too_large_N = y_N >= V
-    has_no_mean = (count <= 0) & (weights_N != 0).any()
+    has_no_mean = None if count is None else (count <= 0) & (weights_N != 0).any()
     if how == "later":
-        weights_N = torch.where(too_large_N.any() | has_no_mean, torch.nan, weights_N)
-        return y_N.masked_fill(too_large_N, -1), weights_N
+        wrong = too_large_N.any() if has_no_mean is None else too_large_N.any() | has_no_mean
+        return y_N.masked_fill(too_large_N, -1), weights_N.masked_fill(wrong, torch.nan)
     if too_large_N.any():
         raise UserError(f"LinearHead: labels must be below V = {V}, or negative to be ignored; got {y_N.max()}")
-    if has_no_mean:
+    if has_no_mean is not None and count is not None and has_no_mean:
         raise UserError(
             f"LinearHead: a mean over token weights needs a count > 0, got {count:.6g}; give LinearHead(count=...) "
             "the number that their sum is to be divided by"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,16 +26,60 @@ class Info(NamedTuple):
     """‖ĝ‖₂ of the gradient the optimizer received, before clipping."""
     perturbation_norm: float
     """‖ε‖₂; 0 where nothing is perturbed."""
+    perturbation_error: float
+    """‖ε‖₂ relative to its length with this step's own norms, minus 1: 0 but for norm_from="previous"."""
     skipped: bool
     """Whether the update was skipped because a loss or a norm of either pass was not finite."""
 
     @classmethod
-    def read(cls, weight: Tensor, loss: Any, moved_loss: Any, base_norm: Any, norm: Tensor, length: Any) -> Info:
+    def of(cls, given: Sequence[float | None]) -> Info:
+        """From the figures in the order of the fields; None for what was not evaluated."""
+        numbers = [math.nan if x is None else x for x in given]
+        numbers[-2:] = [0.0 if x is None else x for x in given[-2:]]
+        return cls._make([*numbers, not all(math.isfinite(x) for x in given if x is not None)])
+
+
+class Figures:
+    """The figures of a step, on the device until `read`, which waits for them. They can be sent ahead of that.
+
+    Attributes:
+        values: those that were evaluated, [figures] in float64.
+    """
+
+    def __init__(self, *evaluated: Tensor | None) -> None:
+        """As the fields of `Info` up to `skipped`; None, or left out at the end, for what was not evaluated."""
+        given = [*evaluated, *[None] * (len(Info._fields) - 1 - len(evaluated))]
+        found = [x.detach() for x in given if x is not None]
+        if len({(x.device, x.dtype) for x in found}) == 1:
+            self.values = torch.stack(found).double()
+        else:
+            self.values = torch.stack([x.to(found[0].device, torch.float64) for x in found])
+        self._present = [x is not None for x in given]
+        self._sent: tuple[Tensor, Any] | None = None
+
+    @property
+    def not_finite(self) -> Tensor:
+        """1.0 where one of the figures is not finite, else 0.0; a float32 scalar on the device."""
+        return (self.values * 0).sum().isnan().float()
+
+    def send(self) -> None:
+        """Begin to copy them to the host, where a device can do that by itself."""
+        if self.values.device.type == "cuda":
+            there = torch.empty(self.values.shape, dtype=torch.float64, pin_memory=True)
+            there.copy_(self.values, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record(torch.cuda.current_stream(self.values.device))
+            self._sent = there, done
+
+    def has_arrived(self) -> bool:
+        """Whether `read` would not wait."""
+        return self.values.device.type == "cpu" or (self._sent is not None and self._sent[1].query())
+
+    def read(self) -> Info:
         """The figures as numbers: the one place where the host waits for the device."""
-        given = [loss, moved_loss, weight, base_norm, norm, length]
-        tensors = [x.detach().to(norm.device, torch.float64) for x in given if x is not None]
-        values = iter(torch.stack(tensors).tolist())
-        numbers = [math.nan if x is None else next(values) for x in given]
-        evaluated = [number for number, x in zip(numbers, given, strict=True) if x is not None]
-        numbers[-1] = 0.0 if length is None else numbers[-1]
-        return Info._make([*numbers, not all(map(math.isfinite, evaluated))])
+        values = self.values
+        if self._sent is not None:
+            values, done = self._sent
+            done.synchronize()
+        numbers = iter(values.tolist())
+        return Info.of([next(numbers) if present else None for present in self._present])

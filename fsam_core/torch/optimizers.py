@@ -70,3 +70,17 @@ def check_second_moments(optimizers: Sequence[torch.optim.Optimizer], moving: Ma
                 f"optimizer: precondition='adam' needs one that keeps exp_avg_sq (AdamW), got {type(one).__name__} "
                 f"for {moving[mine[0]] or 'a parameter'}; leave its parameters out by scope=, or use precondition=None"
             )
+
+
+def check_hooks(params: Sequence[Any]) -> None:
+    """Check that nothing acts on gradients while a pass accumulates them.
+
+    Raises:
+        UserError: for post-accumulate-grad hooks.
+    """
+    hooked = [p for p in params if p._post_accumulate_grad_hooks]
+    if hooked:
+        raise UserError(
+            f"model: {len(hooked)} parameters have post-accumulate-grad hooks, which would run in every pass of a "
+            "step; remove them, and act on .grad after step.gradient(batch)"
+        )

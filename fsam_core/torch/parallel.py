@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from fsam_core.errors import UserError
 from fsam_core.torch import heads
 from fsam_core.torch.dtensor import local
+from fsam_kernels.torch.direction import accum_dtype
 
 Sync = Literal["global", "local"]
 BUCKET_BYTES = 2**28  # of small tensors that `Parallel.all_reduce_mean_` reduces together
@@ -365,10 +366,9 @@ reduce_upcast.__annotations__.clear()  # DistributedDataParallel looks at them a
 
 def norm_of(tensors: Sequence[Any]) -> Tensor:
     """‖·‖₂ over all tensors, each summed in float32 or wider."""
-    if not tensors:
-        return torch.zeros(())
-    dtypes = [torch.promote_types(x.dtype, torch.float32) for x in tensors]
-    norms = [torch.linalg.vector_norm(x, dtype=kind) for x, kind in zip(tensors, dtypes, strict=True)]
+    norms: list[Tensor] = [] if tensors else [torch.zeros(())]
+    for kind in dict.fromkeys(accum_dtype(x.dtype) for x in tensors):
+        norms += torch._foreach_norm([x for x in tensors if accum_dtype(x.dtype) == kind], 2, dtype=kind)
     return torch.linalg.vector_norm(torch.stack([x.to(norms[0].device) for x in norms]))
 
 

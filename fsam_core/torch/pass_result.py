@@ -54,14 +54,20 @@ def scaled(saved: Sequence[SavedMicrobatch], strength: float) -> list[SavedMicro
 
 def shares(first: PassResult, rest: PassResult) -> tuple[Tensor, Tensor]:
     """What each weighs in both together."""
-    total = first.weight + rest.weight
-    safe = torch.where(total > 0, total, 1)
-    return first.weight / safe, rest.weight / safe
+    total = positive(first.weight + rest.weight)
+    return first.weight / total, rest.weight / total
 
 
-def merge_results(first: PassResult, rest: PassResult, *, saved: bool) -> PassResult:
-    """Both as one pass; with `saved`, also their cotangents."""
-    of_first, of_rest = shares(first, rest)
+def positive(weight: Tensor) -> Tensor:
+    """A weight to divide by: no smaller than the least normal number, so that 0 / 0 is 0."""
+    return weight.clamp(min=torch.finfo(weight.dtype).tiny)
+
+
+def merge_results(
+    first: PassResult, rest: PassResult, *, saved: bool, of: tuple[Tensor, Tensor] | None = None
+) -> PassResult:
+    """Both as one pass, with their `shares` if these are known; with `saved`, also their cotangents."""
+    of_first, of_rest = of or shares(first, rest)
     loss, weight = first.loss * of_first + rest.loss * of_rest, first.weight + rest.weight
     if not saved:
         return PassResult(loss, weight, [])

@@ -6,129 +6,37 @@ takes them from there and returns them, so that between two passes the optimizer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fsam_core.errors import UserError
 from fsam_core.regions import Region, in_torch
 from fsam_core.torch import cotangents, heads
 from fsam_core.torch.cotangents import AtTensors, Pairs
-from fsam_core.torch.dtensor import local_parts
-from fsam_core.torch.gradients import Gradients, add_correction, write
-from fsam_core.torch.heads import Flat, FlatHead, Head
-from fsam_core.torch.parallel import Parallel, plain_name
+from fsam_core.torch.gradient_sum import GradientSum, WeightSum
+from fsam_core.torch.gradients import Gradients, scale
+from fsam_core.torch.heads import Flat, FlatHead
+from fsam_core.torch.parallel import plain_name
+from fsam_core.torch.pass_config import PassConfig
 from fsam_core.torch.pass_result import (
     PassResult,
     Replayed,
     SavedMicrobatch,
     head_gradient_moved,
     merge_results,
+    positive,
     rescaled,
     scaled,
     shares,
 )
-from fsam_core.torch.replay import Replay, State
-from fsam_core.torch.weights import Weights
-from fsam_kernels.memory import Memory
+from fsam_core.torch.replay import State
 
-Features = Callable[[nn.Module, Any], Head]
 FORWARD: dict[str, Region] = {"base": "base forward", "second": "second forward"}
 BACKWARD: dict[str, Region] = {"base": "base backward", "second": "second backward"}
-
-
-class PassConfig(NamedTuple):
-    """What is the same in every pass of a step.
-
-    Attributes:
-        ops: the backend's operations.
-        params: the optimizers' tensors.
-        replay: of random draws and buffers; None where no second pass follows.
-        loss_scale: cotangents are multiplied by it, and gradients divided again.
-        reduces: whether the ranks' gradients are reduced in each pass; if not, each rank's stay its own.
-    """
-
-    ops: ModuleType
-    parallel: Parallel
-    weights: Weights
-    features: Features
-    memory: Memory
-    params: list[Any]
-    optimizers: Sequence[torch.optim.Optimizer]
-    replay: Replay | None
-    loss_scale: float | Tensor
-    reduces: bool
-
-    @property
-    def model(self) -> nn.Module:
-        """The module that `features` is called with."""
-        return self.parallel.inner
-
-    @property
-    def joins(self) -> bool:
-        """Whether the gradients of two passes can be reduced as one; not if the first pass's are not in `.grad`."""
-        return self.reduces and self.parallel.reduces_accumulated and not self.weights.copies and not self.is_scaled
-
-    @property
-    def is_scaled(self) -> bool:
-        return isinstance(self.loss_scale, Tensor) or self.loss_scale != 1
-
-
-class GradientSum:
-    """The gradients of a pass while it runs: those it starts from, plus what autograd adds.
-
-    Gradients of masters are summed in the masters' dtype, so they are taken from the model's parameters after each
-    micro-batch.
-    """
-
-    def __init__(self, config: PassConfig, onto: Gradients | None = None) -> None:
-        """`onto` is added to in place."""
-        clear_gradients(config)
-        self._config = config
-        # What autograd adds is scaled, or goes to masters: then the sum is not in `.grad`.
-        self._apart = dict(onto or {}) if config.weights.copies or config.is_scaled else {}
-        if onto and not self._apart:
-            write(onto)
-
-    def collect(self) -> None:
-        """After a micro-batch, add the gradients of the model's parameters to their masters'."""
-        for master, p in self._config.weights.copies.items():
-            if p.grad is None:
-                continue
-            upcast = p.grad.to(master.dtype)
-            if self._config.is_scaled:
-                upcast.mul_(1 / self._config.loss_scale)
-            so_far = self._apart.get(master)
-            self._apart[master] = upcast if so_far is None else so_far.add_(upcast)
-            p.grad = None
-
-    def take(self) -> Gradients:
-        """All of them, out of `.grad`."""
-        params = self._config.params
-        if self._config.weights.copies:
-            return {p: self._apart[p] for p in params if p in self._apart}
-        having = [p for p in params if p.grad is not None]
-        # A sparse embedding's gradient is dense within the step.
-        given = [p.grad.to_dense() if p.grad.is_sparse else p.grad for p in having]
-        found = dict(zip(having, local_parts(given), strict=True))
-        for p in having:
-            p.grad = None
-        if not self._config.is_scaled:
-            return found
-        for gradient in found.values():
-            gradient.mul_(1 / self._config.loss_scale)
-        found = add_correction(self._apart, found, 1.0)
-        return {p: found[p] for p in params if p in found}
-
-
-def clear_gradients(config: PassConfig) -> None:
-    """No `.grad` in the model or the optimizers."""
-    for p in (*config.model.parameters(), *config.params):
-        p.grad = None
 
 
 def restore(config: PassConfig, state: State | None) -> None:
@@ -166,8 +74,7 @@ def loss_and_grad(
         config.parallel.all_reduce_mean_(list(gradients.values()))
     result, factor = _merged(config, every, earlier)
     if factor is not None:
-        for gradient in gradients.values():
-            gradient.mul_(factor.to(gradient))
+        scale(gradients.values(), factor)
     return gradients, result
 
 
@@ -228,7 +135,7 @@ def head_loss(
     # micro-batch that is the mean already. With several ranks it is their mean weight, as they average gradients.
     if unit is None:
         mean = config.parallel.mean(weight)
-        unit = torch.where(mean > 0, mean, 1)
+        unit = positive(mean)
         weight = mean if micro_batches == 1 else weight
     linear = sum(isinstance(head, FlatHead) for head in found)
     if cut == "hidden" and not linear:
@@ -236,28 +143,30 @@ def head_loss(
     losses, saved, to_pull_back = [], [], Pairs()
     for place, (head, divisor) in enumerate(zip(found, cotangents.divisors(found, unit), strict=True)):
         cuts_hidden = cut == "hidden" and isinstance(head, FlatHead)
-        in_place, so_far = (False, None) if sums is None or config.parallel.hooked else cotangents.in_place_sum(head)
+        of_weight = WeightSum() if sums is None else sums.of_weight(head)
         try:
             loss, zbar, out = cotangents.cotangent(
                 config.ops,
                 head,
-                divisor / config.loss_scale,
+                divisor / config.loss_scale if config.is_scaled else divisor,
                 config.memory,
                 gradient=sums is not None or cuts_hidden,
                 saved=micro_batches * linear if cut == "logits" else 0,
-                onto=None if cuts_hidden else so_far,  # there the head's own gradient is saved: of this pass alone
+                # With a cut there the head's own gradient is saved: of this pass alone, in the weight's dtype.
+                onto=None if cuts_hidden else of_weight.onto,
+                upcast=of_weight.upcast and not cuts_hidden,
             )
         except cotangents.ReachesMore as error:
             names = {id(p): plain_name(name) for name, p in config.model.named_parameters()}
             raise cotangents.ReachesMore(error.reached, names.get(id(error.reached[0]), "")) from None
-        losses.append(loss / config.loss_scale)
+        losses.append(loss / config.loss_scale if config.is_scaled else loss)
         if cut is not None:
             at_hidden = AtTensors(out[:1], out[1:]) if cuts_hidden and out else None
             saved.append(at_hidden or config.weights.saved_cotangent(zbar, place))
         if sums is not None:
             assert out is not None
             donate = cut is None or not (cuts_hidden or isinstance(zbar, AtTensors))
-            to_pull_back += cotangents.pairs(head, out, in_place=in_place, donate=donate)
+            to_pull_back += cotangents.pairs(head, out, add_weight=of_weight.add, donate=donate)
     if sums is not None:
         cotangents.backward(to_pull_back)
         sums.collect()
@@ -269,9 +178,10 @@ def head_vjp(config: PassConfig, found: Flat, zbars: Sequence[Any], sums: Gradie
     """Add one micro-batch's Jᵀ z̄ to `sums`."""
     to_pull_back = Pairs()
     for head, zbar in zip(found, zbars, strict=True):
-        in_place, so_far = (False, None) if config.parallel.hooked else cotangents.in_place_sum(head)
-        out = cotangents.head_vjp(config.ops, head, zbar, config.memory, so_far)
-        to_pull_back += cotangents.pairs(head, out, in_place=in_place, donate=not isinstance(zbar, AtTensors))
+        of_weight = sums.of_weight(head)
+        out = cotangents.head_vjp(config.ops, head, zbar, config.memory, of_weight.onto, of_weight.upcast)
+        donate = not isinstance(zbar, AtTensors)
+        to_pull_back += cotangents.pairs(head, out, add_weight=of_weight.add, donate=donate)
     cotangents.backward(to_pull_back)
     sums.collect()
 
@@ -333,14 +243,13 @@ def with_rest(
     """(g_B, the pass over the whole batch), from that over S; with `cut`, cotangents are saved of all of it."""
     g_B, base_rest = loss_and_grad(config, rest, cut=cut)
     of_S, of_rest = shares(base_S, base_rest)
-    for p, g in g_B.items():
-        if p in g_S:
-            g.lerp_(g_S[p], of_S.to(g))  # one pass: the shares add up to 1, or every gradient is 0
-        else:
-            g.mul_(of_rest.to(g))
+    both = [p for p in g_B if p in g_S]
+    if both:  # one pass: the shares add up to 1, or every gradient is 0
+        config.ops.lerp_([g_B[p] for p in both], [g_S[p] for p in both], of_S)
+    scale([g for p, g in g_B.items() if p not in g_S], of_rest)
     g_B |= {p: g * of_S.to(g) for p, g in g_S.items() if p not in g_B}
     ordered = {p: g_B[p] for p in config.params if p in g_B}
-    return ordered, merge_results(base_S, base_rest, saved=cut is not None)
+    return ordered, merge_results(base_S, base_rest, saved=cut is not None, of=(of_S, of_rest))
 
 
 def _merged(
@@ -353,5 +262,5 @@ def _merged(
     total = config.parallel.mean(torch.stack(weights).sum())
     if earlier is not None:
         losses, total = (earlier.loss, *losses), earlier.weight + total
-    factor = saved[0].unit / torch.where(total > 0, total, 1)
+    factor = saved[0].unit / positive(total)
     return PassResult(torch.stack(losses).sum() * factor, total, [rescaled(k, factor) for k in saved]), factor

@@ -14,15 +14,17 @@ from fsam_core.methods import Perturbed, check_rho
 from fsam_core.regions import in_torch
 from fsam_core.torch import optimizers, rng
 from fsam_core.torch.dtensor import likes, local, local_parts
-from fsam_core.torch.passes import Gradients, PassConfig
+from fsam_core.torch.gradients import Gradients
+from fsam_core.torch.pass_config import PassConfig
 
 
 class StepInputs(NamedTuple):
     """What a method is given for one step.
 
     Attributes:
-        step: completed optimizer steps.
-        previous: ĝ of the last step that was taken, for an ascent that remembers it.
+        completed: () -> completed optimizer steps; where these are on the device, the host waits for them.
+        previous: what the ascent remembers of the last step that was taken.
+        norms: ‖a‖ and the divisor of ε over c of that step, for norm_from="previous"; 0 before the first.
         outside: the tensors that the scope leaves alone.
         keeps_correction: whether the correction is wanted by itself, so that g_B is needed of every tensor.
         shares_prefix: whether a `Staged` model's prefix reaches no tensor that moves, by a micro-batch; None without.
@@ -30,12 +32,34 @@ class StepInputs(NamedTuple):
 
     config: PassConfig
     method: Perturbed
-    step: int
+    completed: Callable[[], int]
     clip_norm: float | None
     previous: Gradients
+    norms: Tensor
     outside: Set[Any]
     keeps_correction: bool
     shares_prefix: Callable[[Any], bool] | None
+
+    @property
+    def step(self) -> int:
+        """Completed optimizer steps."""
+        return self.completed()
+
+
+class Perturbation(NamedTuple):
+    """What is known of a perturbation besides θ + ε.
+
+    Attributes:
+        length: ‖ε‖₂; where there are norms its `Parallel.local_norm`.
+        norms: of this step, for the next: `Parallel.local_norm`s of a and of the divisor of ε over c.
+        divisor: what ε was divided by, over c, where that is the last step's.
+        memory: of an ascent with a memory of its own.
+    """
+
+    length: Tensor
+    norms: tuple[Tensor, Tensor] | None = None
+    divisor: Tensor | None = None
+    memory: Gradients | None = None
 
 
 class StepResult(NamedTuple):
@@ -45,7 +69,7 @@ class StepResult(NamedTuple):
     norm is `Parallel.local_norm`.
 
     Attributes:
-        correction: w (g'_S − g_S), where it was asked for.
+        correction: what the next steps reuse, where it was asked for.
     """
 
     g_hat: Gradients
@@ -53,7 +77,7 @@ class StepResult(NamedTuple):
     moved_loss: Tensor | None
     weight: Tensor
     base_norm: Tensor | None
-    length: Tensor | None
+    epsilon: Perturbation | None
     correction: Gradients | None = None
 
 
@@ -85,6 +109,13 @@ class AscentInputs:
     def previous(self) -> list[Tensor]:
         return self._of(self._inputs.previous)
 
+    @property
+    def memory(self) -> list[Tensor]:
+        remembers = self._inputs.method.direction.remembers
+        if not callable(remembers):
+            raise UserError("ascent: it has no memory of its own; give it one as `remembers`")
+        return remembers(self)
+
     def random(self) -> list[Tensor]:
         return rng.normal(self._params, self._inputs.method.seed, self._inputs.step)
 
@@ -97,8 +128,8 @@ class AscentInputs:
 
 def perturb(
     inputs: StepInputs, params: list[Any], gradients: Gradients | None, *, norm: Tensor | None
-) -> tuple[list[Tensor], Tensor]:
-    """(θ + ε for each of params, ‖ε‖₂) along the method's ascent; ε = 0 where that is 0. No wait for a device.
+) -> tuple[list[Tensor], Perturbation]:
+    """θ + ε for each of params along the method's ascent; ε = 0 where that is 0. No wait for a device.
 
     Copies of masters are written in place, anything else is written beside θ. Of a shard this rank's part is
     returned; the norms are those of the whole.
@@ -109,21 +140,32 @@ def perturb(
     """
     config, method = inputs.config, inputs.method
     ops, parallel, copies = config.ops, config.parallel, config.weights.copies
-    rho = check_rho(method.rho_at(inputs.step), f"rho({inputs.step})")
-    given = method.direction.of(AscentInputs(inputs, params, gradients))
-    ascent = local_parts([a.to(p.dtype) for a, p in zip(given, params, strict=True)])
+    step = inputs.step if callable(method.rho) else 0
+    rho = check_rho(method.rho_at(step), f"rho({step})")
+    seen = AscentInputs(inputs, params, gradients)
+    parts = lambda given: local_parts([a.to(p.dtype) for a, p in zip(given, params, strict=True)])
+    ascent = parts(method.direction.of(seen))
+    memory = None
+    if callable(method.direction.remembers):
+        memory = dict(zip(params, parts(seen.memory), strict=True))
+    last = None
+    if method.norm_from == "previous":
+        last = inputs.norms.to(ascent[0].device, torch.promote_types(ascent[0].dtype, torch.float32))
     with in_torch("norm"):
         clip: Tensor | float = 1.0
+        local_norm = norm
         if inputs.clip_norm is not None and method.norm != "none":
             local_norm = parallel.local_norm(params, ascent) if norm is None else norm
-            clip = (inputs.clip_norm / parallel.norm(local_norm)).clamp(max=1.0)
+            clip = (inputs.clip_norm / (parallel.norm(local_norm) if last is None else last[0])).clamp(max=1.0)
+        used = clip
         v, adam = None, None
-        if method.precondition == "adam":
+        if method.needs_v:
             v, adam = second_moments(ops, method, config.optimizers, params)
         each = method.norm == "per-tensor"
         out = config.weights.destinations(params)
         into = getattr(ops, "direction_and_norm", None)
-        if into and v and out and not copies and method.norm in ("l2", "per-tensor") and _are_accumulated(out):
+        plain = method.direction_of is None and method.norm in ("l2", "per-tensor") and not copies
+        if into and v and out and plain and _are_accumulated(out):
             # The array of the perturbed weights first holds the direction.
             sumsq = square = into(ascent, v, clip=clip, adam=adam, out=out, per_tensor=each)
             ascent, v, adam, clip = out, None, None, 1.0
@@ -133,19 +175,36 @@ def perturb(
                 sums = ops.preconditioned_norm(ascent, v, clip=clip, adam=adam, per_tensor=apart)
             else:
                 scaled = [a * clip for a in ascent]
-                ascent, clip = list(map(method.direction_of, map(local, params), scaled)), 1.0
+                v_hat = scaled if v is None or adam is None else list(map(_v_hat, scaled, v, adam))
+                ascent = list(map(method.direction_of, map(local, params), scaled, v_hat))
+                v, adam, clip = None, None, 1.0
                 dots = torch.stack([(d * a).sum() for d, a in zip(ascent, scaled, strict=True)])
                 sums = (ops.preconditioned_norm(ascent, per_tensor=apart)[0], dots if apart else dots.sum())
-            sumsq, dot = parallel.all_reduce_sums(params, sums, each)
-            square = {"dual": dot, "none": torch.ones_like(sumsq)}.get(method.norm, sumsq)
-        scale = torch.where(square == 0, 0, rho / torch.where(square == 0, 1, square).sqrt())
+            if last is None:
+                sumsq, dot = parallel.all_reduce_sums(params, sums, each)
+            else:
+                # Nothing is reduced before the second pass; the norms of the parts go with those of the step.
+                sumsq, dot = (parallel.local_norm(params, x.sqrt().reshape(-1).unbind()).square() for x in sums)
+            square = {"dual": dot}.get(method.norm, torch.ones_like(sumsq) if method.norm == "none" else sumsq)
+        divisor = square.sqrt() if last is None else last[1] * used
+        scale = (rho / divisor).masked_fill(divisor == 0, 0)
         length = (scale.square() * sumsq).sum().sqrt()
+        epsilon = Perturbation(length, memory=memory)
+        if last is not None:
+            norms = (length.new_zeros(()) if local_norm is None else local_norm, square.sqrt() / used)
+            epsilon = epsilon._replace(norms=norms, divisor=last[1])
     options: dict[str, Any] = {"clip": clip, "adam": adam, "out": out}
     rounding = next((one.rounding for one in config.optimizers if hasattr(one, "rounding")), None)
-    if copies and rounding is not None:
+    if copies and rounding is not None and rounding.stochastic:
         options["rounding"] = rounding._replace(step=inputs.step)
     with in_torch("perturb"):
-        return ops.perturb(local_parts(params), ascent, v, scale, **options), length
+        return ops.perturb(local_parts(params), ascent, v, scale, **options), epsilon
+
+
+def _v_hat(a: Tensor, v: Tensor, adam: Any) -> Tensor:
+    """The bias-corrected second moment, with the ascent folded in where that is the method's choice."""
+    v = v.to(torch.promote_types(v.dtype, torch.float32))
+    return (v.lerp(a.to(v).square(), 1 - adam.b2) if adam.current else v) / adam.correction
 
 
 def in_scope(inputs: StepInputs, params: Sequence[Any]) -> list[Any]:
@@ -170,25 +229,30 @@ def second_moments(
     """
     current = method.second_moment == "current"
     settings = optimizers.groups(given)
-    found, adam = [], []
+    found, b2s, steps = [], [], []
     for p, state in zip(params, optimizers.states(given, params), strict=True):
         if state and "exp_avg_sq" not in state:
             kinds = ", ".join(type(one).__name__ for one in given)
             raise UserError(f"optimizer: precondition='adam' needs one that keeps exp_avg_sq (AdamW), got {kinds}")
         found.append(state["exp_avg_sq"] if state else torch.zeros_like(p))
-        b2 = float(settings[p]["betas"][1])
-        correction = _bias_correction(b2, state.get("step", 0), current)
-        adam.append(ops.Adam(b2, float(settings[p]["eps"]), correction, current))
-    return local_parts(found), adam
+        b2s.append(float(settings[p]["betas"][1]))
+        steps.append(state.get("step", 0))
+    corrections = _bias_corrections(b2s, steps, current)
+    each = zip(params, b2s, corrections, strict=True)
+    return local_parts(found), [ops.Adam(b2, float(settings[p]["eps"]), x, current) for p, b2, x in each]
 
 
-def _bias_correction(b2: float, step: Tensor | float, current: bool) -> Tensor | float:
-    """1 − β₂ⁿ for the n steps that the moment has seen, 1 for none. A count that lives on a device stays there."""
-    if isinstance(step, Tensor) and step.device.type != "cpu":
-        n = step.double() + current
-        return torch.where(n > 0, 1 - b2**n, 1)
-    count = int(step) + current
-    return 1 - b2**count if count > 0 else 1.0
+def _bias_corrections(b2s: Sequence[float], steps: Sequence[Tensor | float], current: bool) -> Sequence[Tensor | float]:
+    """1 − β₂ⁿ for the n steps that each moment has seen, 1 for none. Counts that live on a device stay there."""
+    device = next((t.device for t in steps if isinstance(t, Tensor) and t.device.type != "cpu"), None)
+    if device is None:
+        tensors = iter(torch.stack([t for t in steps if isinstance(t, Tensor)] or [torch.zeros(())]).tolist())
+        counts = [int(next(tensors) if isinstance(t, Tensor) else t) + current for t in steps]
+        return [1 - b2**n if n > 0 else 1.0 for b2, n in zip(b2s, counts, strict=True)]
+    n = torch.stack([torch.as_tensor(t, device=device) for t in steps]).double() + current
+    b2: Any = b2s[0] if len(set(b2s)) == 1 else torch.tensor(b2s, dtype=torch.float64).to(device, non_blocking=True)
+    correction = 1 - b2**n
+    return (correction if current else correction.add_(n == 0)).unbind()
 
 
 def _are_accumulated(tensors: Sequence[Tensor]) -> bool:

@@ -19,10 +19,10 @@ from fsam_core.methods import Perturbed
 from fsam_core.regions import in_torch
 from fsam_core.torch import heads, passes
 from fsam_core.torch.cotangents import leaves
+from fsam_core.torch.gradient_sum import GradientSum
 from fsam_core.torch.gradients import add_correction, base_minus_correction, local_norm, with_gradient
 from fsam_core.torch.heads import Flat, Head
 from fsam_core.torch.pass_result import PassResult, scaled
-from fsam_core.torch.passes import GradientSum
 from fsam_core.torch.perturbation import StepInputs, StepResult, in_scope, perturb
 from fsam_core.torch.replay import Replay
 
@@ -142,7 +142,7 @@ def corrected(inputs: StepInputs, batch: Any, rest: Sequence[Any]) -> StepResult
     base_norm = local_norm(config.parallel, scope, g_B) if backward else None
     ascends = {"full": g_B, "part": g_S, "none": None}[source]
     norm = base_norm if method.direction.name == "full" else None
-    moved, length = perturb(inputs, scope, ascends, norm=norm)
+    moved, epsilon = perturb(inputs, scope, ascends, norm=norm)
     if method.fraction == 1:
         g_S = g_B
     onto = {} if exact else base_minus_correction(config.parallel, g_B, g_S, w)
@@ -172,7 +172,7 @@ def corrected(inputs: StepInputs, batch: Any, rest: Sequence[Any]) -> StepResult
             sums.collect()
     g_hat = sums.take()
     with_gradient(g_hat)
-    return StepResult(g_hat, base.loss, moved_loss, base.weight, base_norm, length)
+    return StepResult(g_hat, base.loss, moved_loss, base.weight, base_norm, epsilon)
 
 
 def _gradients_of(tensors: Sequence[Tensor]) -> list[Tensor]:

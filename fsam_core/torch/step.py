@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
@@ -16,29 +16,33 @@ from fsam_core.regions import in_torch
 from fsam_core.schedules import ALWAYS, Schedule
 from fsam_core.scopes import Blocks
 from fsam_core.split import micro_batches
-from fsam_core.torch import correction, cotangents, gradients, heads, optimizers, passes
-from fsam_core.torch.dtensor import like, local
+from fsam_core.torch import correction, gradients, heads, optimizers, passes, update
+from fsam_core.torch.carried import Carried
+from fsam_core.torch.gradient_sum import clear_gradients
 from fsam_core.torch.gradients import Gradients
-from fsam_core.torch.info import Info
+from fsam_core.torch.info import Figures, Info
 from fsam_core.torch.loss_scale import LossScale, Scaling
 from fsam_core.torch.parallel import Sync, detect_parallelism, plain_name
-from fsam_core.torch.passes import Features, PassConfig
+from fsam_core.torch.pass_config import Features, PassConfig
 from fsam_core.torch.perturbation import StepInputs, StepResult
 from fsam_core.torch.replay import Replay
 from fsam_core.torch.staged import SharedPrefix, Staged
+from fsam_core.torch.update import Found, Verdict
 from fsam_core.torch.weights import Weights
 from fsam_kernels.memory import AUTO, Memory
 from fsam_kernels.torch.adamw import AdamW
+
+MOST_UNREAD = 2  # steps whose figures, and with them batches, may wait on the device for the host
 
 
 class Step:
     """One optimizer step of `method`, which replaces forward, backward and `optimizer.step()`.
 
-    Attributes:
-        ops: the backend's operations.
-        info: the results of the last step, None before the first.
-        steps: completed optimizer steps; the argument of every schedule.
-        skipped_steps: steps skipped because something was not finite. The optimizer does not count them.
+    Where the optimizers can clip and skip by tensors on a GPU, the host waits for nothing between backward pass and
+    update. It waits where `info`, `steps` or `skipped_steps` is read, and for the step before the last but one. A label
+    or weight that cannot be right is then reported by whichever of these comes first.
+
+    `ops` has the backend's operations.
     """
 
     def __init__(
@@ -116,8 +120,9 @@ class Step:
             raise UserError("scaler: masters take loss_scale=LossScale() instead; a GradScaler does not know them")
         self.model, self.optimizer, self.method, self.schedule = model, optimizer, method, schedule
         self.features, self.memory, self.clip_norm = features, memory, clip_norm
-        self.steps = self.skipped_steps = 0
-        self.info: Info | None = None
+        self._steps = self._skipped_steps = 0
+        self._info: Info | None = None
+        self._unread: tuple[Found, ...] = ()  # steps whose figures are still on the device
         chosen = backends.choose("torch", backend)
         for device in sorted({p.device.type for p in model.parameters()}):
             backends.check_device(chosen.name, device)
@@ -127,9 +132,7 @@ class Step:
         self._parallel, self._weights = parallel, Weights(parallel, copies)
         self._replay = Replay(parallel.inner)
         self._local = sync == "local" and parallel.count > 1
-        # Between steps: ĝ of the last one that was taken, and the last correction, where the method needs them.
-        self._previous: Gradients = {}
-        self._correction: Gradients = {}
+        self._carried = Carried(method, schedule)
         embeddings = (m for m in parallel.inner.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag))
         self._sparse = {m.weight for m in embeddings if m.sparse}
         self._outside: set[Any] = set()
@@ -141,13 +144,37 @@ class Step:
             self._outside = {p for p, name in names.items() if not moves.get(name, True)}
             every = dict.fromkeys(self._params(), "") | names
             moving = {p: name for p, name in every.items() if p not in self._outside}
-            if method.precondition == "adam":
+            if method.needs_v:
                 optimizers.check_second_moments(self._optimizers, moving)
             if isinstance(features, Staged):
                 self._shares_prefix = SharedPrefix(features, parallel.inner, method, moving, self._replay)
 
+    @property
+    def info(self) -> Info | None:
+        """The results of the last step, None before the first."""
+        self._read_figures(wait=True)
+        return self._info
+
+    @property
+    def steps(self) -> int:
+        """Completed optimizer steps; the argument of every schedule."""
+        self._read_figures(wait=True)
+        return self._steps
+
+    @steps.setter
+    def steps(self, count: int) -> None:
+        self._read_figures(wait=True)
+        self._steps = count
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps skipped because something was not finite. The optimizer does not count them."""
+        self._read_figures(wait=True)
+        return self._skipped_steps
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Step:
         """A step of a copied model and copied optimizers; `copy.deepcopy` of both together with it keeps them one."""
+        self._read_figures(wait=True)
         new = object.__new__(type(self))
         memo |= {id(self): new, id(self.ops): self.ops}  # a module cannot be copied
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
@@ -157,21 +184,22 @@ class Step:
         """Take one step; returns the mean loss at θ, detached.
 
         `batch` is what `features` takes, whatever the loader gives. The gradient of `MicroBatches([...])` is that of
-        one batch of them all, in which each token has the same weight. `.grad` is ĝ afterwards, clipped, and None if
-        the step was skipped; what it was before is lost. If a pass raises, weights and optimizer state are as before.
+        one batch of them all, in which each token has the same weight. `.grad` is ĝ afterwards, and None if the host
+        knows that the step was skipped; what it was before is lost. If a pass raises, weights and optimizer state are
+        as before.
 
         Raises:
             UserError: for what the step cannot do right with this batch, and in `torch.inference_mode`.
         """
+        on_device = self._stays_on_device()
         try:
-            loss, g_hat, clip = self._gradient(batch)
-            assert self.info is not None
+            found = self._gradient(batch, read=not on_device)
             with in_torch("update"):
-                self._update(g_hat, clip, self.info.skipped)
+                self._update(found.g_hat, update.verdict(found, self.clip_norm))
         finally:
             self._weights.sync_from_masters()
-        self._count()
-        return loss
+        self._note(found)
+        return found.loss
 
     def gradient(self, batch: Any, *, clip: bool = False, keep_grad: bool = False) -> Tensor:
         """A step whose update is the caller's: it counts the step, and leaves ĝ in every parameter's `.grad`.
@@ -195,67 +223,51 @@ class Step:
         """
         before = {p: p.grad for p in self._params() if p.grad is not None} if keep_grad else {}
         try:
-            loss, g_hat, factor = self._gradient(batch)
-            assert self.info is not None
-            if self._scaler is not None or not self.info.skipped:
-                gradients.write(self._scaled(g_hat, factor if clip else 1.0, self.info.skipped), self._sparse)
+            found = self._gradient(batch, read=True)
+            verdict = update.verdict(found, self.clip_norm if clip else None)
+            if self._scaler is not None:
+                gradients.write(update.for_scaler(found.g_hat, verdict, self._scale()), self._sparse)
+            elif not verdict.skip:
+                gradients.write(update.clipped(found.g_hat, verdict.clip), self._sparse)
         finally:
             self._weights.sync_from_masters()
             for p, grad in before.items():
                 p.grad = grad if p.grad is None else p.grad + grad
-        self._count()
-        return loss
+        self._note(found)
+        return found.loss
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs besides the model's and the optimizer's own state.
 
-        Two counts, and the loss scale where there is one; with ascent="previous" or between="reuse" also one tensor for
-        each parameter.
+        Two counts, and the loss scale where there is one; one tensor for each parameter with an ascent that remembers,
+        and with between="reuse"; two norms with norm_from="previous".
         """
         state: dict[str, Any] = {"steps": self.steps, "skipped_steps": self.skipped_steps}
         if self._scaling is not None:
             state["loss_scale"] = self._scaling.state()
-        for name, of in (("previous", self._previous), ("correction", self._correction)):
-            if self._remembers(name):
-                every = {p: like(p, of[p]) if p in of else torch.zeros_like(p) for p in self._params()}
-                state[name] = {str(i): x for i, x in enumerate(every.values())}
-        return state
+        return state | self._carried.state_dict(self._params())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned. What a checkpoint of another method does not have starts from zero."""
-        self.steps, self.skipped_steps = int(state["steps"]), int(state["skipped_steps"])
+        self._read_figures(wait=True)
+        self._steps, self._skipped_steps = int(state["steps"]), int(state["skipped_steps"])
         if self._scaling is not None and "loss_scale" in state:
             self._scaling.load(state["loss_scale"])
-        self._previous, self._correction = (self._loaded(name, state) for name in ("previous", "correction"))
-
-    def _loaded(self, name: str, state: dict[str, Any]) -> Gradients:
-        if not self._remembers(name):
-            return {}
-        of = {p: state.get(name, {}).get(str(i)) for i, p in enumerate(self._params())}
-        return {p: local(x.to(p.device, p.dtype)) for p, x in of.items() if x is not None}
-
-    def _remembers(self, name: str) -> bool:
-        """Whether "previous" or "correction" goes from step to step."""
-        if not isinstance(self.method, Perturbed):
-            return False
-        return self.method.direction.remembers if name == "previous" else self.schedule.between == "reuse"
+        self._carried.load(state, self._params())
 
     def _params(self) -> list[Any]:
         """The optimizers' tensors."""
         return optimizers.params(self._optimizers)
 
-    def _count(self) -> None:
-        assert self.info is not None
-        self.skipped_steps += self.info.skipped
-        self.steps += not self.info.skipped
-
     @torch.enable_grad()
-    def _gradient(self, batch: Any) -> tuple[Tensor, Gradients, float]:
-        """(loss, ĝ, the factor that clips it)."""
+    def _gradient(self, batch: Any, *, read: bool) -> Found:
+        """ĝ and the step's figures, which the host waits for with `read`."""
         if torch.is_inference_mode_enabled():
             raise UserError("a step takes gradients, which torch.inference_mode() cannot; call it outside")
         batches = micro_batches(batch)
-        kind = self.schedule.kind(self.steps) if isinstance(self.method, Perturbed) else "plain"
+        self._read_figures(wait=read or len(self._unread) >= MOST_UNREAD)
+        perturbs = isinstance(self.method, Perturbed)
+        kind = "plain" if not perturbs else "corrected" if self.schedule == ALWAYS else self.schedule.kind(self.steps)
         local = self._local and kind == "corrected"
         config = PassConfig(
             ops=self.ops,
@@ -269,32 +281,57 @@ class Step:
             loss_scale=self._scale(),
             reduces=not local,
         )
-        self._check_hooks(config)
+        optimizers.check_hooks([*config.params, *self._weights.copies.values()])
         try:
             result = self._corrected(config, batches, local) if kind == "corrected" else self._plain(config, batches)
             base_norm, g_hat = result.base_norm, result.g_hat
             if kind == "reused":
-                g_hat = {p: g.add_(self._correction[p]) if p in self._correction else g for p, g in g_hat.items()}
+                g_hat = self._carried.reused(self._parallel, g_hat)
             norm = base_norm if kind == "plain" else gradients.local_norm(self._parallel, config.params, g_hat)
-            scalars = self._reduced(result, norm, local)
-            self.info = info = Info.read(result.weight * self._parallel.count, *scalars)
-            if info.skipped:
+            scalars, norms = self._reduced(result, norm, local)
+            weight = result.weight if self._parallel.count == 1 else result.weight * self._parallel.count
+            figures = Figures(*scalars[:2], weight, *scalars[2:])
+            found = Found(scalars[0], g_hat, scalars[3], figures, config, batches, figures.read() if read else None)
+            if found.info is not None and found.info.skipped:
                 self._explain(config, batches)
         except BaseException:
-            passes.clear_gradients(config)
+            clear_gradients(config)
             self._parallel.reset()
             raise
-        if self._scaling is not None:
-            self._scaling.seen(info.skipped)
-        if self._remembers("previous") and not info.skipped:
-            # A copy: the optimizer's zero_grad(set_to_none=False) writes over what is in `.grad`.
-            self._previous = {p: g.clone() for p, g in g_hat.items()}
-        if result.correction is not None and not info.skipped:
-            self._correction = result.correction
-        clips = self.clip_norm is not None and not info.skipped and info.grad_norm > self.clip_norm
-        loss = scalars[0]
-        assert loss is not None
-        return loss, g_hat, (self.clip_norm or 1.0) / info.grad_norm if clips else 1.0
+        if found.info is not None:
+            if self._scaling is not None:
+                self._scaling.seen(found.info.skipped)
+            if not found.info.skipped:
+                self._carried.update(result, g_hat, norms)
+        return found
+
+    def _stays_on_device(self) -> bool:
+        """Whether nothing between backward pass and update needs a figure on the host."""
+        if any((self._scaler, self._scaling, self._sparse, self._carried.keeps)):
+            return False
+        return update.can_stay_on_device(self._optimizers, self._params(), self._parallel.sharded)
+
+    def _note(self, found: Found) -> None:
+        """Count a step that has ended, or have it counted when its figures are read."""
+        if found.info is None:
+            self._unread = (*self._unread, found._replace(g_hat={}))
+        else:
+            self._count(found.info)
+
+    def _count(self, info: Info) -> None:
+        self._info = info
+        self._skipped_steps += info.skipped
+        self._steps += not info.skipped
+
+    def _read_figures(self, wait: bool) -> None:
+        """Read the figures of steps that were decided on the device: all, or those that have arrived."""
+        while self._unread and (wait or self._unread[0].figures.has_arrived()):
+            found, *others = self._unread
+            self._unread = tuple(others)
+            info = found.figures.read()
+            self._count(info)
+            if info.skipped:
+                self._explain(found.config, found.batches)
 
     def _plain(self, config: PassConfig, batches: list[Any]) -> StepResult:
         g_B, base = passes.loss_and_grad(config, batches)
@@ -306,39 +343,44 @@ class Step:
         inputs = StepInputs(
             config=config,
             method=self.method,
-            step=self.steps,
+            completed=lambda: self.steps,
             clip_norm=self.clip_norm,
-            previous=self._previous,
+            previous=self._carried.previous,
+            norms=self._carried.norms,
             outside=self._outside,
-            keeps_correction=self._remembers("correction"),
+            keeps_correction=self._carried.keeps_correction,
             shares_prefix=self._shares_prefix,
         )
         return correction.corrected(inputs, batches, local=local)
 
-    def _reduced(self, result: StepResult, norm: Any, local: bool) -> list[Any]:
-        """(loss, perturbed loss, base norm, norm, ‖ε‖₂) over all ranks, so that they skip a step all or none."""
-        losses, reduce = (result.loss, result.moved_loss), self._parallel.all_reduce_scalars
-        if local:
-            loss, moved, base, length, norm = reduce((*losses, result.base_norm, result.length), (norm,))
-            return [loss, moved, base, norm, length]
-        return [*reduce(losses, (result.base_norm, norm)), result.length]
+    def _reduced(self, result: StepResult, norm: Any, local: bool) -> tuple[list[Any], Sequence[Any]]:
+        """(loss, perturbed loss, base norm, norm, ‖ε‖₂, its error) over all ranks, and the norms for the next step.
 
-    def _update(self, g_hat: Gradients, clip: float, skipped: bool) -> None:
+        All ranks see the same, and so skip a step all or none.
+        """
+        losses, reduce, epsilon = (result.loss, result.moved_loss), self._parallel.all_reduce_scalars, result.epsilon
+        length = epsilon.length if epsilon else None
+        if local:
+            loss, moved, base, length, norm = reduce((*losses, result.base_norm, length), (norm,))
+            return [loss, moved, base, norm, length, None], ()
+        if epsilon is None or epsilon.norms is None or epsilon.divisor is None:
+            return [*reduce(losses, (result.base_norm, norm)), length, None], ()
+        *figures, length, ascent, now = reduce(losses, (result.base_norm, norm, length, *epsilon.norms))
+        assert now is not None
+        error = torch.where(epsilon.divisor == 0, 0, now / torch.where(epsilon.divisor == 0, 1, epsilon.divisor)) - 1
+        return [*figures, length, error], (ascent, now)
+
+    def _update(self, g_hat: Gradients, verdict: Verdict) -> None:
         if self._scaler is not None:
-            gradients.write(self._scaled(g_hat, clip, skipped), self._sparse)
+            gradients.write(update.for_scaler(g_hat, verdict, self._scale()), self._sparse)
             for optimizer in self._optimizers:
                 self._scaler.step(optimizer)
             self._scaler.update()
-        elif not skipped:
-            fused = [one for one in self._optimizers if isinstance(one, AdamW)]
-            in_optimizer = len(fused) == len(self._optimizers)
-            gradients.write(g_hat if in_optimizer else self._scaled(g_hat, clip, False), self._sparse)
-            how: dict[str, Any] = {"clip": clip} if in_optimizer else {}
-            for optimizer in self._optimizers:
-                optimizer.step(**how)
-            if in_optimizer:
-                self._weights.mark_synced()  # it has written the copies of its masters
-        if skipped:
+        elif verdict.skip is not True:
+            update.apply(self._optimizers, g_hat, verdict, self._sparse)
+            if all(isinstance(one, AdamW) for one in self._optimizers):
+                self._weights.mark_synced()  # they have written the copies of their masters
+        if verdict.skip is True:
             for p in self._params():
                 p.grad = None
 
@@ -349,24 +391,6 @@ class Step:
             return self._scaler.scale(torch.ones((), device=device))
         return 1.0 if self._scaling is None else self._scaling.scale
 
-    def _scaled(self, g_hat: Gradients, clip: float, skipped: bool) -> Gradients:
-        """ĝ, clipped, in place, and as the scaler expects it."""
-        if skipped:  # each optimizer is to skip, also where its own part of ĝ is finite
-            return {p: torch.full_like(g, torch.inf) for p, g in g_hat.items()}
-        if clip != 1:
-            torch._foreach_mul_(list(g_hat.values()), clip)
-        if self._scaler is not None:
-            torch._foreach_mul_(list(g_hat.values()), self._scale())
-        return g_hat
-
-    def _check_hooks(self, config: PassConfig) -> None:
-        hooked = [p for p in (*config.params, *self._weights.copies.values()) if p._post_accumulate_grad_hooks]
-        if hooked:
-            raise UserError(
-                f"model: {len(hooked)} parameters have post-accumulate-grad hooks, which would run in every pass of a "
-                "step; remove them, and act on .grad after step.gradient(batch)"
-            )
-
     def _explain(self, config: PassConfig, batches: list[Any]) -> None:
         """Raise for labels and weights that cannot be right; on a CPU the pass itself has done so."""
         if all(p.device.type == "cpu" for p in config.params):
@@ -374,26 +398,3 @@ class Step:
         with torch.no_grad(), self._replay.replayed():
             for batch in batches:
                 heads.flat(config.parallel.call_features(config.features, batch), "now")
-
-
-def mean_loss(
-    features: Features, *, memory: Memory = AUTO, backend: str | None = None
-) -> Callable[[nn.Module, Any], Tensor]:
-    """(model, batch) -> mean loss with the same head, for evaluation: no gradient, no N×V tensor.
-
-    For a model in DistributedDataParallel or under `fully_shard` it is the mean over the batches of all ranks, and all
-    ranks must call it.
-    """
-    ops = backends.load("torch", backend)
-
-    @torch.no_grad()
-    def loss(model: nn.Module, batch: Any) -> Tensor:
-        parallel = detect_parallelism(model)
-        found = heads.flat(parallel.call_features(features, batch))
-        weight = parallel.mean(found[0].count)
-        unit = torch.where(weight > 0, weight, 1)
-        every = zip(found, cotangents.divisors(found, unit), strict=True)
-        losses = [cotangents.cotangent(ops, head, by, memory, gradient=False)[0] for head, by in every]
-        return parallel.mean(torch.stack(losses).sum())
-
-    return loss

@@ -40,10 +40,12 @@ class Weights:
 
     Attributes:
         copies: master -> the model's parameter that is cast from it; empty where the optimizer has the parameters.
+        masters: the inverse of `copies`.
     """
 
     def __init__(self, parallel: Parallel, copies: Mapping[Tensor, nn.Parameter]) -> None:
         self.copies = dict(copies)
+        self.masters = {p: master for master, p in copies.items()}
         self._parallel = parallel
         self._needs_sync = False
         self._cloned_heads: dict[int, tuple[Tensor | None, ...]] = {}
@@ -117,8 +119,7 @@ class Weights:
         if self._parallel.sharded:
             self._cloned_heads.clear()
         if self._needs_sync:
-            for master, p in self.copies.items():
-                p.data.copy_(master.detach())
+            torch._foreach_copy_([p.data for p in self.copies.values()], [master.data for master in self.copies])
             self.mark_synced()
 
     def mark_synced(self) -> None:

@@ -25,6 +25,9 @@ HEADS: dict[str, Head] = {
     "gpt2": Head(8192, 768, 50257),  # a vocabulary no tile divides
     "llama3-8b": Head(8192, 4096, 128256),
 }
+# And those of Vision Transformers, a row an image. 1,000 classes are no multiple of 16, so that loads of rows are
+# of single values, in a head that is a thousandth of a step: kernels are not judged by them.
+ALL_HEADS: dict[str, Head] = HEADS | {"vit-s16": Head(1024, 384, 1000), "vit-b16": Head(1024, 768, 1000)}
 
 
 def decoder(layers: int, D: int, V: int = 32768, positions: int = 512) -> list[tuple[int, ...]]:
@@ -42,10 +45,21 @@ def _gpt2(layers: int = 12, D: int = 768, V: int = 50257, positions: int = 1024)
     return [(V, D), (positions, D), *(layers * layer), *affine]
 
 
+def _vit(
+    D: int, layers: int = 12, V: int = 1000, values: int = 16 * 16 * 3, positions: int = 196
+) -> list[tuple[int, ...]]:
+    """The trainers' Vision Transformer of 16 x 16 patches, its head first as the others have their vocabulary."""
+    block: list[tuple[int, ...]] = [(D,), (D, 3 * D), (D, D), (D,), (D, 4 * D), (4 * D, D)]
+    with_biases = [shape for one in block for shape in ((one, one) if len(one) == 1 else (one, one[1:]))]
+    return [(V, D), (V,), (values, D), (D,), (positions, D), *(layers * with_biases), (D,), (D,)]
+
+
 # Weights of whole models, for the operations in parameter space.
 WEIGHTS: dict[str, list[tuple[int, ...]]] = {
     "24m": decoder(6, 576),
     "118m": decoder(6, 1280),
     "1208m": decoder(24, 2048),
     "gpt2": _gpt2(),
+    "vit-s16": _vit(384),
+    "vit-b16": _vit(768),
 }

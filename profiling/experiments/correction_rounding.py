@@ -10,6 +10,7 @@ already, as an implementation without masters does.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -25,11 +26,12 @@ from rich.table import Table
 
 import fsam_core.jax as fsam
 from fsam_core import UserError
+from fsam_trainers.config import Settings
 from fsam_trainers.data import Batches, prepare
 from fsam_trainers.files import write_json
 from fsam_trainers.jax import engine
 from fsam_trainers.models import flax_decoder
-from study import Study, settings_of
+from fsam_trainers.presets import preset
 
 BF16 = jnp.bfloat16
 
@@ -59,12 +61,12 @@ def rounded(tree: Any) -> Any:
 
 def measure(options: RoundingOptions) -> list[dict[str, Any]]:
     """One row for each ρ and each place where bfloat16 is used."""
-    study = Study(steps=options.steps + options.batches, batch=options.batch, preset=options.preset)
-    settings = settings_of(study, "AdamW")
+    size = preset(options.preset, "text")
+    steps, sizes = options.steps + options.batches, size.model(tied=True, dropout=0.0)
+    schedule: dict[str, Any] = {"learning_rate": size.learning_rate, "warmup": steps // 10}
+    settings = Settings("jax", "adamw", sizes, steps, options.batch, **schedule)
     model = flax_decoder.Decoder(settings.model)
-    corpus = prepare(
-        study.data, vocab_size=settings.model.vocab_size, seq_len=settings.model.seq_len, max_tokens=300_000
-    )
+    corpus = prepare("python", vocab_size=sizes.vocab_size, seq_len=sizes.seq_len, max_tokens=300_000)
     batches = Batches(corpus.train, settings.model.seq_len, settings.batch, settings.seed)
     adamw = engine.optimizer(settings)
     features = partial(flax_decoder.features, model)
@@ -87,7 +89,7 @@ def measure(options: RoundingOptions) -> list[dict[str, Any]]:
 
     rows = []
     for rho in options.rhos:
-        method = settings_of(study, "exact", rho=rho).as_method()
+        method = dataclasses.replace(settings, method="precond-functional-sam", rho=rho).as_method()
         of = {name: jax.jit(_correction(f, method, settings)) for name, f in places.items()}
         # Weights that are bfloat16 already lose any perturbation below half an ulp.
         of["perturbed in place"] = jax.jit(_in_place(features, method, settings))

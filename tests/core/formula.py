@@ -26,6 +26,10 @@ def remembered(weights: Arrays) -> Arrays:
     return {k: v * 100 - 0.05 for k, v in moments(weights, seed=12).items()}
 
 
+LAST_NORMS = 0.5, 0.2
+"""Of a previous step: ‖a‖, and what ε was divided by, over the clipping factor."""
+
+
 def part_of(batches: list[Arrays], fraction: float) -> list[Arrays]:
     """S: whole micro-batches first, then every n-th row of the next one."""
     whole, share = divmod(Fraction(fraction).limit_denominator(64) * len(batches), 1)
@@ -69,6 +73,7 @@ class Formula:
     ) -> None:
         self.hidden, self.method, self.clip_norm, self.holds, self.drawn = hidden, method, clip_norm, holds, drawn
         self.steps, self.loss_options, self.ignore_index = steps, loss, ignore_index
+        self.last = method.norm_from == "previous"
 
     def __call__(self, weights: Arrays, batches: list[Arrays]) -> tuple[Arrays, float]:
         """(ĝ, ‖ε‖₂). The second moments are `moments`, the first `momenta`, the previous gradient `remembered`."""
@@ -78,6 +83,7 @@ class Formula:
             "momentum": momenta(weights),
             "-momentum": {k: -x for k, x in momenta(weights).items()},
             "previous": remembered(weights),
+            "vasso": remembered(weights),
             "random": self.drawn or {},
         }
         known = {name: _tensors(tree) for name, tree in state.items()}
@@ -96,6 +102,8 @@ class Formula:
         method = self.method
         B, S = _joined(batches), _joined(part_of(batches, method.fraction))
         ascent = known.get(method.direction.name)
+        if method.direction.name == "vasso":
+            ascent = {k: 0.6 * ascent[k] + 0.4 * x for k, x in self._base(theta, B).items()}
         if ascent is None:
             share = method.share if method.ascent == "part" else method.fraction
             of = {"part": part_of(batches, share), "rest": rest_of(batches, share)}
@@ -116,7 +124,7 @@ class Formula:
     def _perturbation(self, theta: Tensors, a: Tensors, nu: Tensors) -> Tensors:
         method, c = self.method, 1.0
         if self.clip_norm is not None and method.norm != "none":
-            c = min(1.0, self.clip_norm / float(_norm(a)))
+            c = min(1.0, self.clip_norm / (LAST_NORMS[0] if self.last else float(_norm(a))))
         a = {k: c * x for k, x in a.items()}
         d = dict(a)
         if method.precondition == "weights":
@@ -133,6 +141,8 @@ class Formula:
             lengths = dict.fromkeys(d, sum((a[k] * d[k]).sum() for k in d).sqrt())
         elif method.norm == "none":
             lengths = dict.fromkeys(d, 1.0)
+        if self.last:
+            lengths = dict.fromkeys(d, c * LAST_NORMS[1])
         rho = method.rho / method.fraction if method.form == "split" else method.rho
         return {k: rho * x / lengths[k] for k, x in d.items()}
 

@@ -12,12 +12,13 @@ CLOSE = 1e-5
 METHODS = ("adamw", "adamw-clip", "sam", "precond-sam", "functional", "precond-functional", "logit")
 OPTIONS = (
     "precond-functional-micro", "half-of-four", "quarter", "quarter-part", "quarter-sam", "quarter-logit", "hidden",
-    "hidden-quarter", "every", "reuse", "start", "momentum", "previous", "random", "micro", "own-ascent", "top", "dual",
-    "per-tensor", "split", "split-functional", "split-known", "heads", "hidden-heads",
+    "hidden-quarter", "every", "reuse", "start", "momentum", "previous", "memory", "looksam", "random", "micro",
+    "own-ascent", "top", "dual", "per-tensor", "split", "split-functional", "split-known", "heads", "hidden-heads",
 )  # fmt: skip
 DATA = (
     "ddp:precond-functional-micro:3", "ddp-views:quarter:3", "ddp:hidden:3", "fsdp:quarter-part:3", "fsdp:logit:3",
     "hsdp:precond-sam:3", "ddp:hidden-heads:3", "fsdp:heads:3", "ddp:split:3", "fsdp:split-functional:3",
+    "fsdp:memory:3",
 )  # fmt: skip
 TENSOR = (
     "tensor:precond-functional-micro:3", "tensor:quarter-part:3", "tensor:random:3", "fsdp-tensor:adamw-clip:3",
@@ -35,6 +36,16 @@ BEHAVIOUR = (
     "run:same-tensor", "run:same-fsdp-tensor", "run:raising-tensor", "run:raising-fsdp-tensor",
     "run:not-finite-tensor", "run:checkpointed", "run:evaluated-tensor", "run:mixed", "run:refused-tensor",
 )  # fmt: skip
+
+
+def of_kind(kind: str, kinds: tuple[str, ...]) -> list[str]:
+    """What a way to wrap the model is tried with: the first of `kinds` with everything, each other with a third.
+
+    Three that follow one another have everything between them.
+    """
+    i = kinds.index(kind)
+    names = (*METHODS, *OPTIONS) if i == 0 else ("precond-functional", *OPTIONS[i % 3 :: 3], *METHODS[i % 3 :: 3])
+    return [f"{kind}:{name}" for name in dict.fromkeys(names)]
 
 
 def run(folder: Path, cases: list[str]) -> list[dict]:

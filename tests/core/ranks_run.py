@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from fsam_core import schedules
 from fsam_core import torch as fsam
+from fsam_core.combining import looksam
 from fsam_core.torch import SAM, Ascent, FunctionalSAM, LinearHead, LogitSAM, MicroBatches, Plain, Schedule, Step
 
 RANKS, V, D, L, ROWS = 4, 37, 8, 5, 16
@@ -73,6 +74,8 @@ CASES = {
     "start": Case(FunctionalSAM(0.1, **ADAM), schedule=Schedule(start=10)),
     "momentum": Case(FunctionalSAM(0.1, **ADAM, ascent="momentum")),
     "previous": Case(SAM(0.1, ascent="previous"), clip=0.1),
+    "memory": Case(SAM(0.1, ascent="vasso", norm_from="previous"), clip=0.1),
+    "looksam": Case(SAM(0.1, reuse=looksam(0.7)), schedule=Schedule(every=2, between="reuse")),
     "random": Case(FunctionalSAM(0.1, ascent="random")),
     "micro": Case(FunctionalSAM(0.1, ascent="micro"), micro=2),
     "own-ascent": Case(SAM(0.1, ascent=Ascent("surprise", lambda s: s.map(torch.sub, s.gradient, s.momentum)))),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
-from formula import momenta, remembered
+from formula import LAST_NORMS, momenta, remembered
 from problems import B2, EPS, STEPS, Weights, adamw, as_given, as_torch, head, logits_of, moments
 
 from fsam_core import Blocks
@@ -107,12 +107,17 @@ def got(
         options = {"clip_norm": clip_norm, "blocks": BLOCKS, "memory": memory}
         step = in_torch.Step(net, optimizer, method, features=features, **options)
         previous = {str(i): torch.from_numpy(last[name]) for i, (name, _) in enumerate(net.named_parameters())}
-        step.load_state_dict({"steps": STEPS, "skipped_steps": 0, "previous": previous})
+        norms = torch.tensor(LAST_NORMS, dtype=torch.float64)
+        step.load_state_dict({"steps": STEPS, "skipped_steps": 0, "previous": previous, "norms": norms})
         step.gradient(as_torch(batch))
         return step.info, {k: p.grad.numpy() for k, p in net.named_parameters()}
     grad = in_jax.value_and_grad(features, method, b2=B2, eps=EPS, clip_norm=clip_norm, blocks=BLOCKS, memory=memory)
     params, batch = jax.tree.map(jnp.asarray, (values, as_given(batch)))
     state = optax.ScaleByAdamState(jnp.int32(STEPS), mu, nu)
-    carry = in_jax.Carry(previous=jax.tree.map(jnp.asarray, last)) if method.direction.remembers else None
+    zeros = in_jax.carry_of(method, params)
+    carry = in_jax.Carry(
+        previous=jax.tree.map(jnp.asarray, last) if zeros.previous else None,
+        norms=zeros.norms and type(zeros.norms)(*map(jnp.asarray, LAST_NORMS)),
+    )
     (_, info), grads = jax.jit(grad)(params, batch, state, carry)[:2]
     return info, {k: np.asarray(x) for k, x in grads.items()}

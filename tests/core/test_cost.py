@@ -147,6 +147,16 @@ def test_operations_with_a_head_of_its_own(framework, case):
     assert predicted(framework, o, untied) == pytest.approx(counted_in(framework, o, untied), rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("framework", "case"),
+    [("torch", "eighth"), ("jax", "adamw"), pytest.param("jax", "eighth", marks=pytest.mark.slow)],
+)
+def test_operations_of_a_gated_mlp_and_grouped_heads(framework, case):
+    shape: Any = {"rms_norm": True, "rotary": True, "swiglu": True, "mlp_width": 192, "kv_heads": 1, "head_width": 32}
+    o, llama = options(framework, case), dataclasses.replace(CONFIG, **shape)
+    assert predicted(framework, o, llama) == pytest.approx(counted_in(framework, o, llama), rel=0.02)
+
+
 def test_wrong_count_is_noticed():
     """The negative control: one product with the head more or less is more than the tolerance."""
     kept, again = options("torch", "keep"), options("torch", "recompute")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from losses import LOSSES
 from problems import FRAMEWORKS, Weights, as_given, as_torch, batch_of, linear, mlp, mlp_logits, values
 
 from fsam_core import UserError
@@ -21,13 +22,6 @@ from fsam_core.jax import curvature as jax_curvature
 from fsam_core.torch import curvature as torch_curvature
 from fsam_kernels.memory import Memory
 from fsam_kernels.options import Loss
-
-LOSSES = {
-    "smoothed": Loss(label_smoothing=0.2),
-    "z-loss": Loss(z_loss=0.05),
-    "capped": Loss(soft_cap=1.5),
-    "all": Loss(label_smoothing=0.1, z_loss=0.02, soft_cap=2.0),
-}
 
 
 @pytest.fixture(autouse=True)

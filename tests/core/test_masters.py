@@ -204,3 +204,12 @@ def test_plain_over_masters_is_mixed_precision_training():
     step(batch())
     assert isinstance(bf16_mlp(model, batch()), LinearHead)
     assert is_cast(model, optimizer)
+
+
+def test_head_gradient_over_masters_is_as_it_was_summed():
+    """The head's gradient stays in float32; what autograd gives has the weights' bits."""
+    _, optimizer, step = made(FunctionalSAM(0.1))
+    step.gradient(batch())
+    of_a, of_w = (master.grad for master in optimizer.copies)
+    assert torch.equal(of_a, of_a.bfloat16().float())
+    assert not torch.equal(of_w, of_w.bfloat16().float())

@@ -137,7 +137,15 @@ def test_describe_gives_plain_values():
         "ascent_fraction": None,
         "scope": "all",
     }
-    assert got == {**named, "cut": "logits", "seed": 0, "combine": None, "eta": 0.01}
+    assert got == {
+        **named,
+        "cut": "logits",
+        "seed": 0,
+        "combine": None,
+        "eta": 0.01,
+        "norm_from": "current",
+        "reuse": None,
+    }
     assert isinstance(describe(SAM(lambda step: 0.1))["rho"], str)
     mine = describe(SAM(0.1, ascent=Ascent("mine", lambda seen: seen.momentum), scope=lambda name: True))
     assert mine["ascent"] == "mine"

@@ -3,10 +3,11 @@
 import re
 
 import pytest
-from rank_cases import CLOSE, DATA, METHODS, OPTIONS, assert_close, every_rank, run
+from rank_cases import CLOSE, DATA, assert_close, every_rank, of_kind, run
 
 WEIGHTS_BYTES = 4 * (37 * 8 + 2 * (8 + 2 * 8 * 24))  # of the script's model, in float32
-KINDS = ("ddp", "ddp-views", "ddp-unused", "ddp-static", "fsdp", "fsdp-remat", "hsdp")
+REPLICAS = ("ddp", "ddp-views", "ddp-unused", "ddp-static")
+SHARDS = ("fsdp", "fsdp-remat", "hsdp")
 COMPILED = ("ddp-compiled", "fsdp-compiled", "fsdp-remat-compiled")
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -17,9 +18,18 @@ def test_training_is_that_of_one_process(case, ranks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [*KINDS, *COMPILED])
-def test_every_option_trains_as_in_one_process(kind, tmp_path):
-    cases = [f"{kind}:{name}" for name in (*METHODS, *OPTIONS)]
+@pytest.mark.parametrize(("kind", "kinds"), [(x, kinds) for kinds in (REPLICAS, SHARDS) for x in kinds])
+def test_every_option_trains_as_in_one_process(kind, kinds, tmp_path):
+    cases = of_kind(kind, kinds)
+    found = run(tmp_path, cases)
+    for case in cases:
+        assert_close(found, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", COMPILED)
+def test_compiled_model_trains_as_in_one_process(kind, tmp_path):
+    cases = of_kind(kind, ("", *COMPILED))
     found = run(tmp_path, cases)
     for case in cases:
         assert_close(found, case)

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from rank_cases import CLOSE, METHODS, OPTIONS, TENSOR, assert_close, every_rank, run
+from rank_cases import CLOSE, TENSOR, assert_close, every_rank, of_kind, run
 
 KINDS = ("tensor", "fsdp-tensor", "fsdp-tensor-remat")
 ROWS, WIDTH, PARTS = 16 * 5, 8, 4
@@ -18,7 +18,7 @@ def test_training_is_that_of_one_process(case, ranks):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_option_trains_as_in_one_process(kind, tmp_path):
-    cases = [f"{kind}:{name}" for name in (*METHODS, *OPTIONS)]
+    cases = of_kind(kind, KINDS)
     found = run(tmp_path, cases)
     for case in cases:
         assert_close(found, case)

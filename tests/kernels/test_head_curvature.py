@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from losses import LOSSES
 from operations import BACKENDS, back, to
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,13 +18,6 @@ from fsam_kernels import spec
 from fsam_kernels.options import Loss
 
 N, D, V = 13, 5, 11
-LOSSES = {
-    "plain": Loss(),
-    "smoothed": Loss(label_smoothing=0.2),
-    "z-loss": Loss(z_loss=0.05),
-    "capped": Loss(soft_cap=1.5),
-    "all": Loss(label_smoothing=0.1, z_loss=0.02, soft_cap=2.0),
-}
 
 
 @pytest.fixture(autouse=True)

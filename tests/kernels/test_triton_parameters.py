@@ -19,6 +19,7 @@ from operations import back
 from fsam_kernels import spec
 from fsam_kernels.shapes import WEIGHTS
 from fsam_kernels.torch import Adam
+from fsam_kernels.torch import lerp_ as plain_lerp_
 from fsam_kernels.torch import perturb as plain_perturb
 from fsam_kernels.torch import preconditioned_norm as plain_norm
 from fsam_kernels.torch.adamw import AdamW as PlainAdamW
@@ -31,6 +32,7 @@ if importlib.util.find_spec("triton") is None:
 
 from fsam_kernels.triton import tables
 from fsam_kernels.triton.adamw import AdamW, adamw
+from fsam_kernels.triton.lerp import lerp_
 from fsam_kernels.triton.perturb import perturb
 from fsam_kernels.triton.preconditioned_norm import preconditioned_norm
 from fsam_profiling.gpu import parameter_launches
@@ -187,6 +189,50 @@ def test_optimizer_steps_match_torch_and_its_checkpoint_resumes():
             assert (p - q).abs().max() <= 60 * HALF_UNITS * q.abs().max()
 
 
+@pytest.mark.parametrize("found", [0.0, 1.0])
+def test_update_or_skip_by_a_number_on_the_device(found):
+    each = [Update(1e-2, 0.9, B2, EPS, 0.1, 3)] * len(SHAPES)
+    mine, plain = ([tensors(0), tensors(1), tensors(2), [x.square() for x in tensors(3)]] for _ in range(2))
+    copies = [[torch.zeros_like(x) for x in tensors(0)] for _ in range(2)]
+    if found:
+        mine[1][0][0, 0] = plain[1][0][0, 0] = np.nan
+    for f, xs, written in ((adamw, mine, copies[0]), (plain_adamw, plain, copies[1])):
+        f(*xs, each, copy=written, clip=0.5, found_inf=torch.tensor(found))
+    for xs, ys in zip((mine[0], *mine[2:], copies[0]), (plain[0], *plain[2:], copies[1]), strict=True):
+        assert_close(xs, [back(y) for y in ys])
+    assert all(torch.equal(x, y) == bool(found) or not x.numel() for x, y in zip(mine[0], tensors(0), strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(mine[0], copies[0], strict=True))
+
+
+def test_step_counts_on_the_device(monkeypatch):
+    """The bias corrections of any count, by the kernel that reads it."""
+    module = parameter_launches.KERNELS["adamw_chunk"]
+
+    def counts(plan, settings):
+        found = [torch.tensor(float(settings[entry.place].step)) for entry in plan.entries]
+        plan.table[:, tables.SCALE] = [t.data_ptr() for t in found]
+        return found
+
+    each = [Update(1e-2, 0.9, 0.999, EPS, 0.1, t) for t in (1, 2, 3, 10, 1000, 12345, 2**20)]
+    lists = [tensors(0), tensors(1), tensors(2), [x.square() for x in tensors(3)]]
+    want = [[x.clone() for x in xs] for xs in lists]
+    adamw(*want, each)
+    monkeypatch.setattr(module, "_counts", counts)
+    adamw(*lists, each)
+    for xs, ys in zip(lists, want, strict=True):
+        assert_close(xs, [back(y) for y in ys])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 1.0])
+def test_lerp_has_the_values_of_pytorch(share):
+    mine, plain = ([tensors(0), tensors(1)] for _ in range(2))
+    mine[1][1], plain[1][1] = mine[1][1].bfloat16(), plain[1][1].bfloat16().float()
+    lerp_(*mine, torch.tensor(share))
+    plain_lerp_(*plain, torch.tensor(share))
+    assert_close(mine[0], [back(x) for x in plain[0]], units=4)
+    assert share or all(torch.equal(x, y) for x, y in zip(mine[0], tensors(0), strict=True))
+
+
 def unaligned(xs):
     return [torch.cat([x.new_zeros(1), x.view(-1)])[1:].view(x.shape) for x in xs]
 
@@ -322,6 +368,21 @@ def test_launch_tables_hold_addresses_and_chunks():
     table = launch.tables["table_ptr"]
     assert table[:, tables.LENGTH].tolist() == [40, 1, 16]
     assert (table[:, :4] // parameter_launches.REGION - table[0, 0] // parameter_launches.REGION == np.arange(4)).all()
+
+
+def test_a_table_stays_while_its_content_does():
+    x, v = torch.zeros(40), torch.zeros(40)
+    adam = [Adam(0.5, 0.25, 0.5)]
+
+    def sent(*arrays, **options):
+        (plan,) = tables.plans(arrays, adam)
+        return tables.table(plan, tables.direction_settings(plan), Rounding(), (), **options)
+
+    first = sent([x], [v])
+    assert sent([x], [v]) is first
+    assert sent([x], [v], changes=True) is not first
+    assert sent([x.clone()], [v]) is not first
+    assert len(tables._sent) <= tables.MOST_SENT
 
 
 def test_a_table_holds_addresses_settings_and_keys():

@@ -52,7 +52,7 @@ from fsam_kernels.triton import tables
 from fsam_profiling.gpu.parameter_launches import OPERATIONS, launches
 from fsam_profiling.gpu import code
 from fsam_profiling.gpu.parameters import count, read
-few = ("preconditioned_norm", "perturb to bfloat16 at random", "adamw, bfloat16 copy")
+few = ("preconditioned_norm", "perturb to bfloat16 at random", "adamw, bfloat16 copy", "lerp")
 rows = list(read(models=["gpt2"], operations=[each for each in OPERATIONS if each.name in few]))
 launch = launches(OPERATIONS[0], WEIGHTS["gpt2"])[0]
 launch.tables["table_ptr"][:, tables.ALIGNED] = 0

@@ -7,6 +7,7 @@ Either way memory sees 4 reads and 3 writes an element, and the write of the cop
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor
 
 from fsam_kernels.torch import rounding as rounds
-from fsam_kernels.torch.direction import Scratch, as_clip, entries, pieces
+from fsam_kernels.torch.direction import SMALL, Scratch, accum_dtype, as_clip, entries, pieces
 from fsam_kernels.torch.rounding import Rounding
+
+HOST = torch.device("cpu")
 
 
 class Update(NamedTuple):
@@ -40,6 +43,7 @@ def adamw(
     clip: Tensor | float = 1.0,
     copy: Sequence[Tensor] | None = None,
     rounding: Rounding = rounds.NEAREST,
+    found_inf: Tensor | None = None,
 ) -> None:
     """One step of AdamW in place, in float32 arithmetic (float64 for float64 weights).
 
@@ -47,11 +51,13 @@ def adamw(
 
     Args:
         theta, exp_avg, exp_avg_sq: weights and moments, each float32, bfloat16 or float16; updated in place.
-        g: gradients, not modified.
+        g: gradients. On a GPU PyTorch's kernel may write c g to them; a CPU does not modify them.
         settings: one for each tensor.
         clip: the factor c of gradient clipping, a number or a scalar tensor; the host does not wait for it.
         copy: the compute copies, to which the new weights are also written, rounded once from float32.
         rounding: how bfloat16 results are rounded, to nearest or at random.
+        found_inf: a float32 scalar on the weights' device, or None for 0. Where it is 1 nothing is updated, and the
+            copies are written from the weights as they are; the host does not wait for it.
 
     Raises:
         ValueError: for lists of different lengths, or different shapes of one weight's tensors.
@@ -59,6 +65,8 @@ def adamw(
     if len(settings) != len(theta):
         raise ValueError(f"settings: one for each of the {len(theta)} tensors is needed, got {len(settings)}")
     scratch, clip = Scratch(), as_clip(clip)
+    clipped = isinstance(clip, Tensor) or clip != 1
+    scales: dict[torch.device, Tensor] = {}
     steps: dict[Any, Tensor] = {}
     whole: dict[Any, list[tuple[Any, ...]]] = {}
     # `entries` wants the arrays that are written last.
@@ -66,13 +74,15 @@ def adamw(
         grad, rounded, weight, m, v = entry.arrays
         if not weight.numel():
             continue
-        accum = torch.promote_types(weight.dtype, torch.float32)
+        accum, home = accum_dtype(weight.dtype), weight.device
         one = settings[entry.place]
-        step = _step(one.step, weight.device, steps)
-        key = (one._replace(step=0), weight.device, accum)
-        clipped = isinstance(clip, Tensor) or clip != 1
-        if rounded is None and not clipped and {x.dtype for x in (weight, grad, m, v)} == {accum}:
-            whole.setdefault(key, []).append((weight, grad, m, v, step))
+        step = _step(one.step, home, steps)
+        same = weight.dtype == grad.dtype == m.dtype == v.dtype == accum
+        # The kernel divides float32 gradients by a scale, and PyTorch's list operations write the copies.
+        beside = rounded is None and (not clipped or (home.type == "cpu" and weight.numel() <= SMALL))
+        on_gpu = home.type != "cpu" and not rounding.stochastic and (accum == torch.float32 or not clipped)
+        if same and (beside or on_gpu):
+            whole.setdefault((one._replace(step=0), home, accum), []).append((weight, grad, m, v, step, rounded))
             continue
         at = 0
         for grad, rounded, weight, m, v in pieces(entry.arrays):
@@ -82,15 +92,24 @@ def adamw(
             if clipped:
                 factor = clip.to(scaled) if isinstance(clip, Tensor) else clip
                 scaled = torch.mul(scaled, factor, out=scratch("gradient", grad, accum))
-            _fused([(used["theta"], scaled, used["exp_avg"], used["exp_avg_sq"], step)], one)
+            arrays = (used["theta"], scaled, used["exp_avg"], used["exp_avg_sq"], step)
+            _fused([[x] for x in arrays], one, found_inf)
             for name, x in given.items():
                 if x is not used[name]:
                     rounds.write(x, used[name], rounding, entry.place, at, name)
             if rounded is not None:
                 rounds.write(rounded, used["theta"], rounding, entry.place, at, "copy")
             at += grad.numel()
-    for key, tensors in whole.items():
-        _fused(tensors, key[0])
+    for (one, home, _), tensors in whole.items():
+        weights, grads, *moments, steps_, rounded = (list(x) for x in zip(*tensors, strict=True))
+        if clipped and home.type == "cpu":
+            grads = list(torch._foreach_mul(grads, clip))
+        elif clipped and home not in scales:  # what the gradients are divided by
+            inverse = 1 / clip if isinstance(clip, Tensor) or clip else math.inf
+            scales[home] = torch.as_tensor(inverse, dtype=torch.float32).to(home, non_blocking=True)
+        _fused((weights, grads, *moments, steps_), one, found_inf, scales.get(home))
+        if copy is not None:
+            torch._foreach_copy_(rounded, weights)
 
 
 def _step(step: float | Tensor, device: torch.device, cache: dict[Any, Tensor]) -> Tensor:
@@ -102,11 +121,15 @@ def _step(step: float | Tensor, device: torch.device, cache: dict[Any, Tensor]) 
     return cache[step, device]
 
 
-def _fused(tensors: Sequence[tuple[Tensor, ...]], one: Update) -> None:
-    weights, grads, m, v, steps = (list(x) for x in zip(*tensors, strict=True))
+def _fused(
+    lists: Sequence[list[Tensor]], one: Update, found_inf: Tensor | None, grad_scale: Tensor | None = None
+) -> None:
+    weights, grads, m, v, steps = lists
+    if found_inf is not None:
+        found_inf = found_inf.to(weights[0].device)
     torch._fused_adamw_(
         weights, grads, m, v, [], steps, lr=one.lr, beta1=one.b1, beta2=one.b2, weight_decay=one.weight_decay,
-        eps=one.eps, amsgrad=False, maximize=False,
+        eps=one.eps, amsgrad=False, maximize=False, grad_scale=grad_scale, found_inf=found_inf,
     )  # fmt: skip
 
 
@@ -114,8 +137,8 @@ class AdamW(torch.optim.AdamW):
     """torch.optim.AdamW by `adamw`, with a dtype for the moments, a compute copy, and clipping in the same pass.
 
     State names, step counts and parameter groups are those of torch.optim.AdamW, so a `state_dict` of either loads into
-    the other. The step count is on the host, as it is there by default; one that a checkpoint loads onto a device stays
-    there.
+    the other. The step count is on the host, as it is there by default. One that a checkpoint loads onto a device stays
+    there, and `found_inf` moves it there, as fused=True does in torch.optim.
 
     Attributes:
         copies: weight -> tensor of its shape, to which every step also writes the new weight.
@@ -145,8 +168,18 @@ class AdamW(torch.optim.AdamW):
         self.state_dtype, self.copies, self.rounding = state_dtype, dict(copies or {}), rounding
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, clip: Tensor | float = 1.0) -> Any:
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        clip: Tensor | float = 1.0,
+        found_inf: Tensor | None = None,
+    ) -> Any:
         """Take a step with `clip` times the gradients.
+
+        Args:
+            found_inf: a float32 scalar on the weights' device. Where it is 1 weights, moments and step counts stay as
+                they are and the copies are written from the weights. The host does not wait for it.
 
         Raises:
             ValueError: for amsgrad or maximize in a group from a checkpoint, for copies of only some of the weights
@@ -156,23 +189,44 @@ class AdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        lists: tuple[list[Any], ...] = ([], [], [], [], [])
+        params, groups = [], []
         for group in self.param_groups:
             if group["amsgrad"] or group["maximize"]:
                 raise ValueError("param_groups: this AdamW knows neither amsgrad nor maximize; use torch.optim.AdamW")
-            b1, b2 = map(float, group["betas"])
-            for p in group["params"]:
-                if p.grad is not None:
-                    state = self._state_of(p)
-                    state["step"] += 1
-                    t = state["step"] if state["step"].device.type != "cpu" else float(state["step"])
-                    update = Update(group["lr"], b1, b2, group["eps"], group["weight_decay"], t)
-                    one = (p, p.grad, state["exp_avg"], state["exp_avg_sq"], update)
-                    for column, x in zip(lists, one, strict=True):
-                        column.append(x)
-        if lists[0]:
-            type(self).update(*lists, clip=clip, copy=self._copies(lists[0]), rounding=self._rounding(lists[4]))
+            having = [p for p in group["params"] if p.grad is not None]
+            params += having
+            groups += [group] * len(having)
+        if not params:
+            return loss
+        states = [self._state_of(p) for p in params]
+        settings = [
+            Update(
+                group["lr"], float(group["betas"][0]), float(group["betas"][1]), group["eps"], group["weight_decay"], t
+            )
+            for group, t in zip(groups, self._counted(params, states, found_inf), strict=True)
+        ]
+        moments = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+        options = {"copy": self._copies(params), "rounding": self._rounding(settings), "found_inf": found_inf}
+        type(self).update(params, [p.grad for p in params], *moments, settings, clip=clip, **options)
         return loss
+
+    def _counted(
+        self, params: Sequence[Tensor], states: Sequence[dict[str, Tensor]], found_inf: Tensor | None
+    ) -> list[Tensor | float]:
+        """The number of this step for each tensor, which is also noted in its state."""
+        if found_inf is not None:
+            for p, state in zip(params, states, strict=True):
+                if state["step"].device != p.device:
+                    state["step"] = state["step"].to(p.device, torch.float32, non_blocking=True)
+        counts = [state["step"] for state in states]
+        taken: Tensor | int = 1 if found_inf is None else 1 - found_inf
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for count in counts:
+            by_device.setdefault(count.device, []).append(count)
+        for device, some in by_device.items():
+            torch._foreach_add_(some, [taken.to(device)] * len(some) if isinstance(taken, Tensor) else taken)
+        on_host = iter(torch.stack(by_device[HOST]).tolist() if HOST in by_device else [])
+        return [count if count.device != HOST else next(on_host) for count in counts]
 
     def _state_of(self, p: Tensor) -> dict[str, Tensor]:
         state = self.state[p]

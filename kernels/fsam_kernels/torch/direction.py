@@ -14,6 +14,7 @@ pass; clipping is part of q.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -26,6 +27,8 @@ from torch import Tensor
 # 2^15 elements of an operation, so a piece grows with the threads beyond 8. On other devices it bounds the temporaries.
 CPU_PIECE, PIECE = 2**18, 2**24
 FIRST_STEP = torch.tensor(1.0, device="cpu")
+# On a CPU tensors up to this many elements are given to PyTorch as lists: a call each costs more than their arithmetic.
+SMALL = 2**16
 
 
 class Adam(NamedTuple):
@@ -73,6 +76,12 @@ def entries(
         if mask is None or mask[i]:
             arrays = [None if x is None else local(x[i]) for x in lists]
             yield Entry(i, tuple(flat(arrays, written)), None if adam is None else adam[i])
+
+
+@functools.cache
+def accum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 for half precision, or the dtype itself; looked up, because PyTorch dispatches the question."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def local(x: Tensor) -> Tensor:
@@ -179,6 +188,16 @@ class Direction:
         g, below = self._parts(g, v)
         return (g, g) if below is None else (torch.div(g, below, out=below), g)
 
+    @property
+    def by_adagrad(self) -> bool:
+        """Whether d is a step of Adagrad, which takes lists of tensors."""
+        return self.q is not None
+
+    def into_lists(self, d: Sequence[Tensor], g: Sequence[Tensor], v: Sequence[Tensor]) -> None:
+        """`into` of several float32 tensors in the form of Adagrad."""
+        torch._foreach_zero_(list(d))
+        self._fused_adagrad(list(d), list(g), list(torch._foreach_mul(list(v), self.q)), float(self.k))
+
     def into(self, d: Tensor, g: Tensor, v: Tensor | None) -> None:
         """Write d, k included, to an array of the dtype in which it is computed."""
         if self.q is not None:
@@ -188,14 +207,14 @@ class Direction:
         g, below = self._parts(g, v)
         torch.div(g, 1 if below is None else below, out=d).mul_(self.k)
 
-    def added(self, theta: Tensor, g: Tensor, v: Tensor | None, step: Tensor, out: Tensor) -> None:
+    def added(self, theta: Tensor, g: Tensor, v: Tensor | None, step: Tensor | float, out: Tensor) -> None:
         """Write θ + step · d / k to `out`, which has the dtype of the direction and may be θ."""
         if self.q is not None and v is not None:
             self._adagrad(out.copy_(theta), self._upcast(g), v, float(step))
             return
         g, below = self._parts(g, v)
         theta = theta if theta.dtype == out.dtype else self.scratch("weight", theta, out.dtype).copy_(theta)
-        if step.device.type != "cpu":
+        if isinstance(step, Tensor):
             torch.addcmul(theta, g if below is None else torch.div(g, below, out=below), step, out=out)
         elif below is None:
             torch.add(theta, g, alpha=float(step), out=out)
@@ -215,12 +234,15 @@ class Direction:
             torch.mul(v, self.q, out=root)
         else:
             root.copy_(v).mul_(self.q)
-        torch._fused_adagrad_(
-            [x], [g], [root], [FIRST_STEP], lr=-step, lr_decay=0.0, weight_decay=0.0, eps=self.shift, maximize=False
-        )
+        self._fused_adagrad([x], [g], [root], step)
+
+    def _fused_adagrad(self, x: list[Tensor], g: list[Tensor], root: list[Tensor], step: float) -> None:
+        steps = [FIRST_STEP] * len(x)
+        options = {"lr_decay": 0.0, "weight_decay": 0.0, "eps": self.shift, "maximize": False}
+        torch._fused_adagrad_(x, g, root, steps, lr=-step, **options)
 
     def _upcast(self, g: Tensor) -> Tensor:
-        accum = torch.promote_types(g.dtype, torch.float32)
+        accum = accum_dtype(g.dtype)
         return g if g.dtype == accum else self.scratch("gradient", g, accum).copy_(g)
 
     def _parts(self, g: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -268,7 +290,7 @@ def directions(
     scratch, clip = Scratch(), as_clip(clip)
     for entry in entries(lists, adam, mask, written=written):
         g = entry.arrays[0]
-        accum = torch.promote_types(g.dtype, torch.float32)
+        accum = accum_dtype(g.dtype)
         same = all(x is None or x.dtype == accum for x in entry.arrays)
         whole = entry.adam is None and g.device.type == "cpu" and same
         parts, at = [], 0

@@ -63,7 +63,8 @@ class HeadGradients(NamedTuple):
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of x, or autocast's where autocast is on for its device."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # "meta" has none
+    return torch.get_autocast_dtype(device) if is_on else x.dtype
 
 
 def outside_autograd(function: Callable[P, T]) -> Callable[P, T]:
@@ -146,8 +147,7 @@ def linear_cross_entropy(
         else:
             partial, e_CxV = softmax.partial_statistics(u_CxV, labels_C, loss)
             row = vocabulary.all_gather_stats(partial, labels_C, loss)
-        for whole_N, chunk_C in zip(stats, row, strict=True):
-            whole_N[rows] = chunk_C
+        torch._foreach_copy_([whole_N[rows] for whole_N in stats], list(row))
         if kept_NxV is not None:
             p_CxV = kept_NxV[rows]
         else:
@@ -242,12 +242,14 @@ class Sums:
         self.upcast_wbar, self.vocabulary = upcast_wbar, vocabulary
         self.h_NxD, self.w_VxD, self.bias_V, self.weights_N = h_NxD, w_VxD, bias_V, weights_N
         self.accum = weights_N.dtype
-        self.unit: Tensor | None = None
-        if h_NxD.dtype != self.accum and len(weights_N):
-            largest = weights_N.abs().max()
-            self.unit = torch.where(largest > 0, largest, 1)
         self.adds_in_float32 = adds_in_float32(h_NxD.dtype, h_NxD.device)
-        self.wbar_unit = None if self.adds_in_float32 and h_NxD.dtype == torch.bfloat16 else self.unit
+        has_unit = not (self.adds_in_float32 and h_NxD.dtype == torch.bfloat16)
+        self.unit: Tensor | None = None
+        if h_NxD.dtype != self.accum and len(weights_N) and (has_unit or bias_V is not None):
+            # At least the smallest normal number: where all weights are 0, so are their quotients.
+            self.unit = weights_N.abs().max().clamp(min=torch.finfo(self.accum).tiny)
+        self.wbar_unit = self.unit if has_unit else None
+        self.rounds_once = not has_unit
         self.cast_VxD = w_VxD.to(h_NxD.dtype)
         self.hbar_NxD = torch.empty_like(h_NxD)
         self.onto_VxD = onto_VxD
@@ -263,13 +265,15 @@ class Sums:
         p_CxV = p_CxV.to(h_CxD.dtype)
         torch.mm(p_CxV, self.cast_VxD, out=self.hbar_NxD[rows])
         self.hbar_NxD[rows].mul_(weights_C[:, None])
-        relative_C = (weights_C if self.unit is None else weights_C / self.unit).to(h_CxD.dtype)
-        if self.wbar_unit is self.unit:
+        relative_C = None
+        if not self.rounds_once or self.bbar_V is not None:
+            relative_C = (weights_C if self.unit is None else weights_C / self.unit).to(h_CxD.dtype)
+        if relative_C is not None and not self.rounds_once:
             weighted_CxD = h_CxD * relative_C[:, None]
-        else:  # one rounding: the weights alone, rounded to bfloat16, would be wrong by as much in every row
-            weighted_CxD = (h_CxD * weights_C[:, None]).to(h_CxD.dtype)
+        else:  # the weights alone, rounded to bfloat16, would be wrong by as much in every row
+            weighted_CxD = torch.mul(h_CxD, weights_C[:, None], out=torch.empty_like(h_CxD))
         self._add_to_wbar(p_CxV, weighted_CxD)
-        if self.bbar_V is not None:
+        if self.bbar_V is not None and relative_C is not None:
             self.bbar_V += p_CxV.T @ relative_C
 
     def _add_to_wbar(self, p_CxV: Tensor, weighted_CxD: Tensor) -> None:

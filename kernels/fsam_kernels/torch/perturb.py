@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fsam_kernels.torch import multi_tensor
 from fsam_kernels.torch import rounding as rounds
-from fsam_kernels.torch.direction import Adam, directions
+from fsam_kernels.torch.direction import Adam, accum_dtype, as_clip, directions
 from fsam_kernels.torch.rounding import Rounding
 
 
@@ -53,15 +55,47 @@ def perturb(
         raise ValueError(f"scale: one for each of the {len(theta)} tensors or one for all, got {len(scale)}")
     moved = list(out) if out is not None else new_like(theta, dtype, mask)
     lists = (g, v if adam is not None else None, theta, moved)
+    if not rounding.stochastic and any(x.device.type != "cpu" for x in theta):
+        _write_lists(lists, scale, as_clip(clip), adam, mask)
+        return _with_masked(theta, moved, mask)
+    steps: dict[Any, float] = {}
     for entry, direction, parts in directions(lists, adam, clip, mask, written=1):
-        home, accum = entry.arrays[0].device, torch.promote_types(entry.arrays[0].dtype, torch.float32)
-        step = (scale[entry.place] if scale.ndim else scale).to(home, accum) * direction.k
+        home, accum = entry.arrays[0].device, accum_dtype(entry.arrays[0].dtype)
+        key = (accum, direction.k, entry.place if scale.ndim else 0)
+        step: Tensor | float | None = steps.get(key) if home.type == "cpu" else None
+        if step is None:
+            step = (scale[entry.place] if scale.ndim else scale).to(home, accum) * direction.k
+            if home.type == "cpu":
+                step = steps[key] = float(step)
         for at, (x, moment, weight, result) in parts:
             exact = result.dtype == accum
             sum_ = result if exact else direction.scratch("sum", weight, accum)
             direction.added(weight, x, moment, step, sum_)
             if not exact:
                 rounds.write(result, sum_, rounding, entry.place, at)
+    return _with_masked(theta, moved, mask)
+
+
+def _write_lists(
+    lists: Sequence[Sequence[Tensor] | None],
+    scale: Tensor,
+    clip: Tensor | float,
+    adam: Sequence[Adam] | None,
+    mask: Sequence[bool] | None,
+) -> None:
+    """The same by operations on lists of tensors, for devices other than a CPU."""
+    for batch in multi_tensor.batches(lists, adam, mask, written=1):
+        g, v, theta, out = batch.arrays
+        d, _, k, _ = multi_tensor.directions(g, v, batch.adam, clip)
+        given = scale if not scale.ndim else scale[torch.tensor(batch.places).to(scale.device, non_blocking=True)]
+        step = (given.to(d[0].device) * k).to(d[0].dtype)
+        moved = torch._foreach_mul(d, list(step.unbind()) if step.ndim else step)
+        torch._foreach_add_(moved, multi_tensor.upcast(theta, d[0].dtype))
+        torch._foreach_copy_(out, moved)
+
+
+def _with_masked(theta: Sequence[Tensor], moved: list[Tensor], mask: Sequence[bool] | None) -> list[Tensor]:
+    """The perturbed tensors, with θ in those that are masked."""
     for index in range(len(theta)):
         if mask is not None and not mask[index] and moved[index] is not theta[index]:
             moved[index].copy_(theta[index])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fsam_kernels.torch.direction import Adam, directions
+from fsam_kernels.torch import multi_tensor
+from fsam_kernels.torch.direction import SMALL, Adam, Direction, accum_dtype, as_clip, directions
 
 # Elements of one float32 sum. With equal terms its relative error is at most 2.6e-5; at 2^15 1.4e-5, at 2^18 9e-5.
 SUMMED = 2**16
@@ -66,7 +67,9 @@ def preconditioned_norm(
     if not g:
         raise ValueError("g: at least one gradient is needed, got an empty list")
     adam = adam if v is not None else None
-    total = torch.promote_types(g[0].dtype, torch.float32)
+    if any(x.device.type != "cpu" for x in g):
+        return _of_lists(g, v if adam is not None else None, as_clip(clip), adam, mask, per_tensor, gradient)
+    total = accum_dtype(g[0].dtype)
     home = g[0].device
     sums: tuple[list[Tensor | float], ...] = ([], [], [])
     factors: tuple[list[Tensor | float], ...] = ([], [])
@@ -88,6 +91,36 @@ def preconditioned_norm(
     each = [x * factor for x, factor in zip(stacked, (k * k, k * c, c * c), strict=False)]
     kind = NormsAndGradient if gradient else Norms
     return kind(*(_added(x, counts, per_tensor).to(total) for x in each))
+
+
+def _of_lists(
+    g: Sequence[Tensor],
+    v: Sequence[Tensor] | None,
+    clip: Tensor | float,
+    adam: Sequence[Adam] | None,
+    mask: Sequence[bool] | None,
+    per_tensor: bool,
+    gradient: bool,
+) -> Norms | NormsAndGradient:
+    """The same by operations on lists of tensors, for devices other than a CPU."""
+    home, total = g[0].device, accum_dtype(g[0].dtype)
+    each: list[list[Tensor]] = [[], [], []]
+    places: list[int] = []
+    for batch in multi_tensor.batches((g, v), adam, mask):
+        gradients, moments = batch.arrays
+        found = multi_tensor.directions(gradients, moments, batch.adam, clip)
+        k, c = (x.double() if isinstance(x, Tensor) else x for x in (found.k, found.c))
+        total = torch.promote_types(total, found.d[0].dtype)
+        for sums, x, factor in zip(each, multi_tensor.sums(found, gradient), (k * k, k * c, c * c), strict=False):
+            sums.append((x * factor).to(home))
+        places += batch.places
+    kind = NormsAndGradient if gradient else Norms
+    whole = [torch.cat(x) if x else torch.zeros(0, dtype=torch.float64, device=home) for x in each[: len(kind._fields)]]
+    if not per_tensor:
+        return kind(*(x.sum().to(total) for x in whole))
+    at = torch.tensor(places, dtype=torch.int64).to(home, non_blocking=True)
+    zeros = torch.zeros(len(g), dtype=torch.float64, device=home)
+    return kind(*(zeros.index_add(0, at, x).to(total) for x in whole))
 
 
 @torch.no_grad()
@@ -116,11 +149,23 @@ def direction_and_norm(
         raise ValueError("g: at least one gradient is needed, got an empty list")
     sums: list[Tensor | float] = []
     counts = [0] * len(g)
+    small: dict[Adam | None, list[tuple[int, Direction, tuple[Any, ...]]]] = {}
     for entry, direction, parts in directions((g, v, out), adam, clip, written=1):
+        counts[entry.place] = len(parts)
+        is_small = direction.by_adagrad and len(parts) == 1 and parts[0].arrays[0].numel() <= SMALL
+        if is_small and all(x.dtype == torch.float32 for x in parts[0].arrays):
+            small.setdefault(entry.adam, []).append((len(sums), direction, parts[0].arrays))
+            sums.append(0.0)
+            continue
         for _, (x, moment, d) in parts:
             direction.into(d, x, moment)
             sums.append(_square(d))
-            counts[entry.place] += 1
+    for some in small.values():
+        x, moment, d = zip(*(arrays for *_, arrays in some), strict=True)
+        some[0][1].into_lists(d, x, moment)
+        squares = torch.stack(torch._foreach_norm(list(d))).double().square().tolist()
+        for (at, *_), square in zip(some, squares, strict=True):
+            sums[at] = square
     return _added(_stack(sums, g[0].device), counts, per_tensor).to(out[0].dtype)
 
 

@@ -6,6 +6,7 @@ from fsam_kernels import torch as plain
 from fsam_kernels.torch import Adam, Cotangent, HeadGradients, Rounding, Update
 from fsam_kernels.triton import softmax_stats
 from fsam_kernels.triton.adamw import AdamW, adamw
+from fsam_kernels.triton.lerp import lerp_
 from fsam_kernels.triton.perturb import perturb
 from fsam_kernels.triton.preconditioned_norm import preconditioned_norm
 
@@ -23,6 +24,7 @@ __all__ = [
     "Update",
     "adamw",
     "cross_entropy",
+    "lerp_",
     "linear_cross_entropy",
     "logit_vjp",
     "perturb",

@@ -54,7 +54,8 @@ def empty_chunk(C: int, V: int, like: Tensor) -> Tensor:
     multiplies the padding by 0: with NaN in the padding, half of its results were NaN.
     """
     chunk = like.new_empty(C, triton.cdiv(V, PAD) * PAD)
-    chunk[:, V:] = 0
+    if chunk.shape[1] > V:
+        chunk[:, V:].zero_()
     return chunk[:, :V]
 
 

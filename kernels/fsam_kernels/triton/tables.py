@@ -5,12 +5,13 @@ A program processes one chunk of BLOCK elements of one tensor. `chunks` holds th
 
     0 … 4    addresses of the tensor's arrays            5    elements
     6        whether all addresses are multiples of 16   7    key of random rounding
-    8 … 11   eight float32 settings                      12 … 14    three more keys     15    address of the scale
+    8 … 11   eight float32 settings                      12 … 14    three more keys
+    15       address of the scale, or of the step count
 
-`chunks` depends on the sizes alone, so it is sent once and stays on the device from step to step. `table`, a few
-kilobytes, is sent at each call, and the host does not wait. All sizes are in the tables, so a tensor of another size
-compiles nothing. A full and aligned chunk takes a path without masks, where loads and stores are 16 bytes wide; ragged
-ends and unaligned views move one element at a time.
+`chunks` depends on the sizes alone, so it is sent once and stays on the device from step to step. So does `table`, a
+few kilobytes, while addresses and settings stay what they were; otherwise it is sent, and the host does not wait. All
+sizes are in the tables, so a tensor of another size compiles nothing. A full and aligned chunk takes a path without
+masks, where loads and stores are 16 bytes wide; ragged ends and unaligned views move one element at a time.
 
 A row and a chunk's entry are 5 sectors of 32 bytes: 1 % of the 16 KiB that the norm reads of a chunk.
 """
@@ -38,6 +39,8 @@ BLOCK = 2048
 WARPS = BLOCK // (8 * (64 if torch.version.hip else 32))
 WIDTH = 16  # columns of `table`
 LENGTH, ALIGNED, KEY, SETTINGS, MORE_KEYS, SCALE = 5, 6, 7, 8, 12, 15
+MOST_SENT = 16  # tables that stay on devices: of a step's three operations, and of other shapes and streams
+_sent: dict[Any, Tensor] = {}
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -144,12 +147,15 @@ def sent(x: np.ndarray, device: torch.device, *, wait: bool = False) -> Tensor:
     return here.pin_memory().to(device, non_blocking=True)
 
 
-def table(plan: Plan, settings: Sequence[Any], rounding: Rounding, streams: Sequence[str]) -> Tensor:
+def table(
+    plan: Plan, settings: Sequence[Any], rounding: Rounding, streams: Sequence[str], *, changes: bool = False
+) -> Tensor:
     """The table's rows with settings and keys, on the device, as int64.
 
     Args:
         settings: up to eight columns, each a number, or an array or device tensor with one value a tensor.
         streams: the names of the arrays that are rounded; the first key is in column 7, the others in 12 to 14.
+        changes: whether a kernel changes what is sent, so that it is not for the next call.
     """
     floats = plan.table.view(np.float32)
     for i, column in enumerate(settings):
@@ -160,18 +166,35 @@ def table(plan: Plan, settings: Sequence[Any], rounding: Rounding, streams: Sequ
             for at, stream in zip((KEY, *range(MORE_KEYS, SCALE)), streams, strict=False):
                 low, high = rounds.keys(rounding, entry.place, stream)
                 row[at] = np.array([low, high], dtype=np.uint32).view(np.int64)[0]
-    there = sent(plan.table, plan.device)
+    there = sent(plan.table, plan.device) if changes else _on_device(plan)
     for i, column in enumerate(settings):
         if isinstance(column, Tensor):
             there.view(torch.float32)[:, 2 * SETTINGS + i] = column
     return there
 
 
+def _on_device(plan: Plan) -> Tensor:
+    """The table on the device: the same tensor as long as its content, addresses included, stays what it was.
+
+    A stream has tables of its own, since columns that are computed on the device are written to them.
+    """
+    stream = torch.cuda.current_stream(plan.device).cuda_stream if plan.device.type == "cuda" else 0
+    key = (plan.device, stream, plan.table.tobytes())
+    if key not in _sent:
+        while len(_sent) >= MOST_SENT:
+            del _sent[next(iter(_sent))]
+        _sent[key] = sent(plan.table, plan.device)
+    else:
+        _sent[key] = _sent.pop(key)  # the last to go
+    return _sent[key]
+
+
 def column(values: Sequence[Any], device: torch.device) -> Any:
     """The values as a float64 array, or as a float64 tensor on the device where one of them is on a device."""
     if not any(isinstance(x, Tensor) and x.device.type != "cpu" for x in values):
         return np.array([float(x) for x in values], dtype=np.float64)
-    return torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in values])
+    tensors = [x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64) for x in values]
+    return torch.stack([x.to(device) for x in tensors]).double()
 
 
 def direction_settings(plan: Plan) -> list[Any]:
@@ -185,8 +208,14 @@ def direction_settings(plan: Plan) -> list[Any]:
     a: Any = np.where(current, b2, 1.0)
     b: Any = np.where(current, 1 - b2, 0.0)
     if isinstance(correction, Tensor):
-        a, b = sent(a, plan.device), sent(b, plan.device)
+        a, b = (_constant(tuple(x), plan.device) for x in (a, b))
     return [a / correction, b / correction, np.array([one.eps for one in adam])]
+
+
+@functools.lru_cache(maxsize=16)
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """[values] float64, which stays on the device."""
+    return sent(np.array(values, dtype=np.float64), device, wait=True)
 
 
 def as_scalar(x: Tensor | float, device: torch.device) -> Tensor | None:

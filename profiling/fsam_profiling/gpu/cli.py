@@ -20,13 +20,17 @@ class GpuOptions:
 
     arch: str = "sm_90"
     """sm_80, sm_90, sm_100, sm_120, gfx942, or all of them: all; h200 is sm_90 with the bandwidth of that card"""
-    what: Literal["head", "parameters", "step", "passes"] = "head"
+    what: Literal["head", "parameters", "step", "passes", "launches"] = "head"
     """the kernels of the head, of the parameter operations over all tensors of a model, or of a whole step; passes:
-    PyTorch's own passes in the head, between kernels and products, for which nothing is compiled"""
+    PyTorch's own passes in the head, between kernels and products; launches: the kernels that a whole step launches;
+    nothing is compiled for these two"""
     shape: str | None = None
-    """one of the heads (or models) in `fsam_kernels.shapes`; default: all of them, of a step 24m"""
+    """one of the heads (or models) in `fsam_kernels.shapes`; default: all of them, of a step 24m;
+    of launches a preset"""
     only: str = "adamw,precond-functional-sam"
-    """of a step: methods and savings as in `fsam profile step --only`, or all"""
+    """of a step and its launches: methods and savings as in `fsam profile step --only`, or all"""
+    tokens: int = 8192
+    """of a step whose launches are counted"""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """dtype of the logits"""
     json: Path | None = None
@@ -42,7 +46,7 @@ def run(options: GpuOptions) -> int:
     """
     for module in ("torch", "triton"):
         backends.require(module)
-    from fsam_profiling.gpu import kernels, parameters, passes, step
+    from fsam_profiling.gpu import kernels, parameters, passes, step, step_launches
     from fsam_profiling.gpu.code import BY_NAME, CARDS
 
     if options.arch not in ("all", *BY_NAME):
@@ -51,6 +55,10 @@ def run(options: GpuOptions) -> int:
     shape = options.shape
     if options.what == "passes":
         archs, found, table = [], list(passes.read(shape, options.dtype)), passes.table
+        Console(width=140).print(table(found))
+    elif options.what == "launches":
+        archs, table = [], step_launches.table
+        found = list(step_launches.read(shape or "24m", options.tokens, options.only))
         Console(width=140).print(table(found))
     elif options.what == "step":
         found, table = list(step.read(archs, shape or "24m", options.only)), step.table

@@ -19,7 +19,7 @@ from torch import Tensor
 from fsam_core.errors import UserError
 from fsam_kernels.memory import chunk_rows
 from fsam_kernels.options import CROSS_ENTROPY, Loss
-from fsam_kernels.shapes import HEADS, Head
+from fsam_kernels.shapes import ALL_HEADS, HEADS, Head
 from fsam_kernels.torch.softmax_stats import RowStats
 from fsam_kernels.triton import softmax_stats, tiles
 
@@ -148,9 +148,9 @@ def heads(shape: str | None) -> dict[str, Head]:
     Raises:
         UserError: for a shape that is not known.
     """
-    if shape is not None and shape not in HEADS:
-        raise UserError(f"shape: {shape!r} is not known: use {', '.join(HEADS)}")
-    return HEADS if shape is None else {shape: HEADS[shape]}
+    if shape is not None and shape not in ALL_HEADS:
+        raise UserError(f"shape: {shape!r} is not known: use {', '.join(ALL_HEADS)}")
+    return HEADS if shape is None else {shape: ALL_HEADS[shape]}
 
 
 def chunk(head: Head, dtype: torch.dtype, device: str, loss: Loss = CROSS_ENTROPY) -> tuple[Tensor, Tensor]:

@@ -25,13 +25,17 @@ from fsam_kernels.triton import tables
 from fsam_profiling.gpu.launches import Launch, recording
 
 # By path: the package has functions of the same names.
-_MODULES = {name: import_module(f"fsam_kernels.triton.{name}") for name in ("preconditioned_norm", "perturb", "adamw")}
+_NAMES = ("preconditioned_norm", "perturb", "adamw", "lerp")
+_MODULES = {name: import_module(f"fsam_kernels.triton.{name}") for name in _NAMES}
 KERNELS = {
     "norm_chunk": _MODULES["preconditioned_norm"],
     "sum_partials": _MODULES["preconditioned_norm"],
     "perturb_chunk": _MODULES["perturb"],
     "adamw_chunk": _MODULES["adamw"],
+    "lerp_chunk": _MODULES["lerp"],
 }
+# A few numbers a tensor, and a loop that the reader of machine code does not follow.
+UNREAD = {"bias_corrections": _MODULES["adamw"]}
 REGION = 1 << 40
 ADAM = Adam(0.95, 1e-8, 0.5)
 UPDATE = Update(1e-3, 0.9, 0.95, 1e-8, 0.1, 10)
@@ -69,6 +73,14 @@ def _adamw(theta: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor
     _MODULES["adamw"].adamw(theta, g, m, v, [UPDATE] * len(g), copy=copies, **options)
 
 
+def _adamw_or_skip(*arrays: Any) -> None:
+    _adamw(*arrays, found_inf=torch.empty((), device=arrays[0][0].device))
+
+
+def _lerp(y: list[Tensor], x: list[Tensor]) -> None:
+    _MODULES["lerp"].lerp_(x, y, torch.empty((), device=x[0].device))
+
+
 def _with(call: Callable[..., None], **options: Any) -> Callable[..., None]:
     return lambda *arrays: call(*arrays, **options)
 
@@ -83,9 +95,11 @@ OPERATIONS = (
     Operation("perturb to bfloat16 at random", (F32, F32, F32, BF16), _with(_perturb, rounding=_RANDOM), 14),
     Operation("adamw", (F32, F32, F32, F32), _adamw, 28),
     Operation("adamw, bfloat16 copy", (F32, F32, F32, F32, BF16), _adamw, 30),
+    Operation("adamw, bfloat16 copy, or skipped on the device", (F32, F32, F32, F32, BF16), _adamw_or_skip, 30),
     Operation(
         "adamw, bfloat16 moments and copy at random", (F32, F32, BF16, BF16, BF16), _with(_adamw, rounding=_RANDOM), 22
     ),
+    Operation("lerp", (F32, F32), _lerp, 12),
 )
 
 

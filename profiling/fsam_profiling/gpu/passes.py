@@ -35,7 +35,8 @@ from fsam_profiling.gpu import launches
 
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "mv", "addmv"}
 ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "set_", "resize_"}
-OVERWRITTEN = {"copy_", "fill_", "zero_", "normal_", "random_", "uniform_"}  # their first argument is not read
+# Their first argument is not read.
+OVERWRITTEN = {"copy_", "fill_", "zero_", "normal_", "random_", "uniform_", "_foreach_copy_", "_foreach_zero_"}
 GATHERS = {"embedding", "gather", "index", "index_select"}  # they read what they return, and an index
 
 

@@ -37,7 +37,7 @@ from torch import Tensor
 from fsam_core.errors import UserError
 from fsam_kernels import torch as plain
 from fsam_kernels.memory import AUTO
-from fsam_kernels.shapes import HEADS, WEIGHTS, decoder
+from fsam_kernels.shapes import ALL_HEADS, WEIGHTS, decoder
 from fsam_kernels.torch import softmax_stats
 from fsam_profiling.gpu import kernels, parameter_launches, parameters
 from fsam_profiling.gpu.code import BY_NAME
@@ -76,7 +76,7 @@ def calls(shape: str, method: str, changes: dict[str, Any]) -> Calls:
     Raises:
         UserError: for a step with an operation that `parameter_launches` does not list.
     """
-    N, _, V = HEADS[shape]
+    N, _, V = ALL_HEADS[shape]
     kept = AUTO.keeps(round(N * changes.get("correction_fraction", 1)), V, torch.bfloat16.itemsize)
     changes = {"cotangent": "keep" if kept else "recompute", **changes}
     small: dict[str, Any] = {"framework": "torch", "backend": "torch", "dtype": "bfloat16", **SMALL}
@@ -126,11 +126,11 @@ def read(archs: list[str], shape: str, only: str) -> Iterator[dict[str, Any]]:
     Raises:
         UserError: for a shape that is not both a head and a model, a row that is not known, and as `kernels.read`.
     """
-    both = [name for name in HEADS if name in WEIGHTS]
+    both = [name for name in ALL_HEADS if name in WEIGHTS]
     if shape not in both:
         raise UserError(f"shape: {shape!r} is not a whole model: use {', '.join(both)}")
     steps = [(name, saving, calls(shape, name, changes)) for name, saving, changes in programs(only)]
-    N = HEADS[shape].N
+    N = ALL_HEADS[shape].N
     for arch in archs:
         stages = {row["stage"]: row for row in kernels.read([arch], shape) if row["options"] == "plain"}
         used = {name for *_, step in steps for name in step.parameters}
@@ -141,7 +141,7 @@ def read(archs: list[str], shape: str, only: str) -> Iterator[dict[str, Any]]:
             of_parameters = [(models[x], times) for x, times in step.parameters.items()]
             head, own = (sum(row["bytes"] * times for row, times in x) for x in (of_head, of_parameters))
             least = sum(row["least_bytes"] * times for row, times in (*of_head, *of_parameters))
-            glue = head_glue(HEADS[shape], step.of_head).total
+            glue = head_glue(ALL_HEADS[shape], step.of_head).total
             in_vocabulary, *others = map(math.prod, WEIGHTS[shape])
             own_passes = step.vocabulary_pass_bytes * in_vocabulary + step.other_pass_bytes * sum(others)
             yield {
@@ -167,7 +167,7 @@ def read(archs: list[str], shape: str, only: str) -> Iterator[dict[str, Any]]:
 def table(found: list[dict[str, Any]]) -> Table:
     """One line a step of one architecture."""
     first = found[0]
-    N, D, V = HEADS[first["shape"]]
+    N, D, V = ALL_HEADS[first["shape"]]
     bandwidth = BY_NAME[first["arch"]].bandwidth / 1e12
     title = (
         f"{first['arch']} ({first['card']}, {bandwidth:g} TB/s), Triton {first['triton']}: "
