@@ -1,207 +1,229 @@
-"""The results of the study, as JSON, a page with tables, and plots.
+"""The page of the study: tables and plots of whatever runs there are, and how many are missing.
 
-    python profiling/experiments/study_report.py --study runs/study --out docs/results
+    python profiling/experiments/study_report.py
 
-Differences are between runs of the same seed, whose batches and initial weights are the same.
+Differences are between runs of the same seed, which have the same initial weights and batches. Their mean is given with
+half of its 95 % interval by Student's t; where that holds 0, there is no difference to speak of.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import tyro
+import scipy.stats
 
 import study_plots
 from fsam_core import UserError
 from fsam_profiling import results
+from fsam_trainers import metrics
 from fsam_trainers.files import write_json
-from study import BEST_RIVAL, SAME_TIME, VARIANTS, Study
+from study_plan import ADAMW, DECAY, REGIMES, Entry, Regime, cost_ratio, entries, settings_of
 
-COMMANDS = "make study"
+COMMAND = "make study"
+Line = dict[str, Any]
+Rows = dict[str, dict[int, Line]]
+"""Label -> seed -> the run's line."""
 
 
-@dataclass(frozen=True)
-class StudyReportOptions:
-    """Tables, plots and figures of a finished study."""
+class Difference(NamedTuple):
+    """The mean of paired differences, half of its 95 % interval, NaN of a single seed, and how many there are."""
 
-    study: Path = Path("runs/study")
-    """folder of the runs"""
-    out: Path = Path("docs/results")
-    """folder that receives study.json, study.md and study-*.png"""
+    mean: float
+    half: float
+    seeds: int
+
+    def __str__(self) -> str:
+        if self.seeds < 2:
+            return f"{self.mean:+.3f} (one seed)"
+        verdict = "no difference" if abs(self.mean) <= self.half else "better" if self.mean < 0 else "worse"
+        return f"{self.mean:+.3f} ± {self.half:.3f}, {verdict}"
 
 
 def main() -> None:
     """The command."""
-    options = tyro.cli(StudyReportOptions, prog="python profiling/experiments/study_report.py")
     try:
-        write(options)
+        write(Path("docs/results"))
     except UserError as error:
         print(f"fsam: error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def write(options: StudyReportOptions) -> None:
-    """Write all three.
+def write(results_folder: Path) -> None:
+    """Write study.md, study.json and the plots from the files in RESULTS/study.
 
     Raises:
-        UserError: for a study without results, or a disk that refuses.
+        UserError: for a disk that refuses.
     """
-    found = gathered(options.study)
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_json(options.out / "study.json", found)
-    (options.out / "study.md").write_text(page(found), encoding="utf-8")
-    for name, draw in (
-        ("losses", study_plots.losses),
-        ("curves", study_plots.curves),
-        ("cosines", study_plots.cosines),
-    ):
-        draw(found).savefig(options.out / f"study-{name}.png", dpi=150)
+    runs = results_folder / "study"
+    found = {name: rows for name in REGIMES if (rows := rows_of(runs, name))}
+    results_folder.mkdir(parents=True, exist_ok=True)
+    (results_folder / "study.md").write_text(page(runs, found), encoding="utf-8")
+    write_json(results_folder / "study.json", figures(found))
+    for name, rows in found.items():
+        study_plots.losses(REGIMES[name].title, table_of(name, rows)).savefig(runs / f"{name}.png", dpi=150)
 
 
-def gathered(folder: Path) -> dict[str, Any]:
-    """The content of study.json: costs, tuned values, and for each row its losses by seed and as means."""
-    of = lambda name, made_by: _read(folder / name, made_by)
-    runs = of("results.json", "study")
-    regimes = {}
-    for name, regime in runs["regimes"].items():
-        rows = regime["rows"]
-        if not rows:
+def rows_of(runs: Path, name: str) -> Rows:
+    """The finished runs of a regime: of the data that most of them have, the last of each row and seed."""
+    path = runs / f"{name}.jsonl"
+    lines = [x for x in metrics.read(path) if x["val_loss"] is not None] if path.exists() else []
+    lines = [x for x in lines if not x["row"].endswith("(tuning)")]
+    known = [x["data"] for x in lines]
+    rows: Rows = {}
+    for line in (x for x in lines if x["data"] == max(known, key=known.count)):
+        rows.setdefault(line["row"], {})[line["seed"]] = line
+    return rows
+
+
+def missing(runs: Path, name: str) -> int:
+    """How many runs of the regime's rows there are not yet."""
+    rows, regime = rows_of(runs, name), REGIMES[name]
+    return sum(seed not in rows.get(x.label, {}) for x in entries(regime) for seed in range(regime.seeds))
+
+
+def difference(rows: Rows, label: str, other: str, figure: str = "val_loss") -> Difference | None:
+    """Of one row to another, over the seeds that both have."""
+    mine, theirs = rows.get(label, {}), rows.get(other, {})
+    pairs = [mine[seed][figure] - theirs[seed][figure] for seed in sorted(mine) if seed in theirs]
+    if not pairs:
+        return None
+    half = np.nan
+    if len(pairs) > 1:
+        half = float(scipy.stats.t.ppf(0.975, len(pairs) - 1) * np.std(pairs, ddof=1) / np.sqrt(len(pairs)))
+    return Difference(float(np.mean(pairs)), half, len(pairs))
+
+
+class TableRow(NamedTuple):
+    """One row of a regime's table."""
+
+    label: str
+    tuned: str
+    cost: float
+    loss: float
+    best: float
+    to_adamw: Difference | None
+    to_decay: Difference | None
+    equal_time: Difference | None
+
+
+def table_of(name: str, rows: Rows) -> list[TableRow]:
+    """The rows that have runs."""
+    regime, found = REGIMES[name], []
+    for entry in entries(regime):
+        label = entry.label
+        if label not in rows or entry.on_decay or entry.equal_time:
             continue
-        tuned = regime["tuned"]
-        summaries = {label: _summary(row, rows["AdamW"]) for label, row in rows.items()}
-        for label, row in rows.items():
-            if label.endswith(BEST_RIVAL):
-                summaries[label]["to_rival"] = _difference(row, rows[tuned["rival_row"]])
-        regimes[name] = {"tuned": tuned, "data": rows["AdamW"][0]["data"]["description"], "rows": summaries}
-    cosines = of("cosines.json", "study_cosines")
-    # Momentum and the previous gradient are 0 before the first step, and so is their correction: it has no cosine.
-    cosines["rows"] = [row for row in cosines["rows"] if row["cosine"] is not None]
-    return {
-        "command": COMMANDS,
-        "machine": results.machine(),
-        # Without the paths of the machine that made it.
-        "study": {name: value for name, value in runs["study"].items() if name not in ("out", "done")},
-        "complete": runs["complete"],
-        "variants": {name: {"method": method, **changes} for name, (method, changes) in VARIANTS.items()},
-        "costs": of("costs.json", "study"),
-        "regimes": regimes,
-        "cosines": cosines,
-    }
+        mean = lambda figure, of=rows[label]: float(np.mean([line[figure] for line in of.values()]))
+        on_decay = difference(rows, f"{label}, on decay", DECAY)
+        timed = difference(rows, f"{label}, equal time", ADAMW)
+        to_adamw = None if label == ADAMW else difference(rows, label, ADAMW)
+        costs = tuned_of(entry, rows[label]), relative_cost(regime, entry)
+        ends = mean("val_loss"), mean("best_val_loss")
+        found.append(TableRow(label, *costs, *ends, to_adamw, on_decay, timed))
+    return found
 
 
-def _read(path: Path, made_by: str) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"--study: {path} is not there; python profiling/experiments/{made_by}.py makes it") from None
+def tuned_of(entry: Entry, row: dict[int, Line]) -> str:
+    """The value that tuning chose, "" where nothing is tuned."""
+    known = [line["settings"] for line in row.values() if entry.row.tunes in line.get("settings", {})]
+    value = known[0][entry.row.tunes] if known else None
+    return "" if value is None else f"{entry.row.tunes.replace('_', ' ')} {value:.4g}"
 
 
-def _summary(row: list[dict[str, Any]], adamw: list[dict[str, Any]]) -> dict[str, Any]:
-    steps = [point[0] for point in row[0]["curve"]]
-    return {
-        "steps": row[0]["steps"],
-        "val_loss": [run["val_loss"] for run in row],
-        "best_val_loss": [run["best_val_loss"] for run in row],
-        "best_step": [run["best_step"] for run in row],
-        "skipped_steps": sum(run["skipped_steps"] for run in row),
-        "curve": list(zip(steps, np.mean([[y for _, y in run["curve"]] for run in row], axis=0).tolist(), strict=True)),
-        "to_adamw": _difference(row, adamw),
-    }
+def relative_cost(regime: Regime, entry: Entry) -> float:
+    """Operations of a run relative to AdamW's."""
+    one = settings_of(regime, entry.row, {}, 0)
+    return cost_ratio(one) * one.steps / regime.steps
 
 
-def _difference(row: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """The difference for each seed, at the end and of the best evaluations."""
-    of = lambda name: [a[name] - b[name] for a, b in zip(row, other, strict=True)]
-    return {"val_loss": of("val_loss"), "best_val_loss": of("best_val_loss")}
+def figures(found: dict[str, Rows]) -> dict[str, Any]:
+    """The content of study.json: each table, as plain values."""
+    tables = {name: [row._asdict() for row in table_of(name, rows)] for name, rows in found.items()}
+    return {"command": COMMAND, "machine": results.machine(), "regimes": tables}
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def page(found: dict[str, Any]) -> str:
-    """Markdown: how it was measured, then a table for each regime and one of the corrections."""
-    study, machine = Study(**found["study"]), found["machine"]
+def page(runs: Path, found: dict[str, Rows]) -> str:
+    """Markdown: how it was measured, then a table for each regime that has runs."""
+    machine = results.machine()
     versions = ", ".join(f"{name} {version}" for name, version in machine.items() if name != "processor")
     parts = [
-        "# What each saving loses",
-        f"Made by `{found['command']}`; do not edit. {machine['processor']}, {versions}.",
-        f"Preset `{study.preset}`, {study.steps} steps of {study.batch} sequences, {study.seeds} seeds. Validation "
-        "losses are means over the seeds. A difference is between runs of the same seed: mean, minimum and maximum; "
-        'below 0 is better. "at AdamW\'s time" means fewer steps, in proportion to the cost of a step, with a schedule '
-        "of that length. Cost: median of 40 interleaved steps and 20th–80th percentile.",
-        "![differences](study-losses.png)",
+        "# When to use what",
+        f"Made by `{COMMAND}`; do not edit. {machine['processor']}, {versions}.\nEach finished "
+        "run is a line of [study/](study/), and the command resumes from them. Small models on text that any machine\n"
+        "has.",
+        "Losses are means over the seeds. A difference is that of runs of the same seed, ± half of its 95 % interval\n"
+        "by Student's t. Below 0 is better, and where the interval holds 0 there is no difference to speak of. Every\n"
+        "option is tuned by successive halving with a seed of its own, and ρ once more on top of the weight decay.\n"
+        '"x AdamW" is the number of operations by the cost model; "equal time" has as many fewer steps. Texts are\n'
+        "split as streams are, so no loss here can be compared with one on an older version of this page.",
     ]
-    if not found["complete"]:
-        parts.insert(1, "**Not all of the plan is trained yet: a dash stands for what is missing.**")
-    for name, regime in found["regimes"].items():
-        parts += [f"## {name[0].upper()}{name[1:]}", _tuning(regime), *_table(found, regime)]
-    parts += [
-        "![curves](study-curves.png)",
-        "## Corrections along a run of the exact method",
-        "Cosine with the exact correction, and length relative to it, on the batches that the run trains on: mean over "
-        "the run's points, minimum and maximum.",
-        _corrections(found["cosines"]["rows"]),
-        "![cosines](study-cosines.png)",
-    ]
+    for name, regime in REGIMES.items():
+        count = missing(runs, name)
+        total = regime.seeds * len(list(entries(regime)))
+        parts.append(f"## {regime.title}")
+        if count:
+            parts.append(
+                f"**{count} of {total} runs are missing**: `python profiling/experiments/study.py --regimes {name}`."
+            )
+        if name in found:
+            parts += [_tuned(runs, name), _table(name, found[name]), f"![{name}](study/{name}.png)"]
+            if regime.base:
+                parts += [_afterwards(found[name])]
     return "\n\n".join(parts) + "\n"
 
 
-def _tuning(regime: dict[str, Any]) -> str:
-    swept = regime["tuned"]["swept"]
-    rows = [
-        f"| {label} | " + ", ".join(f"{value}: {loss:.3f}" for value, loss in values.items()) + " |"
-        for label, values in swept.items()
-    ]
-    return "\n".join(
-        [f"{regime['data']}. Tuned on the first seed, validation loss at the end:", "", "| | |", "|---|---|", *rows]
-    )
+def _tuned(runs: Path, name: str) -> str:
+    """What tuning chose for AdamW."""
+    rows, regime = rows_of(runs, name), REGIMES[name]
+    one = next(iter(rows.get(ADAMW, {}).values()), None)
+    size = f"{regime.model.parameters / 1e3:,.0f}k parameters, {regime.steps:,} steps of {regime.batch} sequences"
+    return f"{size}, {regime.seeds} seeds." + ("" if one is None else f" Text: {regime.data}.")
 
 
-def _table(found: dict[str, Any], regime: dict[str, Any]) -> list[str]:
-    rows, costs = regime["rows"], found["costs"]
-    stacked = any(label.endswith(BEST_RIVAL) for label in rows)
-    head = ["", "x AdamW", "at the end", "to AdamW", "best (at step)", "at AdamW's time, to AdamW"]
-    head += [f"on top of {regime['tuned']['rival_row']}, to that alone"] * stacked
+def _table(name: str, rows: Rows) -> str:
+    stacked = bool(REGIMES[name].on_decay)
+    head = ["", "tuned", "x AdamW", "loss at the end", "best", "to AdamW"]
+    head += ["on decay, to that alone"] * stacked + ["equal time, to AdamW"] * REGIMES[name].at_equal_time
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for label, row in rows.items():
-        if " | " in label:
-            continue
-        cost = costs.get(label)
-        best, at = np.mean(row["best_val_loss"]), np.mean(row["best_step"])
-        cells = [
-            label,
-            "1"
-            if cost is None or cost["ratio"] == 1
-            else "{ratio:.2f} ({ratio_p20:.2f}–{ratio_p80:.2f})".format(**cost),
-            f"{np.mean(row['val_loss']):.3f}",
-            _spread(row["to_adamw"]["val_loss"]),
-            f"{best:.3f} ({at:.0f})",
-            _spread(rows.get(f"{label} | {SAME_TIME}", {}).get("to_adamw", {}).get("val_loss")),
-        ]
-        if stacked:
-            cells.append(_spread(rows.get(f"{label} | {BEST_RIVAL}", {}).get("to_rival", {}).get("val_loss")))
+    for row in table_of(name, rows):
+        cells = [row.label, row.tuned, f"{row.cost:.2f}", f"{row.loss:.3f}", f"{row.best:.3f}", _text(row.to_adamw)]
+        cells += [_text(row.to_decay)] * stacked + [_text(row.equal_time)] * REGIMES[name].at_equal_time
         lines.append(f"| {' | '.join(cells)} |")
-    return ["\n".join(lines)]
-
-
-def _spread(values: list[float] | None) -> str:
-    if values is None or not any(values):
-        return "–" if values is None else "0"
-    return f"{np.mean(values):+.3f} ({min(values):+.3f} … {max(values):+.3f})"
-
-
-def _corrections(rows: list[dict[str, Any]]) -> str:
-    lines = ["| | cosine | length |", "|---|---|---|"]
-    for name in dict.fromkeys(row["variant"] for row in rows):
-        of = lambda what: [row[what] for row in rows if row["variant"] == name]
-        text = lambda x: f"{np.mean(x):.2f} ({min(x):.2f} … {max(x):.2f})"
-        lines.append(f"| {name} | {text(of('cosine'))} | {text(of('length'))} |")
     return "\n".join(lines)
+
+
+def _afterwards(rows: Rows) -> str:
+    """Differences to AdamW in what a regime looks at after the run: old text, rounded weights, forgetting."""
+    first = next(iter(rows.get(ADAMW, next(iter(rows.values()))).values()))
+    names = [x for x in ("old_loss", "4 bits", "3 bits", "noise", "forgetting") if x in first or x == "forgetting"]
+    for of in rows.values():
+        for seed, line in of.items():
+            line["forgetting"] = forgetting(line, rows.get(ADAMW, {}).get(seed))
+    names = [x for x in names if first.get(x) is not None]
+    lines = [f"| to AdamW | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for label in (x for x in rows if x != ADAMW):
+        cells = [_text(difference(rows, label, ADAMW, name)) for name in names]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def forgetting(line: Line, adamw: Line | None) -> float | None:
+    """Loss on the old text where fine-tuning has learned as much of the new as AdamW's has at its middle rate."""
+    if adamw is None or "fine_tuning" not in line:
+        return None
+    goal = adamw["fine_tuning"][len(adamw["fine_tuning"]) // 2][0]
+    learned, old = np.array(sorted(line["fine_tuning"])).T
+    return float(np.interp(goal, learned, old))
+
+
+def _text(x: Difference | None) -> str:
+    return "–" if x is None else str(x)
 
 
 if __name__ == "__main__":

@@ -1,48 +1,189 @@
-"""One run of the study in a process of its own: reads run.json, trains, writes figures.json when it is done."""
+"""One run of the study: trained up to a step, or taken from the file of finished runs.
+
+A line of that file is a run, or a beginning of one that tuning has looked at. Whoever runs the study next finds it
+there; the run's folder is needed only to go on from such a beginning.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import fcntl
+import hashlib
 import json
-import sys
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
+import numpy as np
 
-from fsam_trainers import metrics
+import study_data
+from fsam_kernels.options import Loss
+from fsam_trainers import metrics, pretrained
 from fsam_trainers.config import Intervals, Settings
 from fsam_trainers.console import Console
-from fsam_trainers.data import prepare
-from fsam_trainers.files import write_json
-from fsam_trainers.loop import train
-from fsam_trainers.models.layout import ModelConfig
+from fsam_trainers.data import Corpus
+from fsam_trainers.data.batches import windows_of
+from fsam_trainers.files import disk_errors
+from fsam_trainers.fine_tuning import fine_tuned
+from fsam_trainers.loop import Diverged, train
+from fsam_trainers.quantize import noisy, rounded
+from fsam_trainers.resuming import BranchPoint
+from fsam_trainers.tuning import Stopped
+from study_plan import REGIMES, Regime, base_settings
+
+WINDOWS = 256  # of held-out text, for what is measured after a run
+FINE_TUNING_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+FINE_TUNING_STEPS = 125
 
 
-def main(path: Path) -> None:
-    """Train what the file says; a stopped run resumes."""
-    asked: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    out = Path(asked["out"])
-    # Runs that differ in their seed alone share a program.
-    jax.config.update("jax_compilation_cache_dir", str(out.parent / "compiled"))
-    model = ModelConfig(**asked["settings"].pop("model"))
-    settings = Settings(model=model, **asked["settings"])
-    corpus = prepare(asked["data"], vocab_size=model.vocab_size, seq_len=model.seq_len, max_tokens=asked["max_tokens"])
-    pace = Intervals(
-        evaluate_every=max(1, settings.steps // asked["evaluations"]), checkpoint_every=settings.steps, probe_steps=0
-    )
-    figures = train(settings, corpus, out, pace, Console(quiet=True))
-    if figures["status"] != "finished":
-        sys.exit(1)
-    held_out = [x for x in metrics.read(out / "metrics.jsonl") if x.get("val_loss") is not None]
-    best = min(held_out, key=lambda x: x["val_loss"])
-    kept = ("val_loss", "train_loss", "steps", "skipped_steps", "data")
-    curve = [[x["step"], x["val_loss"]] for x in held_out]
-    write_json(
-        out / "figures.json",
-        {name: figures[name] for name in kept}
-        | {"best_val_loss": best["val_loss"], "best_step": best["step"], "curve": curve},
-    )
+class Runs(NamedTuple):
+    """The runs of a regime.
+
+    Attributes:
+        name: of the regime.
+        out: the folder of the runs.
+        done: the file with a line for each finished run.
+    """
+
+    name: str
+    out: Path
+    done: Path
+
+    @property
+    def regime(self) -> Regime:
+        return REGIMES[self.name]
+
+    def corpus(self) -> Corpus:
+        """The tokens that the regime's runs train on."""
+        regime = self.regime
+        tokenizer = self.base_corpus().folder / "tokenizer.json" if regime.base and not regime.late else None
+        return study_data.corpus(regime.data, regime.max_tokens, regime.model, self.out, tokenizer)
+
+    def base_corpus(self) -> Corpus:
+        """The tokens of the runs that they start from."""
+        assert self.regime.base is not None
+        data, max_tokens, _ = self.regime.base
+        return study_data.corpus(data, max_tokens, self.regime.model, self.out)
+
+    def prepare(self) -> None:
+        """Make the texts, before several processes want them."""
+        self.corpus()
+        if self.regime.late:
+            tokenizer = self.base_corpus().folder / "tokenizer.json"
+            study_data.corpus("prose", None, self.regime.model, self.out, tokenizer)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The file's lines that are of the data of this machine."""
+        data = self.corpus().fingerprint
+        found = metrics.read(self.done) if self.done.exists() else []
+        return [line for line in found if line["data"] == data]
+
+    def figures(self, settings: Settings, label: str, until: int | None = None) -> dict[str, Any]:
+        """The run's figures at step `until`, or at its end; losses are None if it has diverged.
+
+        Raises:
+            Stopped: when a signal has stopped it; the next call resumes it.
+        """
+        step, key = until or settings.steps, self.key(settings)
+        mine = [line for line in self.lines() if line["key"] == key and line["step"] == step]
+        if not any(line["row"] == label for line in mine):
+            found = mine[0] if mine else self._trained(settings, key, step)
+            named = {"row": label, "seed": settings.seed, "step": step, "key": key, "data": self.corpus().fingerprint}
+            mine = [{"settings": _chosen(settings) | _chosen(settings.model), **found, **named}]
+            self._append(mine[0])
+        return mine[-1]
+
+    def key(self, settings: Settings) -> str:
+        """A hash of what is trained: settings that differ from their defaults, the data, the base."""
+        own: list[Any] = [
+            type(settings).__name__,
+            _chosen(settings),
+            _chosen(settings.model),
+            self.corpus().fingerprint,
+        ]
+        if self.regime.base:
+            base = base_settings(self.regime, settings.seed)
+            own += [self.regime.late, _chosen(base), _chosen(base.model), self.base_corpus().fingerprint]
+        return hashlib.sha256(json.dumps(own).encode()).hexdigest()[:16]
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with disk_errors(self.done):
+            self.done.parent.mkdir(parents=True, exist_ok=True)
+            with self.done.open("a", encoding="utf-8") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                file.write(json.dumps(line) + "\n")
+
+    def _trained(self, settings: Settings, key: str, step: int) -> dict[str, Any]:
+        regime, folder = self.regime, self.out / "runs" / key
+        branch = None
+        if regime.late:
+            base = self.base(settings.seed)
+            branch = BranchPoint(base, base_settings(regime, settings.seed).decay_start)
+        elif regime.base:
+            settings = dataclasses.replace(settings, init_from=str(self.base(settings.seed)))
+        first = 0 if branch is None else branch.step
+        every = max(1, (settings.steps - first) // regime.evaluations)
+        pace = Intervals(every, 16, checkpoint_every=1000, probe_steps=0)
+        try:
+            found = train(settings, self.corpus(), folder, pace, Console(quiet=True), until=step, branch_from=branch)
+        except Diverged:
+            return {"val_loss": None, "best_val_loss": None, "best_step": 0, "curve": [], "skipped_steps": step}
+        if found["status"] == "stopped":
+            raise Stopped
+        seen = [(x["step"], x["val_loss"]) for x in metrics.read(folder / "metrics.jsonl") if x.get("val_loss")]
+        best = min(seen, key=lambda point: point[1])
+        figures = {"val_loss": seen[-1][1], "best_val_loss": best[1], "best_step": best[0], "curve": seen}
+        figures |= {"skipped_steps": found["skipped_steps"], "steps": settings.steps}
+        if step == settings.steps:
+            figures |= self._afterwards(folder)
+            shutil.rmtree(folder)
+        return figures
+
+    def base(self, seed: int) -> Path:
+        """The folder of AdamW's run that the regime's runs of a seed start from, trained if it is not there."""
+        assert self.regime.base is not None
+        settings = base_settings(self.regime, seed)
+        kind = "late" if self.regime.late else "base"
+        folder = self.out / "bases" / f"{kind}-{seed}"
+        until = settings.decay_start if self.regime.late else settings.steps
+        pace = Intervals(evaluate_every=until // 8, checkpoint_every=1000, probe_steps=0)
+        done = folder / "checkpoints" / f"step_{until:08d}"
+        if not done.exists():
+            found = train(settings, self.base_corpus(), folder, pace, Console(quiet=True), until=until)
+            if found["status"] == "stopped":
+                raise Stopped
+        return folder
+
+    def _afterwards(self, folder: Path) -> dict[str, Any]:
+        """What a regime with a base looks at after a run: other weights, other text, and what fine-tuning does."""
+        if not self.regime.base:
+            return {}
+        found = pretrained.find(str(folder), "study")
+        old, weights = self.base_corpus(), found.weights()
+        if not self.regime.late:
+            return {"old_loss": self._loss(found, weights, old)}
+        changed = {f"{bits} bits": rounded(weights, bits) for bits in (4, 3)} | {"noise": noisy(weights, 0.1, 0)}
+        losses = {name: self._loss(found, one, old) for name, one in changed.items()}
+        runs = fine_tuned(
+            found, str(self.out / "prose"), list(FINE_TUNING_RATES), folder / "tuned", Console(quiet=True),
+            framework="torch", steps=FINE_TUNING_STEPS, batch=self.regime.batch,
+        )  # fmt: skip
+        prose = study_data.corpus("prose", None, found.config, self.out, found.own_tokenizer())
+        tuned = [pretrained.find(run, "study") for run in runs]
+        pairs = [[self._loss(x, x.weights(), text) for text in (prose, old)] for x in tuned]
+        return losses | {"prose": self._loss(found, weights, prose), "fine_tuning": pairs}
+
+    def _loss(self, found: pretrained.Pretrained, weights: dict[str, np.ndarray], text: Corpus) -> float:
+        """Mean loss over the first held-out windows of a text."""
+        length = found.config.seq_len
+        count = min(WINDOWS, (text.validation.size - 1) // length)
+        windows = windows_of(text.validation, np.arange(count), length)
+        config = dataclasses.replace(found.config, dropout=0.0)
+        return float(np.mean(pretrained.inference("torch").window_losses(config, weights, Loss(), windows)))
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+def _chosen(settings: Any) -> dict[str, Any]:
+    """The values that differ from their defaults: a run stays finished when an option is added."""
+    values = {field.name: (getattr(settings, field.name), field.default) for field in dataclasses.fields(settings)}
+    changed = {name: value for name, (value, default) in sorted(values.items()) if value != default}
+    return {name: value for name, value in changed.items() if name not in ("model", "init_from")}

@@ -1,111 +1,176 @@
-"""The study's plan, and its page, plots and figures from invented results."""
+"""The study's plan, its runs, and its page from invented results."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import time
 
 import pytest
 from rich.console import Console as Rich
 
 import study
+import study_plan
 import study_report
-from fsam_core.errors import UserError
-from study import BEST_RIVAL, RIVALS, SAME_TIME, VARIANTS, Study
+import study_run
+from fsam_core import UserError
+from fsam_trainers.tuning import Stopped
+from study_plan import ADAMW, DECAY, REGIMES, SMALL, TUNING_SEED, Entry, Regime, Row, entries, settings_of
 
-TUNED = {"learning_rate": 1e-3, "weight_decay": 1.0, "dropout": 0.1, "rho": 0.2, "sam_rho": 0.05}
-TUNED |= {"rival": {"weight_decay": 1.0}, "rival_row": RIVALS[0], "swept": {"rate": {"0.001": 6.5, "0.002": 6.75}}}
-
-
-def results(tmp_path, regime="many passes", offset=None, complete=True, without=""):
-    """A study's folder with invented losses: seed s of row i ends at 6 + s − offset, its best is 0.5 less."""
-    plan = Study(out=tmp_path, seeds=2)
-    rows = {}
-    labels = [label for label, _ in study._plan(plan, regime, TUNED)]
-    labels += [label for label, _ in study._on_the_best_rival(plan, TUNED)]
-    labels += [f"{name} | {SAME_TIME}" for name in study.EQUAL_TIME]
-    for label in (label for label in labels if not without or without not in label):
-        end = 6 - (offset or {}).get(label, 0)
-        of = lambda s, end=end: {"val_loss": end + s, "best_val_loss": end + s - 0.5, "best_step": 80, "steps": 160}
-        curve = {"curve": [[16, 7.0], [160, end]], "skipped_steps": 0, "data": {"description": "text"}}
-        rows[label] = [{**of(s), **curve} for s in range(2)]
-    cost = {"step_ms": 100.0, "ratio": 1.5, "ratio_p20": 1.4, "ratio_p80": 1.6}
-    found = {
-        "study": {**dataclasses.asdict(plan), "out": "out", "done": "done"},
-        "complete": complete,
-        "costs": dict.fromkeys(VARIANTS, 1.5),
-    }
-    found["regimes"] = {regime: {"tuned": TUNED, "rows": rows}}
-    (tmp_path / "results.json").write_text(json.dumps(found))
-    (tmp_path / "costs.json").write_text(json.dumps(dict.fromkeys(VARIANTS, cost)))
-    compared = [{"step": i, "variant": "SAM", "cosine": i / 4, "length": 2.0, "exact_to_gradient": 0.1} for i in (1, 2)]
-    (tmp_path / "cosines.json").write_text(json.dumps({"every": 1, "regime": regime, "rows": compared}))
+PLAN = Regime("A test", SMALL, "python", 8_000, 160, alone={"SAM": Row("sam", {})}, at_equal_time=True, seeds=2)
 
 
-def test_every_row_is_compared_with_adamw_of_its_seed(tmp_path):
-    gain = {"exact": 0.125, f"exact | {SAME_TIME}": -0.25, f"exact | {BEST_RIVAL}": 0.5, RIVALS[0]: 0.375}
-    results(tmp_path, offset=gain)
-    study_report.write(study_report.StudyReportOptions(tmp_path, tmp_path / "out"))
-    text = (tmp_path / "out" / "study.md").read_text()
-    (row,) = [line for line in text.splitlines() if line.startswith("| exact |")]
-    same = lambda x: f"{x:+.3f} ({x:+.3f} … {x:+.3f})"
-    cells = ["exact", "1.50 (1.40–1.60)", "6.375", same(-0.125), "5.875 (80)", same(0.25), same(-0.125)]
-    assert row == f"| {' | '.join(cells)} |"
-    assert "| SAM | 0.38 (0.25 … 0.50) | 2.00 (2.00 … 2.00) |" in text
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "study.md", "study.json", "study-losses.png", "study-curves.png", "study-cosines.png"
-    }  # fmt: skip
-
-
-def test_unfinished_study_says_so(tmp_path):
-    with pytest.raises(UserError, match=r"results.json is not there; python profiling/experiments/study.py makes it"):
-        study_report.gathered(tmp_path)
-    results(tmp_path, complete=False, without=SAME_TIME)
-    study_report.write(study_report.StudyReportOptions(tmp_path, tmp_path / "out"))
-    text = (tmp_path / "out" / "study.md").read_text()
-    assert "Not all of the plan is trained yet" in text
-    (row,) = [line for line in text.splitlines() if line.startswith("| exact |")]
-    assert row.split(" | ")[5] == "–"
-
-
-def test_equal_rows_share_a_run(tmp_path):
-    plan = Study(out=tmp_path)
-    rows = dict(study._plan(plan, "many passes", {**TUNED, "weight_decay": 1e-4, "rival": {"dropout": 0.1}}))
-    files = lambda label: [study.key(plan, run) for run in rows[label]]
-    assert files("AdamW") == files("AdamW, weight decay")  # the best decay is AdamW's default
-    assert not set(files("AdamW")) & set(files("AdamW, dropout"))
-    assert files("exact") != files("hidden cut")
-    assert len(set(files("exact"))) == plan.seeds
-
-
-def test_sweep_extends_while_its_end_is_best(tmp_path, monkeypatch):
-    tried = []
-
-    def trained(plan, runs, rich):
-        """Least at a rate of 1e-4; all else alike."""
-        tried.append(len(runs))
-        return {run.name: {"val_loss": abs(run.settings.learning_rate - 1e-4)} for run in runs}
-
-    monkeypatch.setattr(study, "_all", trained)
-    found = study._tune(Study(out=tmp_path), "one pass", Rich(quiet=True))
-    assert found["learning_rate"] == pytest.approx(1.25e-4)
-    assert tried[:4] == [4, 5, 6, 7]
-
-
-def test_finished_run_is_not_repeated(tmp_path, monkeypatch):
-    plan = Study(out=tmp_path, done=tmp_path / "runs.jsonl", jobs=2)
-    runs = [
-        study._run(plan, "one pass", f"rate {x}", study.settings_of(plan, "AdamW", learning_rate=x)) for x in (1, 2)
-    ]
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """Runs of `PLAN` whose loss at the end is |log₂ ρ / 0.4| + the seed's; `trained` lists them."""
+    monkeypatch.setitem(REGIMES, "test", PLAN)
+    found = study_run.Runs("test", tmp_path / "runs", tmp_path / "results" / "study" / "test.jsonl")
     trained = []
 
-    def train(plan, run):
-        trained.append(run.name)
-        return {"val_loss": run.settings.learning_rate}
+    def train(self, settings, key, step):
+        trained.append((settings.seed, settings.rho, step, settings.steps))
+        loss = abs(math.log2(settings.rho / 0.4)) + settings.seed / 1000
+        best = {"best_val_loss": loss, "best_step": step, "curve": [[step, loss]], "skipped_steps": 0}
+        return {"val_loss": loss, "steps": settings.steps, **best}
 
-    monkeypatch.setattr(study, "_train", train)
-    first = study._all(plan, runs[:1] * 2, Rich(quiet=True))
-    assert trained == [runs[0].name]
-    both = study._all(plan, runs, Rich(quiet=True))
-    assert trained == [run.name for run in runs]
-    assert both[runs[0].name]["val_loss"] == first[runs[0].name]["val_loss"] == 1
+    corpus = type("Corpus", (), {"fingerprint": "text"})
+    monkeypatch.setattr(study_run.Runs, "corpus", lambda self: corpus)
+    monkeypatch.setattr(study_run.Runs, "_trained", train)
+    return found, trained
+
+
+@pytest.mark.parametrize("name", REGIMES)
+def test_every_row_is_a_run(name):
+    regime = REGIMES[name]
+    labels = [entry.label for entry in entries(regime)]
+    assert len(labels) == len(set(labels))
+    assert ADAMW in labels
+    for entry in entries(regime):
+        for value in entry.row.values or (0.0,):
+            one = settings_of(regime, entry.row, {entry.row.tunes: value} if entry.row.tunes else {}, 0)
+            assert one.steps >= regime.steps
+            assert not regime.late or one.decay_start == study_plan.base_settings(regime, 0).decay_start
+            assert not entry.equal_time or study_plan.at_equal_time(regime, one) < regime.steps
+
+
+def test_asam_is_its_formula_and_another_run_than_sam(runs):
+    asam = settings_of(PLAN, study_plan.PERTURBED["ASAM"], {"rho": 0.1}, 0)
+    assert (asam.as_method().precondition, asam.as_method().norm) == ("weights", "dual")
+    plain = settings_of(PLAN, Row("sam", {"norm": "dual"}), {"rho": 0.1}, 0)
+    assert runs[0].key(asam) != runs[0].key(plain)
+    assert runs[0].key(plain) == runs[0].key(dataclasses.replace(plain, init_from="elsewhere"))
+
+
+def test_a_row_is_tuned_with_a_seed_of_its_own(runs):
+    found, trained = runs
+    values = study.train_entry(found, Entry("SAM", Row("sam", {})), {}, {}, math.inf)
+    assert values == {"rho": 0.4}
+    tuning = [run for run in trained if run[0] == TUNING_SEED]
+    assert [step for _, _, step, _ in tuning] == [40] * 4 + [160] * 3  # the better half, then the one beyond
+    assert max(rho for _, rho, *_ in tuning) == pytest.approx(0.8)  # the axis goes beyond its best value
+    assert trained[len(tuning) :] == [(0, 0.4, 160, 160), (1, 0.4, 160, 160)]
+
+
+def test_a_finished_run_is_not_repeated(runs):
+    found, trained = runs
+    entry = Entry("SAM", Row("sam", {}))
+    study.train_entry(found, entry, {}, {}, math.inf)
+    count = len(trained)
+    study.train_entry(found, entry, {}, {}, math.inf)
+    study.train_entry(found, Entry("the same by another name", Row("sam", {})), {}, {"rho": 0.4}, math.inf)
+    assert len(trained) == count
+    assert {line["row"] for line in found.lines()} == {"SAM (tuning)", "SAM", "the same by another name"}
+
+
+def test_a_row_at_equal_time_has_fewer_steps_and_its_own_rho(runs):
+    found, trained = runs
+    study.train_entry(found, Entry("SAM, equal time", Row("sam", {}), equal_time=True), {}, {"rho": 0.2}, math.inf)
+    assert trained == [(0, 0.2, 80, 80), (1, 0.2, 80, 80)]
+
+
+def test_no_run_begins_after_the_last_minute(runs):
+    found, trained = runs
+    with pytest.raises(Stopped):
+        study.train_entry(found, Entry("SAM", Row("sam", {})), {}, {}, time.time() - 1)
+    assert not trained
+
+
+def test_an_unknown_regime_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--regimes: rare is not known; use some of scarce, repeated, one-pass"):
+        study.execute(study.Study("rare", out=tmp_path, results=tmp_path), Rich(quiet=True))
+
+
+def written(tmp_path, losses, name="scarce"):
+    """A file with runs: label -> the loss of each seed."""
+    folder = tmp_path / "study"
+    folder.mkdir()
+    lines = [
+        {"row": label, "seed": seed, "step": 160, "data": "text", "val_loss": loss, "best_val_loss": loss - 0.5}
+        for label, of in losses.items()
+        for seed, loss in enumerate(of)
+    ]
+    for line in (x for x in lines if x["row"] == "SAM"):
+        line["settings"] = {"rho": 0.2}
+    lines.append({**lines[0], "row": "SAM (tuning)"})
+    lines.append({**lines[0], "data": "another machine's", "val_loss": 99.0})
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_the_page_has_paired_differences_and_counts_what_is_missing(tmp_path):
+    losses = {ADAMW: [6.0, 6.5, 7.0], "SAM": [5.0, 5.51, 5.99], DECAY: [5.9, 6.6, 7.0], "SAM, on decay": [5.9, 6.6]}
+    folder = written(tmp_path, losses | {"functional": [6.1]})
+    study_report.write(tmp_path)
+    text = (tmp_path / "study.md").read_text()
+    # Student's t of 2 degrees of freedom is 4.303; the standard deviation of −1, −0.99, −1.01 is 0.01.
+    assert (
+        "| SAM | rho 0.2 | 2.00 | 5.500 | 5.000 | -1.000 ± 0.025, better | +0.000 ± 0.000, no difference | – |" in text
+    )
+    assert f"| {DECAY} |  | 1.00 | 6.500 | 6.000 | +0.000 ± 0.248, no difference | – | – |" in text
+    assert "+0.100 (one seed)" in text
+    regime = REGIMES["scarce"]
+    total = regime.seeds * len(list(entries(regime)))
+    assert study_report.missing(folder, "scarce") == total - 12
+    assert f"**{total - 12} of {total} runs are missing**" in text
+    assert (folder / "scarce.png").stat().st_size > 1000
+    assert json.loads((tmp_path / "study.json").read_text())["regimes"]["scarce"][0]["label"] == ADAMW
+
+
+def test_a_late_phase_is_compared_by_what_comes_after(tmp_path):
+    folder = written(tmp_path, {ADAMW: [6.0, 6.0], "SAM": [6.1, 6.1]}, "late")
+    path = folder / "late.jsonl"
+    # Fine-tuning at three rates: (loss on the new text, loss on the old one).
+    tuned = {ADAMW: [[5.0, 6.2], [4.5, 6.6], [4.0, 7.5]], "SAM": [[4.9, 6.2], [4.3, 6.4], [4.0, 7.0]]}
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    more = [{**x, "4 bits": x["val_loss"] + 0.2, "fine_tuning": tuned.get(x["row"], tuned[ADAMW])} for x in lines]
+    path.write_text("".join(json.dumps(line) + "\n" for line in more))
+    study_report.write(tmp_path)
+    text = (tmp_path / "study.md").read_text()
+    old = 6.2 + (4.9 - 4.5) / (4.9 - 4.3) * 0.2  # where it has learned as much as AdamW at its middle rate
+    assert f"| SAM | +0.100 ± 0.000, worse | {old - 6.6:+.3f} ± 0.000, better |" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["late", "fine-tuning"])
+def test_runs_that_start_from_a_base(name, tmp_path, monkeypatch):
+    """In small: the base once a seed, each run from it, and what is looked at afterwards."""
+    model = dataclasses.replace(study_plan.SMALLEST, layers=1, width=16, heads=2)
+    late = {"data": "python", "max_tokens": 70_000, "late": 0.25, "steps": 40, "base": ("python", 70_000, 40)}
+    changes = late if name == "late" else {"steps": 8, "base": ("python", 70_000, 16)}
+    monkeypatch.setitem(REGIMES, name, dataclasses.replace(REGIMES[name], model=model, seeds=1, **changes))
+    monkeypatch.setattr(study_run, "FINE_TUNING_STEPS", 4)
+    monkeypatch.setattr(study_run, "WINDOWS", 8)
+    found = study_run.Runs(name, tmp_path / "runs", tmp_path / "done.jsonl")
+    found.prepare()
+    for label in (ADAMW, "SAM"):
+        row = Row("sam", {"rho": 0.1}, "") if label == "SAM" else Row("adamw", {}, "")
+        study.train_entry(found, Entry(label, row), {}, {}, math.inf)
+    one, other = found.lines()
+    assert one["val_loss"] != other["val_loss"]
+    assert [path.name for path in (tmp_path / "runs" / "bases").iterdir()] == ["late-0" if name == "late" else "base-0"]
+    if name == "late":
+        assert min(one["3 bits"], one["4 bits"], one["noise"], one["prose"]) > 0
+        assert len(one["fine_tuning"]) == len(study_run.FINE_TUNING_RATES)
+    else:
+        assert one["old_loss"] > 0
