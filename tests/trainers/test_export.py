@@ -68,7 +68,7 @@ def test_the_average_is_exported_where_evaluation_sees_it(framework, text, tmp_p
     ("more", "says"),
     [
         (("--to", "onnx"), "--to must be safetensors or hf, got 'onnx'"),
-        (("--to", "hf"), "was trained with --soft-cap 20.0, which GPT-2 does not have; give --to safetensors"),
+        (("--to", "hf"), "was trained with --soft-cap 20.0, which transformers' do not have; give --to safetensors"),
         (("--out", "used"), "is there already; give a new folder"),
     ],
 )
@@ -102,8 +102,8 @@ def spoiled(folder, name):
         file.write_bytes(file.read_bytes()[:-40])
     elif name == "no weights":
         file.unlink()
-    elif name == "llama":
-        config.write_text('{"model_type": "llama"}')
+    elif name == "gemma":
+        config.write_text('{"model_type": "gemma"}')
     elif name == "an unknown size":
         config.write_text(config.read_text().replace('"heads"', '"teeth"'))
     elif name == "relu":
@@ -126,7 +126,7 @@ def spoiled(folder, name):
         ("pickled weights", "pytorch_model.bin holds pickled weights, which may run any code"),
         ("a truncated file", "model.safetensors cannot be read"),
         ("no weights", "has a config.json and no *.safetensors beside it"),
-        ("llama", "is of model_type 'llama'; this decoder has GPT-2's layer norms"),
+        ("gemma", "is of model_type 'gemma'; this decoder computes those of gpt2, llama"),
         ("an unknown size", "its config.json cannot be used: TypeError"),
         ("relu", "its config.json has activation_function 'relu', and this decoder computes 'gelu_new' only"),
         ("a missing array", "final_norm is missing, and config.json makes it [12]"),

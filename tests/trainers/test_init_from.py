@@ -48,6 +48,7 @@ def test_files_without_the_prefix_and_in_shards_are_read(tmp_path):
     model = hf_model(tmp_path / "hf")
     model.transformer.save_pretrained(tmp_path / "bare", max_shard_size="5kB")
     assert len(list((tmp_path / "bare").glob("*.safetensors"))) > 1
+    (tmp_path / "bare" / "consolidated.safetensors").write_bytes(b"the same again, under other names")
     whole, bare = (pretrained.find(str(tmp_path / name), "--init-from").weights() for name in ("hf", "bare"))
     assert all(np.array_equal(whole[name], bare[name]) for name in whole)
 
@@ -180,12 +181,13 @@ def test_what_does_not_fit_is_one_sentence(more, says, text, tmp_path, capsys, m
     assert not (out / "checkpoints").exists()
 
 
-def test_biases_with_tensor_parallel_ranks_are_refused_in_torch():
+@pytest.mark.parametrize("option", ["--biases", "--qkv-biases"])
+def test_biases_with_tensor_parallel_ranks_are_refused_in_torch(option):
     from fsam_core import UserError
     from fsam_trainers.torch import mesh
 
-    options = [*SMALL, "--framework", "torch", "--biases", "--tensor-parallel", "2"]
-    with pytest.raises(UserError, match="--tensor-parallel: in torch a model with --biases is not cut"):
+    options = [*SMALL, "--framework", "torch", option, "--tensor-parallel", "2"]
+    with pytest.raises(UserError, match=f"--tensor-parallel: in torch a model with {option} is not cut"):
         mesh.check(train_options(["train", *options]).settings(), 2)
 
 

@@ -52,6 +52,10 @@ CASES = {name: {"method": name} for name in NAMES} | {
     "dropout, part of micro-batches": {
         "method": FUNCTIONAL, "micro_batches": 4, "correction_fraction": 1 / 4, "model": {"dropout": 0.2},
     },
+    "llama": {
+        "method": FUNCTIONAL, "scope": "top:1",
+        "model": {"rms_norm": True, "rotary": True, "swiglu": True, "kv_heads": 2, "qk_norm": True, "mlp_width": 24},
+    },
     "checkpointed blocks": {"method": FUNCTIONAL, "micro_batches": 2, "remat": True, "model": {"dropout": 0.2}},
 }  # fmt: skip
 
@@ -181,6 +185,12 @@ def test_each_device_is_sent_its_own_part_alone():
         ((4, 2, 1), {}, r"4 x 2 x 1 = 8 devices are asked for and there are 4; give sizes whose product is 4"),
         ((4, 1, 1), {"batch": 6}, r"--batch: sequences of a micro-batch, 6, must be a multiple of 4, .* data x fsdp"),
         ((1, 1, 4), {"model": ModelConfig(1, 12, 3, 8, 64)}, r"--tensor-parallel: .* heads, 3, must be a multiple"),
+        ((1, 1, 4), {"model": ModelConfig(1, 16, 4, 8, 64, kv_heads=2)}, r"--tensor-parallel: .* keys and values, 2,"),
+        (
+            (1, 1, 4),
+            {"model": ModelConfig(1, 16, 4, 8, 64, mlp_width=6)},
+            r"--tensor-parallel: the hidden units .*, 6,",
+        ),
         ((1, 1, 2), {"model": ModelConfig(1, 16, 4, 8, 63)}, r"--tensor-parallel: .* vocabulary, 63, must be"),
     ],
 )

@@ -10,7 +10,12 @@ from trained_runs import FRAMEWORKS, logits, random_model, runs, saved  # noqa: 
 from fsam_trainers.generate import chooser, generate
 from fsam_trainers.pretrained import inference
 
-KINDS = pytest.mark.parametrize("changes", [{}, {"tied": False}, {"biases": True, "norm_eps": 1e-5}], ids=str)
+LLAMA = {"rms_norm": True, "rotary": True, "swiglu": True, "qkv_biases": True, "qk_norm": True}
+KINDS = pytest.mark.parametrize(
+    "changes",
+    [{}, {"tied": False}, {"biases": True, "norm_eps": 1e-5}, LLAMA, {**LLAMA, "kv_heads": 1}],
+    ids=["plain", "untied", "biases", "llama", "grouped"],
+)
 greedy = chooser(31, temperature=0, top_k=None, seed=0)
 
 

@@ -63,8 +63,11 @@ def test_a_signal_to_one_rank_stops_both_and_one_resumes(alone, text, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_tensor_ranks_take_the_steps_of_one_process(text, tmp_path):
-    short = ("--steps", 4, "--evaluate-every", 2, "--micro-batches", 2)
+@pytest.mark.parametrize(
+    "kind", [(), ("--rms-norm", "--rotary", "--swiglu", "--kv-heads", 2, "--qk-norm")], ids=["plain", "llama"]
+)
+def test_two_tensor_ranks_take_the_steps_of_one_process(kind, text, tmp_path):
+    short = ("--steps", 4, "--evaluate-every", 2, "--micro-batches", 2, *kind)
     alone, out = tmp_path / "alone", tmp_path / "run"
     assert fsam(*run_arguments(text, alone, *short)) == 0
     process = torchrun(2, run_arguments(text, out, *short, "--tensor-parallel", 2))

@@ -1,4 +1,4 @@
-"""A model as a folder that other programs read: safetensors under this project's names, or under GPT-2's."""
+"""A model as a folder that other programs read: safetensors under this project's names, or under transformers'."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fsam_core import UserError
-from fsam_trainers import gpt2
+from fsam_trainers import transformers_folders
 from fsam_trainers.data.vocabulary import load_tokenizer
 from fsam_trainers.files import begin_folder, disk_errors, publish, write_json
 from fsam_trainers.pretrained import MODEL_TYPE, Pretrained, optional
@@ -23,19 +23,17 @@ def export(found: Pretrained, form: str, out: Path) -> None:
     """Write the model into the new folder `out`: config.json, model.safetensors (float32), and its tokenizer if any.
 
     Args:
-        form: "safetensors" (flat names and sizes of `models/layout.py`) or "hf" (`GPT2LMHeadModel.from_pretrained`).
+        form: "safetensors" (flat names and sizes of `models/layout.py`) or "hf" (transformers' names).
 
     Raises:
-        UserError: when the folder is in use, GPT-2 cannot represent the model, or the disk refuses.
+        UserError: when the folder is in use, transformers cannot represent the model, or the disk refuses.
     """
     if form not in FORMATS:
         raise UserError(f"--to must be {' or '.join(FORMATS)}, got {form!r}")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"--out: {out} is there already; give a new folder")
     save = optional("safetensors.numpy", found.where).save_file
-    config = _as_hf(found) if form == "hf" else _as_ours(found)
-    weights = found.weights()
-    tensors = gpt2.weights_to_hf(found.config, weights) if form == "hf" else weights
+    config, tensors = _as_hf(found) if form == "hf" else (_as_ours(found), found.weights())
     folder = begin_folder(out)
     try:
         with disk_errors(out):
@@ -57,11 +55,14 @@ def _as_ours(found: Pretrained) -> dict[str, Any]:
     return {"model_type": MODEL_TYPE, "model": dataclasses.asdict(found.config), "soft_cap": found.soft_cap}
 
 
-def _as_hf(found: Pretrained) -> dict[str, Any]:
+def _as_hf(found: Pretrained) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    if found.config.FAMILY != "decoder":
+        raise UserError(f"{found.where} is a model of images, which --to hf does not write; give --to safetensors")
     if found.soft_cap:
         cap = f"--soft-cap {found.soft_cap}"
-        raise UserError(f"{found.where} was trained with {cap}, which GPT-2 does not have; give --to safetensors")
-    return gpt2.config_to_hf(found.config, None if found.tokenizer is None else _end(found))
+        raise UserError(f"{found.where} was trained with {cap}, which transformers' do not have; give --to safetensors")
+    end = None if found.tokenizer is None else _end(found)
+    return transformers_folders.to_hf(found.config, found.weights(), end, found.where)
 
 
 def _end(found: Pretrained) -> int:

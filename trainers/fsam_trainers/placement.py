@@ -44,6 +44,8 @@ def check_model(settings: Settings) -> None:
     for option, number, what, by in (
         ("--fsdp", model.width, "the model's width", ("tensor", "fsdp")),
         ("--tensor-parallel", model.heads, "the model's attention heads", ("tensor",)),
+        ("--tensor-parallel", model.K, "the model's heads of keys and values", ("tensor",)),
+        ("--tensor-parallel", model.F, "the hidden units of the model's MLP", ("tensor",)),
         ("--tensor-parallel", model.vocab_size, "the size of the vocabulary", ("tensor",)),
     ):
         check_divides(option, number, what, math.prod(size[axis] for axis in by), by)

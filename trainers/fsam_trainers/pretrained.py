@@ -9,20 +9,20 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fsam_core import UserError, backends
-from fsam_trainers import checkpoints, gpt2
+from fsam_trainers import checkpoints, transformers_folders
 from fsam_trainers.config import Settings
 from fsam_trainers.data.documents import one_line
 from fsam_trainers.data.records import columns_of
 from fsam_trainers.data.specs import find_files, is_hub
 from fsam_trainers.files import disk_errors
 from fsam_trainers.models.layout import ModelConfig, initial, shapes
+from fsam_trainers.models.vit_layout import config_of
 
 MODEL_TYPE = "fsam-decoder"  # in the config.json of a folder in this project's layout
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
@@ -113,7 +113,7 @@ def initial_weights(settings: Settings) -> dict[str, np.ndarray]:
     if settings.init_from is None:
         return initial(settings.model, settings.seed)
     found, mine = find(settings.init_from, "--init-from"), settings.model
-    for field in dataclasses.fields(ModelConfig):
+    for field in dataclasses.fields(mine):
         got, theirs = getattr(mine, field.name), getattr(found.config, field.name)
         if field.name == "seq_len" and got <= theirs:
             continue
@@ -121,7 +121,9 @@ def initial_weights(settings: Settings) -> dict[str, np.ndarray]:
             option = f"--{field.name.replace('_', '-')}"
             raise UserError(f"{found.where} has {option} {theirs}, got {option} {got}; leave the option out")
     weights = found.weights()
-    return {**weights, "positions": weights["positions"][: mine.seq_len]}
+    if "positions" in weights:
+        weights["positions"] = weights["positions"][: mine.seq_len]
+    return weights
 
 
 def keep_tokenizer(corpus_folder: Path, out: Path) -> None:
@@ -145,7 +147,7 @@ def _of_run(out: Path, source: str, where: str) -> Pretrained:
     if found is None:
         raise UserError(f"{where} holds no checkpoint yet; give a run that has saved one")
     settings = found.run["settings"]
-    config = ModelConfig(**settings["model"])
+    config = config_of(settings["model"])
     framework, averaged = settings["framework"], bool(settings["ema"])
 
     def weights() -> dict[str, np.ndarray]:
@@ -169,19 +171,14 @@ def _of_folder(folder: Path, source: str, where: str) -> Pretrained:
         described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind = described["model_type"]
         if kind == MODEL_TYPE:
-            config = ModelConfig(**described["model"])
+            config = config_of(described["model"])
             return _loaded(folder, source, where, config, float(described["soft_cap"]), dict)
-        if kind == "gpt2":
-            config = gpt2.config_from_hf(described, where)
-            return _loaded(folder, source, where, config, 0.0, partial(gpt2.weights_from_hf, config))
+        config, renamed = transformers_folders.from_hf(described, where)
+        return _loaded(folder, source, where, config, 0.0, renamed)
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{where}: its config.json cannot be used: {one_line(error)}") from error
-    raise UserError(
-        f"{where} is of model_type {kind!r}; this decoder has GPT-2's layer norms, learned positions and MLP: "
-        "give a model of model_type gpt2"
-    )
 
 
 def _loaded(
@@ -192,7 +189,8 @@ def _loaded(
     soft_cap: float,
     renamed: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]],
 ) -> Pretrained:
-    files = sorted(folder.glob("*.safetensors"))
+    # Mistral's folders have the same weights once more, under names of its own, in consolidated.safetensors.
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
     if not files:
         _refuse_pickles(sorted(folder.iterdir()), where)
         raise UserError(f"{where} has a config.json and no *.safetensors beside it; give {_WHAT_WORKS}")
@@ -239,7 +237,8 @@ def _from_hub(source: str, where: str) -> Path:
         return Path(name)
     hub = optional("huggingface_hub", where)
     try:
-        return Path(hub.snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "tokenizer.model"]))
+        wanted = ["*.safetensors", "*.json", "tokenizer.model"]
+        return Path(hub.snapshot_download(name, allow_patterns=wanted, ignore_patterns=["consolidated*"]))
     except Exception as error:  # the client lets the errors of several libraries through
         raise UserError(f"{where} cannot be taken from the hub: {one_line(error)}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from dataclasses import dataclass
@@ -12,11 +13,17 @@ import tyro
 
 from fsam_core import UserError
 from fsam_trainers import pretrained
+from fsam_trainers.cli.parsing import parsed
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Continue a text. stdout has the prompt and what follows it, up to the end of a document."""
+    """Continue a text. stdout has the prompt and what follows it, up to the end of a document.
+
+    Examples:
+        fsam sample runs/a --prompt 'import os'
+        fsam sample hf:gpt2 --temperature 0.7 --top-k 40
+    """
 
     model: Annotated[str, tyro.conf.Positional]
     """a run's folder, a folder of safetensors, or hf:NAME"""
@@ -38,12 +45,14 @@ class Sample:
 
 def main(arguments: list[str]) -> int:
     """Run the command; returns the exit code."""
-    options = tyro.cli(Sample, prog="fsam sample", args=arguments)
+    options = parsed(Sample, arguments, "fsam sample")
     _check(options.tokens >= 1, "--tokens", options.tokens, "at least 1")
     _check(0 <= options.temperature < math.inf, "--temperature", options.temperature, "a finite number >= 0")
     _check(options.top_k is None or options.top_k >= 1, "--top-k", options.top_k, "at least 1")
     _check(0 <= options.seed < 2**32, "--seed", options.seed, "between 0 and 2**32 - 1")
     found = pretrained.find(options.model, "MODEL")
+    if found.config.FAMILY != "decoder":
+        raise UserError(f"{found.where} is a model of images, which writes no text; give a run on text")
     path = options.tokenizer or found.own_tokenizer()
     from fsam_trainers import generate
     from fsam_trainers.data.pipeline import given_tokenizer
@@ -52,7 +61,9 @@ def main(arguments: list[str]) -> int:
     assert tokenizer is not None
     # A document follows the end of the one before.
     ids = tokenizer.encode_batch([options.prompt])[0] or [tokenizer.end]
-    model = pretrained.inference(found.framework_for(options.framework)).CachedDecoder(found.config, found.weights())
+    # A cache of no more than is needed: some models take 100,000 tokens.
+    sized = dataclasses.replace(found.config, seq_len=min(found.config.seq_len, len(ids) + options.tokens))
+    model = pretrained.inference(found.framework_for(options.framework)).CachedDecoder(sized, found.weights())
     choose = generate.chooser(
         tokenizer.size,
         temperature=options.temperature,

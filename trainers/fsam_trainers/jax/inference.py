@@ -15,8 +15,8 @@ from flax import linen as nn
 import fsam_core.jax as fsam
 from fsam_kernels.options import Loss
 from fsam_trainers.models import flax_decoder
-from fsam_trainers.models.flax_decoder import layer_norm
-from fsam_trainers.models.layout import ModelConfig, flattened, nested, shapes
+from fsam_trainers.models.flax_decoder import norm, rotated
+from fsam_trainers.models.layout import ModelConfig, flattened, nested, rotation, shapes
 
 
 def read(folder: Path, config: ModelConfig, *, averaged: bool) -> dict[str, np.ndarray]:
@@ -63,7 +63,7 @@ class CachedDecoder:
     def start(self, tokens: list[int]) -> np.ndarray:
         """Forget what was read, and read tokens, 1 to seq_len of them; the logits of the next one, float32 [V]."""
         c = self.config
-        self._past = jnp.zeros((c.layers, 2, c.heads, c.seq_len, c.width // c.heads))
+        self._past = jnp.zeros((c.layers, 2, c.K, c.seq_len, c.d))
         self._length = 0
         # The keys of the padding are masked until a token replaces them.
         return self._read(np.pad(tokens, (0, c.seq_len - len(tokens))), len(tokens))
@@ -81,27 +81,49 @@ class CachedDecoder:
 def _logits(
     c: ModelConfig, w: dict[str, jax.Array], past: jax.Array, tokens_L: jax.Array, start: jax.Array, last: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(logits after tokens_L[last], keys and values [layers, 2, H, T, d] with those of the tokens from `start` on)."""
-    L, T, d = len(tokens_L), c.seq_len, c.width // c.heads
+    """(logits after tokens_L[last], keys and values [layers, 2, K, T, d] with those of the tokens from `start` on)."""
+    L, T = len(tokens_L), c.seq_len
 
     def through(name: str, x_LxI: jax.Array) -> jax.Array:
         return x_LxI @ w[name] + w.get(f"{name}_bias", 0)
 
-    def normed(name: str, x_LxD: jax.Array) -> jax.Array:
-        return layer_norm(x_LxD, w[name], w.get(f"{name}_bias"), c.norm_eps)
+    def normed(name: str, x_xD: jax.Array) -> jax.Array:
+        return norm(c, name, x_xD, w[name], w.get(f"{name}_bias"))
 
     positions_L = start + jnp.arange(L)
     seen_LxT = jnp.arange(T) <= positions_L[:, None]
-    x_LxD = w["embedding"][tokens_L] + w["positions"][positions_L]
+    turn = [jnp.asarray(x)[positions_L] for x in rotation(c.d, c.rope_theta, T)] if c.rotary else None
+
+    def attention(block: str, h_LxD: jax.Array, past: jax.Array, i: int) -> tuple[jax.Array, jax.Array]:
+        if c.heads == c.K:
+            q_HxLxd, k_KxLxd, v_KxLxd = through(f"{block}.qkv", h_LxD).reshape(L, 3, -1, c.d).transpose(1, 2, 0, 3)
+        else:
+            q_HxLxd = through(f"{block}.q", h_LxD).reshape(L, -1, c.d).transpose(1, 0, 2)
+            k_KxLxd, v_KxLxd = through(f"{block}.kv", h_LxD).reshape(L, 2, -1, c.d).transpose(1, 2, 0, 3)
+        if c.qk_norm:
+            q_HxLxd, k_KxLxd = normed(f"{block}.q_norm", q_HxLxd), normed(f"{block}.k_norm", k_KxLxd)
+        if turn is not None:
+            q_HxLxd, k_KxLxd = rotated(q_HxLxd, *turn), rotated(k_KxLxd, *turn)
+        past = jax.lax.dynamic_update_slice(past, jnp.stack([k_KxLxd, v_KxLxd])[None], (i, 0, 0, start, 0))
+        k_KxTxd, v_KxTxd = past[i]
+        # The heads of queries that share a key are rows of one product: R = L H / K.
+        scores_KxRxT = q_HxLxd.reshape(c.K, -1, c.d) @ k_KxTxd.swapaxes(1, 2) * c.d**-0.5
+        p_KxRxT = jax.nn.softmax(jnp.where(jnp.tile(seen_LxT, (c.heads // c.K, 1)), scores_KxRxT, -jnp.inf))
+        a_HxLxd = (p_KxRxT @ v_KxTxd).reshape(c.heads, L, c.d)
+        return through(f"{block}.attention_out", a_HxLxd.transpose(1, 0, 2).reshape(L, -1)), past
+
+    def mlp(block: str, h_LxD: jax.Array) -> jax.Array:
+        h_LxF = through(f"{block}.mlp_in", h_LxD)
+        h_LxF = nn.silu(through(f"{block}.mlp_gate", h_LxD)) * h_LxF if c.swiglu else nn.gelu(h_LxF)
+        return through(f"{block}.mlp_out", h_LxF)
+
+    x_LxD = w["embedding"][tokens_L]
+    if not c.rotary:
+        x_LxD += w["positions"][positions_L]
     for i in range(c.layers):
-        qkv_Lx3D = through(f"block_{i}.qkv", normed(f"block_{i}.attention_norm", x_LxD))
-        q_HxLxd, *kv_HxLxd = qkv_Lx3D.reshape(L, 3, c.heads, d).transpose(1, 2, 0, 3)
-        past = jax.lax.dynamic_update_slice(past, jnp.stack(kv_HxLxd)[None], (i, 0, 0, start, 0))
-        k_HxTxd, v_HxTxd = past[i]
-        scores_HxLxT = q_HxLxd @ k_HxTxd.swapaxes(1, 2) * d**-0.5
-        p_HxLxT = jax.nn.softmax(jnp.where(seen_LxT, scores_HxLxT, -jnp.inf))
-        x_LxD += through(f"block_{i}.attention_out", (p_HxLxT @ v_HxTxd).transpose(1, 0, 2).reshape(L, -1))
-        h_LxF = through(f"block_{i}.mlp_in", normed(f"block_{i}.mlp_norm", x_LxD))
-        x_LxD += through(f"block_{i}.mlp_out", nn.gelu(h_LxF))
+        block = f"block_{i}"
+        a_LxD, past = attention(block, normed(f"{block}.attention_norm", x_LxD), past, i)
+        x_LxD += a_LxD
+        x_LxD += mlp(block, normed(f"{block}.mlp_norm", x_LxD))
     h_D = normed("final_norm", x_LxD[last][None])[0]
     return w["embedding" if c.tied else "head"] @ h_D, past

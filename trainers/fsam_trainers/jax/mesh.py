@@ -19,14 +19,18 @@ from fsam_core.errors import UserError
 from fsam_trainers.config import Settings
 from fsam_trainers.placement import AXES, ROWS, check_divides, check_model, sizes
 
-# The sharding of a stored matrix. qkv is [D, 3 D], three matrices side by side: shards along 3 D would not be whole
-# heads. It is therefore stored sharded along D, and `in_use` reshards it by heads.
+# The sharding of a stored matrix. qkv is [D, 3 A], three matrices side by side: shards along 3 A would not be whole
+# heads. It is therefore stored sharded along D, and `in_use` reshards it by heads; so is kv, of two.
+_SIDE_BY_SIDE = {"qkv": 3, "kv": 2}
 _PLACES = {
     "embedding": PartitionSpec("tensor", "fsdp"),
     "head": PartitionSpec("tensor", "fsdp"),
     "positions": PartitionSpec(None, "fsdp"),
-    "qkv": PartitionSpec(("tensor", "fsdp"), None),
+    "patches": PartitionSpec(None, "fsdp"),
+    **dict.fromkeys(_SIDE_BY_SIDE, PartitionSpec(("tensor", "fsdp"), None)),
+    "q": PartitionSpec("fsdp", "tensor"),
     "attention_out": PartitionSpec("tensor", "fsdp"),
+    "mlp_gate": PartitionSpec("fsdp", "tensor"),
     "mlp_in": PartitionSpec("fsdp", "tensor"),
     "mlp_out": PartitionSpec("tensor", "fsdp"),
 }
@@ -131,13 +135,13 @@ def by_rows(x: jax.Array, *others: str | None, sequences: int | None = None) -> 
 
 
 def in_use(name: str, x: jax.Array) -> jax.Array:
-    """A parameter as the model uses it: gathered over fsdp, still sharded over tensor; qkv as [D, 3, D].
+    """A parameter as the model uses it: gathered over fsdp, still sharded over tensor; qkv as [D, 3, A].
 
     Without this the compiler may as well leave the matrix cut and move activations, which are larger.
     """
     found = _auto_axes()
-    if name == "qkv":
-        x = x.reshape(len(x), 3, -1)
+    if name in _SIDE_BY_SIDE:
+        x = x.reshape(len(x), _SIDE_BY_SIDE[name], -1)
         # In two steps: gather over fsdp, then exchange between the devices of tensor. In one step the compiler gathers
         # the whole matrix on every device.
         return _constrained(_constrained(x, found, "tensor"), found, None, None, "tensor")

@@ -16,7 +16,7 @@ from fsam_core.jax import LinearHead, Staged
 from fsam_kernels.options import CROSS_ENTROPY, Loss
 from fsam_trainers.jax.mesh import by_rows, in_use
 from fsam_trainers.models.flax_mixed import product, rows_of
-from fsam_trainers.models.layout import EMBEDDING_STD, ModelConfig, initial, nested
+from fsam_trainers.models.layout import EMBEDDING_STD, ModelConfig, has_bias, initial, is_rms, nested, rotation
 
 _ones, _zeros, _normal = nn.initializers.ones, nn.initializers.zeros, nn.initializers.normal(EMBEDDING_STD)
 _fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
@@ -49,10 +49,12 @@ class Decoder(nn.Module):
         B, L = tokens_BxL.shape
         embedding_VxD = self.param("embedding", _normal, (c.vocab_size, c.width))
         if x_NxD is None:
-            positions_LxD = in_use("positions", self.param("positions", _normal, (c.seq_len, c.width)))
             tokens_BxL = by_rows(tokens_BxL)
             x_NxD = rows_of("embedding", embedding_VxD, tokens_BxL.reshape(-1), dtype)
-            x_NxD = by_rows((x_NxD + jnp.tile(positions_LxD[:L], (B, 1))).astype(dtype), sequences=B)
+            if not c.rotary:
+                positions_LxD = in_use("positions", self.param("positions", _normal, (c.seq_len, c.width)))
+                x_NxD = (x_NxD + jnp.tile(positions_LxD[:L], (B, 1))).astype(dtype)
+            x_NxD = by_rows(x_NxD, sequences=B)
             x_NxD = nn.Dropout(c.dropout, deterministic=deterministic)(x_NxD)
         block = nn.remat(Block, static_argnums=(2, 3)) if self.remat else Block
         for i in range(first, c.layers if last is None else last):
@@ -65,8 +67,11 @@ class Decoder(nn.Module):
         return h_NxD, in_use("head", self.param("head", _normal, (c.vocab_size, c.width)).astype(dtype))
 
 
+Model = Decoder
+
+
 class Block(nn.Module):
-    """Attention and MLP, each behind a layer norm and added to the residual stream."""
+    """Attention and MLP, each behind a norm and added to the residual stream; `ModelConfig` names the variants."""
 
     config: ModelConfig
 
@@ -82,25 +87,61 @@ class Block(nn.Module):
             return y if bias is None else y + bias.astype(y.dtype).reshape(y.shape[1:])
 
         h_NxD = _normed(self, "attention_norm", x_NxD)
-        qkv_Nx3xD = by_rows(through("qkv", h_NxD, D, 3 * D), None, "tensor", sequences=B)
-        a_NxD = by_rows(causal_attention(qkv_Nx3xD, L, c.heads), "tensor", sequences=B)
-        x_NxD += by_rows(drop(through("attention_out", a_NxD, D, D)), sequences=B)
+        if c.heads == c.K:
+            qkv_Nx3xA = by_rows(through("qkv", h_NxD, D, 3 * c.heads * c.d), None, "tensor", sequences=B)
+            q_BxHxLxd, k_BxKxLxd, v_BxKxLxd = qkv_Nx3xA.reshape(B, L, 3, -1, c.d).transpose(2, 0, 3, 1, 4)
+        else:
+            q_NxA = by_rows(through("q", h_NxD, D, c.heads * c.d), "tensor", sequences=B)
+            q_BxHxLxd = q_NxA.reshape(B, L, -1, c.d).transpose(0, 2, 1, 3)
+            kv_Nx2xE = by_rows(through("kv", h_NxD, D, 2 * c.K * c.d), None, "tensor", sequences=B)
+            k_BxKxLxd, v_BxKxLxd = kv_Nx2xE.reshape(B, L, 2, -1, c.d).transpose(2, 0, 3, 1, 4)
+        if c.qk_norm:
+            q_BxHxLxd, k_BxKxLxd = _normed(self, "q_norm", q_BxHxLxd), _normed(self, "k_norm", k_BxKxLxd)
+        if c.rotary:
+            turn = rotation(c.d, c.rope_theta, L)
+            q_BxHxLxd, k_BxKxLxd = rotated(q_BxHxLxd, *turn), rotated(k_BxKxLxd, *turn)
+        a_NxA = by_rows(attention(q_BxHxLxd, k_BxKxLxd, v_BxKxLxd, causal=c.CAUSAL), "tensor", sequences=B)
+        x_NxD += by_rows(drop(through("attention_out", a_NxA, c.heads * c.d, D)), sequences=B)
 
         h_NxD = _normed(self, "mlp_norm", x_NxD)
-        h_NxF = by_rows(nn.gelu(through("mlp_in", h_NxD, D, 4 * D)), "tensor", sequences=B)
-        return x_NxD + by_rows(drop(through("mlp_out", h_NxF, 4 * D, D)), sequences=B)
+        if c.swiglu:
+            h_NxF = nn.silu(through("mlp_gate", h_NxD, D, c.F)) * through("mlp_in", h_NxD, D, c.F)
+        else:
+            h_NxF = nn.gelu(through("mlp_in", h_NxD, D, c.F))
+        h_NxF = by_rows(h_NxF, "tensor", sequences=B)
+        return x_NxD + by_rows(drop(through("mlp_out", h_NxF, c.F, D)), sequences=B)
 
 
-def causal_attention(qkv_Nx3xD: jax.Array, L: int, heads: int) -> jax.Array:
-    """Softmax attention over rows of L tokens, [N, 3, D] -> [N, D]; scores in the input's dtype, softmax in float32."""
-    N, _, D = qkv_Nx3xD.shape
-    B, d = N // L, D // heads
-    q_BxHxLxd, k_BxHxLxd, v_BxHxLxd = qkv_Nx3xD.reshape(B, L, 3, heads, d).transpose(2, 0, 3, 1, 4)
-    scores_BxHxLxL = jnp.matmul(q_BxHxLxd, k_BxHxLxd.swapaxes(-1, -2)) * d**-0.5
-    mask_LxL = jnp.tril(jnp.ones((L, L), bool))
-    wide_BxHxLxL = scores_BxHxLxL.astype(jnp.promote_types(scores_BxHxLxL.dtype, jnp.float32))
-    p_BxHxLxL = jax.nn.softmax(jnp.where(mask_LxL, wide_BxHxLxL, -jnp.inf), axis=-1).astype(qkv_Nx3xD.dtype)
-    return jnp.matmul(p_BxHxLxL, v_BxHxLxd).transpose(0, 2, 1, 3).reshape(N, D)
+def attention(q_BxHxLxd: jax.Array, k_BxKxLxd: jax.Array, v_BxKxLxd: jax.Array, *, causal: bool) -> jax.Array:
+    """Softmax attention, [B·L, H d]; scores in the input's dtype, softmax in float32. K of H heads are of keys."""
+    B, H, L, d = q_BxHxLxd.shape
+    K = k_BxKxLxd.shape[1]
+    # The heads of queries that share a key are rows of one product: R = L H / K.
+    q_BxKxRxd = q_BxHxLxd.reshape(B, K, -1, d)
+    scores_BxKxRxL = jnp.matmul(q_BxKxRxd, k_BxKxLxd.swapaxes(-1, -2)) * d**-0.5
+    wide_BxKxRxL = scores_BxKxRxL.astype(jnp.promote_types(scores_BxKxRxL.dtype, jnp.float32))
+    if causal:
+        mask_RxL = jnp.tile(jnp.tril(jnp.ones((L, L), bool)), (H // K, 1))
+        wide_BxKxRxL = jnp.where(mask_RxL, wide_BxKxRxL, -jnp.inf)
+    p_BxKxRxL = jax.nn.softmax(wide_BxKxRxL, axis=-1).astype(q_BxHxLxd.dtype)
+    a_BxHxLxd = jnp.matmul(p_BxKxRxL, v_BxKxLxd).reshape(B, H, L, d)
+    return a_BxHxLxd.transpose(0, 2, 1, 3).reshape(B * L, H * d)
+
+
+def rotated(x_xLxd: jax.Array, cos_LxE: Any, sin_LxE: Any) -> jax.Array:
+    """Pairs (x_i, x_{i + d/2}) of the last axis turned by the angles of their positions, in float32 or wider."""
+    a_xLxE, b_xLxE = jnp.split(x_xLxd.astype(jnp.promote_types(x_xLxd.dtype, jnp.float32)), 2, axis=-1)
+    turned = a_xLxE * cos_LxE - b_xLxE * sin_LxE, b_xLxE * cos_LxE + a_xLxE * sin_LxE
+    return jnp.concatenate(turned, axis=-1).astype(x_xLxd.dtype)
+
+
+def norm(c: ModelConfig, name: str, x_xD: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None = None) -> jax.Array:
+    """The norm of this name over the last axis: x / sqrt(mean x² + eps) · scale, or a layer norm."""
+    if not is_rms(c, name):
+        return layer_norm(x_xD, scale_D, bias_D, c.norm_eps)
+    wide_xD = x_xD.astype(jnp.promote_types(x_xD.dtype, jnp.float32))
+    y_xD = wide_xD * jax.lax.rsqrt(jnp.square(wide_xD).mean(axis=-1, keepdims=True) + c.norm_eps)
+    return (y_xD * scale_D).astype(x_xD.dtype)
 
 
 def layer_norm(x_NxD: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None = None, eps: float = 1e-6) -> jax.Array:
@@ -111,14 +152,14 @@ def layer_norm(x_NxD: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None = 
     return (y_NxD if bias_D is None else y_NxD + bias_D).astype(x_NxD.dtype)
 
 
-def _normed(module: Any, name: str, x_NxD: jax.Array) -> jax.Array:
-    """The layer norm of this name in a module."""
-    D = x_NxD.shape[-1]
-    return layer_norm(x_NxD, module.param(name, _ones, (D,)), _bias(module, name, D), module.config.norm_eps)
+def _normed(module: Any, name: str, x_xD: jax.Array) -> jax.Array:
+    """The norm of this name in a module."""
+    D = x_xD.shape[-1]
+    return norm(module.config, name, x_xD, module.param(name, _ones, (D,)), _bias(module, name, D))
 
 
 def _bias(module: Any, name: str, size: int) -> jax.Array | None:
-    return module.param(f"{name}_bias", _zeros, (size,)) if module.config.biases else None
+    return module.param(f"{name}_bias", _zeros, (size,)) if has_bias(module.config, name) else None
 
 
 def features(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fsam_core.torch import LinearHead, Staged
 from fsam_kernels.options import CROSS_ENTROPY, Loss
-from fsam_trainers.models.layout import ModelConfig, initial, shapes
+from fsam_trainers.models.layout import IN_BLOCK, ModelConfig, initial, is_rms, rotation, shapes
 from fsam_trainers.torch.mesh import entering, leaving, looked_up, own, own_heads
 
 
@@ -23,6 +24,12 @@ class Decoder(nn.Module):
     weights: by flat name; None for initial ones, drawn by `seed`.
     """
 
+    embedding: Tensor
+    positions: Tensor | None
+    final_norm: Tensor
+    final_norm_bias: Tensor | None
+    head: Tensor | None
+
     def __init__(
         self, config: ModelConfig, seed: int = 0, *, remat: bool = False, weights: dict[str, np.ndarray] | None = None
     ) -> None:
@@ -30,12 +37,8 @@ class Decoder(nn.Module):
         self.config = config
         for i in range(config.layers):
             self.add_module(f"block_{i}", Block(config, remat=remat))
-        self.embedding = _parameter(config, "embedding")
-        self.positions = _parameter(config, "positions")
-        self.final_norm = _parameter(config, "final_norm")
-        self.final_norm_bias = _bias(config, "final_norm")
-        if not config.tied:
-            self.head = _parameter(config, "head")
+        for name in ("embedding", "positions", "final_norm", "final_norm_bias", "head"):
+            self.register_parameter(name, _parameter(config, name))
         load(self, initial(config, seed) if weights is None else weights)
 
     def forward(self, tokens_BxL: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,15 +48,17 @@ class Decoder(nn.Module):
     def lower(self, tokens_BxL: Tensor, blocks: int) -> Tensor:
         """The residual stream x_NxD above the first `blocks` blocks."""
         B, L = tokens_BxL.shape
-        x_NxD = self._embedded(tokens_BxL.reshape(-1)) + self.positions[:L].repeat(B, 1)
+        x_NxD = self._embedded(tokens_BxL.reshape(-1))
+        if self.positions is not None:
+            x_NxD = x_NxD + self.positions[:L].repeat(B, 1)
         x_NxD = F.dropout(x_NxD, self.config.dropout, self.training)
         return self._through(x_NxD, L, range(blocks))
 
     def upper(self, x_NxD: Tensor, L: int, blocks: int) -> tuple[Tensor, Tensor]:
         """The blocks and the norm above `lower`, from its result."""
         x_NxD = self._through(x_NxD, L, range(blocks, self.config.layers))
-        h_NxD = layer_norm(x_NxD, self.final_norm, self.final_norm_bias, self.config.norm_eps)
-        return h_NxD, self.embedding if self.config.tied else self.head
+        h_NxD = normed(self, "final_norm", x_NxD)
+        return h_NxD, self.embedding if self.head is None else self.head
 
     def _embedded(self, tokens_N: Tensor) -> Tensor:
         """Rows of the embedding.
@@ -74,60 +79,116 @@ class Decoder(nn.Module):
         return x_NxD
 
 
+Model = Decoder
+
+
 class Block(nn.Module):
-    """Attention and MLP, each behind a layer norm and added to the residual stream.
+    """Attention and MLP, each behind a norm and added to the residual stream; `ModelConfig` names the variants.
 
     With `remat` its input alone is kept for the backward pass, which computes the rest again.
     """
 
     attention_norm: Tensor
-    qkv: Tensor
+    qkv: Tensor | None
+    qkv_bias: Tensor | None
+    q: Tensor
+    kv: Tensor
+    kv_bias: Tensor | None
+    q_norm: Tensor
+    k_norm: Tensor
     attention_out: Tensor
     mlp_norm: Tensor
+    mlp_gate: Tensor | None
     mlp_in: Tensor
     mlp_out: Tensor
-    attention_norm_bias: Tensor | None
-    qkv_bias: Tensor | None
-    attention_out_bias: Tensor | None
-    mlp_norm_bias: Tensor | None
-    mlp_in_bias: Tensor | None
-    mlp_out_bias: Tensor | None
 
     def __init__(self, config: ModelConfig, *, remat: bool = False) -> None:
         super().__init__()
         self.config, self.remat = config, remat
-        for name in ("attention_norm", "qkv", "attention_out", "mlp_norm", "mlp_in", "mlp_out"):
+        for name in (x for part in IN_BLOCK for x in (part, f"{part}_bias")):
             self.register_parameter(name, _parameter(config, f"block_0.{name}"))
-            self.register_parameter(f"{name}_bias", _bias(config, f"block_0.{name}"))
 
     def forward(self, x_NxD: Tensor, L: int) -> Tensor:
+        # Not an argument: FSDP2 casts those to the dtype of the weights.
+        turn = turn_of(self.config, L, x_NxD.device)
         # The checkpoint is inside the block: parameter names stay, and wrappers' hooks run outside it.
         if self.remat and torch.is_grad_enabled():
-            return checkpoint(self._forward, x_NxD, L, use_reentrant=False)
-        return self._forward(x_NxD, L)
+            return checkpoint(self._forward, x_NxD, L, turn, use_reentrant=False)
+        return self._forward(x_NxD, L, turn)
 
     def compile(self, **options: Any) -> None:
         """As `Module.compile`, but inside the checkpoint: a graph that contains checkpoints takes no DTensors."""
         self._forward = torch.compile(self._forward, **options)  # type: ignore[method-assign]
 
-    def _forward(self, x_NxD: Tensor, L: int) -> Tensor:
-        N, D = x_NxD.shape
-        B, d, drop, eps = N // L, D // self.config.heads, self.config.dropout, self.config.norm_eps
-        h_NxD = entering(layer_norm(x_NxD, self.attention_norm, self.attention_norm_bias, eps), self.qkv)
-        qkv_Nx3D = plus(h_NxD @ own_heads(self.qkv), self.qkv_bias)
-        q, k, v = qkv_Nx3D.view(B, L, 3, -1, d).permute(2, 0, 3, 1, 4)
-        a_NxD = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(N, -1)
-        a_NxD = plus(leaving(a_NxD @ own(self.attention_out), self.attention_out), self.attention_out_bias)
-        x_NxD = x_NxD + F.dropout(a_NxD, drop, self.training)
-        h_NxD = entering(layer_norm(x_NxD, self.mlp_norm, self.mlp_norm_bias, eps), self.mlp_in)
-        h_NxF = F.gelu(plus(h_NxD @ own(self.mlp_in), self.mlp_in_bias), approximate="tanh")
-        h_NxD = plus(leaving(h_NxF @ own(self.mlp_out), self.mlp_out), self.mlp_out_bias)
-        return x_NxD + F.dropout(h_NxD, drop, self.training)
+    def _forward(self, x_NxD: Tensor, L: int, turn: tuple[Tensor, Tensor] | None) -> Tensor:
+        drop = self.config.dropout
+        a_NxA = self._attention(entering(normed(self, "attention_norm", x_NxD), self.attention_out), L, turn)
+        x_NxD = x_NxD + F.dropout(self._leaving("attention_out", a_NxA), drop, self.training)
+        h_NxD = entering(normed(self, "mlp_norm", x_NxD), self.mlp_in)
+        h_NxF = self._through("mlp_in", h_NxD)
+        if self.mlp_gate is None:
+            h_NxF = F.gelu(h_NxF, approximate="tanh")
+        else:
+            h_NxF = F.silu(self._through("mlp_gate", h_NxD)) * h_NxF
+        return x_NxD + F.dropout(self._leaving("mlp_out", h_NxF), drop, self.training)
+
+    def _attention(self, h_NxD: Tensor, L: int, turn: tuple[Tensor, Tensor] | None) -> Tensor:
+        """[N, D] -> [N, A], of this tensor rank's heads."""
+        c, N = self.config, len(h_NxD)
+        B = N // L
+        if self.qkv is not None:
+            qkv_NxE = plus(h_NxD @ own_heads(self.qkv, 3), self.qkv_bias)
+            q, k, v = qkv_NxE.view(B, L, 3, -1, c.d).permute(2, 0, 3, 1, 4)
+        else:
+            q = self._through("q", h_NxD).view(B, L, -1, c.d).transpose(1, 2)
+            kv_NxE = plus(h_NxD @ own_heads(self.kv, 2), self.kv_bias)
+            k, v = kv_NxE.view(B, L, 2, -1, c.d).permute(2, 0, 3, 1, 4)
+        if c.qk_norm:
+            # Every tensor rank has some of the heads, and their scales' whole gradient is the sum.
+            q_scale_d, k_scale_d = (entering(x, self.attention_out) for x in (self.q_norm, self.k_norm))
+            q, k = norm(c, "q_norm", q, q_scale_d), norm(c, "k_norm", k, k_scale_d)
+        if turn is not None:
+            q, k = rotated(q, *turn), rotated(k, *turn)
+        a = F.scaled_dot_product_attention(q, k, v, is_causal=c.CAUSAL, enable_gqa=c.heads != c.K)
+        return a.transpose(1, 2).reshape(N, -1)
+
+    def _through(self, name: str, x_NxI: Tensor) -> Tensor:
+        return plus(x_NxI @ own(getattr(self, name)), getattr(self, f"{name}_bias"))
+
+    def _leaving(self, name: str, x_NxI: Tensor) -> Tensor:
+        w: Tensor = getattr(self, name)
+        return plus(leaving(x_NxI @ own(w), w), getattr(self, f"{name}_bias"))
 
 
-def layer_norm(x_NxD: Tensor, scale_D: Tensor, bias_D: Tensor | None = None, eps: float = 1e-6) -> Tensor:
-    """(x − mean) / sqrt(var + eps) · scale + bias."""
-    return F.layer_norm(x_NxD, scale_D.shape, scale_D, bias_D, eps)
+@lru_cache(maxsize=8)
+def _turn(d: int, theta: float, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):  # kept ones are used by later passes with gradients
+        cos_LxE, sin_LxE = (torch.from_numpy(x).to(device) for x in rotation(d, theta, length))
+    return cos_LxE, sin_LxE
+
+
+def turn_of(config: ModelConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """(cos, sin) of a model with rotary positions, [length, d / 2] each in float32."""
+    return _turn(config.d, config.rope_theta, length, device) if config.rotary else None
+
+
+def rotated(x_xLxd: Tensor, cos_LxE: Tensor, sin_LxE: Tensor) -> Tensor:
+    """Pairs (x_i, x_{i + d/2}) of the last axis turned by the angles of their positions, in float32 or wider."""
+    a_xLxE, b_xLxE = x_xLxd.chunk(2, -1)
+    turned = a_xLxE * cos_LxE - b_xLxE * sin_LxE, b_xLxE * cos_LxE + a_xLxE * sin_LxE
+    return torch.cat(turned, -1).to(x_xLxd.dtype)
+
+
+def norm(c: ModelConfig, name: str, x_xD: Tensor, scale_D: Tensor, bias_D: Tensor | None = None) -> Tensor:
+    """The norm of this name over the last axis: x / sqrt(mean x² + eps) · scale, or a layer norm."""
+    if is_rms(c, name):
+        return F.rms_norm(x_xD, scale_D.shape, scale_D, c.norm_eps)
+    return F.layer_norm(x_xD, scale_D.shape, scale_D, bias_D, c.norm_eps)
+
+
+def normed(module: Any, name: str, x_xD: Tensor) -> Tensor:
+    """The norm of this name in a module."""
+    return norm(module.config, name, x_xD, getattr(module, name), getattr(module, f"{name}_bias", None))
 
 
 def plus(x_NxE: Tensor, bias_E: Tensor | None) -> Tensor:
@@ -172,9 +233,7 @@ def as_numpy(model: nn.Module) -> dict[str, np.ndarray]:
     return {name: p.detach().cpu().numpy() for name, p in model.named_parameters()}
 
 
-def _parameter(config: ModelConfig, name: str) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shapes(config)[name]))
-
-
-def _bias(config: ModelConfig, name: str) -> nn.Parameter | None:
-    return _parameter(config, f"{name}_bias") if config.biases else None
+def _parameter(config: ModelConfig, name: str) -> nn.Parameter | None:
+    """Room for the parameter of this name; None where the model has none."""
+    shape = shapes(config).get(name)
+    return None if shape is None else nn.Parameter(torch.empty(shape))

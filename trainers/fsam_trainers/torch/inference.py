@@ -16,7 +16,7 @@ import fsam_core.torch as fsam
 from fsam_kernels.options import Loss
 from fsam_trainers.models import torch_decoder
 from fsam_trainers.models.layout import ModelConfig, shapes
-from fsam_trainers.models.torch_decoder import layer_norm, plus
+from fsam_trainers.models.torch_decoder import norm, plus, rotated, turn_of
 
 
 def read(folder: Path, config: ModelConfig, *, averaged: bool) -> dict[str, np.ndarray]:
@@ -59,32 +59,58 @@ class CachedDecoder:
 
     @torch.no_grad()
     def _logits(self, tokens: list[int], start: int) -> np.ndarray:
-        c, w = self.config, self._weights
-        L, d = len(tokens), c.width // c.heads
-        x_LxD = w["embedding"][torch.tensor(tokens, device=self._device)] + w["positions"][start : start + L]
+        c, w, L = self.config, self._weights, len(tokens)
+        x_LxD = w["embedding"][torch.tensor(tokens, device=self._device)]
+        if not c.rotary:
+            x_LxD = x_LxD + w["positions"][start : start + L]
+        whole = turn_of(c, c.seq_len, self._device)
+        turn = None if whole is None else (whole[0][start : start + L], whole[1][start : start + L])
         present = []
         for i in range(c.layers):
-            h_LxD = self._normed(f"block_{i}.attention_norm", x_LxD)
-            qkv_3xHxLxd = self._through(f"block_{i}.qkv", h_LxD).view(L, 3, c.heads, d).permute(1, 2, 0, 3)
-            q_HxLxd, k_HxTxd, v_HxTxd = qkv_3xHxLxd
-            if start:
-                k_HxTxd = torch.cat([self._past[i][0], k_HxTxd], 1)
-                v_HxTxd = torch.cat([self._past[i][1], v_HxTxd], 1)
-            present.append((k_HxTxd, v_HxTxd))
-            a_HxLxd = F.scaled_dot_product_attention(q_HxLxd[None], k_HxTxd[None], v_HxTxd[None], is_causal=L > 1)[0]
-            x_LxD = x_LxD + self._through(f"block_{i}.attention_out", a_HxLxd.transpose(0, 1).reshape(L, -1))
-            h_LxF = self._through(f"block_{i}.mlp_in", self._normed(f"block_{i}.mlp_norm", x_LxD))
-            x_LxD = x_LxD + self._through(f"block_{i}.mlp_out", F.gelu(h_LxF, approximate="tanh"))
+            block = f"block_{i}"
+            h_LxD = self._normed(f"{block}.attention_norm", x_LxD)
+            a_LxD, kept = self._attention(block, h_LxD, self._past[i] if start else None, turn)
+            present.append(kept)
+            x_LxD = x_LxD + a_LxD
+            x_LxD = x_LxD + self._mlp(block, self._normed(f"{block}.mlp_norm", x_LxD))
         self._past = present
         h_D = self._normed("final_norm", x_LxD[-1:])[0]
         return (w["embedding" if c.tied else "head"] @ h_D).cpu().numpy()
 
+    def _attention(
+        self, block: str, h_LxD: Tensor, past: tuple[Tensor, Tensor] | None, turn: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """(attention's output [L, D], keys and values [K, T, d] up to these tokens)."""
+        c, L = self.config, len(h_LxD)
+        if c.heads == c.K:
+            q_HxLxd, k_KxTxd, v_KxTxd = self._through(f"{block}.qkv", h_LxD).view(L, 3, -1, c.d).permute(1, 2, 0, 3)
+        else:
+            q_HxLxd = self._through(f"{block}.q", h_LxD).view(L, -1, c.d).transpose(0, 1)
+            k_KxTxd, v_KxTxd = self._through(f"{block}.kv", h_LxD).view(L, 2, -1, c.d).permute(1, 2, 0, 3)
+        if c.qk_norm:
+            q_HxLxd, k_KxTxd = self._normed(f"{block}.q_norm", q_HxLxd), self._normed(f"{block}.k_norm", k_KxTxd)
+        if turn is not None:
+            q_HxLxd, k_KxTxd = rotated(q_HxLxd, *turn), rotated(k_KxTxd, *turn)
+        if past is not None:
+            k_KxTxd, v_KxTxd = torch.cat([past[0], k_KxTxd], 1), torch.cat([past[1], v_KxTxd], 1)
+        a_HxLxd = F.scaled_dot_product_attention(
+            q_HxLxd[None], k_KxTxd[None], v_KxTxd[None], is_causal=L > 1, enable_gqa=c.heads != c.K
+        )[0]
+        return self._through(f"{block}.attention_out", a_HxLxd.transpose(0, 1).reshape(L, -1)), (k_KxTxd, v_KxTxd)
+
+    def _mlp(self, block: str, h_LxD: Tensor) -> Tensor:
+        h_LxF = self._through(f"{block}.mlp_in", h_LxD)
+        if self.config.swiglu:
+            h_LxF = F.silu(self._through(f"{block}.mlp_gate", h_LxD)) * h_LxF
+        else:
+            h_LxF = F.gelu(h_LxF, approximate="tanh")
+        return self._through(f"{block}.mlp_out", h_LxF)
+
     def _through(self, name: str, x_LxI: Tensor) -> Tensor:
         return plus(x_LxI @ self._weights[name], self._weights.get(f"{name}_bias"))
 
-    def _normed(self, name: str, x_LxD: Tensor) -> Tensor:
-        w = self._weights
-        return layer_norm(x_LxD, w[name], w.get(f"{name}_bias"), self.config.norm_eps)
+    def _normed(self, name: str, x_xD: Tensor) -> Tensor:
+        return norm(self.config, name, x_xD, self._weights[name], self._weights.get(f"{name}_bias"))
 
 
 def _device() -> torch.device:

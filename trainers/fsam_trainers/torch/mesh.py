@@ -22,9 +22,10 @@ from fsam_trainers import placement
 from fsam_trainers.config import Settings
 from fsam_trainers.data.batches import check_rows
 
-# The dimension of a parameter that the tensor axis shards. qkv is [D, 3 D], three matrices side by side: shards along
-# 3 D would not be whole heads. It is therefore stored sharded along D, and `own_heads` reshards it by heads.
-_CUTS = {"embedding": 0, "head": 0, "qkv": 0, "attention_out": 0, "mlp_in": 1, "mlp_out": 0}
+# The dimension of a parameter that the tensor axis shards. qkv is [D, 3 A], three matrices side by side: shards along
+# 3 A would not be whole heads. It is therefore stored sharded along D, and `own_heads` reshards it by heads; so is kv.
+_CUTS = {"embedding": 0, "head": 0, "head_bias": 0, "qkv": 0, "q": 1, "kv": 0, "attention_out": 0}
+_CUTS |= {"mlp_gate": 1, "mlp_in": 1, "mlp_out": 0}
 
 
 def is_sharded(settings: Settings) -> bool:
@@ -41,8 +42,12 @@ def check(settings: Settings, count: int) -> None:
     if settings.sync == "local" and math.prod(placement.sizes(settings).values()) != count:
         raise UserError(f"--sync local: the number of replicas is part of the method; give --data-parallel {count}")
     if settings.tensor_parallel > 1:
-        if settings.model.biases:
-            raise UserError("--tensor-parallel: in torch a model with --biases is not cut; give --fsdp, or use jax")
+        for name in ("biases", "qkv_biases"):
+            if getattr(settings.model, name):
+                option = f"--{name.replace('_', '-')}"
+                raise UserError(
+                    f"--tensor-parallel: in torch a model with {option} is not cut; give --fsdp, or use jax"
+                )
         placement.check_model(settings)
     check_rows(settings.batch, settings.micro_batches, count // settings.tensor_parallel)
 
@@ -106,10 +111,10 @@ def own(w: Tensor) -> Tensor:
     return w.to_local() if isinstance(w, DTensor) else w
 
 
-def own_heads(qkv_Dx3D: Tensor) -> Tensor:
-    """The columns of queries, keys and values of this tensor rank's heads, concatenated."""
-    if not isinstance(qkv_Dx3D, DTensor):
-        return qkv_Dx3D
-    D = qkv_Dx3D.shape[0]
-    by_matrix: Any = qkv_Dx3D.view(D, 3, D)
+def own_heads(w_DxE: Tensor, parts: int) -> Tensor:
+    """The columns of this tensor rank's heads in so many matrices side by side, concatenated."""
+    if not isinstance(w_DxE, DTensor):
+        return w_DxE
+    D = w_DxE.shape[0]
+    by_matrix: Any = w_DxE.view(D, parts, -1)
     return by_matrix.redistribute(placements=[Shard(2)]).to_local().reshape(D, -1)
