@@ -5,25 +5,33 @@ Only what the chosen subcommand needs must be installed; that is checked before 
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import textwrap
+from typing import Any
 
-import tyro
-
-from fsam_core import backends
+from fsam_core import UserError, backends
 from fsam_profiling import guard, guard_items, report
 from fsam_profiling.gpu import cli as gpu
 from fsam_profiling.timing import parameters, step, trace
 from fsam_profiling.tpu import cli as tpu
+from fsam_trainers.cli.parsing import did_you_mean, parsed
 from fsam_trainers.files import writable
 
-Command = (
-    Annotated[step.StepOptions, tyro.conf.subcommand("step")]
-    | Annotated[tpu.TpuOptions, tyro.conf.subcommand("tpu")]
-    | Annotated[gpu.GpuOptions, tyro.conf.subcommand("gpu")]
-    | Annotated[trace.TraceOptions, tyro.conf.subcommand("trace")]
-    | Annotated[report.ReportOptions, tyro.conf.subcommand("report")]
-    | Annotated[guard.CheckOptions, tyro.conf.subcommand("check")]
-    | Annotated[parameters.ParametersOptions, tyro.conf.subcommand("parameters")]
+# Subcommand -> (its options, what runs it).
+COMMANDS: dict[str, tuple[type, Any]] = {
+    "step": (step.StepOptions, step.run),
+    "trace": (trace.TraceOptions, trace.run),
+    "parameters": (parameters.ParametersOptions, parameters.run),
+    "tpu": (tpu.TpuOptions, tpu.run),
+    "gpu": (gpu.GpuOptions, gpu.run),
+    "check": (guard.CheckOptions, guard.run),
+    "report": (report.ReportOptions, report.run),
+}
+USAGE = "usage: fsam profile SUBCOMMAND [OPTIONS]\n\n" + "".join(
+    textwrap.fill(
+        " ".join((options.__doc__ or "").split()), 80, initial_indent=f"  {name:12}", subsequent_indent=14 * " "
+    )
+    + "\n"
+    for name, (options, _) in COMMANDS.items()
 )
 
 
@@ -33,20 +41,20 @@ def main(arguments: list[str]) -> int:
     Raises:
         UserError: for bad options, a package that is missing or broken, and a compiler whose output cannot be read.
     """
-    options = tyro.cli(Command, prog="fsam profile", args=arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        meant = did_you_mean(name.removeprefix("--"), list(COMMANDS))
+        hint = f"did you mean fsam profile {meant}?" if meant else f"use one of {', '.join(COMMANDS)}"
+        raise UserError(f"{name!r} is no subcommand of fsam profile; {hint}")
+    kind, run = COMMANDS[name]
+    options: Any = parsed(kind, rest, f"fsam profile {name}")
     if options.json is not None:
         writable("--json", options.json)
-    run: Any = {
-        step.StepOptions: step.run,
-        tpu.TpuOptions: tpu.run,
-        gpu.GpuOptions: gpu.run,
-        trace.TraceOptions: trace.run,
-        report.ReportOptions: report.run,
-        guard.CheckOptions: guard.run,
-        parameters.ParametersOptions: parameters.run,
-    }
     backends.require(*_needs(options))
-    return run[type(options)](options)
+    return run(options)
 
 
 def _needs(options: Any) -> list[str]:

@@ -1,26 +1,20 @@
-"""The pictures of a profiling report, as SVG text, narrow enough for a phone."""
+"""The pictures of a profiling report, as SVG text."""
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Sequence
 from typing import Any
 
-from fsam_core import backends
+import matplotlib as mpl
+import matplotlib.patches
+import matplotlib.ticker
+
 from fsam_core.regions import REGIONS
 from fsam_profiling.regions import IDLE, OTHER
 from fsam_profiling.report_tables import amount
 from fsam_profiling.rows import METHOD
+from fsam_trainers.plots import LINES, MARKS, as_svg, legend_below, new_figure
 
-backends.require("matplotlib")
-
-import matplotlib as mpl  # noqa: E402
-import matplotlib.figure  # noqa: E402
-import matplotlib.patches  # noqa: E402
-import matplotlib.ticker  # noqa: E402
-
-WIDTH = 4.8  # inches
 # Okabe and Ito's palette, which colour-blind readers can distinguish: forward passes light, backward passes dark.
 COLOURS = dict(
     zip(
@@ -29,8 +23,6 @@ COLOURS = dict(
         strict=True,
     )
 )
-LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKS = "osD^vP"
 
 
 def regions(names: Sequence[str], parts: Sequence[dict[str, float]], unit: str) -> str:
@@ -82,7 +74,7 @@ def fractions(series: dict[str, list[tuple[float, float, float, float]]]) -> str
     axis.set_ylabel("step over AdamW's")
     axis.set_xlim(-0.03, 1.03)
     axis.grid(alpha=0.25)
-    axis.legend(frameon=False, fontsize=8)
+    legend_below(figure, axis)
     return as_svg(figure)
 
 
@@ -108,7 +100,7 @@ def roofline(points: dict[str, tuple[float, float]], flops_per_second: float, by
     axis.set_xlabel("operations of matrix products a byte moved")
     axis.set_ylabel("operations a second")
     axis.grid(alpha=0.25)
-    figure.legend(loc="outside lower center", ncols=1 if len(points) < 4 else 2, frameon=False, fontsize=7)
+    legend_below(figure, axis)
     return as_svg(figure)
 
 
@@ -125,20 +117,3 @@ def by_fraction(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[float, f
         spread = (row.get("ratio_p20", middle), row.get("ratio_p80", middle))
         found.setdefault(label, []).append((options.get("correction_fraction", 1.0), middle, *spread))
     return found
-
-
-def new_figure(height: float) -> tuple[Any, Any]:
-    figure = matplotlib.figure.Figure(figsize=(WIDTH, height), layout="constrained")
-    axis = figure.subplots()
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.tick_params(labelsize=8)
-    return figure, axis
-
-
-def as_svg(figure: Any) -> str:
-    """The picture as the text of an <svg> element, deterministic."""
-    held = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": "fsam", "svg.fonttype": "path"}):
-        figure.savefig(held, format="svg", metadata={"Date": None, "Creator": None})
-    text = held.getvalue()
-    return re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", text[text.index("<svg") :], count=1)

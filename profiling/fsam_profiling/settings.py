@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 
 from fsam_trainers.config import Settings
+from fsam_trainers.data.batches import Batch
+from fsam_trainers.data.images.batches import images
+from fsam_trainers.models.vit_layout import ViTConfig
 from fsam_trainers.presets import preset
 
 STEPS = 1000  # length of the run that the step belongs to; schedules need it
@@ -38,3 +41,13 @@ def random_tokens(chosen: Settings) -> np.ndarray:
     """tokens_BxL1 int32, deterministic."""
     size = (chosen.batch, chosen.model.seq_len + 1)
     return np.random.default_rng(0).integers(0, chosen.model.vocab_size, size, dtype=np.int32)
+
+
+def random_batch(chosen: Settings) -> Batch:
+    """Tokens or images, deterministic."""
+    c = chosen.model
+    if not isinstance(c, ViTConfig):
+        return random_tokens(chosen)
+    random, B = np.random.default_rng(0), chosen.batch
+    pixels = random.integers(0, 256, (B, c.height, c.image_width, c.channels), dtype=np.uint8)
+    return images(pixels, random.integers(0, c.classes, (B, 1), dtype=np.int32))

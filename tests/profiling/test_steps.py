@@ -156,8 +156,8 @@ def test_torch_textbook_step_equals_ours(method, monkeypatch):
     chosen = step_settings("tiny", method, framework="torch", **SMALL)
     ours = weights_after_a_step(Variant(chosen))
     models = []
-    made = torch_decoder.Decoder
-    monkeypatch.setattr(torch_decoder, "Decoder", lambda *args: models.append(made(*args)) or models[-1])
+    made = torch_decoder.Model
+    monkeypatch.setattr(torch_decoder, "Model", lambda *args: models.append(made(*args)) or models[-1])
     plain = dataclasses.replace(chosen, method="adamw")
     variants.make(Variant(plain, f"textbook {method}"))(0)
     theirs = torch_decoder.as_numpy(models[0])

@@ -15,7 +15,7 @@ from fsam_trainers import processes, timing
 from fsam_trainers.config import Settings
 from fsam_trainers.console import Console
 from fsam_trainers.cost_table import counted, options_of
-from fsam_trainers.data import Corpus, StreamedCorpus
+from fsam_trainers.data import AnyCorpus
 from fsam_trainers.files import write_json
 
 Budget = Literal["steps", "time", "flops"]
@@ -32,7 +32,7 @@ def within(budget: Budget, settings: Settings, measured: timing.RelativeCost) ->
 
 
 def measured_costs(
-    variants: Mapping[str, Settings], corpus: Corpus | StreamedCorpus, out: Path, repeats: int, console: Console
+    variants: Mapping[str, Settings], corpus: AnyCorpus, out: Path, repeats: int, console: Console
 ) -> dict[str, timing.RelativeCost]:
     """The cost of every variant, measured once for a folder: a time budget must not change when a run is resumed.
 

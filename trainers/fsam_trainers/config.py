@@ -13,13 +13,14 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from fsam_core import Method, UserError, cost, named, schedules
-from fsam_core.methods import Cut, Norm, Perturbed, SecondMoment, check_rho
+from fsam_core.methods import Cut, Norm, NormFrom, Perturbed, SecondMoment, check_rho
 from fsam_core.methods import Form as StepForm
 from fsam_core.schedules import Between, Schedule, cosine, tied
 from fsam_kernels.memory import Form
 from fsam_kernels.options import Loss
 from fsam_trainers.metrics import Log
 from fsam_trainers.models.layout import ModelConfig
+from fsam_trainers.models.vit_layout import kind_of
 
 Framework = Literal["jax", "torch"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -107,6 +108,8 @@ class Settings:
     """length of the perturbation, in the units of the weights"""
     norm: Annotated[Norm, TEXT] = "l2"
     """l2: rho d / |d|; dual: rho d / sqrt(g.d); per-tensor: l2 of each tensor by itself"""
+    norm_from: Annotated[NormFrom, TEXT] = "current"
+    """norms that scale the perturbation: current; previous: those of the step before, for which nothing waits"""
     second_moment: Annotated[SecondMoment, TEXT] = "current"
     """current: this step's gradient is folded in; previous: the optimizer's as it stands"""
     correction_fraction: Annotated[float, SHARE] = 1.0
@@ -217,7 +220,7 @@ class Settings:
 
     def as_method(self, learning_rate_at: Callable[[Any], Any] | None = None) -> Method:
         """The method. `learning_rate_at`: the framework's own schedule, by default `Settings.learning_rate_at`."""
-        names = ("norm", "second_moment", "form", "ascent", "ascent_fraction", "scope", "cut", "seed")
+        names = ("norm", "norm_from", "second_moment", "form", "ascent", "ascent_fraction", "scope", "cut", "seed")
         options = {name: getattr(self, name) for name in names}
         rho: Any = self.rho
         if self.rho_schedule == "cosine":
@@ -242,7 +245,8 @@ class Settings:
 
     @property
     def tokens_per_step(self) -> int:
-        return self.batch * self.model.seq_len
+        """Rows of the head: of images, the images."""
+        return self.batch * self.model.rows
 
     @property
     def decay_start(self) -> int:
@@ -307,7 +311,7 @@ def steps_for(tokens_per_param: float, model: ModelConfig, batch: int) -> int:
     """
     _check(0 < tokens_per_param < math.inf, "--tokens-per-param", tokens_per_param, "a finite number > 0")
     _check(batch >= 1, "--batch", batch, "at least 1")
-    return math.ceil(tokens_per_param * model.non_embedding_parameters / (batch * model.seq_len))
+    return math.ceil(tokens_per_param * model.non_embedding_parameters / (batch * model.rows))
 
 
 def _share(text: str) -> float | str:
@@ -324,7 +328,7 @@ def difference(mine: dict[str, Any], other: dict[str, Any], ignored: Container[s
     A setting that `other` does not have is younger than it: it then had the default.
     """
     mine, other = ({**x, **{f"model.{k}": v for k, v in x["model"].items()}} for x in (mine, other))
-    defaults = {f"model.{f.name}": f.default for f in dataclasses.fields(ModelConfig)}
+    defaults = {f"model.{f.name}": f.default for f in dataclasses.fields(kind_of(mine["model"]))}
     other = {f.name: f.default for f in dataclasses.fields(Settings)} | defaults | other
     same = set(NUMERICS_NEUTRAL) - ({"data_parallel"} if mine["sync"] == "local" else set())
     names = [k for k in mine if k not in ("model", *same) and k not in ignored and mine[k] != other.get(k)]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from fsam_trainers.config import Settings
+from fsam_trainers.data.batches import Batch
 
 
 class StepReport(NamedTuple):
@@ -45,6 +46,21 @@ class Writing(NamedTuple):
     """On the main rank alone, in any thread: takes what `write` returned on each, in their order."""
 
 
+class Evaluation(NamedTuple):
+    """What a model is worth on held-out data."""
+
+    loss: float
+    """Mean a target."""
+    accuracies: dict[str, float]
+    """Of images, "val_accuracy", and "val_top5" where there are more than ten classes; empty of text."""
+
+    @classmethod
+    def of(cls, loss: float, top: tuple[int, ...], correct: Sequence[float], targets: float) -> Evaluation:
+        """correct: of `targets` images, those whose label is among the k likeliest classes, for each k of `top`."""
+        names = ("val_accuracy" if k == 1 else f"val_top{k}" for k in top)
+        return cls(loss, {name: x / max(targets, 1) for name, x in zip(names, correct, strict=True)})
+
+
 class Engine(Protocol):
     """A model, its optimizer and a compiled step on one framework."""
 
@@ -53,24 +69,24 @@ class Engine(Protocol):
     asynchronous: bool
     """Whether `step` returns before the work is done."""
 
-    def prepare(self, tokens_BxL1: np.ndarray) -> None:
+    def prepare(self, batch: Batch) -> None:
         """Compile the step for batches of this shape, so that the first step is timed like the others."""
 
-    def step(self, tokens_BxL1: np.ndarray, index: int) -> Callable[[], StepReport]:
+    def step(self, batch: Batch, index: int) -> Callable[[], StepReport]:
         """Start optimizer step `index` on this rank's rows (`processes.batches`); the returned function waits for it.
 
         Random draws depend on (seed, index); the kind of the step, its learning rate and ρ on the number of completed
         steps, in which a skipped one does not count.
         """
 
-    def correction(self, tokens_BxL1: np.ndarray, index: int) -> Correction | None:
+    def correction(self, batch: Batch, index: int) -> Correction | None:
         """What a corrected step would make of this rank's rows at the present weights; nothing changes.
 
         None for AdamW, and for a half-precision model whose losses are scaled.
         """
 
-    def evaluate(self, batches: Sequence[np.ndarray], average: bool = True) -> float:
-        """Mean loss a token over the batches, without dropout, at the average of the weights if there is one.
+    def evaluate(self, batches: Sequence[Batch], average: bool = True) -> Evaluation:
+        """Over all targets of the batches, without dropout, at the average of the weights if there is one.
 
         Args:
             average: False for the weights themselves.

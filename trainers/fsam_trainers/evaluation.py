@@ -79,6 +79,8 @@ def evaluate(
     Raises:
         UserError: where a model or a text cannot be read, or a model is too short for the windows.
     """
+    if other := next((found for found in models if found.config.FAMILY != "decoder"), None):
+        raise UserError(f"{other.where} is a model of images, others are of text: give them to a command each")
     length = seq_len or min(found.config.seq_len for found in models)
     first: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
     for number, found in enumerate(models):
@@ -97,7 +99,8 @@ def evaluate(
                 losses_W = total[spec] / len(change.draws)
                 base = first.setdefault((change.name, spec), (windows, losses_W))
                 paired = number > 0 and np.array_equal(base[0], windows)
-                yield _row(found, change.name, spec, windows, losses_W, losses_W - base[1] if paired else None)
+                targets_W = np.array([targets_in(window[None]) for window in windows])
+                yield row_of(found, change.name, spec, targets_W, losses_W, losses_W - base[1] if paired else None)
 
 
 def mean_of(values_W: np.ndarray, targets_W: np.ndarray) -> Mean:
@@ -113,15 +116,15 @@ def mean_of(values_W: np.ndarray, targets_W: np.ndarray) -> Mean:
     return Mean(mean, math.sqrt(squares * count / (count - 1)) / total)
 
 
-def _row(
+def row_of(
     found: Pretrained,
     change: str,
     spec: str,
-    windows: np.ndarray,
+    targets_W: np.ndarray,
     losses_W: np.ndarray,
     differences_W: np.ndarray | None,
 ) -> dict[str, Any]:
-    targets_W = np.array([targets_in(window[None]) for window in windows])
+    """A row of `evaluate`, from each window's number of targets, mean loss, and difference to the first model's."""
     loss = mean_of(losses_W, targets_W)
     difference = None if differences_W is None else mean_of(differences_W, targets_W)
     perplexity = math.exp(loss.value) if loss.value < 700 else math.inf
@@ -131,7 +134,7 @@ def _row(
         "steps": found.steps,
         "weights": change,
         "data": spec,
-        "windows": len(windows),
+        "windows": len(losses_W),
         "tokens": int(targets_W.sum()),
         "loss": loss.value,
         "loss_error": loss.error,

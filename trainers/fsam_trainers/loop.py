@@ -14,13 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fsam_core import UserError
 from fsam_trainers import metrics, processes, registry, resuming
 from fsam_trainers.config import Intervals, Settings
 from fsam_trainers.console import Console
-from fsam_trainers.data import Corpus, StreamedCorpus, merged, validation_batches
+from fsam_trainers.data import AnyCorpus, Batch, held_out_batches, merged
 from fsam_trainers.engine import Engine, StepReport
 from fsam_trainers.files import disk_errors, write_toml
 from fsam_trainers.pretrained import keep_tokenizer
@@ -49,6 +47,8 @@ class Progress:
     """Time that training waited for them."""
     skipped_steps: int = 0
     val_loss: float | None = None
+    accuracies: dict[str, float] = field(default_factory=dict)
+    """Of the last evaluation, "val_accuracy" say; none of a text."""
     base_step_ms: float | None = None
 
 
@@ -62,7 +62,7 @@ class Stop:
 
 def train(
     settings: Settings,
-    corpus: Corpus | StreamedCorpus,
+    corpus: AnyCorpus,
     out: Path,
     intervals: Intervals,
     console: Console,
@@ -100,9 +100,7 @@ def train(
         contextlib.closing(processes.batches(settings, corpus)) as batches,
         Saver(root, intervals.keep) as saver,
     ):
-        held_out = validation_batches(
-            corpus.validation, settings.model.seq_len, settings.batch, intervals.evaluation_batches
-        )
+        held_out = held_out_batches(corpus, settings.model.seq_len, settings.batch, intervals.evaluation_batches)
         run: dict[str, Any] = {"settings": settings.as_dict(), "data": corpus.fingerprint}
         kept = settings.decay_start if settings.learning_rate_schedule == "wsd" else 0
         run |= {"kept_step": kept} if 0 < kept < settings.steps else {}
@@ -141,16 +139,16 @@ def train(
             now.checkpoint_seconds += time.perf_counter() - began
 
         def evaluate() -> None:
-            now.val_loss = model.evaluate(held_out)
-            line = {"step": now.step, "seconds": now.seconds, "val_loss": now.val_loss}
+            now.val_loss, now.accuracies = model.evaluate(held_out)
+            line = {"step": now.step, "seconds": now.seconds, "val_loss": now.val_loss, **now.accuracies}
             if settings.ema:
-                line["val_loss_without_ema"] = model.evaluate(held_out, average=False)
+                line["val_loss_without_ema"] = model.evaluate(held_out, average=False).loss
             lines.write(line)
-            console.evaluated(now.step, now.val_loss)
+            console.evaluated(now.step, now.val_loss, now.accuracies)
 
-        last: list[np.ndarray] = []  # the batch of the last step
+        last: list[Batch] = []  # the batch of the last step
 
-        def batch(index: int) -> np.ndarray:
+        def batch(index: int) -> Batch:
             last[:] = [batches.at(index)]
             return last[0]
 
@@ -217,7 +215,7 @@ def _divides(every: int, step: int) -> bool:
 
 
 def _steps(
-    model: Engine, batch: Callable[[int], np.ndarray], due: Due, now: Progress, stop: Stop, saver: Saver
+    model: Engine, batch: Callable[[int], Batch], due: Due, now: Progress, stop: Stop, saver: Saver
 ) -> Iterator[tuple[StepReport, float]]:
     """Take the remaining steps; yields the report and the milliseconds of each, after `now` was updated.
 
@@ -251,12 +249,12 @@ def _steps(
         yield finished(waiting)
 
 
-def _shares(settings: Settings, tokens_BxL1: np.ndarray, model: Engine) -> dict[str, float]:
+def _shares(settings: Settings, batch: Batch, model: Engine) -> dict[str, float]:
     """The shares of H g at θ. The profiling package measures them; nothing else of it is imported."""
     if processes.current().count > 1:
         raise UserError("--sharpness-every takes one process; give the checkpoints to `fsam sharpness` afterwards")
     measured = importlib.import_module("fsam_profiling.sharpness.during")
-    return measured.shares_of(settings, tokens_BxL1, model.weights())
+    return measured.shares_of(settings, batch, model.weights())
 
 
 def _line(settings: Settings, now: Progress, report: StepReport, milliseconds: float) -> dict[str, Any]:
@@ -275,7 +273,7 @@ def _line(settings: Settings, now: Progress, report: StepReport, milliseconds: f
 
 
 def _figures(
-    settings: Settings, corpus: Corpus | StreamedCorpus, model: Engine, now: Progress, out: Path, stop: Stop
+    settings: Settings, corpus: AnyCorpus, model: Engine, now: Progress, out: Path, stop: Stop
 ) -> dict[str, Any]:
     lines = [x for x in metrics.read(out / "metrics.jsonl") if "loss" in x]
     milliseconds = statistics.median(x["step_ms"] for x in lines) if lines else None
@@ -299,6 +297,7 @@ def _figures(
         "checkpoint_ms": 1000 * now.checkpoint_seconds / now.checkpoints if now.checkpoints else None,
         "train_loss": statistics.fmean(last) if last else None,
         "val_loss": now.val_loss,
+        **now.accuracies,
         "skipped_steps": now.skipped_steps,
         "settings": settings.as_dict(),
         "data": {"description": corpus.description, "fingerprint": corpus.fingerprint},

@@ -34,7 +34,7 @@ def measure(
     backends.require(framework)
     make = _in_torch if framework == "torch" else _in_jax
     D, rows = model.width, min(rows, ROWS)
-    F = round(model.trunk_flops / 2 / model.layers / D)  # all products of a block as one
+    F = round(model.trunk_flops / 2 / model.tokens / model.layers / D)  # all products of a block as one
     kept_rows = min(rows, KEPT_ROWS)
     trunk, head, kept, copy, taken, exponential, normal, device = make(
         rows, chunk_rows, kept_rows, D, F, model.vocabulary

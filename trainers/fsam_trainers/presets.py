@@ -7,10 +7,13 @@ the paper's (256 × 512); learning rates are this project's starting points, not
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from fsam_core.errors import UserError
 from fsam_trainers.models.layout import ModelConfig
+from fsam_trainers.models.vit_layout import ViTConfig
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,51 @@ class Preset:
     learning_rate: float
     rho: float
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Those of the model, by their names in `ModelConfig`."""
+        return {name: getattr(self, name) for name in ("layers", "width", "heads", "seq_len", "vocab_size")}
+
     def model(self, *, seq_len: int | None = None, vocab_size: int | None = None, tied: bool, dropout: float):
         return ModelConfig(
             self.layers, self.width, self.heads, seq_len or self.seq_len, vocab_size or self.vocab_size, tied, dropout
+        )
+
+
+@dataclass(frozen=True)
+class ViTPreset:
+    """As `Preset`, of a Vision Transformer: `size` pixels a side; `patch` 0 is chosen by the size of the images."""
+
+    layers: int
+    width: int
+    heads: int
+    patch: int
+    size: int
+    channels: int
+    classes: int
+    batch: int
+    learning_rate: float
+    rho: float
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Those of the model that images do not determine, by their names in `ViTConfig`."""
+        return {name: getattr(self, name) for name in ("layers", "width", "heads", "patch")}
+
+    def model(self, *, seq_len: int | None = None, vocab_size: int | None = None, tied: bool, dropout: float):
+        """The model for images of the preset's size; `vocab_size` is the number of classes, and nothing is tied."""
+        if seq_len is not None:
+            raise UserError(f"--seq-len: a Vision Transformer's follows from image and patch, got {seq_len}")
+        return ViTConfig(
+            self.layers,
+            self.width,
+            self.heads,
+            patch=self.patch or self.size // 7,
+            height=self.size,
+            image_width=self.size,
+            channels=self.channels,
+            classes=vocab_size or self.classes,
+            dropout=dropout,
         )
 
 
@@ -42,12 +87,25 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def preset(name: str) -> Preset:
-    """The preset called `name`.
+VIT_PRESETS: dict[str, ViTPreset] = {
+    "vit-tiny": ViTPreset(4, 64, 4, 0, 28, 1, 10, 64, 1e-3, 0.1),
+    "vit-s16": ViTPreset(12, 384, 6, 16, 224, 3, 1000, 1024, 1e-3, 0.1),
+    "vit-b16": ViTPreset(12, 768, 12, 16, 224, 3, 1000, 1024, 1e-3, 0.1),
+}
+DEFAULT_PRESETS = {"text": "tiny", "images": "vit-tiny"}
+
+
+def preset(name: str, task: Literal["text", "images"] | None = None) -> Preset | ViTPreset:
+    """The preset called `name`; None for that of either task.
 
     Raises:
-        UserError: for an unknown name.
+        UserError: for an unknown name, or one of another task.
     """
-    if name not in PRESETS:
-        raise UserError(f"--preset: {name!r} is not known; use one of {', '.join(PRESETS)}")
-    return PRESETS[name]
+    of: dict[str, Mapping[str, Preset | ViTPreset]] = {"text": PRESETS, "images": VIT_PRESETS}
+    known: Mapping[str, Preset | ViTPreset] = of[task] if task else {**PRESETS, **VIT_PRESETS}
+    if name in known:
+        return known[name]
+    other = next((one for one, presets in of.items() if name in presets), None)
+    if other:
+        raise UserError(f"--preset: {name} is a model of {other}; give --task {other}, or one of {', '.join(known)}")
+    raise UserError(f"--preset: {name!r} is not known; use one of {', '.join(known)}")

@@ -16,7 +16,7 @@ from typing import NoReturn, TypeVar
 from fsam_core import UserError
 from fsam_trainers import placement
 from fsam_trainers.config import Settings
-from fsam_trainers.data import Batches, Corpus, StreamedBatches, StreamedCorpus, training_batches
+from fsam_trainers.data import AnyBatches, AnyCorpus, training_batches
 
 T = TypeVar("T")
 # Seconds that a process waits for the others in a step before it ends with an error.
@@ -98,7 +98,7 @@ def current() -> Processes:
     return _current
 
 
-def batches(settings: Settings, corpus: Corpus | StreamedCorpus) -> Batches | StreamedBatches:
+def batches(settings: Settings, corpus: AnyCorpus) -> AnyBatches:
     """This rank's training batches, to be closed."""
     replicas = 1  # ranks with the same sequences; in JAX such devices belong to one process
     if settings.framework == "torch":

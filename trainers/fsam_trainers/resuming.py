@@ -17,10 +17,10 @@ from fsam_trainers.checkpoints import Checkpoint
 from fsam_trainers.config import END, Settings, difference
 from fsam_trainers.console import Console
 from fsam_trainers.files import disk_errors
-from fsam_trainers.models.layout import ModelConfig
+from fsam_trainers.models.vit_layout import FIELDS, config_of
 
 # What a branch shares with its base: the same weights, and the same batches at the same steps.
-SHARED = ("framework", "batch", "seed", *(f"model.{f.name}" for f in dataclasses.fields(ModelConfig)))
+SHARED = ("framework", "batch", "seed", *(f"model.{name}" for name in FIELDS))
 
 
 class BranchPoint(NamedTuple):
@@ -123,7 +123,7 @@ def _branch(point: BranchPoint, settings: Settings, data: str) -> Start:
 def _settings(found: Checkpoint) -> Settings:
     known = {f.name for f in dataclasses.fields(Settings)}
     values = {name: value for name, value in found.run["settings"].items() if name in known}
-    return Settings(**{**values, "model": ModelConfig(**values["model"])})
+    return Settings(**{**values, "model": config_of(values["model"])})
 
 
 def _of(found: Checkpoint, settings: Settings) -> Settings:

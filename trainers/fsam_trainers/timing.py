@@ -13,6 +13,7 @@ import numpy as np
 
 from fsam_trainers import device, registry
 from fsam_trainers.config import Settings
+from fsam_trainers.data.batches import Batch
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -26,15 +27,15 @@ class RelativeCost(NamedTuple):
     ratio_p80: float
 
 
-def base_step_ms(settings: Settings, tokens_BxL1: np.ndarray, repeats: int) -> float:
+def base_step_ms(settings: Settings, batch: Batch, repeats: int) -> float:
     """Median milliseconds of an AdamW step with these settings, on a temporary model."""
-    times = _timed({"adamw": as_adamw(settings)}, tokens_BxL1, repeats, lambda: None)
+    times = _timed({"adamw": as_adamw(settings)}, batch, repeats, lambda: None)
     return statistics.median(times["adamw"])
 
 
 def measure(
     variants: Mapping[str, Settings],
-    tokens_BxL1: np.ndarray,
+    batch: Batch,
     repeats: int,
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, RelativeCost]:
@@ -46,7 +47,7 @@ def measure(
     """
     timed: dict[Any, Settings] = {"adamw": as_adamw(next(iter(variants.values())))}
     timed |= {(name, kind): step for name, one in variants.items() for kind, (_, step) in kinds_of(one).items()}
-    times = _timed(timed, tokens_BxL1, repeats, tick)
+    times = _timed(timed, batch, repeats, tick)
     base = np.array(times["adamw"])
     found = {"adamw": relative_cost(times["adamw"], times["adamw"])}
     for name, one in variants.items():
@@ -114,13 +115,13 @@ def interleaved(
 
 
 def _timed(
-    variants: Mapping[Name, Settings], tokens_BxL1: np.ndarray, repeats: int, tick: Callable[[], None]
+    variants: Mapping[Name, Settings], batch: Batch, repeats: int, tick: Callable[[], None]
 ) -> dict[Name, list[float]]:
     """Milliseconds of steps of each variant on the same batch, interleaved."""
     engines = {name: registry.make(settings) for name, settings in variants.items()}
     for model in engines.values():
-        model.prepare(tokens_BxL1)
-    stepped = lambda model: lambda index: model.step(tokens_BxL1, index)()
+        model.prepare(batch)
+    stepped = lambda model: lambda index: model.step(batch, index)()
     wait = device.waiting({settings.framework for settings in variants.values()})
     times = interleaved({name: stepped(model) for name, model in engines.items()}, repeats, tick, wait=wait)
     del engines

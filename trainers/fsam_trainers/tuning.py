@@ -19,7 +19,7 @@ from fsam_core import UserError
 from fsam_trainers import metrics
 from fsam_trainers.config import Intervals, Settings
 from fsam_trainers.console import Console
-from fsam_trainers.data import Corpus, StreamedCorpus
+from fsam_trainers.data import AnyCorpus
 from fsam_trainers.files import write_json
 from fsam_trainers.loop import Diverged, train
 
@@ -146,7 +146,7 @@ def text(point: Values) -> str:
 
 
 def trainer(
-    corpus: Corpus | StreamedCorpus, intervals: Intervals, console: Console, options: Mapping[str, Any]
+    corpus: AnyCorpus, intervals: Intervals, console: Console, options: Mapping[str, Any]
 ) -> Callable[[Candidate, int], float]:
     """The `loss_at` of `tune` for real runs. What is in metrics.jsonl already is not trained again.
 

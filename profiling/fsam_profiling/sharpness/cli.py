@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from rich.console import Console as Rich
+from rich.markup import escape
 from rich.table import Table
 
 from fsam_core import UserError, backends
@@ -17,23 +17,29 @@ from fsam_profiling.sharpness import report
 from fsam_profiling.sharpness.measure import Row, Wanted, measure
 from fsam_profiling.sharpness.subjects import ARGUMENT, Curvatures, find, subjects, windows
 from fsam_trainers import page
+from fsam_trainers.cli.parsing import parsed
 from fsam_trainers.console import Console, command_line
 from fsam_trainers.files import writable, write_text
+from fsam_trainers.tables import show, show_lines
 
 DIRECTIONS = ("gradient", "adam")
-WIDTH = 80
 
 
 @dataclass(frozen=True)
 class Sharpness:
-    """How much of the sharpness is that of the logits, and how much the function's; eigenvalues, traces, landscapes."""
+    """How much of the sharpness is that of the logits, and how much the function's; eigenvalues, traces, landscapes.
+
+    Examples:
+        fsam sharpness runs/a runs/b
+        fsam sharpness runs/a --checkpoints last --eigen 3 --trace --density --landscape 2d
+    """
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """runs' folders (all their checkpoints), checkpoints' folders, folders of safetensors, or hf:NAME"""
-    data: str = "python"
-    """a text, as of fsam train; its held-out part is read"""
+    data: str | None = None
+    """a text or a set of images, as of fsam train (default: python, or digits); its held-out part is read"""
     tokens: int = 4096
-    """of the text, that the loss is a mean of"""
+    """of the text, that the loss is a mean of; of images patches"""
     tokenizer: Path | None = None
     """a tokenizer.json or a SentencePiece .model, for models without their own"""
     directions: str = "gradient,adam"
@@ -76,7 +82,7 @@ def main(arguments: list[str]) -> int:
     Raises:
         UserError: for bad options, and what cannot be read or measured.
     """
-    options = tyro.cli(Sharpness, prog="fsam sharpness", args=arguments)
+    options = parsed(Sharpness, arguments, "fsam sharpness")
     wanted = _wanted(options)
     backends.require("matplotlib", "jinja2")
     writable("--out", options.out)
@@ -90,7 +96,8 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         stopped = True
     if rows:
-        facts = {"data": options.data, "tokens": options.tokens, "dtype": options.dtype, "products": options.products}
+        names = ("tokens", "dtype", "products")
+        facts = {"data": options.data or "the default", **{name: getattr(options, name) for name in names}}
         if options.json is not None:
             results.write(options.json, "sharpness", rows, facts)
         machine = ", ".join(f"{name} {value}" for name, value in results.machine().items())
@@ -150,15 +157,13 @@ def _measure(options: Sharpness, wanted: Wanted, rows: list[Row]) -> None:
 
 
 def _print(rows: list[Row], out: Path) -> None:
-    rich = Rich(width=WIDTH)
     for headings, cells in ((report.SHARES, report.share_cells(rows)), (report.ENDS, report.end_cells(rows))):
         if not cells:
             continue
-        table = Table(box=None, pad_edge=False, collapse_padding=True)
+        table = Table()
         for name in headings:
-            words = name in ("run", "along", "matrix")
-            table.add_column(name, justify="left" if words else "right", overflow="fold", no_wrap=name != "run")
+            table.add_column(name, justify="left" if name in ("run", "along", "matrix") else "right")
         for line in cells:
-            table.add_row(*line)
-        rich.print(table)
-    rich.print(f"report: {out}", markup=False, soft_wrap=True)
+            table.add_row(*map(escape, line))
+        show(table)
+    show_lines(f"report: {out}")

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import numpy as np
 
 from fsam_core.curvature import shares
 from fsam_profiling.sharpness.subjects import Curvatures, Subject
 from fsam_trainers.config import Settings
+from fsam_trainers.data.batches import Batch, named
+
+_last: dict[bytes, Curvatures] = {}  # of the run that measures: its programs are compiled once
 
 
-@lru_cache(maxsize=1)
-def _curvatures(tokens: bytes, length: int) -> Curvatures:
-    """Of the run that measures: its programs are compiled once."""
-    return Curvatures(np.frombuffer(tokens, np.int32).reshape(-1, length), "float32", "exact")
+def _curvatures(batch: Batch) -> Curvatures:
+    key = b"".join(x.tobytes() for x in named(batch).values())
+    if key not in _last:
+        _last.clear()
+        _last[key] = Curvatures(batch, "float32", "exact")
+    return _last[key]
 
 
-def shares_of(settings: Settings, tokens_BxL1: np.ndarray, weights: dict[str, np.ndarray]) -> dict[str, float]:
+def shares_of(settings: Settings, batch: Batch, weights: dict[str, np.ndarray]) -> dict[str, float]:
     """Figures for a line of metrics.jsonl, from exact products along the gradient in float32.
 
     Args:
-        tokens_BxL1: a batch, the same at each call of a run.
+        batch: of tokens or images, the same at each call of a run.
         weights: by flat name.
     """
     subject = Subject("", None, settings.method, settings.model, settings.soft_cap, settings.framework, weights, None)
-    with _curvatures(tokens_BxL1.astype(np.int32).tobytes(), tokens_BxL1.shape[1]).of(subject) as curvature:
+    with _curvatures(batch).of(subject) as curvature:
         g_d, n_d = map(curvature.vector, curvature.both(curvature.gradient))
         found = shares(curvature.vector(curvature.gradient), g_d, n_d)
     return {

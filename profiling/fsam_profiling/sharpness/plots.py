@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib.figure
 import numpy as np
 
-from fsam_profiling.report_plots import LINES, WIDTH, as_svg, new_figure
+from fsam_trainers.plots import LINES, WIDTH, as_svg, bare, legend_below, new_figure
 
 Row = dict[str, Any]
 PARTS = {"gauss_newton": "-", "functional": ":"}
@@ -41,11 +41,9 @@ def shares(rows: Sequence[Row]) -> str:
         axis.set_yscale("log")
         axis.set_ylabel(f"share along {direction}", fontsize=8)
         axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=8)
+        bare(axis)
     axes[-1].set_xlabel("steps")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    legend_below(figure, axes[0])
     return as_svg(figure)
 
 
@@ -63,7 +61,7 @@ def densities(rows: Sequence[Row]) -> str:
     axis.set_xlabel("eigenvalue")
     axis.set_ylabel("density")
     axis.grid(alpha=0.25)
-    axis.legend(frameon=False, fontsize=7)
+    legend_below(figure, axis)
     return as_svg(figure)
 
 
@@ -75,7 +73,7 @@ def lines(rows: Sequence[Row]) -> str:
     axis.set_xlabel("distance along d")
     axis.set_ylabel("loss")
     axis.grid(alpha=0.25)
-    axis.legend(frameon=False, fontsize=7)
+    legend_below(figure, axis)
     return as_svg(figure)
 
 
@@ -85,7 +83,7 @@ def plane(row: Row) -> str:
     x, z = row["distances"], np.array(row["losses"])
     contours = axis.contour(x, x, z.T, levels=12, cmap="viridis", linewidths=1)
     axis.clabel(contours, fontsize=6)
-    axis.plot(0, 0, "k+")
+    axis.plot(0, 0, "+", color="#000000")
     axis.set_aspect("equal")
     axis.set_xlabel("first eigenvector")
     axis.set_ylabel("second eigenvector")

@@ -17,7 +17,10 @@ from fsam_kernels import spec
 from fsam_kernels.options import Loss
 from fsam_trainers import checkpoints, pretrained, registry
 from fsam_trainers.config import Settings
+from fsam_trainers.data.batches import Batch, each, micro_batches_of, named, rows_of
+from fsam_trainers.models import module_of
 from fsam_trainers.models.layout import ModelConfig, nested
+from fsam_trainers.models.vit_layout import ViTConfig, config_of
 
 SEQUENCES = 8  # of a micro-batch, at most
 ARGUMENT = "RUNS"
@@ -110,7 +113,7 @@ def _settings(values: dict[str, Any]) -> Settings:
         "init_from": None,
     }
     kept = {name: value for name, value in {**values, **alone}.items() if name in known}
-    return Settings(**{**kept, "model": ModelConfig(**values["model"])})
+    return Settings(**{**kept, "model": config_of(values["model"])})
 
 
 def _state(settings: Settings, state: Path, framework: str | None) -> tuple[dict[str, np.ndarray], Moments]:
@@ -128,11 +131,11 @@ def _state(settings: Settings, state: Path, framework: str | None) -> tuple[dict
     return engine.weights(), Moments(second, int(next(iter(kept.values()))["step"]), settings)
 
 
-def micro_batches(windows_WxL1: np.ndarray) -> list[np.ndarray]:
-    """The windows in parts of equal size, of at most SEQUENCES each."""
-    count = len(windows_WxL1)
+def micro_batches(windows: Batch) -> list[Batch]:
+    """The windows, or images, in parts of equal size, of at most SEQUENCES each."""
+    count = rows_of(windows)
     parts = next(m for m in range(1, count + 1) if count % m == 0 and count // m <= SEQUENCES)
-    return np.split(windows_WxL1, parts)
+    return micro_batches_of(windows, parts)
 
 
 class Curvatures:
@@ -141,8 +144,8 @@ class Curvatures:
     The loss is the reported one, without label smoothing and z-loss. Compiled programs serve all checkpoints of a run.
     """
 
-    def __init__(self, windows_WxL1: np.ndarray, dtype: str, products: Products) -> None:
-        self._parts, self._dtype, self._products = micro_batches(windows_WxL1), dtype, products
+    def __init__(self, windows: Batch, dtype: str, products: Products) -> None:
+        self._parts, self._dtype, self._products = micro_batches(windows), dtype, products
         self._last: tuple[Any, Any] | None = None
 
     @contextmanager
@@ -166,28 +169,28 @@ class Curvatures:
         import torch
 
         from fsam_core.torch.curvature import Curvature
-        from fsam_trainers.models import torch_decoder
 
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-        model = torch_decoder.Decoder(config).eval()
-        torch_decoder.load(model, weights)
-        model.to(device, getattr(torch, self._dtype))
-        batch = MicroBatches(torch.from_numpy(x.astype(np.int64)).to(device) for x in self._parts)
-        return Curvature(model, partial(torch_decoder.features, loss=loss), batch, products=self._products)
+        module = module_of("torch", config)
+        model = module.Model(config, weights=weights).eval().to(device, getattr(torch, self._dtype))
+        kinds = {np.dtype(np.int32): torch.int64}
+        placed = lambda x: torch.from_numpy(x).to(device, kinds.get(x.dtype))
+        batch = MicroBatches(each(placed, part) for part in self._parts)
+        return Curvature(model, partial(module.features, loss=loss), batch, products=self._products)
 
     def _in_jax(self, config: ModelConfig, loss: Loss, weights: dict[str, np.ndarray]) -> Any:
         import jax
         import jax.numpy as jnp
 
         from fsam_core.jax.curvature import Curvature
-        from fsam_trainers.models import flax_decoder
 
         dtype = jnp.dtype(self._dtype)
         params = jax.tree.map(lambda x: jnp.asarray(x, dtype), nested(weights))
         if self._last is not None and self._last[0] == (config, loss):
             return self._last[1].at(params)
-        features = partial(flax_decoder.features, flax_decoder.Decoder(config), loss=loss, dtype=dtype)
-        batch = MicroBatches({"tokens": jnp.asarray(x)} for x in self._parts)
+        module = module_of("flax", config)
+        features = partial(module.features, module.Model(config), loss=loss, dtype=dtype)
+        batch = MicroBatches(named(each(jnp.asarray, part)) for part in self._parts)
         found = Curvature(features, params, batch, products=self._products)
         self._last = (config, loss), found
         return found
@@ -213,12 +216,21 @@ def adam_direction(moments: Moments, gradient: np.ndarray, second: np.ndarray) -
     )
 
 
-def windows(sources: Sequence[Source], data: str, tokenizer: Path | None, tokens: int) -> np.ndarray:
+def windows(sources: Sequence[Source], data: str | None, tokenizer: Path | None, tokens: int) -> Batch:
     """The held-out windows that all sources are measured on, int32 [W, seq_len + 1], about `tokens` tokens.
 
+    Of models of images, as many images as have about `tokens` patches.
+
+    Args:
+        data: a text or a set of images; None for `fsam train`'s default.
+
     Raises:
-        UserError: where the models take other tokens or sizes of vocabulary.
+        UserError: where the models take other tokens or sizes of vocabulary, or other images.
     """
+    first = sources[0].model.config
+    if isinstance(first, ViTConfig):
+        return _images([source.model for source in sources], data or "digits", max(1, tokens // first.seq_len))
+    data = data or "python"
     from fsam_trainers.evaluation import held_out
 
     length = min(source.model.config.seq_len for source in sources)
@@ -231,3 +243,13 @@ def windows(sources: Sequence[Source], data: str, tokenizer: Path | None, tokens
                 "losses are of other tokens; give them to a command each"
             )
     return every[0]
+
+
+def _images(models: Sequence[pretrained.Pretrained], data: str, count: int) -> Batch:
+    from fsam_trainers.image_evaluation import held_out
+
+    every = [held_out(data, model, count) for model in models]
+    if any(digest != every[0][1] for _, digest in every):
+        raise UserError(f"{ARGUMENT}: the models take images of other sizes; give them to a command each")
+    batches = list(every[0][0])
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console as Rich
 from rich.table import Table
 
 from fsam_core import backends
@@ -19,6 +18,7 @@ from fsam_core.errors import UserError
 from fsam_kernels.shapes import WEIGHTS
 from fsam_profiling import results
 from fsam_trainers.console import Console
+from fsam_trainers.tables import show
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,7 @@ def run(options: ParametersOptions) -> int:
     about["repeats"] = options.repeats
     if options.json is not None:
         results.write(options.json, "parameters", [*rows, *operations], about)
-    rich = Rich(width=110)
-    for table in tables(rows, operations, f"{options.model}, {elements / 1e6:,.1f} M weights, {where}"):
-        rich.print(table)
+    show(*tables(rows, operations, f"{options.model}, {elements / 1e6:,.1f} M weights, {where}"))
     return 0
 
 

@@ -17,7 +17,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-from rich.console import Console as Rich
 from rich.table import Table
 
 from fsam_core import UserError
@@ -29,6 +28,7 @@ from fsam_profiling.timing.peak import peak_bytes
 from fsam_profiling.timing.variants import Variant
 from fsam_trainers import device, timing
 from fsam_trainers.console import Console
+from fsam_trainers.tables import show, show_lines
 
 WARM_UP = 1  # JAX steps are compiled ahead, and PyTorch has taken two steps to count its FLOPs
 PARAMETERS = ("norm", "perturb", "update")
@@ -183,15 +183,11 @@ def run(options: StepOptions) -> int:
     if options.json is not None:
         about = {"preset": options.preset, "dtype": options.dtype, "repeats": options.repeats, "ceilings": ceilings}
         results.write(options.json, "step", found, about)
-    console = Rich(width=140)
-    console.print(table(found, options))
-    if options.peak or options.regions:
-        console.print(inside(found))
+    show(table(found, options), *([inside(found)] if options.peak or options.regions else []))
     rates = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in ceilings.items())
-    console.print(
+    show_lines(
         f"ceiling: a {options.dtype} matrix product by itself, {rates}. FLOP use counts the products that a step runs, "
-        "recomputed ones too. Percentiles (20–80 %) stand alone where a ratio is not distinguishable from 1.",
-        markup=False,
+        "recomputed ones too. Percentiles (20–80 %) stand alone where a ratio is not distinguishable from 1."
     )
     return 0
 

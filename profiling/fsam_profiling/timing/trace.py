@@ -13,21 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from fsam_core.errors import UserError
 from fsam_profiling import results
 from fsam_profiling.regions import in_order
 from fsam_profiling.rows import frameworks_and_sizes, table_rows
-from fsam_profiling.settings import random_tokens, step_settings
+from fsam_profiling.settings import random_batch, step_settings
 from fsam_profiling.timing import trace_events
 from fsam_profiling.timing.trace_events import Span
 from fsam_profiling.tpu import hlo
 from fsam_trainers import registry
 from fsam_trainers.config import Settings
+from fsam_trainers.data.batches import Batch
 from fsam_trainers.engine import Engine
+from fsam_trainers.tables import show, show_lines
 
 WARM_UP = 2
 
@@ -81,11 +81,8 @@ def run(options: TraceOptions) -> int:
             )
     if options.json is not None:
         results.write(options.json, "trace", rows, {"preset": options.preset, "steps": options.steps, **sizes})
-    console = Console() if sys.stdout.isatty() else Console(width=150)
-    console.print(
-        table(rows, f"{options.preset}: ms a step by region, mean of {options.steps} steps under the profiler")
-    )
-    console.print(f"traces for ui.perfetto.dev: {options.out}", markup=False, soft_wrap=True)
+    show(table(rows, f"{options.preset}: ms a step by region, mean of {options.steps} steps under the profiler"))
+    show_lines(f"traces for ui.perfetto.dev: {options.out}")
     return 0
 
 
@@ -96,7 +93,7 @@ def traced(chosen: Settings, steps: int, path: Path) -> dict[str, Any]:
         step_ms (mean), regions (name -> ms a step; "other" has no region, "idle" is time in which nothing ran),
         clock ("host" or "device"), device, trace (the file).
     """
-    tokens = random_tokens(chosen)
+    tokens = random_batch(chosen)
     trained = registry.make(chosen)
     trained.prepare(tokens)
     for index in range(WARM_UP):
@@ -114,7 +111,7 @@ def traced(chosen: Settings, steps: int, path: Path) -> dict[str, Any]:
     }
 
 
-def _torch(trained: Engine, tokens: np.ndarray, steps: int) -> tuple[dict[str, Any], list[Span], bool]:
+def _torch(trained: Engine, tokens: Batch, steps: int) -> tuple[dict[str, Any], list[Span], bool]:
     import torch
 
     kinds = [torch.profiler.ProfilerActivity.CPU]
@@ -132,7 +129,7 @@ def _torch(trained: Engine, tokens: np.ndarray, steps: int) -> tuple[dict[str, A
     return trace, trace_events.torch_spans(trace["traceEvents"]), on_device
 
 
-def _jax(trained: Engine, tokens: np.ndarray, steps: int) -> tuple[dict[str, Any], list[Span], bool]:
+def _jax(trained: Engine, tokens: Batch, steps: int) -> tuple[dict[str, Any], list[Span], bool]:
     import jax
 
     with tempfile.TemporaryDirectory() as folder:

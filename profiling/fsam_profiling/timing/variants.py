@@ -15,9 +15,12 @@ from typing import Any
 import numpy as np
 
 from fsam_core.schedules import Kind
-from fsam_profiling.settings import random_tokens
+from fsam_profiling.settings import random_batch
 from fsam_trainers import registry
 from fsam_trainers.config import Framework, Settings
+from fsam_trainers.data.batches import Batch, each, named
+from fsam_trainers.models import module_of
+from fsam_trainers.models.layout import initial, nested
 
 # Framework -> (method, peer).
 PEERS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -63,13 +66,13 @@ def peers(adamw: Settings) -> dict[tuple[str, str], Variant]:
 
 def make(variant: Variant) -> Callable[[int], Any]:
     """A function that takes step 0, 1, … on the same random tokens and waits for it; compiled in JAX."""
-    tokens_BxL1 = random_tokens(variant.settings)
+    batch = random_batch(variant.settings)
     if variant.peer:
         whose, kind = variant.peer.split()
-        return (_jax if variant.framework == "jax" else _torch)(variant.settings, whose, kind, tokens_BxL1)
+        return (_jax if variant.framework == "jax" else _torch)(variant.settings, whose, kind, batch)
     trained = registry.make(variant.settings)
-    trained.prepare(tokens_BxL1)
-    return lambda index: trained.step(tokens_BxL1, index)()
+    trained.prepare(batch)
+    return lambda index: trained.step(batch, index)()
 
 
 def flops(variant: Variant, run: Callable[[int], Any]) -> int:
@@ -88,54 +91,56 @@ def flops(variant: Variant, run: Callable[[int], Any]) -> int:
     return flops.of_step(*step_programs.peer(variant.settings, whose, kind))
 
 
-def _jax(chosen: Settings, whose: str, kind: str, tokens_BxL1: np.ndarray) -> Callable[[int], Any]:
+def _jax(chosen: Settings, whose: str, kind: str, batch: Batch) -> Callable[[int], Any]:
     import jax
+    import jax.numpy as jnp
 
     from fsam_core.jax import MicroBatches
     from fsam_profiling.tpu import step_programs
-    from fsam_trainers.models import flax_decoder
 
     function, (state, batches) = step_programs.peer(chosen, whose, kind)
     compiled = jax.jit(function, donate_argnums=0).lower(state, batches).compile()
-    params = flax_decoder.parameters(chosen.model, chosen.seed)
+    params = jax.tree.map(jnp.asarray, nested(initial(chosen.model, chosen.seed)))
     held = [(params, step_programs.optimizer_of(chosen, whose, kind).init(params))]
 
     def run(index: int) -> None:
-        state, loss = compiled(held.pop(), MicroBatches([{"tokens": tokens_BxL1}]))
+        state, loss = compiled(held.pop(), MicroBatches([named(batch)]))
         held.append(state)
         jax.block_until_ready((state, loss))
 
     return run
 
 
-def _torch(chosen: Settings, whose: str, kind: str, tokens_BxL1: np.ndarray) -> Callable[[int], Any]:
+def _torch(chosen: Settings, whose: str, kind: str, batch: Batch) -> Callable[[int], Any]:
     import torch
+    import torch.nn.functional as F
 
     from fsam_profiling.timing import textbook_torch
-    from fsam_trainers.models import torch_decoder
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    model = torch_decoder.Decoder(chosen.model, chosen.seed).to(device or "cpu")
-    tokens = torch.from_numpy(tokens_BxL1).to(device or "cpu", torch.int64)
+    module = module_of("torch", chosen.model)
+    model = module.Model(chosen.model, chosen.seed).to(device or "cpu")
+    kinds = {np.dtype(np.int32): torch.int64}
+    placed = each(lambda x: torch.from_numpy(x).to(device or "cpu", kinds.get(x.dtype)), batch)
     groups = [
         {"params": [p for p in model.parameters() if (p.ndim > 1) == matrix], "weight_decay": decay}
         for matrix, decay in ((True, chosen.weight_decay), (False, 0.0))
     ]
     rates: Any = {"lr": chosen.learning_rate, "betas": (chosen.b1, chosen.b2), "eps": chosen.eps}
 
-    def logits(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def logits(model: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         # The usual way for bfloat16: autocast, and the loss of float32 logits.
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=chosen.dtype == "bfloat16"):
-            h_NxD, w_VxD = model(tokens[:, :-1])
-            z_NxV = h_NxD @ w_VxD.T
-        return z_NxV.float(), tokens[:, 1:].reshape(-1)
+        with torch.autocast(str(device or "cpu"), torch.bfloat16, enabled=chosen.dtype == "bfloat16"):
+            head = module.features(model, batch)
+            z_NxV = F.linear(head.hidden, head.weight, head.bias)
+        return z_NxV.float(), head.labels
 
     if whose == "pytorch_optimizer":
-        return _pytorch_optimizer(model, groups, rates, partial(logits, model, tokens), chosen)
+        return _pytorch_optimizer(model, groups, rates, partial(logits, model, placed), chosen)
     optimizer = torch.optim.AdamW(groups, **rates)
     step = textbook_torch.step(kind, model, optimizer, logits, chosen.rho, chosen.clip_norm)
     # As our steps do, wait for the loss.
-    return lambda index: float(step(tokens))
+    return lambda index: float(step(placed))
 
 
 def _pytorch_optimizer(model: Any, groups: Any, rates: Any, logits: Any, chosen: Settings) -> Callable[[int], Any]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from fsam_core.errors import UserError
-from fsam_kernels.shapes import HEADS
+from fsam_kernels.shapes import ALL_HEADS
 from fsam_profiling import results
 from fsam_profiling.tpu.compiler import Compiled, compile_for, to_json
+from fsam_trainers.tables import show, show_lines
 
 
 def run(chip: str, head: str, backends: tuple[str, ...], rows: int, path: Path | None) -> int:
@@ -21,9 +20,9 @@ def run(chip: str, head: str, backends: tuple[str, ...], rows: int, path: Path |
     Raises:
         UserError: as `compile_for`, and for an unknown head.
     """
-    if head not in HEADS:
-        raise UserError(f"--head: {head!r} is not known; use {', '.join(HEADS)}")
-    shape = HEADS[head]
+    if head not in ALL_HEADS:
+        raise UserError(f"--head: {head!r} is not known; use {', '.join(ALL_HEADS)}")
+    shape = ALL_HEADS[head]
     same = dict(shape._asdict())
     programs: dict[str, tuple[str, dict[str, Any]]] = {"three matrix products": ("products", same)}
     if "xla" in backends:
@@ -45,7 +44,6 @@ def run(chip: str, head: str, backends: tuple[str, ...], rows: int, path: Path |
 def print_tables(compiled: dict[str, Compiled], title: str, flops: float) -> None:
     """Print a table of the programs, and one of their Pallas kernels; `flops` are the least needed."""
     chip = next(iter(compiled.values())).chip
-    console = Console() if sys.stdout.isatty() else Console(width=150)
     floor = flops / chip.flops_per_cycle
     table = Table(
         "program", "Mcycles", "of it kernels", "ms", "x floor", "temporaries MB", "args + outputs MB", "no estimate"
@@ -63,14 +61,13 @@ def print_tables(compiled: dict[str, Compiled], title: str, flops: float) -> Non
             f"{(one.argument_bytes + one.output_bytes - one.aliased_bytes) / 1e6:,.0f}",
             str(len(one.unknown)),
         )
-    console.print(table)
+    show(table)
     if any(one.kernels for one in compiled.values()):
-        console.print(_kernel_table(compiled))
-    console.print(
+        show(_kernel_table(compiled))
+    show_lines(
         f"floor: {flops / 1e9:,.0f} GFLOP at {chip.flops_per_second / 1e12:.0f} TFLOP/s = {floor / 1e6:.2f} Mcycles. "
         "Estimates, not timings: XLA's instructions by the compiler's cost model; kernels by their schedule, with the "
-        "matrix units at their published peak, or by bytes over bandwidth, whichever is more.",
-        markup=False,
+        "matrix units at their published peak, or by bytes over bandwidth, whichever is more."
     )
 
 

@@ -8,18 +8,17 @@ running chip. The bytes are counted in the compiled program.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 
 from fsam_core.errors import UserError
 from fsam_kernels.shapes import WEIGHTS
 from fsam_profiling import results
 from fsam_profiling.tpu.compiler import compile_for
+from fsam_trainers.tables import show, show_lines
 
 
 class Operation(NamedTuple):
@@ -150,12 +149,10 @@ def run(chip: str, model: str, path: Path | None) -> int:
     found = [read(chip, operation, WEIGHTS[model]) for operation in OPERATIONS]
     if path is not None:
         results.write(path, "tpu parameters", found, {"chip": chip, "model": model})
-    console = Console() if sys.stdout.isatty() else Console(width=150)
-    console.print(table(found, model))
-    console.print(
+    show(table(found, model))
+    show_lines(
         "floor: least bytes over the published bandwidth; bundles: issued by the core, one a cycle. Not timings: by "
         "schedule is the larger of a loop's bundles and its bytes over the bandwidth, by cost model the compiler's own "
-        "estimate, which also stands for the bundles of a few loops in a row with a star.",
-        markup=False,
+        "estimate, which also stands for the bundles of a few loops in a row with a star."
     )
     return 0

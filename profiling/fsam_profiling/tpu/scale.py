@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from fsam_core.errors import UserError
@@ -19,6 +18,7 @@ from fsam_profiling.rows import METHOD, SAVINGS
 from fsam_profiling.tpu.collectives import bytes_of
 from fsam_profiling.tpu.compiler import ask
 from fsam_trainers import presets
+from fsam_trainers.tables import show, show_lines
 
 # name -> (topology that libtpu knows, its chips, HBM of a chip in GiB as published)
 CHIPS = {
@@ -79,9 +79,8 @@ def run(
         print(f"compiled {name}: {peak / 2**30:.2f} GiB a chip", file=sys.stderr)
         if path is not None:  # after every row, which takes minutes: an interruption loses none
             results.write(path, "tpu scale", rows, about)
-    console = Console() if sys.stdout.isatty() else Console(width=150)
-    console.print(table(rows, about))
-    console.print("The compiler's own account; nothing was run.", markup=False)
+    show(table(rows, about))
+    show_lines("The compiler's own account; nothing was run.")
     return 0
 
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from fsam_core.errors import UserError
@@ -22,6 +21,7 @@ from fsam_profiling import results
 from fsam_profiling.regions import in_order
 from fsam_profiling.rows import programs
 from fsam_profiling.tpu.compiler import TOPOLOGIES, Compiled, compile_for, to_json
+from fsam_trainers.tables import show, show_lines
 
 PROGRAMS = "fsam_profiling.tpu.step_programs:"
 BATCH = 16  # sequences of a core by default
@@ -138,10 +138,8 @@ def run(
         print(f"compiled {variant.name}: {one.cycles / 1e6:,.1f} Mcycles", file=sys.stderr)
         if path is not None:  # after every row: an interruption loses none
             results.write(path, "tpu step", rows, {"chip": chip, **same})
-    console = Console() if sys.stdout.isatty() else Console(width=150)
-    console.print(table(rows, f"{preset}, {same['batch']} sequences, compute in {dtype}"))
-    console.print(regions(rows))
-    console.print(NOTE, markup=False)
+    show(table(rows, f"{preset}, {same['batch']} sequences, compute in {dtype}"), regions(rows))
+    show_lines(NOTE)
     return 0
 
 

@@ -18,8 +18,9 @@ from fsam_profiling.settings import step_settings
 from fsam_profiling.timing import textbook_jax
 from fsam_trainers.config import Settings
 from fsam_trainers.jax import engine
-from fsam_trainers.models import flax_decoder
+from fsam_trainers.models import module_of
 from fsam_trainers.models.layout import ModelConfig, nested, shapes
+from fsam_trainers.models.vit_layout import ViTConfig
 
 Program = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -49,7 +50,7 @@ def peer(chosen: Settings, whose: str, kind: str) -> Program:
 
     def function(state: Any, batches: MicroBatches) -> Any:
         (batch,) = batches
-        return step(state, batch["tokens"])
+        return step(state, batch)
 
     params = weights_of(chosen.model)
     return function, ((params, jax.eval_shape(tx.init, params)), batches_of(chosen))
@@ -68,19 +69,28 @@ def weights_of(model: ModelConfig) -> Any:
 
 
 def batches_of(chosen: Settings) -> MicroBatches:
-    rows = chosen.batch // chosen.micro_batches
-    tokens = jax.ShapeDtypeStruct((rows, chosen.model.seq_len + 1), jnp.int32)
-    return MicroBatches({"tokens": tokens} for _ in range(chosen.micro_batches))
+    rows, c = chosen.batch // chosen.micro_batches, chosen.model
+    shaped = jax.ShapeDtypeStruct
+    if isinstance(c, ViTConfig):
+        batch = {
+            "pixels": shaped((rows, c.height, c.image_width, c.channels), jnp.uint8),
+            "labels": shaped((rows, 1), jnp.int32),
+            "weights": shaped((rows, 1), jnp.float32),
+        }
+    else:
+        batch = {"tokens": shaped((rows, c.seq_len + 1), jnp.int32)}
+    return MicroBatches(batch for _ in range(chosen.micro_batches))
 
 
 def _logits(chosen: Settings) -> Any:
-    """(params, tokens_BxL1) -> (logits_NxV, labels_N)."""
-    model = flax_decoder.Decoder(chosen.model)
+    """(params, batch) -> (logits_NxV, labels_N)."""
+    module = module_of("flax", chosen.model)
+    model = module.Model(chosen.model)
 
-    def logits(params: Any, tokens_BxL1: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def logits(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
         cast = jax.tree.map(lambda x: x.astype(chosen.dtype), params)
-        out: Any = model.apply({"params": cast}, tokens_BxL1[:, :-1])
-        h_NxD, w_VxD = out
-        return h_NxD @ w_VxD.T, tokens_BxL1[:, 1:].reshape(-1)
+        head = module.features(model, cast, batch)
+        z_NxV = head.hidden @ head.weight.T
+        return z_NxV if head.bias is None else z_NxV + head.bias, head.labels
 
     return logits

@@ -5,7 +5,7 @@ before, so every token but the first is a label exactly once an epoch. A negativ
 ~token, and no target.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -14,53 +14,65 @@ import numpy as np
 from fsam_core.errors import UserError
 from fsam_trainers.data.corpus import Tokens, check_at_least, check_length
 
+Batch = np.ndarray | dict[str, np.ndarray]
+"""Tokens, int32 [B, L + 1], or of images the arrays that `images.batches` describes, each [B, ...]."""
 
-class Batches:
-    """Training batches in an order that depends on `seed` alone.
 
-    Epoch e visits the windows in a permutation drawn from (seed, e); step s takes positions s·B … (s+1)·B of the
-    epochs' permutations laid end to end. There is no state between steps, so a run resumes from its step index.
-    A batch larger than an epoch runs on into the following ones.
+class Order:
+    """The rows of each step's batch, as numbers 0 … count − 1 of what there is: a function of (seed, step) alone.
 
-    tokens: [T] of any integer dtype, ids below 2³¹. sequences: number of windows in an epoch, (T − 1) // seq_len.
-    rank, ranks, micro_batches: of each micro-batch of a batch only the rank-th of `ranks` equal parts is made.
-    Raises UserError if a size is below 1, the seed below 0, T below seq_len + 1, or the batch is not cut evenly.
+    Epoch e visits them in a permutation drawn from (seed, e); step s takes positions s·B … (s+1)·B of the epochs'
+    permutations laid end to end. A batch larger than an epoch runs on into the following ones.
+
+    rank, ranks, micro_batches: of each micro-batch of a batch only the rank-th of `ranks` equal parts is given.
+    Raises UserError if a size is below 1, the seed below 0, or the batch is not cut evenly.
     """
 
     def __init__(
-        self,
-        tokens: Tokens,
-        seq_len: int,
-        batch_size: int,
-        seed: int,
-        *,
-        rank: int = 0,
-        ranks: int = 1,
-        micro_batches: int = 1,
+        self, count: int, batch_size: int, seed: int, *, rank: int = 0, ranks: int = 1, micro_batches: int = 1
     ) -> None:
-        check_at_least("--seq-len", seq_len, 1)
         check_at_least("--batch", batch_size, 1)
         check_at_least("--seed", seed, 0)
-        check_length("training", tokens.size, seq_len)
         check_rows(batch_size, micro_batches, ranks)
-        self._rows = np.arange(batch_size).reshape(micro_batches, ranks, -1)[:, rank].ravel()
+        self.places = np.arange(batch_size).reshape(micro_batches, ranks, -1)[:, rank].ravel()
+        self.count, self.batch_size = count, batch_size
+        # Two, because a batch may lie across the end of an epoch.
+        self._permutation = lru_cache(maxsize=2)(lambda epoch: permutation(seed, (epoch,), count))
+
+    def at(self, step: int, places: np.ndarray | None = None) -> np.ndarray:
+        """The numbers of one step, int64; of these places in the batch, by default this rank's."""
+        check_at_least("step", step, 0)
+        places = self.places if places is None else places
+        epochs, offsets = np.divmod(step * self.batch_size + places, self.count)
+        chosen = np.empty(places.size, np.int64)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            chosen[here] = self._permutation(int(epoch))[offsets[here]]
+        return chosen
+
+
+class Batches:
+    """Training batches in an order that depends on `seed` alone, that of `Order` over the windows.
+
+    There is no state between steps, so a run resumes from its step index.
+
+    tokens: [T] of any integer dtype, ids below 2³¹. sequences: number of windows in an epoch, (T − 1) // seq_len.
+    share: as `Order` takes it. Raises UserError if a size does not fit, or T is below seq_len + 1.
+    """
+
+    def __init__(self, tokens: Tokens, seq_len: int, batch_size: int, seed: int, **share: int) -> None:
+        check_at_least("--seq-len", seq_len, 1)
+        check_length("training", tokens.size, seq_len)
         self.tokens = tokens
         self.seq_len = seq_len
         self.batch_size = batch_size
         self.seed = seed
         self.sequences = (tokens.size - 1) // seq_len
-        # Two, because a batch may lie across the end of an epoch.
-        self._permutation = lru_cache(maxsize=2)(lambda epoch: permutation(seed, (epoch,), self.sequences))
+        self._order = Order(self.sequences, batch_size, seed, **share)
 
     def at(self, step: int) -> np.ndarray:
         """The batch of one step: int32 [batch_size / ranks, seq_len + 1]. Raises UserError for a negative step."""
-        check_at_least("step", step, 0)
-        epochs, offsets = np.divmod(step * self.batch_size + self._rows, self.sequences)
-        chosen = np.empty(self._rows.size, np.int64)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            chosen[here] = self._permutation(int(epoch))[offsets[here]]
-        return windows_of(self.tokens, chosen, self.seq_len)
+        return windows_of(self.tokens, self._order.at(step), self.seq_len)
 
     def state(self, step: int) -> None:
         """What a checkpoint must hold to resume at `step`: nothing."""
@@ -101,14 +113,36 @@ def validation_batches(tokens: Tokens, seq_len: int, batch_size: int, count: int
     ]
 
 
-def targets_in(tokens_BxL1: np.ndarray) -> int:
-    """How many labels of a batch are targets: those that are no token of a prompt."""
-    return int(np.count_nonzero(tokens_BxL1[:, 1:] >= 0))
+def each(function: Callable[[np.ndarray], Any], batch: Batch) -> Any:
+    """The batch with function(array) in place of each array."""
+    return {name: function(x) for name, x in batch.items()} if isinstance(batch, dict) else function(batch)
 
 
-def mean_over_targets(losses: Sequence[float], batches: Sequence[np.ndarray]) -> float:
-    """The mean over the targets of all batches, int32 [B, L + 1] each, from each one's own; 0 if there are none."""
-    counts = [targets_in(x) for x in batches]
+def named(batch: Any) -> dict[str, Any]:
+    """The batch as the Flax models take it: tokens have a name too."""
+    return batch if isinstance(batch, dict) else {"tokens": batch}
+
+
+def rows_of(batch: Batch) -> int:
+    """How many rows a batch has."""
+    return len(next(iter(batch.values()))) if isinstance(batch, dict) else len(batch)
+
+
+def micro_batches_of(batch: Batch, count: int) -> list[Batch]:
+    """The batch in `count` equal parts."""
+    size = rows_of(batch) // count
+    return [each(lambda x: x[i * size : (i + 1) * size], batch) for i in range(count)]
+
+
+def targets_in(batch: Batch) -> float:
+    """How many labels of a batch are targets, each by its weight: those that are not negative."""
+    if isinstance(batch, dict):
+        return float(batch["weights"][batch["labels"] >= 0].sum())
+    return int(np.count_nonzero(batch[:, 1:] >= 0))
+
+
+def mean_over_targets(losses: Sequence[float], counts: Sequence[float]) -> float:
+    """The mean over the targets of all batches, from each batch's own and its number of them; 0 if there are none."""
     return float(np.dot(losses, counts)) / max(sum(counts), 1)
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 from fsam_core.errors import UserError
 from fsam_trainers.data import cache as store
-from fsam_trainers.data.batches import Batches
+from fsam_trainers.data.batches import Batch, Batches, validation_batches
 from fsam_trainers.data.corpus import Corpus, Tokens, check_at_least, check_length, dtype_for, fingerprint
 from fsam_trainers.data.documents import Piece, Split, Stream
 from fsam_trainers.data.encoding import Sink, encode_streams
+from fsam_trainers.data.images import HeldOut, ImageBatches, ImageCorpus
 from fsam_trainers.data.pipeline import (
     FORMAT,
     check_sizes,
@@ -112,18 +113,29 @@ def load(
     return _prepare_stream(spec, text, why, vocab_size, seq_len, given, tokens, buffer, workers, cache)
 
 
-def training_batches(
-    corpus: Corpus | StreamedCorpus, seq_len: int, batch_size: int, seed: int, **share: int
-) -> Batches | StreamedBatches:
+AnyCorpus = Corpus | StreamedCorpus | ImageCorpus
+AnyBatches = Batches | StreamedBatches | ImageBatches
+
+
+def training_batches(corpus: AnyCorpus, seq_len: int, batch_size: int, seed: int, **share: int) -> AnyBatches:
     """The training batches of a corpus, to be closed after use: at(step), state(step), restore(state).
 
     share: `rank`, `ranks` (0 of 1) and `micro_batches` (1). Rank `rank` of `ranks` gets batch_size / ranks rows of each
     batch: its part of each micro-batch.
     """
+    if isinstance(corpus, ImageCorpus):
+        return ImageBatches(corpus.train, corpus.augmentation, batch_size, seed, **share)
     if isinstance(corpus, Corpus):
         return Batches(corpus.train, seq_len, batch_size, seed, **share)
     recipe = Recipe(corpus.text, corpus.tokenizer, seq_len, seed, corpus.buffer)
     return StreamedBatches(recipe, batch_size, corpus.workers, **share)
+
+
+def held_out_batches(corpus: AnyCorpus, seq_len: int, batch_size: int, count: int) -> Sequence[Batch]:
+    """What an evaluation reads: the first `count` batches of a text, and all held-out images."""
+    if isinstance(corpus, ImageCorpus):
+        return HeldOut(corpus.validation, batch_size)
+    return validation_batches(corpus.validation, seq_len, batch_size, count)
 
 
 def _too_large_to_store(files: Files | None) -> str:

@@ -1,13 +1,7 @@
 """Tokenizes chunks of rows in several processes, in order."""
 
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from itertools import cycle
-from multiprocessing import Pipe
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +10,7 @@ from fsam_core.errors import UserError
 from fsam_trainers.data.documents import Row
 from fsam_trainers.data.encoding import encode_rows, joined
 from fsam_trainers.data.vocabulary import load_tokenizer
+from fsam_trainers.data.worker_process import WorkerProcess
 
 
 class Place(NamedTuple):
@@ -72,18 +67,17 @@ class Workers:
         for chunk in chunks:
             worker = next(turns)
             if worker.chunk is not None:
-                yield worker.answer()
-            worker.give(chunk)
+                yield worker.encoded()
+            worker.encode(chunk)
         for _ in self._workers:
             worker = next(turns)
             if worker.chunk is not None:
-                yield worker.answer()
+                yield worker.encoded()
 
     def check(self) -> None:
         """Raise UserError if a worker has died, busy or not."""
         for worker in self._workers:
-            if worker.process.poll() is not None:
-                raise worker.death()
+            worker.check()
 
     def kill(self) -> None:
         """End the processes: whoever waits for an answer gets a UserError."""
@@ -98,57 +92,23 @@ class Workers:
             worker.pipe.close()
 
 
-class _Worker:
+class _Worker(WorkerProcess):
+    """A tokenizing process and the chunk that it has."""
+
     def __init__(self, tokenizer: bytes) -> None:
+        super().__init__("fsam_trainers.data.worker", "tokenizing", tokenizer)
         self.chunk: Chunk | None = None
-        self.last = "nothing yet"
-        self.pipe, theirs = Pipe()
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "fsam_trainers.data.worker", str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                # The processes are the parallelism. They find the same packages as this one.
-                env={
-                    **os.environ,
-                    "TOKENIZERS_PARALLELISM": "false",
-                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-                },
-                # A signal to the terminal's group is for the run, which then saves; the worker ends with its pipe.
-                start_new_session=True,
-            )
-        with self._alive():
-            self.pipe.send_bytes(tokenizer)
 
-    def give(self, chunk: Chunk) -> None:
-        self.chunk, self.last = chunk, chunk.title
-        with self._alive():
-            self.pipe.send(chunk.rows)
+    def encode(self, chunk: Chunk) -> None:
+        self.chunk = chunk
+        self.give(chunk.title, chunk.rows)
 
-    def answer(self) -> Encoded:
+    def encoded(self) -> Encoded:
         assert self.chunk is not None
-        with self._alive():
-            answer = self.pipe.recv()
+        answer = self.answer()
         if isinstance(answer, str):
             raise UserError(f"--data: {self.chunk.title}: cannot be tokenized: {answer}")
         tokens, starts = answer
         done = Encoded(self.chunk.name, self.chunk.places, tokens, starts)
         self.chunk = None
         return done
-
-    @contextmanager
-    def _alive(self) -> Iterator[None]:
-        try:
-            yield
-        except (EOFError, OSError) as error:  # the other end of the pipe is gone
-            raise self.death() from error
-
-    def death(self) -> UserError:
-        code = self.process.wait()
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-        how += " (out of memory?)" if code == -signal.SIGKILL else ""
-        doing = "was at" if self.chunk is not None else "had last done"
-        return UserError(
-            f"--data: the tokenizing process {self.process.pid} {how}; it {doing} {self.last}: "
-            "the same command resumes from the last checkpoint"
-        )

@@ -23,10 +23,17 @@ import fsam_core.jax as fsam  # noqa: E402
 from fsam_core.jax.adamw import AdamW  # noqa: E402
 from fsam_core.regions import in_jax  # noqa: E402
 from fsam_trainers.config import Settings  # noqa: E402
-from fsam_trainers.data.batches import mean_over_targets  # noqa: E402
-from fsam_trainers.engine import Correction, StepReport, Writing  # noqa: E402
+from fsam_trainers.data.batches import (  # noqa: E402
+    Batch,
+    each,
+    mean_over_targets,
+    micro_batches_of,
+    named,
+    targets_in,
+)
+from fsam_trainers.engine import Correction, Evaluation, StepReport, Writing  # noqa: E402
 from fsam_trainers.jax import mesh, saving  # noqa: E402
-from fsam_trainers.models import flax_decoder  # noqa: E402
+from fsam_trainers.models import module_of  # noqa: E402
 from fsam_trainers.models.layout import blocks, flattened, nested  # noqa: E402
 from fsam_trainers.pretrained import initial_weights  # noqa: E402
 
@@ -38,6 +45,16 @@ class State(NamedTuple):
     opt_state: Any
     carry: fsam.Carry
     average: Any
+
+    def as_saved(self) -> dict[str, Any]:
+        """The content of a checkpoint, without norms that are None, for which older ones have no place."""
+        carry = {k: x for k, x in self.carry._asdict().items() if k != "norms" or x is not None}
+        return {**self._asdict(), "carry": carry}
+
+    @classmethod
+    def of_saved(cls, saved: dict[str, Any]) -> State:
+        """The inverse of `as_saved`."""
+        return cls(**{**saved, "carry": fsam.Carry(**saved["carry"])})
 
 
 def optimizer(settings: Settings) -> AdamW:
@@ -138,11 +155,29 @@ def _memory(settings: Settings) -> fsam.Memory:
 def _features(settings: Settings, *, trained: bool) -> Callable[..., fsam.LinearHead | fsam.Logits]:
     """The model's features function, with the trained loss or the reported one."""
     loss = settings.losses()[0 if trained else 1]
-    model = flax_decoder.Decoder(settings.model, remat=settings.remat)
+    module = module_of("flax", settings.model)
+    model = module.Model(settings.model, remat=settings.remat)
     if trained and settings.scope.startswith("top:"):
         below = settings.model.layers - int(settings.scope.removeprefix("top:"))
-        return flax_decoder.staged(model, below, loss, jnp.dtype(settings.dtype))
-    return partial(flax_decoder.features, model, loss=loss, dtype=jnp.dtype(settings.dtype))
+        return module.staged(model, below, loss, jnp.dtype(settings.dtype))
+    return partial(module.features, model, loss=loss, dtype=jnp.dtype(settings.dtype))
+
+
+def evaluated(settings: Settings) -> Callable[[Any, Any], tuple[jax.Array, jax.Array]]:
+    """(params, batch) -> (the reported loss, how many labels are among the k likeliest, for each k of the model)."""
+    features, top = _features(settings, trained=False), settings.model.top
+    loss = fsam.mean_loss(features, memory=_memory(settings), backend=mesh.backend(settings))
+
+    def of(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+        if not top:
+            return loss(params, batch), jnp.zeros(0)
+        head: Any = features(params, batch)
+        z_NxV = jnp.matmul(head.hidden, head.weight.T, preferred_element_type=jnp.float32) + head.bias
+        own_Nx1 = jnp.take_along_axis(z_NxV, head.labels[:, None], 1)
+        above_N = jnp.where(head.labels < 0, z_NxV.shape[1], (z_NxV > own_Nx1).sum(1))
+        return loss(params, batch), jnp.stack([(above_N < k).sum() for k in top])
+
+    return of
 
 
 class JaxEngine:
@@ -171,20 +206,19 @@ class JaxEngine:
         self._completed = 0  # steps that are known to be finite
         self._unread: list[jax.Array] = []  # whether later steps are finite, in order
         self._products = jax.jit(products_of(settings))
-        loss = fsam.mean_loss(_features(settings, trained=False), memory=_memory(settings), backend=self.backend)
-        self._loss = jax.jit(loss)
+        self._evaluated = jax.jit(evaluated(settings))
 
-    def prepare(self, tokens_BxL1: np.ndarray) -> None:
+    def prepare(self, batch: Batch) -> None:
         with jax.set_mesh(self.mesh):
             for kind in sorted({self.settings.kind(i) for i in range(self.settings.steps)}):
-                self._compiled[kind] = self._jitted.lower(self.state, self._parts(tokens_BxL1, 0), kind=kind).compile()
+                self._compiled[kind] = self._jitted.lower(self.state, self._parts(batch, 0), kind=kind).compile()
 
-    def step(self, tokens_BxL1: np.ndarray, index: int) -> Callable[[], StepReport]:
+    def step(self, batch: Batch, index: int) -> Callable[[], StepReport]:
         kind = self._kind()
         if kind not in self._compiled:
             self._compiled[kind] = partial(self._jitted, kind=kind)
         with jax.set_mesh(self.mesh):
-            self.state, info = self._compiled[kind](self.state, self._parts(tokens_BxL1, index))
+            self.state, info = self._compiled[kind](self.state, self._parts(batch, index))
         self._unread.append(info.finite)
 
         def report() -> StepReport:
@@ -210,37 +244,43 @@ class JaxEngine:
         """The possible numbers of completed steps."""
         return range(self._completed, self._completed + len(self._unread) + 1)
 
-    def correction(self, tokens_BxL1: np.ndarray, index: int) -> Correction | None:
+    def correction(self, batch: Batch, index: int) -> Correction | None:
         if self.settings.method == "adamw":
             return None
         with jax.set_mesh(self.mesh):
-            return Correction.of(*map(float, self._products(self.state, self._parts(tokens_BxL1, index))))
+            return Correction.of(*map(float, self._products(self.state, self._parts(batch, index))))
 
-    def evaluate(self, batches: Sequence[np.ndarray], average: bool = True) -> float:
+    def evaluate(self, batches: Sequence[Batch], average: bool = True) -> Evaluation:
         params = self.state.average if average and self.state.average is not None else self.state.params
         with jax.set_mesh(self.mesh):
-            losses = [self._loss(params, {"tokens": mesh.rows(self.mesh, x)}) for x in batches]
-            return mean_over_targets([float(x) for x in losses], batches)
+            found = [(targets_in(x), *self._evaluated(params, self._whole(x))) for x in batches]
+        counts, losses, correct = zip(*found, strict=True) if found else ((), (), ())
+        loss, top = mean_over_targets([float(x) for x in losses], counts), self.settings.model.top
+        return Evaluation.of(loss, top, np.sum([np.zeros(len(top)), *map(np.asarray, correct)], axis=0), sum(counts))
+
+    def _whole(self, batch: Batch) -> dict[str, jax.Array]:
+        """A batch that every process has in full."""
+        return named(each(lambda x: mesh.rows(self.mesh, x), batch))
 
     def state_bytes(self) -> int:
         return sum(x.nbytes for x in jax.tree.leaves(self.state))
 
     def save(self, folder: Path) -> Writing:
-        return saving.begin(self.state._asdict(), folder)
+        return saving.begin(self.state.as_saved(), folder)
 
     def restore(self, folder: Path, source: Settings | None = None) -> None:
         # With the shardings of this mesh; the checkpoint may be of another.
         if source is None:
-            like = jax.tree.map(ocp.utils.to_shape_dtype_struct, self.state._asdict())
+            like = jax.tree.map(ocp.utils.to_shape_dtype_struct, self.state.as_saved())
         else:
             with jax.set_mesh(self.mesh):
                 state = jax.eval_shape(partial(state_of, source), self.state.params)
                 places = mesh.places(self.mesh, state)
             placed = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-            like = jax.tree.map(placed, state, places)._asdict()
+            like = jax.tree.map(placed, state, places).as_saved()
         with ocp.StandardCheckpointer() as checkpointer:
             # Without the copy a restored buffer may be memory that XLA does not own and cannot take as a donation.
-            found = State(**jax.tree.map(jnp.copy, checkpointer.restore(folder.absolute(), like)))
+            found = State.of_saved(jax.tree.map(jnp.copy, checkpointer.restore(folder.absolute(), like)))
         if source is not None:
             average = found.average if source.ema else jax.tree.map(jnp.copy, found.params)
             found = found._replace(carry=self.state.carry, average=average if self.settings.ema else None)
@@ -250,9 +290,9 @@ class JaxEngine:
     def weights(self) -> dict[str, np.ndarray]:
         return flattened(jax.tree.map(mesh.whole, self.state.params))
 
-    def _parts(self, tokens_BxL1: np.ndarray, index: int) -> fsam.MicroBatches:
-        split = np.split(tokens_BxL1, self.settings.micro_batches)
-        parts: list[dict[str, Any]] = [{"tokens": mesh.own_rows(self.mesh, x)} for x in split]
+    def _parts(self, batch: Batch, index: int) -> fsam.MicroBatches:
+        split = micro_batches_of(batch, self.settings.micro_batches)
+        parts = [named(each(lambda x: mesh.own_rows(self.mesh, x), one)) for one in split]
         if self.settings.model.dropout:
             key = jax.random.fold_in(self._key, index)
             for i, part in enumerate(parts):

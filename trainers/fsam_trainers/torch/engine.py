@@ -29,9 +29,16 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 import fsam_core.torch as fsam  # noqa: E402
 from fsam_trainers import processes  # noqa: E402
 from fsam_trainers.config import Settings  # noqa: E402
-from fsam_trainers.data.batches import mean_over_targets  # noqa: E402
-from fsam_trainers.engine import Correction, StepReport, Writing  # noqa: E402
-from fsam_trainers.models import torch_decoder  # noqa: E402
+from fsam_trainers.data.batches import (  # noqa: E402
+    Batch,
+    each,
+    mean_over_targets,
+    micro_batches_of,
+    rows_of,
+    targets_in,
+)
+from fsam_trainers.engine import Correction, Evaluation, StepReport, Writing  # noqa: E402
+from fsam_trainers.models import module_of  # noqa: E402
 from fsam_trainers.models.layout import blocks  # noqa: E402
 from fsam_trainers.pretrained import initial_weights  # noqa: E402
 from fsam_trainers.torch import mesh, saving  # noqa: E402
@@ -96,7 +103,8 @@ class TorchEngine:
         self.device = str(self._device)
         if self._ranks.count > 1 and self._device.type != "cpu":
             self._device = torch.device(self._device.type, self._ranks.local_rank)
-        self.model = torch_decoder.Decoder(settings.model, remat=settings.remat, weights=initial_weights(settings))
+        module = module_of("torch", settings.model)
+        self.model = module.Model(settings.model, remat=settings.remat, weights=initial_weights(settings))
         self.model.to(self._device)
         self._average: torch.optim.swa_utils.AveragedModel | None = None
         if settings.ema:
@@ -119,11 +127,13 @@ class TorchEngine:
                 self._running.register_comm_hook(None, fsam.reduce_upcast)
         self.optimizer = optimizer(self.model, settings, copies)
         trained, reported = settings.losses()
-        self._loss = fsam.mean_loss(partial(torch_decoder.features, loss=reported), backend=settings.backend)
-        features: Any = partial(torch_decoder.features, loss=trained)
+        self._heads: list[Any] = []  # of the last evaluated batch
+        reporting = partial(module.features, loss=reported)
+        self._loss = fsam.mean_loss(self._remembered(reporting), backend=settings.backend)
+        features: Any = partial(module.features, loss=trained)
         if settings.scope.startswith("top:"):
             below = settings.model.layers - int(settings.scope.removeprefix("top:"))
-            features = torch_decoder.staged(below, trained)
+            features = module.staged(below, trained)
         self._step = fsam.Step(
             self._running,
             self.optimizer,
@@ -138,17 +148,17 @@ class TorchEngine:
             loss_scale=fsam.LossScale() if settings.dtype == "float16" else None,
         )
 
-    def prepare(self, tokens_BxL1: np.ndarray) -> None:
+    def prepare(self, batch: Batch) -> None:
         """Nothing is compiled."""
 
-    def step(self, tokens_BxL1: np.ndarray, index: int) -> Callable[[], StepReport]:
+    def step(self, batch: Batch, index: int) -> Callable[[], StepReport]:
         self._seed(index)
         # As in JAX, a skipped step does not advance the schedule.
         rate = self.settings.learning_rate_at(self._step.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self._running.train()
-        self._step(self._parts(tokens_BxL1))
+        self._step(self._parts(batch))
         info = self._step.info
         assert info is not None
         if self._average is not None and not info.skipped:
@@ -156,24 +166,24 @@ class TorchEngine:
         report = StepReport(info.loss, info.base_norm, info.grad_norm, info.perturbation_norm, info.skipped)
         return lambda: report
 
-    def correction(self, tokens_BxL1: np.ndarray, index: int) -> Correction | None:
+    def correction(self, batch: Batch, index: int) -> Correction | None:
         if self.settings.method == "adamw" or self.settings.dtype == "float16":
             return None
         self._running.train()
         plain, corrected = Schedule(start=sys.maxsize), ALWAYS
-        g, g_hat = (self._gradient(schedule, tokens_BxL1, index) for schedule in (plain, corrected))
+        g, g_hat = (self._gradient(schedule, batch, index) for schedule in (plain, corrected))
         products = torch.zeros(4, dtype=torch.float64)
         for a, b in zip(g, g_hat, strict=True):
             a, b = _whole(a).double().flatten(), _whole(b).double().flatten()
             products += torch.stack([a @ a, b @ b, (b - a).square().sum(), a @ b]).cpu()
         return Correction.of(*products.tolist())
 
-    def _gradient(self, schedule: Schedule, tokens_BxL1: np.ndarray, index: int) -> list[torch.Tensor]:
+    def _gradient(self, schedule: Schedule, batch: Batch, index: int) -> list[torch.Tensor]:
         """The gradient of a step by this schedule, for each parameter; the step itself counts nothing."""
         self._seed(index)
         step = copy.copy(self._step)
         step.schedule = schedule
-        step.gradient(self._parts(tokens_BxL1))
+        step.gradient(self._parts(batch))
         found = [torch.full_like(p, torch.nan) if p.grad is None else p.grad.clone() for p in self.model.parameters()]
         for p in self.model.parameters():
             p.grad = None
@@ -187,20 +197,51 @@ class TorchEngine:
             seed = np.random.SeedSequence([self.settings.seed, index, *own]).generate_state(1, np.uint64)[0]
             torch.manual_seed(int(seed))
 
-    def _parts(self, tokens_BxL1: np.ndarray) -> MicroBatches:
-        return MicroBatches(self._tokens(one) for one in np.split(tokens_BxL1, self.settings.micro_batches))
+    def _parts(self, batch: Batch) -> MicroBatches:
+        return MicroBatches(map(self._placed, micro_batches_of(batch, self.settings.micro_batches)))
 
-    def evaluate(self, batches: Sequence[np.ndarray], average: bool = True) -> float:
+    def evaluate(self, batches: Sequence[Batch], average: bool = True) -> Evaluation:
         model = self._average.module if average and self._average is not None else self._running
         model.eval()
-        losses = [float(self._loss(model, self._tokens(self._share(x, model)))) for x in batches]
-        return mean_over_targets(losses, batches)
+        losses, counts = [], []
+        # Targets and correct ones, summed over the ranks; a batch that all ranks have in full is counted by each.
+        seen = np.zeros(1 + len(self.settings.model.top))
+        for batch in batches:
+            own, parts = self._share(batch, model)
+            losses.append(float(self._loss(model, self._placed(own))))
+            counts.append(targets_in(batch))
+            seen += np.array([targets_in(own), *self._correct()]) * parts / self._row_rank[1]
+        if self.settings.model.top:
+            seen = np.sum(self._ranks.gathered(seen), axis=0)
+        return Evaluation.of(mean_over_targets(losses, counts), self.settings.model.top, seen[1:].tolist(), seen[0])
 
-    def _share(self, tokens_BxL1: np.ndarray, model: torch.nn.Module) -> np.ndarray:
-        """This rank's rows if the loss is a mean over the ranks and the rows divide evenly; else all rows."""
+    def _remembered(self, features: Callable[..., Any]) -> Callable[..., Any]:
+        """The features function, which keeps its last head for the accuracies."""
+
+        def of(model: Any, batch: Any) -> Any:
+            self._heads[:] = [features(model, batch)]
+            return self._heads[0]
+
+        return of if self.settings.model.top else features
+
+    @torch.no_grad()
+    def _correct(self) -> list[float]:
+        """How many labels of the last evaluated batch are among the k likeliest, for each k of the model."""
+        if not self._heads:
+            return []
+        head = self._heads.pop()
+        z_NxV = (head.hidden @ _whole(head.weight).T + _whole(head.bias)).float()
+        own_Nx1 = z_NxV.gather(1, head.labels.clamp(min=0)[:, None])
+        above_N = (z_NxV > own_Nx1).sum(1).masked_fill(head.labels < 0, z_NxV.shape[1])
+        return [float((above_N < k).sum()) for k in self.settings.model.top]
+
+    def _share(self, batch: Batch, model: torch.nn.Module) -> tuple[Batch, int]:
+        """This rank's rows, one of so many parts, if the loss is a mean over the ranks and the rows divide evenly."""
         rank, count = self._row_rank
         alone = count == 1 or (model is not self._running and not mesh.is_sharded(self.settings))
-        return tokens_BxL1 if alone or len(tokens_BxL1) % count else np.split(tokens_BxL1, count)[rank]
+        if alone or rows_of(batch) % count:
+            return batch, 1
+        return micro_batches_of(batch, count)[rank], count
 
     @property
     def _row_rank(self) -> tuple[int, int]:
@@ -241,5 +282,7 @@ class TorchEngine:
         average = {} if self._average is None else {"average": self._average.state_dict()}
         return {"model": model, "optimizer": optim, "step": self._step.state_dict(), **average}
 
-    def _tokens(self, tokens: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(tokens).to(self._device, torch.int64)
+    def _placed(self, batch: Batch) -> Any:
+        """The batch on the device; indices are int64 there."""
+        kinds = {np.dtype(np.int32): torch.int64}
+        return each(lambda x: torch.from_numpy(x).to(self._device, kinds.get(x.dtype)), batch)
