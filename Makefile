@@ -1,26 +1,29 @@
 # Everything runs from a virtual environment in this checkout, made on first use: Python 3.11 and pip are all it takes.
+# `make train` installs only what it runs; the other targets install the rest (docs/install.md has the bytes).
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+TRAIN  := $(VENV)/.installed-train
 RUN    ?= runs/train
-
-# libtpu is installed for its compiler; without this JAX looks for a TPU to go with it.
-export JAX_PLATFORMS ?= cpu
 
 .PHONY: install train test test-all smoke lint bench bench-check baseline study scale clean
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(TRAIN): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train]'
+	touch $@
+
+$(STAMP): $(TRAIN)
 	# torch first and pinned: an open range would take a build with gigabytes of CUDA libraries.
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[jax,torch,triton,tpu,data,hf,report,tensorboard,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[jax,torch,triton,tpu,data,images,hf,report,tensorboard,dev]'
 	touch $@
 
 # AdamW and preconditioned Functional-SAM, seven passes over 100,000 tokens: a table, a plot and a report.
-train: install
+train: $(TRAIN)
 	$(BIN)/fsam compare --preset tiny --methods adamw,precond-functional-sam \
 	  --max-tokens 100000 --batch 8 --steps 700 --weight-decay 0.3 --out $(RUN)
 
@@ -55,11 +58,9 @@ bench-check: install
 baseline: install
 	$(BIN)/fsam profile check --update
 
-# What each saving loses: some 270 short tuned runs, three seeds. Two hours or more on two cores; a stopped study resumes.
+# When to use what: tuned runs in five regimes. About ten hours on two cores; a stopped study resumes.
 study: install
-	$(BIN)/python profiling/experiments/study.py --out runs/study --jobs 2
-	$(BIN)/python profiling/experiments/study_cosines.py --study runs/study
-	$(BIN)/python profiling/experiments/study_report.py --study runs/study --out docs/results
+	JAX_PLATFORMS=cpu $(BIN)/python profiling/experiments/study.py --jobs 2  # its results are a CPU's
 
 # The memory of each chip of a TPU slice in a sharded step, by its compiler, without a TPU. Hours on two cores.
 scale: install

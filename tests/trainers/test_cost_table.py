@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 
@@ -63,6 +64,34 @@ def test_a_budget_lists_what_fits_cheapest_first():
     assert "fraction 1/8" in {row["name"] for row in found["rows"]}
     more = figures(CostOptions(preset="24m", budget=1.15, spare=True))["rows"]
     assert {row["name"] for row in found["rows"]} < {row["name"] for row in more}
+
+
+def test_a_budget_counts_a_row_as_all_rows_do():
+    every = {row["name"]: row for row in figures(CostOptions(all=True))["rows"]}
+    within = {row["name"]: row for row in figures(CostOptions(budget=1.3, spare=True))["rows"]}
+    for name in ("fraction 1/4", "fraction 1/8", "fraction 1/8, cut hidden"):
+        for what in ("flops_ratio", "time_ratio", "peak_bytes", "study"):
+            assert within[name][what] == every[name][what], (name, what)
+
+
+def test_what_does_not_fit_the_card_is_marked(capsys):
+    assert run(CostOptions(all=True)) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"\d+ of \d+ rows, marked \*, do not fit into the 80 GB of a h100", printed)
+    found = figures(CostOptions(all=True))["rows"]
+    assert {row["fits"] for row in found} == {True, False}
+    assert all(row["fits"] == (row["peak_bytes"] <= 80e9) for row in found)
+    assert run(CostOptions(devices=8)) == 0
+    assert "not fit" not in capsys.readouterr().out
+    (row,) = figures(CostOptions(preset="tiny", machine="v5e"))["rows"]
+    assert row["fits"]
+
+
+def test_quality_is_that_of_the_study():
+    rows = {row["name"]: row["study"] for row in figures(CostOptions(all=True))["rows"]}
+    assert rows["AdamW"] is None
+    assert rows["the method, exact"] < 0
+    assert {row["study"] for row in figures(CostOptions(all=True, method="sam"))["rows"]} == {None}
 
 
 def test_savings_by_name_are_the_trainers():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from small_runs import arguments, final_weights, fsam, steps_done, train_options, valid_steps
 
+from fsam_trainers.engine import Evaluation
 from fsam_trainers.jax.engine import JaxEngine
 from fsam_trainers.torch.engine import TorchEngine
 
@@ -216,7 +217,7 @@ def test_diverged_run_exits_with_1(share, text, tmp_path, capsys, monkeypatch):
 
 
 def test_infinite_validation_loss_exits_with_1(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(TorchEngine, "evaluate", lambda self, batches, average=True: math.nan)
+    monkeypatch.setattr(TorchEngine, "evaluate", lambda self, batches, average=True: Evaluation(math.nan, {}))
     assert fsam(*command(text, tmp_path / "run", "torch", "--steps", 2)) == 1
 
 

@@ -33,7 +33,7 @@ def test_the_table_has_every_run_with_its_steps_and_losses(text, tmp_path, capsy
     out = capsys.readouterr().out
     assert "4 of 4" in out
     assert f"{one['val_loss']:.4f}" in out
-    assert "no checkpoint that can be read" in out
+    assert "no readable checkpoint" in out
 
 
 def test_a_run_that_stopped_early_shows_how_far_it_is(text, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,29 +15,31 @@ from fsam_trainers import metrics, timing
 from fsam_trainers.budget import Budget, measured_costs, within
 from fsam_trainers.config import Intervals, Settings
 from fsam_trainers.console import Console
-from fsam_trainers.data import Corpus, StreamedCorpus
+from fsam_trainers.data import AnyCorpus
 from fsam_trainers.files import write_json
 from fsam_trainers.loop import train
 from fsam_trainers.report import write_plot, write_report
 from fsam_trainers.resuming import BranchPoint
+from fsam_trainers.samples import written
 
 COLUMNS = (
     "method",
     "validation loss",
     "vs first",
     "best (step)",
+    "x AdamW",
+    "loss at equal time",
     "train loss",
     "steps",
-    "seconds",
     "ms/step",
-    "x AdamW",
+    "seconds",
     "skipped",
 )
 
 
 def compare(
     variants: Mapping[str, Settings],
-    corpus: Corpus | StreamedCorpus,
+    corpus: AnyCorpus,
     out: Path,
     intervals: Intervals,
     console: Console,
@@ -46,13 +49,15 @@ def compare(
     cost_steps: int,
     command: str,
     options: Mapping[str, Any] | None = None,
+    changed: Mapping[str, Any] | None = None,
     branch_from: BranchPoint | None = None,
 ) -> dict[str, Any] | None:
     """Train every variant with every seed under `out`, then write comparison.json, plot.png and report.html there.
 
     Finished runs are reused and an interrupted one is resumed. With budget "time" each variant gets as many steps as
     fit into AdamW's time, by the cost ratio measured first; with "flops" as many as fit into its matrix products, by
-    the cost model. `options` and `branch_from` are as in `loop.train`.
+    the cost model. `options` and `branch_from` are as in `loop.train`; `changed` are the settings that are not the
+    preset's, for the report.
 
     Returns:
         What comparison.json holds; None when a signal stopped it.
@@ -82,9 +87,11 @@ def compare(
             runs[name].append(figures)
             curves[name].append(metrics.read(folder / "metrics.jsonl"))
     comparison = _summary(settings, runs, curves, costs, corpus, budget, seeds, cost_steps, command)
+    comparison |= {"changed": dict(changed or {}), "next": _next(comparison, settings, out)}
     write_json(out / "comparison.json", comparison)
-    write_plot(out / "plot.png", curves)
-    write_report(out / "report.html", comparison, out / "plot.png")
+    write_plot(out / "plot.png", curves, {name: costs[name].step_ms for name in curves})
+    of_first_seed = {name: Path(found[0]["out"]) for name, found in runs.items()}
+    write_report(out / "report.html", comparison, curves, written(settings, corpus, of_first_seed))
     return comparison
 
 
@@ -98,13 +105,15 @@ def _summary(
     runs: dict[str, list[dict[str, Any]]],
     curves: dict[str, list[list[dict[str, Any]]]],
     costs: dict[str, timing.RelativeCost],
-    corpus: Corpus | StreamedCorpus,
+    corpus: AnyCorpus,
     budget: str,
     seeds: int,
     cost_steps: int,
     command: str,
 ) -> dict[str, Any]:
     rows = []
+    # Where the fastest of the runs ends, on the time axis of the plots.
+    seconds = min(costs[name].step_ms * of[0]["steps"] for name, of in runs.items()) / 1000
     first = [run["val_loss"] for run in next(iter(runs.values()))]
     for method, of in runs.items():
         losses = [run["val_loss"] for run in of]
@@ -125,32 +134,45 @@ def _summary(
             "seconds_mean": statistics.fmean(run["seconds"] for run in of),
             "skipped_steps": sum(run["skipped_steps"] for run in of),
             "cost": mine._asdict(),
+            "val_loss_at_equal_time": statistics.fmean(
+                np.interp(1000 * seconds / mine.step_ms, [x["step"] for x in lines], [x["val_loss"] for x in lines])
+                for lines in held_out
+            ),
         }
         spread = f" ± {row['val_loss_spread']:.4f}" if row["val_loss_spread"] is not None else ""
+        accuracies = [run["val_accuracy"] for run in of if "val_accuracy" in run]
+        if accuracies:
+            row |= {"val_accuracies": accuracies, "val_accuracy_mean": statistics.fmean(accuracies)}
         row["cells"] = [
             method,
             f"{row['val_loss_mean']:.4f}{spread}",
             f"{row['difference']:+.4f}" if method != next(iter(runs)) else "",
+            *([f"{row['val_accuracy_mean']:.2%}"] if accuracies else []),
             f"{row['best_val_loss_mean']:.4f} ({round(statistics.fmean(row['best_steps'])):,})",
+            f"{mine.ratio:.2f} ({mine.ratio_p20:.2f}–{mine.ratio_p80:.2f})" if method != "adamw" else "1",
+            f"{row['val_loss_at_equal_time']:.4f}",
             f"{row['train_loss_mean']:.4f}",
             f"{row['steps']:,}",
-            f"{row['seconds_mean']:,.1f}",
             f"{mine.step_ms:,.0f}",
-            f"{mine.ratio:.2f} ({mine.ratio_p20:.2f}–{mine.ratio_p80:.2f})" if method != "adamw" else "1",
-            f"{row['skipped_steps']}",
+            f"{row['seconds_mean']:,.1f}",
+            f"{row['skipped_steps'] or ''}",
         ]
         rows.append(row)
     any_run = next(iter(runs.values()))[0]
+    of_images = "val_accuracy" in any_run
+    unit = "an image" if of_images else "a token"
     spread_note = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed: a lead, not a result"
     return {
         "title": f"{any_run['params']:,} parameters, {any_run['framework']}/{any_run['backend']} on "
         f"{any_run['device']}, equal {budget}",
-        "columns": COLUMNS,
+        "columns": (*COLUMNS[:3], *(["accuracy"] if of_images else []), *COLUMNS[3:]),
         "rows": rows,
         "notes": [
             corpus.description,
-            f"Validation loss at the end, in nats a token, {spread_note}; 'vs first' is paired by seed.",
+            f"Validation loss at the end, in nats {unit}, {spread_note}; 'vs first' is paired by seed.",
             "Best: the lowest evaluation of each run, and the step it was at.",
+            f"Loss at equal time: between the evaluations around {seconds:,.0f} s of steps, when the fastest run ends; "
+            "the learning rates of the others have not decayed by then. --budget time trains all for that long.",
             "Seconds in training steps alone, without compilation, evaluation and checkpoints.",
             f"x AdamW: median of {cost_steps} steps of each method, interleaved in one process, "
             "with the 20th and 80th percentile.",
@@ -162,3 +184,41 @@ def _summary(
         "data": any_run["data"],
         "runs": [run for of in runs.values() for run in of],
     }
+
+
+def _next(comparison: dict[str, Any], settings: Settings, out: Path) -> list[tuple[str, str]]:
+    """(what it would show, command) of what to try after this comparison."""
+    rows = comparison["rows"]
+    ours = min((row for row in rows if row["method"] != "adamw"), key=lambda row: row["val_loss_mean"], default=rows[0])
+    name, best = ours["method"], min(rows, key=lambda row: row["val_loss_mean"])["method"]
+    runs = [shlex.quote(str(out / f"{file_name(one)}-seed{settings.seed}")) for one in dict.fromkeys((best, name))]
+    found = []
+    if comparison["seeds"] == 1:
+        found.append(("whether the differences are more than a seed's", f"{comparison['command']} --seeds 3"))
+    if comparison["budget"] == "steps" and len(rows) > 1:
+        again = _without(comparison["command"], "--out", "--budget")
+        found.append(
+            ("all methods for the same time", shlex.join([*again, "--budget", "time", "--out", f"{out}-time"]))
+        )
+    own = ("--out", "--json", "--methods", "--seeds", "--cost-steps", "--branch-from", "--correction-every")
+    same = _without(comparison["command"], *own)[2:]
+    tune = shlex.join(["fsam", "tune", "--method", name.partition(":")[0], *same])
+    found.append(("the best learning rate and ρ, AdamW's too", tune))
+    is_text = settings.model.FAMILY == "decoder"
+    if is_text:
+        found.append(("what the best model writes", f"fsam sample {runs[0]}"))
+    found.append(("what became flatter", f"fsam sharpness {' '.join(runs)}"))
+    return found
+
+
+def _without(command: str, *options: str) -> list[str]:
+    """The words of a command without these options and their values."""
+    kept: list[str] = []
+    words = iter(shlex.split(command))
+    for word in words:
+        option, equals, _ = word.partition("=")
+        if option not in options:
+            kept.append(word)
+        elif not equals:
+            next(words, None)
+    return kept

@@ -29,8 +29,9 @@ class Console:
     def warn(self, text: str) -> None:
         self.rich.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
 
-    def evaluated(self, step: int, val_loss: float) -> None:
-        self.say(f"step {step}: validation loss {val_loss:.4f}")
+    def evaluated(self, step: int, val_loss: float, accuracies: dict[str, float]) -> None:
+        more = "".join(f", {name.removeprefix('val_')} {value:.2%}" for name, value in accuracies.items())
+        self.say(f"step {step}: validation loss {val_loss:.4f}{more}")
 
     @contextlib.contextmanager
     def counting(self, label: str, total: int) -> Iterator[Callable[[], None]]:
@@ -50,7 +51,7 @@ class Console:
         def update(loss: float, milliseconds: float) -> None:
             nonlocal last, smooth
             smooth = milliseconds if smooth is None else 0.9 * smooth + 0.1 * milliseconds
-            status = line(settings, now.base_step_ms, loss, smooth)
+            status = line(settings, loss, smooth)
             bar.update(task, completed=now.step, status=status)
             finished = now.step == settings.steps
             if not self.rich.is_terminal and (finished or time.monotonic() - last > SECONDS_BETWEEN_LINES):
@@ -65,17 +66,15 @@ class Console:
             yield update
 
 
-def line(settings: Settings, base_ms: float | None, loss: float, milliseconds: float) -> str:
-    """Loss, speed and cost of a step in one line."""
+def line(settings: Settings, loss: float, milliseconds: float) -> str:
+    """Loss and speed of a step in one line. A ratio to AdamW needs steps of both that were timed in the same minute."""
     tokens = settings.tokens_per_step / milliseconds * 1000
-    # The ratio of an AdamW run to its own first steps would show the machine's drift and not a cost.
-    ratio = f" ({milliseconds / base_ms:.2f}x AdamW)" if base_ms and settings.method != "adamw" else ""
-    return f"loss {loss:.4f} | {tokens:,.0f} tokens/s | {milliseconds:,.0f} ms/step{ratio}"
+    return f"loss {loss:.4f} | {tokens:,.0f} tokens/s | {milliseconds:,.0f} ms/step"
 
 
-def stdout(width: int = 160) -> rich.console.Console:
-    """The console for results. Where stdout is no terminal, tables may be `width` characters wide."""
-    return rich.console.Console() if sys.stdout.isatty() else rich.console.Console(width=width)
+def stdout() -> rich.console.Console:
+    """The console for results: as wide as the terminal; without one, COLUMNS or 80."""
+    return rich.console.Console(highlight=False)
 
 
 def command_line() -> str:

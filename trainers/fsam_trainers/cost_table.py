@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+import statistics
 from fractions import Fraction
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from fsam_core import cost
@@ -15,13 +20,22 @@ from fsam_trainers import device
 from fsam_trainers.config import Settings
 from fsam_trainers.console import Console
 from fsam_trainers.models.layout import ModelConfig
+from fsam_trainers.models.vit_layout import ViTConfig
 
 
 def counted(config: ModelConfig, framework: Any) -> cost.Model:
-    """The trainers' decoder as the cost model sees it."""
+    """The trainers' model as the cost model sees it; of a Vision Transformer a row of the head is an image."""
     c = config
-    sizes = (c.layers, c.width, 4 * c.width, c.heads, c.seq_len, c.vocab_size)
-    return cost.decoder(*sizes, tied=c.tied, framework=framework)
+    sizes = (c.layers, c.width, c.F, c.heads, c.seq_len, c.vocab_size)
+    shape: Any = {"kv_heads": c.K, "head_width": c.d, "gated": c.swiglu, "rotary": c.rotary}
+    found = cost.decoder(*sizes, tied=c.tied, framework=framework, **shape)
+    if not isinstance(c, ViTConfig):
+        return found
+    L = c.seq_len
+    counts = ("trunk_flops", "attention_flops", "saved_values", "exponentials")
+    of_image = {name: L * getattr(found, name) for name in counts}
+    of_image["trunk_flops"] += 2 * c.patches * math.prod(c.input_shapes["patches"])
+    return dataclasses.replace(found, **of_image, parameters=c.parameters, tokens=L)
 
 
 # The rows of `--all`: (name, changes of the options). A row that the given options exclude is left out.
@@ -52,6 +66,22 @@ TABLE_ROWS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("last tenth of the run", {"start": 0.9}),
     ("half of the steps at random", {"probability": 0.5}),
 )
+
+STUDY = Path(__file__).parents[2] / "docs" / "results" / "savings.json"  # in a checkout alone
+# Row -> the study's row that was trained with the same savings of METHOD.
+STUDIED_METHOD = "precond-functional-sam"
+STUDIED = {
+    "SAM": "SAM",
+    "the method, exact": "exact",
+    "cut hidden": "hidden cut",
+    **{f"fraction {q}": f"q = {q}, ascent full" for q in ("1/2", "1/4", "1/8")},
+    "fraction 1/8, part's ascent": "q = 1/8, ascent part",
+    "fraction 1/8, cut hidden": "q = 1/8, hidden cut",
+    "top half of the blocks": "upper half of the blocks",
+    "ascent previous": "previous gradient",
+    "ascent momentum": "momentum",
+    "last quarter of the run": "last quarter of the run",
+}
 
 
 def figures(
@@ -84,24 +114,38 @@ def figures(
         if not budget >= 1 or asked.path == "base":
             got = f"{budget:g} with --method {settings.method}"
             raise UserError(f"--budget must be at least 1, for a method with a correction; got {got}")
-        sets = cost.within(budget, model, rates, asked, tokens=tokens, spare=spare)
+        settled = partial(_with_cotangent, settings=settings)
+        sets = cost.within(budget, model, rates, asked, tokens=tokens, spare=spare, settled=settled)
         rows = [(_label(changes), one) for changes, one in sets]
     else:
         chosen = _every_saving(settings, model, asked) if every_saving else [(settings.method, asked)]
         rows = [(name, cost.estimate(model, o, tokens)) for name, o in chosen]
-    title = f"{preset}, {model.parameters / 1e6:,.0f}M parameters, {tokens:,} tokens a step"
+    unit = "tokens" if model.tokens == 1 else "images"
+    title = f"{preset}, {model.parameters / 1e6:,.0f}M parameters, {tokens:,} {unit} a step"
     if devices > 1:
         title += f" over {devices} devices"
     notes = [_rates_note(rates)]
     if budget is not None:
         without = "" if spare else ", without those that could give up less and still be (--spare lists these too)"
         notes.insert(0, f"{len(rows)} option sets within {budget:g} times AdamW's time{without}")
+    quality = _quality() if settings.method == STUDIED_METHOD and model.tokens == 1 else {}  # of text
+    found = [_row(name, one, rates) | {"study": quality.get(name)} for name, one in rows]
+    if any(row["study"] is not None for row in found):
+        notes.append("loss: minus AdamW's at equal steps where runs overfit, tiny models (docs/results/savings.md)")
+    too_large = sum(not row["fits"] for row in found)
+    if too_large and rates.memory_bytes:
+        which = "does" if len(found) == 1 else f"{too_large} of {len(found)} rows, marked *, do"
+        notes.insert(
+            0,
+            f"{which} not fit into the {rates.memory_bytes / 1e9:,.0f} GB of a {rates.name}: give more "
+            "--devices or --micro-batches, a smaller --batch, or --remat",
+        )
     return {
         "title": f"{title}, {asked.dtype}, {settings.framework} on {rates.name}",
         "model": dataclasses.asdict(model),
         "machine": dataclasses.asdict(rates),
         "tokens": tokens,
-        "rows": [_row(name, one, rates) for name, one in rows],
+        "rows": found,
         "notes": notes,
     }
 
@@ -159,10 +203,20 @@ def _machine(name: str, model: cost.Model, o: cost.Options, tokens: float) -> co
     Console().say("measuring this machine's rates")
     rows = tokens / o.devices / o.micro_batches
     chunk = max(1, o.chunk_bytes // (model.vocabulary * (4 if o.framework == "torch" else 8)))
-    return machine_probe.measure(o.framework, model, int(rows), int(min(rows, chunk)))
+    return machine_probe.measure(o.framework, model, int(rows * model.tokens), int(min(rows, chunk)))
 
 
 # --- as plain values --------------------------------------------------------------------------------------------------
+
+
+def _quality() -> dict[str, float]:
+    """Row -> its mean difference in validation loss from AdamW, in the study's regime of many passes."""
+    try:
+        rows = json.loads(STUDY.read_text(encoding="utf-8"))["regimes"]["many passes"]["rows"]
+    except (OSError, ValueError, KeyError):
+        return {}
+    labels = {name: label for name, label in STUDIED.items() if label in rows}
+    return {name: statistics.fmean(rows[label]["to_adamw"]["val_loss"]) for name, label in labels.items()}
 
 
 def _row(name: str, one: cost.Cost, machine: cost.Machine) -> dict[str, Any]:
@@ -173,6 +227,7 @@ def _row(name: str, one: cost.Cost, machine: cost.Machine) -> dict[str, Any]:
         "time_ratio": one.time_ratio(machine),
         "peak_ratio": one.peak_bytes / one.adamw.peak_bytes,
         "peak_bytes": one.peak_bytes,
+        "fits": machine.memory_bytes is None or one.peak_bytes <= machine.memory_bytes,
         "seconds": one.seconds(machine),
         "flops": one.flops,
         "regions": {name: {**vars(x), "seconds": machine.seconds_of(x)} for name, x in one.regions.items()},

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from fsam_core import backends
@@ -22,6 +20,8 @@ class Section:
         pictures: (caption, HTML of the picture); the caller answers for its being safe.
         notes: sentences under the table.
         best: indices of the rows that stand out.
+        texts: (caption, text) of samples, shown as they are.
+        commands: (what it would show, command) of what to try next.
         words: headings of columns of words; a column is one too where a cell begins with a letter.
     """
 
@@ -34,6 +34,8 @@ class Section:
     notes: Sequence[str] = ()
     best: Sequence[int] = ()
     words: Sequence[str] = ()
+    texts: Sequence[tuple[str, str]] = ()
+    commands: Sequence[tuple[str, str]] = ()
 
     @property
     def alignment(self) -> list[str]:
@@ -55,9 +57,3 @@ def render(title: str, sections: Sequence[Section]) -> str:
         loader=jinja2.PackageLoader("fsam_trainers", "templates"), autoescape=True, undefined=jinja2.StrictUndefined
     )
     return environment.get_template("page.html").render(title=title, sections=sections)
-
-
-def png(path: Path, description: str) -> str:
-    """A PNG file as a picture of a section; `description` is for those who cannot see it, and holds no quotes."""
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
-    return f'<img alt="{description}" src="data:image/png;base64,{data}">'

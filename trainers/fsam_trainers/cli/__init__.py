@@ -2,34 +2,54 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.metadata
+import platform
 import signal
 import sys
 import traceback
 
 from fsam_core import UserError
-from fsam_trainers import host_memory, processes
+from fsam_trainers import host_memory, platforms, processes
+from fsam_trainers.cli.parsing import did_you_mean
 
-# Subcommand -> (the module whose `main(arguments)` runs it and returns the exit code, what it does). The profiling
-# package is imported by name, as nothing else of it is.
-COMMANDS = {
-    "train": ("fsam_trainers.cli.train", "train one model with one method, or resume or extend the run"),
-    "tune": ("fsam_trainers.cli.tune", "find the best options for a method, with a tuned AdamW beside it"),
-    "compare": ("fsam_trainers.cli.compare", "train several methods on the same data and budget: table, plot, report"),
-    "evaluate": ("fsam_trainers.cli.evaluate", "losses on held-out texts, after rounding and noise too; differences"),
-    "runs": ("fsam_trainers.cli.runs", "a table of the runs below a folder"),
-    "sample": ("fsam_trainers.cli.sample", "continue a text with a run or a model"),
-    "export": ("fsam_trainers.cli.export", "write a model for transformers, or for anything that reads safetensors"),
-    "sharpness": ("fsam_trainers.cli.sharpness", "what is sharp, the logits or the function; eigenvalues, landscapes"),
-    "cost": ("fsam_trainers.cli.cost", "count the cost of a step relative to AdamW; nothing is trained"),
-    "profile": (
-        "fsam_trainers.cli.profile",
-        "where time and bytes go; what the compilers make of a step",
-    ),
-    "backends": ("fsam_trainers.cli.backends", "what is installed, what `auto` picks, and why"),
+# Group -> subcommand -> (the module whose `main(arguments)` runs it and returns the exit code, what it does). The
+# profiling package is imported by name, as nothing else of it is.
+GROUPS = {
+    "before training": {
+        "backends": ("fsam_trainers.cli.backends", "what is installed, what `auto` picks, and why"),
+        "cost": ("fsam_trainers.cli.cost", "count the cost of a step relative to AdamW; nothing is trained"),
+    },
+    "training": {
+        "train": ("fsam_trainers.cli.train", "train one model with one method, or resume or extend the run"),
+        "tune": ("fsam_trainers.cli.tune", "find the best options for a method, with a tuned AdamW beside it"),
+        "compare": ("fsam_trainers.cli.compare", "train several methods on equal terms: table, plot, report"),
+    },
+    "finished runs": {
+        "runs": ("fsam_trainers.cli.runs", "a table of the runs below a folder"),
+        "evaluate": ("fsam_trainers.cli.evaluate", "losses on held-out texts, after rounding and noise too"),
+        "sample": ("fsam_trainers.cli.sample", "continue a text with a run or a model"),
+        "export": ("fsam_trainers.cli.export", "write a model for transformers, or as safetensors"),
+    },
+    "understanding": {
+        "sharpness": ("fsam_trainers.cli.sharpness", "what is sharp, logits or function; eigenvalues, landscapes"),
+        "profile": ("fsam_trainers.cli.profile", "where time and bytes go; what the compilers make of a step"),
+    },
 }
-USAGE = "usage: fsam COMMAND [OPTIONS]; fsam COMMAND --help lists the options\n\n" + "".join(
-    f"  {name:10}{text}\n" for name, (_, text) in COMMANDS.items()
+COMMANDS = {name: one for group in GROUPS.values() for name, one in group.items()}
+USAGE = (
+    "usage: fsam COMMAND [OPTIONS]\n\n"
+    + "\n".join(
+        f"{title}\n" + "".join(f"  {name:11}{text}\n" for name, (_, text) in group.items())
+        for title, group in GROUPS.items()
+    )
+    + """
+fsam COMMAND --help    its options, with defaults, choices and examples
+fsam --version         the versions of fsam and the frameworks
+
+exit codes: 0 done, 1 the run diverged, 2 bad input, 128 + n stopped by signal n
+"""
 )
 
 
@@ -47,6 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
         if arguments is None:
             arguments = sys.argv[1:]
             host_memory.keep_freed()
+            platforms.skip_absent_tpu()
         code = _run(arguments)
         if code == 128 + signal.SIGINT and not own_process:
             raise KeyboardInterrupt
@@ -72,7 +93,21 @@ def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="", file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(_versions())
+        return 0
     name, *rest = arguments
     if name not in COMMANDS:
-        raise UserError(f"{name!r} is no command; use one of {', '.join(COMMANDS)}")
+        meant = did_you_mean(name.removeprefix("--"), list(COMMANDS))
+        hint = f"did you mean fsam {meant}?" if meant else f"use one of {', '.join(COMMANDS)}"
+        raise UserError(f"{name!r} is no command; {hint}")
     return importlib.import_module(COMMANDS[name][0]).main(rest)
+
+
+def _versions() -> str:
+    """fsam's version, then the packages that it computes with and are installed."""
+    parts = [f"fsam {importlib.metadata.version('fsam')}", f"python {platform.python_version()}"]
+    for name in ("jax", "torch", "triton", "libtpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            parts.append(f"{name} {importlib.metadata.version(name)}")
+    return ", ".join(parts)

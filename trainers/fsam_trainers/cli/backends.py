@@ -8,18 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.markup import escape
 from rich.table import Table
 
 from fsam_core import UserError, backends
-from fsam_trainers.console import stdout
+from fsam_trainers.cli.parsing import parsed
 from fsam_trainers.files import writable, write_json
+from fsam_trainers.tables import show, show_lines
 
 
 @dataclass(frozen=True)
 class Backends:
-    """What is installed, what `auto` picks, and why."""
+    """What is installed, what `auto` picks, and why.
+
+    Examples:
+        fsam backends
+    """
 
     json: Path | None = None
     """also write the table here"""
@@ -27,19 +31,18 @@ class Backends:
 
 def main(arguments: list[str]) -> int:
     """Run the command; returns the exit code."""
-    options = tyro.cli(Backends, prog="fsam backends", args=arguments)
+    options = parsed(Backends, arguments, "fsam backends")
     if options.json is not None:
         writable("--json", options.json)
     rows = found()
     if options.json is not None:
         write_json(options.json, rows)
-    table = Table("framework", "version", "backend", "in this version", "picked", "why")
+    table = Table("framework", "version", "backend", "in this version", "picked")
     for row in rows:
         marks = ["yes" if row[name] else "" for name in ("built", "picked")]
-        table.add_row(
-            row["framework"], row["version"] or "not installed", row["backend"], *marks, escape(row["reason"])
-        )
-    stdout().print(table)
+        table.add_row(row["framework"], escape(row["version"] or "not installed"), row["backend"], *marks)
+    show(table)
+    show_lines("", *dict.fromkeys(f"{row['framework']}: {row['reason']}" for row in rows if row["reason"]))
     return 0
 
 

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import tyro
+from rich.markup import escape
 from rich.table import Table
 
-from fsam_core import UserError, backends
-from fsam_trainers import registry
+from fsam_core import UserError
 from fsam_trainers.cli.config_file import read
-from fsam_trainers.cli.options import Branching, RunIntervals, RunOptions, parse
+from fsam_trainers.cli.options import Branching, RunIntervals, RunOptions, check_backend, parse, run_alone
 from fsam_trainers.cli.variants import variants
-from fsam_trainers.console import Console, command_line, stdout
-from fsam_trainers.files import writable, write_json
+from fsam_trainers.config import Settings
+from fsam_trainers.console import Console, command_line
+from fsam_trainers.files import write_json
+from fsam_trainers.tables import show, show_lines
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,13 @@ class ComparedIntervals(RunIntervals):
 
 @dataclass(frozen=True, kw_only=True)
 class Compare(Branching):
-    """Train several methods on the same data and budget: one table, one plot, one HTML report."""
+    """Train several methods on the same data and budget: one table, one plot, one HTML report.
+
+    Examples:
+        fsam compare
+        fsam compare --methods adamw,sam:rho=0.1,precond-functional-sam --seeds 3
+        fsam compare --methods adamw,precond-functional-sam:correction-fraction=1/4 --budget time
+    """
 
     run: tyro.conf.OmitArgPrefixes[ComparedOptions]
     """what determines the result"""
@@ -55,13 +63,7 @@ class Compare(Branching):
 
 def main(arguments: list[str]) -> int:
     """Run the command; returns the exit code."""
-    options = parse(Compare, arguments, "fsam compare")
-    if options.json is not None:
-        writable("--json", options.json)
-    with registry.joined(options.run.framework) as here:
-        if here.count > 1:
-            raise UserError("fsam compare takes one process; give torchrun one `fsam train` after the other")
-        return _compare(options, Console(options.quiet))
+    return run_alone(Compare, arguments, "fsam compare", _compare, "one `fsam train` after the other")
 
 
 def _compare(options: Compare, console: Console) -> int:
@@ -81,7 +83,7 @@ def _compare(options: Compare, console: Console) -> int:
     settings = next(iter(chosen.values()))
     intervals = options.intervals_of(settings.steps)
     out = options.folder(f"compare-{settings.framework}-{options.preset}")
-    backends.choose(settings.framework, settings.backend)
+    check_backend(settings, console)
     corpus = options.load_corpus(settings, console)
     comparison = compare(
         chosen,
@@ -94,6 +96,7 @@ def _compare(options: Compare, console: Console) -> int:
         cost_steps=options.cost_steps,
         command=command_line(),
         options=options.recorded(),
+        changed=_changed(options, settings),
         branch_from=start,
     )
     if comparison is None:
@@ -106,14 +109,26 @@ def _compare(options: Compare, console: Console) -> int:
 
 
 def _print(comparison: dict[str, Any], out: Path) -> None:
-    rich = stdout()
     table = Table(title=comparison["title"])
     for column in comparison["columns"]:
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in comparison["rows"]:
-        table.add_row(*row["cells"])
-    rich.print(table)
-    for note in comparison["notes"]:
-        rich.print(note, markup=False, soft_wrap=True)
+        table.add_row(*map(escape, row["cells"]))
+    show(table)
+    show_lines("", *comparison["notes"], "")
     for label, name in (("plot", "plot.png"), ("report", "report.html"), ("figures", "comparison.json")):
-        rich.print(f"{label}: {out / name}", markup=False, soft_wrap=True)
+        show_lines(f"{label}: {out / name}")
+    show_lines("", "What to try next:")
+    for what, command in comparison["next"]:
+        show_lines(f"  {what}:", f"    {command}")
+
+
+def _changed(options: Compare, settings: Settings) -> dict[str, Any]:
+    """The settings in which this comparison is not the preset's, without what each method sets for itself."""
+    of_preset = parse(Compare, ("--task", options.task, "--preset", str(options.preset)), "fsam compare")
+    usual = dataclasses.replace(of_preset, corpus=options.corpus).settings(method=settings.method)
+    mine, theirs = (
+        {**one.pop("model"), **one} for one in (options.settings(method=settings.method).as_dict(), usual.as_dict())
+    )
+    follows = {"warmup"} - options.given  # it follows from --steps
+    return {name: value for name, value in mine.items() if value != theirs.get(name) and name not in follows}

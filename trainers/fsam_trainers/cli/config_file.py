@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -15,6 +15,7 @@ from typing import Any, get_args, get_type_hints
 import tyro
 
 from fsam_core import UserError
+from fsam_trainers.cli.parsing import parsed
 from fsam_trainers.config import SAVINGS
 from fsam_trainers.resuming import BranchPoint
 
@@ -37,23 +38,26 @@ class Files:
     branch_from: str | None = None
 
 
-def expanded(command: type, arguments: Sequence[str]) -> tuple[str, ...]:
+def expanded(commands: Mapping[str, type], arguments: Sequence[str], prog: str) -> tuple[str, ...]:
     """The arguments after those of the files that they name: the base run's of --branch-from, then --config.
+
+    Args:
+        commands: the command for each task; a file's options are those of its own task.
 
     Raises:
         UserError: naming the file and what is wrong with it.
     """
-    files, _ = tyro.cli(Files, args=arguments, return_unknown_args=True, add_help=False)
+    files = parsed(Files, arguments, prog, ignore_unknown=True)
     found: list[str] = []
     own = {x[2:].partition("=")[0].replace("-", "_") for x in arguments if x.startswith("--")}
     replaced = frozenset[str]().union(*(of for name, of in STANDS_FOR.items() if name in own))
-    if files.branch_from is not None and "branch_from" in get_type_hints(command):
+    if files.branch_from is not None and "branch_from" in get_type_hints(commands["text"]):
         base = BranchPoint.parse(files.branch_from).run / "config.toml"
         if not base.is_file():
             raise UserError(f"--branch-from: {base} is not there; give the folder of a run of `fsam train`")
-        found += _arguments(command, "--branch-from", base, replaced | {"branch_from"})
+        found += _arguments(commands, "--branch-from", base, replaced | {"branch_from"})
     if files.config is not None:
-        found += _arguments(command, "--config", files.config, replaced)
+        found += _arguments(commands, "--config", files.config, replaced)
     return (*found, *arguments)
 
 
@@ -72,18 +76,21 @@ def read(path: Path) -> dict[str, Any]:
     return {key.replace("-", "_"): value for key, value in table.items()}
 
 
-def _arguments(command: type, option: str, path: Path, replaced: frozenset[str]) -> Iterator[str]:
+def _arguments(commands: Mapping[str, type], option: str, path: Path, replaced: frozenset[str]) -> Iterator[str]:
     """The file's options but for the `replaced` ones, as arguments."""
-    known = dict(_options(command))
-    for key, value in read(path).items():
+    table = read(path)
+    known = dict(_options(commands["images" if table.get("task") == "images" else "text"]))
+    for key, value in table.items():
         name, kind = key.replace("_", "-"), known.get(ALIASES.get(key, key))
         if kind is None:
             raise UserError(f"{option}: {path}: {name!r} is not the name of an option; fsam train --help lists them")
+        if kind is _Replaced:
+            continue
         wrong = isinstance(value, dict | list) or isinstance(value, bool) != (kind is bool)
         if wrong or (kind in (int, float) and not isinstance(value, int | float)):
             works = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "a string or a number")
             raise UserError(f"{option}: {path}: {name} must be {works}, got {value!r}")
-        if kind is not _Replaced and key not in replaced:
+        if key not in replaced:
             yield f"--{'' if value is not False else 'no-'}{name}" + ("" if kind is bool else f"={value}")
 
 

@@ -8,18 +8,18 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import tyro
 from rich.table import Table
 
 from fsam_trainers import cost_table
 from fsam_trainers.cli.cost_options import CostOptions, settings_of
-from fsam_trainers.console import stdout
+from fsam_trainers.cli.parsing import parsed
 from fsam_trainers.files import writable, write_json
+from fsam_trainers.tables import show, show_lines
 
 
 def main(arguments: list[str]) -> int:
     """Run the command; returns the exit code."""
-    return run(tyro.cli(CostOptions, prog="fsam cost", args=arguments))
+    return run(parsed(CostOptions, arguments, "fsam cost"))
 
 
 def run(options: CostOptions) -> int:
@@ -33,11 +33,8 @@ def run(options: CostOptions) -> int:
     found = figures(options)
     if options.json is not None:
         write_json(options.json, found)
-    rich = stdout(120)
-    for table in tables(found, several=options.budget is not None or options.all, devices=options.devices):
-        rich.print(table)
-    for note in found["notes"]:
-        rich.print(note, markup=False, soft_wrap=True)
+    show(*tables(found, several=options.budget is not None or options.all, devices=options.devices))
+    show_lines(*found["notes"])
     return 0
 
 
@@ -59,14 +56,15 @@ def tables(found: dict[str, Any], *, several: bool, devices: int) -> list[Table]
     reduced = devices > 1
     summary = Table(title=found["title"])
     summary.add_column("options" if several else "method")
-    headings = ["operations x", "time x", "a corrected step x", "memory x", "peak GiB"]
+    headings = ["operations x", "time x", "corrected step x", "memory x", "peak GiB", "loss"]
     for heading in (*headings, *["gradients reduced", "GB"] * reduced):
         summary.add_column(heading, justify="right")
     for row in found["rows"]:
         corrected = row["steps"].get("corrected")
         cells = [row["name"], f"{row['flops_ratio']:.3f}", f"{row['time_ratio']:.3f}"]
         cells.append(f"{corrected['time_ratio']:.3f}" if corrected else "")
-        cells += [f"{row['peak_ratio']:.2f}", f"{row['peak_bytes'] / 2**30:,.2f}"]
+        peak = f"{row['peak_bytes'] / 2**30:,.2f}{'' if row['fits'] else '*'}"
+        cells += [f"{row['peak_ratio']:.2f}", peak, "" if row["study"] is None else f"{row['study']:+.3f}"]
         if reduced:
             cells += [f"{row['collectives']['gradients']:.2f}", f"{row['collectives']['bytes'] / 1e9:,.2f}"]
         summary.add_row(*cells)

@@ -16,10 +16,17 @@ STEPS = 1000  # of the run; the result does not depend on it, because schedules 
 
 @dataclass(frozen=True)
 class CostOptions:
-    """Count the cost of a step relative to AdamW: operations, time by a machine's rates, memory, collectives."""
+    """Count the cost of a step relative to AdamW: operations, time by a machine's rates, memory, collectives.
+
+    Examples:
+        fsam cost --preset 118m --correction-fraction 1/8 --cut hidden
+        fsam cost --preset 118m --all
+        fsam cost --preset 24m --budget 1.15 --devices 8
+        fsam cost --preset tiny --machine here --framework torch
+    """
 
     preset: str = "118m"
-    """model size: tiny, or the paper's 2m, 24m, 43m, 118m, 1208m"""
+    """model size: tiny, or the paper's 2m, 24m, 43m, 118m, 1208m; of images vit-tiny, vit-s16, vit-b16"""
     method: str = "precond-functional-sam"
     """adamw, sam, precond-sam, functional-sam, precond-functional-sam, logit-sam"""
     savings: str = "exact"
@@ -57,13 +64,13 @@ class CostOptions:
     machine: str = "h100"
     """a100, h100, h200, b200, mi300x, v4, v5e, v5p, v6e, tpu7x by their published peaks; here: measured"""
     batch: int | None = None
-    """sequences a step, over all devices and micro-batches"""
+    """sequences or images a step, over all devices and micro-batches"""
     seq_len: int | None = None
     """tokens a sequence"""
     vocab_size: int | None = None
-    """size of the vocabulary"""
+    """size of the vocabulary; of images the number of classes"""
     tied: bool = True
-    """one matrix for input embedding and head"""
+    """one matrix for input embedding and head; a model of images has none to share"""
     micro_batches: int = 1
     """parts that a device's batch is computed in"""
     devices: int = 1

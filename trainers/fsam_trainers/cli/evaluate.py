@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 from rich.markup import escape
@@ -14,22 +14,33 @@ from rich.table import Table
 
 from fsam_core import UserError, backends
 from fsam_trainers import pretrained
-from fsam_trainers.console import Console, command_line, stdout
+from fsam_trainers.cli.parsing import parsed
+from fsam_trainers.console import Console, command_line
 from fsam_trainers.files import writable, write_json
 from fsam_trainers.pretrained import Pretrained
+from fsam_trainers.tables import show, show_lines
 
 T = TypeVar("T", int, float)
 Row = dict[str, Any]
+USUAL = {"text": "python", "images": "digits"}  # what is read where no --data is given
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Loss and perplexity of models on held-out texts, each with its standard error over the windows."""
+    """Loss and perplexity of models on held-out texts, each with its standard error over the windows.
+
+    Examples:
+        fsam evaluate runs/a runs/b
+        fsam evaluate runs/a hf:gpt2 --data python,notes.txt --quantize 8,4
+        fsam evaluate runs/a --fine-tune notes.txt --rates 1e-5,1e-4
+    """
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional]
     """runs' folders, folders of safetensors, or hf:NAME; the others are compared with the first"""
-    data: str = "python"
-    """texts, as of fsam train, between commas; their held-out parts are read"""
+    task: Literal["text", "images"] | None = None
+    """text or images (default: what the first model was trained on)"""
+    data: str | None = None
+    """texts or sets of images, as of fsam train, between commas; their held-out parts are read (default: as there)"""
     quantize: str = ""
     """also after rounding to nearest with so many bits, by channel: 8,4,3"""
     noise: str = ""
@@ -46,8 +57,8 @@ class Evaluate:
     """with --fine-tune, sequences a step"""
     out: Path = Path("runs/fine-tune")
     """with --fine-tune, the folder of its runs and of forgetting.png; a run that is there is resumed"""
-    sequences: int = 256
-    """windows of each text, at most"""
+    sequences: int | None = None
+    """windows of each text, at most (default: 256), or images (default: all)"""
     seq_len: int | None = None
     """tokens a window (default: the smallest of the models')"""
     tokenizer: Path | None = None
@@ -62,15 +73,14 @@ class Evaluate:
 
 def main(arguments: list[str]) -> int:
     """Run the command; returns the exit code."""
-    options = tyro.cli(Evaluate, prog="fsam evaluate", args=arguments)
+    options = parsed(Evaluate, arguments, "fsam evaluate")
     if not options.models:
         raise UserError("MODELS: give at least one: a run's folder, a folder of safetensors, or hf:NAME")
     bits = _numbers("--quantize", options.quantize, int, lambda n: 2 <= n <= 16, "numbers of bits from 2 to 16: 8,4,3")
     positive = lambda x: 0 < x < math.inf
     sigmas = _numbers("--noise", options.noise, float, positive, "finite numbers > 0: 0.01,0.1")
     rates = _numbers("--rates", options.rates, float, positive, "finite numbers > 0: 1e-5,1e-4")
-    specs = [spec for spec in dict.fromkeys([*options.data.split(","), options.fine_tune]) if spec]
-    if not specs:
+    if options.data is not None and not options.data.strip(","):
         raise UserError(f"--data must name at least one text, got {options.data!r}")
     for name, value in (("--draws", options.draws), ("--sequences", options.sequences), ("--seq-len", options.seq_len)):
         if value is not None and value < 1:
@@ -82,34 +92,39 @@ def main(arguments: list[str]) -> int:
     from fsam_trainers.evaluation import changes
 
     models = [pretrained.find(source, "MODELS") for source in options.models]
+    task = options.task or ("text" if models[0].config.FAMILY == "decoder" else "images")
+    if options.fine_tune and task == "images":
+        raise UserError("--fine-tune takes models of text; `fsam train --task images --init-from RUN` trains on images")
+    given = options.data or USUAL[task]
+    specs = [spec for spec in dict.fromkeys([*given.split(","), options.fine_tune]) if spec]
     changed = changes(bits, sigmas, options.draws)
     if options.fine_tune:
         rows = _fine_tuned(options, models, specs, changed, rates)
     else:
-        rows = _evaluated(options, models, specs, changed)
+        rows = _evaluated(options, models, specs, changed, task)
     if options.json is not None:
         write_json(options.json, {"command": command_line(), "rows": rows})
     _print(rows)
     if options.fine_tune:
-        stdout().print(f"plot: {options.out / 'forgetting.png'}", markup=False, soft_wrap=True)
+        show_lines(f"plot: {options.out / 'forgetting.png'}")
     return 0
 
 
-def _evaluated(options: Evaluate, models: list[Pretrained], specs: list[str], changed: list[Any]) -> list[Row]:
+def _evaluated(
+    options: Evaluate, models: list[Pretrained], specs: list[str], changed: list[Any], task: str = "text"
+) -> list[Row]:
     """The rows of models that are compared with the first of them."""
-    from fsam_trainers.evaluation import evaluate
+    from fsam_trainers import evaluation, image_evaluation
 
+    how: Any = {"framework": lambda found: found.framework_for(options.framework)}
+    if task == "images":
+        found = image_evaluation.evaluate(models, specs, changed, most=options.sequences, **how)
+    else:
+        how |= {"tokenizer": options.tokenizer, "seq_len": options.seq_len, "most": options.sequences or 256}
+        found = evaluation.evaluate(models, specs, changed, **how)
     rows = []
     with Console(options.quiet).counting("evaluating", len(models) * len(changed) * len(specs)) as advance:
-        for row in evaluate(
-            models,
-            specs,
-            changed,
-            framework=lambda found: found.framework_for(options.framework),
-            tokenizer=options.tokenizer,
-            seq_len=options.seq_len,
-            most=options.sequences,
-        ):
+        for row in found:
             rows.append(row)
             advance()
     return rows
@@ -142,12 +157,14 @@ def _fine_tuned(
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    title = "loss in nats a token, ± standard error over windows"
-    table = Table("model", "weights", "data", "windows", "loss", "perplexity", "minus the first", title=title)
+    each, other = ("image", "accuracy") if "val_accuracy" in rows[0] else ("window", "perplexity")
+    title = f"loss in nats {'an image' if each == 'image' else 'a token'}, ± standard error over {each}s"
+    table = Table("model", "weights", "data", f"{each}s", "loss", other, "minus the first", title=title)
     for row in rows:
-        cells = (_with_error(row, "loss", 4), _with_error(row, "perplexity", 2), _with_error(row, "difference", 4))
+        middle = _with_error(row, "val_accuracy", 4) if other == "accuracy" else _with_error(row, "perplexity", 2)
+        cells = (_with_error(row, "loss", 4), middle, _with_error(row, "difference", 4))
         table.add_row(escape(row["model"]), row["weights"], escape(row["data"]), f"{row['windows']:,}", *cells)
-    stdout().print(table)
+    show(table)
 
 
 def _with_error(row: dict[str, Any], name: str, digits: int) -> str:

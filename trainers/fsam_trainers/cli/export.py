@@ -9,13 +9,18 @@ from typing import Annotated
 import tyro
 
 from fsam_trainers import pretrained
-from fsam_trainers.console import stdout
+from fsam_trainers.cli.parsing import parsed
 from fsam_trainers.export import export
+from fsam_trainers.tables import show_lines
 
 
 @dataclass(frozen=True)
 class Export:
-    """Write a model into a folder that transformers, or anything that reads safetensors, can load."""
+    """Write a model into a folder that transformers, or anything that reads safetensors, can load.
+
+    Examples:
+        fsam export runs/a --to hf --out model
+    """
 
     model: Annotated[str, tyro.conf.Positional]
     """a run's folder, a folder of safetensors, or hf:NAME"""
@@ -27,10 +32,10 @@ class Export:
 
 def main(arguments: list[str]) -> int:
     """Run the command; returns the exit code."""
-    options = tyro.cli(Export, prog="fsam export", args=arguments)
+    options = parsed(Export, arguments, "fsam export")
     found = pretrained.find(options.model, "MODEL")
     name = options.model.removeprefix("hf:").rstrip("/")
     out = options.out or Path(f"{Path(name).name if options.model.startswith('hf:') else name}-{options.to}")
     export(found, options.to, out)
-    stdout().print(f"model: {out}", markup=False, soft_wrap=True)
+    show_lines(f"model: {out}")
     return 0

@@ -6,20 +6,23 @@ tyro reads the dataclasses themselves. Their checks run afterwards, so that a wr
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 
 import tyro
 
 from fsam_core import UserError, backends
-from fsam_trainers import pretrained, processes
+from fsam_trainers import device, pretrained, processes, registry
 from fsam_trainers.cli.config_file import expanded
+from fsam_trainers.cli.image_options import of_images
+from fsam_trainers.cli.parsing import parsed
 from fsam_trainers.config import SAVINGS, Intervals, Settings, steps_for
 from fsam_trainers.console import Console
+from fsam_trainers.files import writable
 from fsam_trainers.models.layout import ModelConfig
-from fsam_trainers.presets import preset
+from fsam_trainers.presets import DEFAULT_PRESETS, preset
 from fsam_trainers.resuming import BranchPoint
 
 DEFAULT_STEPS = 300
@@ -30,8 +33,10 @@ TENTHS = ("evaluate_every", "checkpoint_every")  # intervals that are a tenth of
 class Basis:
     """Options that determine the defaults of others; parsed first."""
 
-    preset: str = "tiny"
-    """model size: tiny, or the paper's 2m, 24m, 43m, 118m, 1208m (non-embedding parameters)"""
+    task: Literal["text", "images"] = "text"
+    """text: a decoder, or images: a Vision Transformer, whose options `--task images --help` lists"""
+    preset: str | None = None
+    """model size: tiny, or the paper's 2m, 24m, 43m, 118m, 1208m; of images vit-tiny, vit-s16, vit-b16"""
     savings: str = "exact"
     """options by name: exact, balanced (--correction-fraction 1/4), cheap (1/8, --cut hidden), split (1/2)"""
 
@@ -114,13 +119,21 @@ class Common(Basis):
         """The names of the options on the command line."""
         return {x[2:].partition("=")[0].replace("-", "_") for x in self.arguments if x.startswith("--")}
 
+    def model(self) -> ModelConfig:
+        """The model's sizes.
+
+        Raises:
+            UserError: for sizes that do not fit together.
+        """
+        return ModelConfig(**vars(self.run.model))
+
     def settings(self, **changes: Any) -> Settings:
         """The run's settings with these changes, after defaults that depend on other options were resolved.
 
         Raises:
             UserError: naming the option that is wrong.
         """
-        model = ModelConfig(**vars(self.run.model))
+        model = self.model()
         steps = self.run.steps
         if self.tokens_per_param is not None:
             if "steps" in self.given:
@@ -136,7 +149,7 @@ class Common(Basis):
 
     def recorded(self) -> dict[str, Any]:
         """Options for config.toml, besides settings and intervals."""
-        return {"preset": self.preset, **vars(self.corpus)}
+        return {"task": self.task, "preset": self.preset, **vars(self.corpus)}
 
     def load_corpus(self, settings: Settings, console: Console) -> Any:
         """The corpus; one process of each host prepares it, the others read the cache."""
@@ -191,31 +204,70 @@ class Branching(Common):
         return {**super().recorded(), "branch_from": self.branch_from}
 
 
+def check_backend(settings: Settings, console: Console) -> None:
+    """Check that the backend can be used, before minutes of other work; say so where it will be slow.
+
+    Raises:
+        UserError: as `backends.choose`.
+    """
+    chosen = backends.choose(settings.framework, settings.backend)
+    if chosen.name == "pallas" and device.platform("jax") != "tpu":
+        console.warn("--backend pallas: there is no TPU here, so its kernels run in the interpreter, slowly")
+
+
 Command = TypeVar("Command", bound=Common)
 
 
-def parse(command: type[Command], arguments: Sequence[str], prog: str) -> Command:
-    """The options of `command`; prints help or a usage error and exits by itself.
+def run_alone(
+    command: type[Command], arguments: Sequence[str], prog: str, run: Callable[[Command, Console], int], instead: str
+) -> int:
+    """Run a command that trains one run after the other in one process; returns the exit code.
+
+    Args:
+        instead: what to give to a launcher of several processes.
 
     Raises:
-        UserError: for a preset or savings that are not known, and for a wrong --config.
+        UserError: as `parse`, for a --json that cannot be written, and under a launcher of several processes.
     """
-    arguments = expanded(command, arguments)
-    basis, _ = tyro.cli(Basis, args=arguments, return_unknown_args=True, add_help=False)
-    size = preset(basis.preset)
+    options = parse(command, arguments, prog)
+    if options.json is not None:
+        writable("--json", options.json)
+    with registry.joined(options.run.framework) as here:
+        if here.count > 1:
+            raise UserError(f"{prog} takes one process; give torchrun {instead}")
+        return run(options, Console(options.quiet))
+
+
+def _other(task: str) -> str:
+    return "text" if task == "images" else "images"
+
+
+def parse(command: type[Command], arguments: Sequence[str], prog: str) -> Command:
+    """The options of `command`; prints help and exits by itself.
+
+    Raises:
+        UserError: as `parsed`, for a preset or savings that are not known, and for a wrong --config.
+    """
+    commands: dict[str, Any] = {"text": command, "images": of_images(command)}  # type: ignore[arg-type]
+    arguments = expanded(commands, arguments, prog)
+    basis = parsed(Basis, arguments, prog, ignore_unknown=True)
+    name = basis.preset or DEFAULT_PRESETS[basis.task]
+    basis, size = dataclasses.replace(basis, preset=name), preset(name, basis.task)
+    command = commands[basis.task]
     if basis.savings not in SAVINGS:
         raise UserError(f"--savings: {basis.savings!r} is not known; use one of {', '.join(SAVINGS)}")
-    start, _ = tyro.cli(_InitFrom, args=arguments, return_unknown_args=True, add_help=False)
-    model = _Model(size.layers, size.width, size.heads, size.seq_len, size.vocab_size)
+    start = parsed(_InitFrom, arguments, prog, ignore_unknown=True)
+    kind: Any = get_type_hints(command.RUN)["model"]
+    model = kind(**size.sizes)
     source = None if start.init_from is None else pretrained.find(start.init_from, "--init-from")
     if source is not None:
-        model = _Model(**{**vars(source.config), "dropout": 0.0})
+        if not issubclass(kind, type(source.config)):
+            raise UserError(f"{source.where} is a {source.config.FAMILY}; it takes --task {_other(basis.task)}")
+        model = kind(**{**vars(source.config), "dropout": 0.0})
     usual: dict[str, Any] = {"learning_rate": size.learning_rate, "rho": size.rho, **SAVINGS[basis.savings]}
     usual |= {"steps": DEFAULT_STEPS, "warmup": DEFAULT_STEPS // 10, "batch": size.batch, "model": model}
     usual |= {} if source is None else {"soft_cap": source.soft_cap}
     run = command.RUN(framework="jax", method="precond-functional-sam", **usual)
     intervals = command.INTERVALS(evaluate_every=DEFAULT_STEPS // 10, checkpoint_every=DEFAULT_STEPS // 10)
     default = command(**vars(basis), run=run, intervals=intervals)
-    return dataclasses.replace(
-        tyro.cli(command, prog=prog, args=arguments, default=default), arguments=tuple(arguments)
-    )
+    return dataclasses.replace(parsed(command, arguments, prog, default=default), arguments=tuple(arguments))

@@ -7,4 +7,4 @@ import importlib
 
 def main(arguments: list[str]) -> int:
     """Run one of its subcommands; returns the exit code."""
-    return importlib.import_module("fsam_profiling.cli").main(arguments or ["--help"])
+    return importlib.import_module("fsam_profiling.cli").main(arguments)

@@ -17,16 +17,22 @@ from rich.table import Table
 
 from fsam_core import UserError
 from fsam_trainers import checkpoints, metrics
-from fsam_trainers.console import stdout
+from fsam_trainers.cli.parsing import parsed
 from fsam_trainers.files import writable, write_json
-from fsam_trainers.models.layout import ModelConfig
+from fsam_trainers.models.vit_layout import config_of
+from fsam_trainers.tables import show, show_lines
 
 COLUMNS = ("run", "method", "framework", "params", "seed", "step", "train", "val", "saved")
 
 
 @dataclass(frozen=True)
 class Runs:
-    """The runs below a folder: how far each is, and its losses."""
+    """The runs below a folder: how far each is, and its losses.
+
+    Examples:
+        fsam runs
+        fsam runs runs/compare-jax-tiny --json runs.json
+    """
 
     folder: Annotated[Path, tyro.conf.Positional] = Path("runs")
     """where to look, in folders of folders too"""
@@ -36,7 +42,7 @@ class Runs:
 
 def main(arguments: list[str]) -> int:
     """Run the command; returns the exit code."""
-    options = tyro.cli(Runs, prog="fsam runs", args=arguments)
+    options = parsed(Runs, arguments, "fsam runs")
     if not options.folder.is_dir():
         raise UserError(f"FOLDER: {options.folder} is no folder; give one that holds runs")
     if options.json is not None:
@@ -46,14 +52,17 @@ def main(arguments: list[str]) -> int:
         write_json(options.json, rows)
     table = Table(*COLUMNS)
     for row in rows:
-        step = f"{row['step']:,} of {row['steps']:,}" if row["steps"] else "no checkpoint that can be read"
+        step = f"{row['step']:,} of {row['steps']:,}" if row["steps"] else "no readable checkpoint"
         losses = ["–" if row[name] is None else f"{row[name]:.4f}" for name in ("train_loss", "val_loss")]
         saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["saved"])) if row["saved"] else "–"
         texts = (row["run"], row["method"], row["framework"])
         params = f"{row['params']:,}" if row["params"] else "–"
         seed = "–" if row["seed"] is None else str(row["seed"])
         table.add_row(*(escape(text or "–") for text in texts), params, seed, step, *losses, saved)
-    stdout().print(table if rows else f"no runs in {options.folder}")
+    if rows:
+        show(table)
+    else:
+        show_lines(f"no runs in {options.folder}")
     return 0
 
 
@@ -75,7 +84,7 @@ def row_of(run: Path, below: Path) -> dict[str, Any]:
             described = json.loads((newest / "run.json").read_text(encoding="utf-8"))
             settings, progress = described["settings"], described["progress"]
             row |= {name: settings[name] for name in ("method", "framework", "seed", "steps")}
-            row |= {"params": ModelConfig(**settings["model"]).parameters, "step": progress["step"]}
+            row |= {"params": config_of(settings["model"]).parameters, "step": progress["step"]}
             row |= {"val_loss": progress["val_loss"], "saved": (newest / "run.json").stat().st_mtime}
         except (OSError, ValueError, KeyError, TypeError):
             continue

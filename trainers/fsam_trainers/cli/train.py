@@ -6,20 +6,26 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from rich.table import Table
-
 from fsam_core import backends
 from fsam_trainers import processes, registry
 from fsam_trainers.cli.config_file import read
-from fsam_trainers.cli.options import Branching, parse
-from fsam_trainers.console import Console, command_line, stdout
+from fsam_trainers.cli.options import Branching, check_backend, parse
+from fsam_trainers.console import Console, command_line
 from fsam_trainers.files import writable, write_json
+from fsam_trainers.tables import show_values
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Branching):
     """Train one model with one method. Run again with the same options, it is resumed where it was interrupted; with
-    more --steps it is extended."""
+    more --steps it is extended.
+
+    Examples:
+        fsam train
+        fsam train --method adamw --data notes.txt --steps 1000 --out runs/notes
+        fsam train --savings balanced --framework torch --preset 24m --batch 16
+        fsam train --config runs/notes/config.toml --steps 2000
+    """
 
     fresh: bool = False
     """delete the run that is in the folder, and start again"""
@@ -47,7 +53,7 @@ def _train(options: Train, console: Console) -> int:
     intervals = options.intervals_of(settings.steps)
     if intervals.log != "jsonl":
         backends.require(intervals.log)  # before minutes of tokenizing
-    backends.choose(settings.framework, settings.backend)
+    check_backend(settings, console)
     corpus = options.load_corpus(settings, console)
     figures = train(
         settings, corpus, out, intervals, console, fresh=options.fresh, branch_from=start, options=options.recorded()
@@ -77,21 +83,19 @@ def _print(figures: dict[str, Any]) -> None:
     def text(name: str, form: str) -> str:
         return "–" if figures[name] is None else format(figures[name], form)
 
-    table = Table("method", "framework", "params", "steps", "tokens", "seconds", "ms/step", "x AdamW", "train", "val")
-    table.add_row(
-        figures["method"],
-        f"{figures['framework']}/{figures['backend']}",
-        f"{figures['params']:,}",
-        f"{figures['steps']:,}",
-        f"{figures['tokens']:,}",
-        text("seconds", ",.1f"),
-        text("step_ms_median", ",.0f"),
-        text("cost_ratio", ".2f"),
-        text("train_loss", ".4f"),
-        text("val_loss", ".4f"),
-    )
-    rich = stdout()
-    rich.print(table)
+    values = [
+        ("method", figures["method"]),
+        ("framework", f"{figures['framework']}/{figures['backend']} on {figures['device']}"),
+        ("parameters", f"{figures['params']:,}"),
+        ("steps", f"{figures['steps']:,}"),
+        ("tokens", f"{figures['tokens']:,}"),
+        ("seconds in steps", text("seconds", ",.1f")),
+        ("ms/step, median", text("step_ms_median", ",.0f")),
+        ("x AdamW's step", text("cost_ratio", ".2f")),
+        ("training loss", text("train_loss", ".4f")),
+        ("validation loss", text("val_loss", ".4f")),
+        ("run", figures["out"]),
+    ]
     if figures["skipped_steps"]:
-        rich.print(f"{figures['skipped_steps']} steps were skipped because they were not finite", markup=False)
-    rich.print(f"run: {figures['out']}", markup=False, soft_wrap=True)
+        values.insert(-1, ("steps skipped", f"{figures['skipped_steps']:,}, because they were not finite"))
+    show_values(values)

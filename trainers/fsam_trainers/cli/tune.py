@@ -12,15 +12,15 @@ from typing import Any, ClassVar
 import tyro
 from rich.table import Table
 
-from fsam_core import UserError, backends
-from fsam_trainers import registry
+from fsam_core import UserError
 from fsam_trainers.budget import Budget, measured_costs, within
 from fsam_trainers.cli.compare import ComparedIntervals
-from fsam_trainers.cli.options import Common, RunIntervals, parse
+from fsam_trainers.cli.options import Common, RunIntervals, check_backend, run_alone
 from fsam_trainers.cli.variants import VARIED, variant
 from fsam_trainers.config import Settings
-from fsam_trainers.console import Console, command_line, stdout
-from fsam_trainers.files import writable, write_json
+from fsam_trainers.console import Console, command_line
+from fsam_trainers.files import write_json
+from fsam_trainers.tables import show, show_lines
 from fsam_trainers.timing import RelativeCost
 
 COST_STEPS = 12
@@ -36,7 +36,12 @@ OWN = ("grid", "budget", "method", "out", "json", "config", "learning-rate", "rh
 
 @dataclass(frozen=True, kw_only=True)
 class Tune(Common):
-    """Find the best options for a method, and for AdamW beside it, by successive halving over a grid."""
+    """Find the best options for a method, and for AdamW beside it, by successive halving over a grid.
+
+    Examples:
+        fsam tune --method precond-functional-sam
+        fsam tune --grid learning-rate=5e-4,1e-3,2e-3,rho=0.1,0.2 --budget time
+    """
 
     intervals: tyro.conf.OmitArgPrefixes[ComparedIntervals] = field(default_factory=ComparedIntervals)
     grid: str = ""
@@ -48,13 +53,7 @@ class Tune(Common):
 
 def main(arguments: list[str]) -> int:
     """Run the command; returns the exit code."""
-    options = parse(Tune, arguments, "fsam tune")
-    if options.json is not None:
-        writable("--json", options.json)
-    with registry.joined(options.run.framework) as here:
-        if here.count > 1:
-            raise UserError("fsam tune takes one process; give torchrun the command that it prints")
-        return _tune(options, Console(options.quiet))
+    return run_alone(Tune, arguments, "fsam tune", _tune, "the command that it prints")
 
 
 def _tune(options: Tune, console: Console) -> int:
@@ -66,7 +65,7 @@ def _tune(options: Tune, console: Console) -> int:
     points = {name: list(_points(axes)) for name, axes in plans.items()}
     firsts = {_cost_key(name, point): _settings(options, name, point) for name in points for point in points[name]}
     out = options.folder(f"tune-{settings.framework}-{options.preset}-{settings.method}")
-    backends.choose(settings.framework, settings.backend)
+    check_backend(settings, console)
     corpus = options.load_corpus(settings, console)
     free = ("method", "learning_rate", "rho")
     known = {name: value for name, value in settings.as_dict().items() if name not in free}
@@ -185,13 +184,10 @@ def _without(arguments: Sequence[str], names: set[str]) -> Iterator[str]:
 
 
 def _print(result: dict[str, Any], out: Path) -> None:
-    rich = stdout()
     table = Table("method", "best values", "validation loss", "steps", "candidates")
     for row in result["rows"]:
         values = " ".join(f"{name}={value}" for name, value in row["values"].items())
         table.add_row(row["method"], values, f"{row['val_loss']:.4f}", f"{row['steps']:,}", str(len(row["tried"])))
-    rich.print(table)
-    rich.print("One seed each: `fsam compare --seeds` shows whether a difference is one.", markup=False)
-    for row in result["rows"]:
-        rich.print(row["train"], markup=False, soft_wrap=True)
-    rich.print(f"figures: {out / 'tuning.json'}", markup=False, soft_wrap=True)
+    show(table)
+    show_lines("One seed each: `fsam compare --seeds` shows whether a difference is one.")
+    show_lines(*(row["train"] for row in result["rows"]), f"figures: {out / 'tuning.json'}")

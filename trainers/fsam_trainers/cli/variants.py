@@ -8,14 +8,14 @@ from typing import get_type_hints
 from fsam_core import NAMES, UserError
 from fsam_trainers.cli.options import Common, parse
 from fsam_trainers.config import Settings
-from fsam_trainers.models.layout import ModelConfig
+from fsam_trainers.models.vit_layout import ViTConfig
 
 # The options in which the methods of one comparison may differ.
 VARIED = (
     "learning_rate", "warmup", "learning_rate_schedule", "decay", "decay_shape", "final_learning_rate", "weight_decay",
-    "b1", "b2", "eps", "clip_norm", "dropout", "ema", "rho", "rho_schedule", "norm", "second_moment", "savings",
-    "correction_fraction", "form", "ascent", "ascent_fraction", "scope", "cut", "every", "start", "probability",
-    "between", "cotangent", "label_smoothing", "z_loss",
+    "b1", "b2", "eps", "clip_norm", "dropout", "ema", "rho", "rho_schedule", "norm", "norm_from", "second_moment",
+    "savings", "correction_fraction", "form", "ascent", "ascent_fraction", "scope", "cut", "every", "start",
+    "probability", "between", "cotangent", "label_smoothing", "z_loss",
 )  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def _checked(option: str, text: str, argument: str) -> bool:
     if not equals or name not in VARIED:
         known = ", ".join(x.replace("_", "-") for x in VARIED)
         raise UserError(f"{argument}: {option!r} in {text!r} is no option=value; the options are {known}")
-    number = get_type_hints(Settings, include_extras=True) | get_type_hints(ModelConfig)
+    number = get_type_hints(Settings, include_extras=True) | get_type_hints(ViTConfig)
     if (kind := number.get(name)) in (int, float):
         try:
             kind(value)

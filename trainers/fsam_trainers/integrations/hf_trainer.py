@@ -21,7 +21,7 @@ from fsam_core.methods import Method
 from fsam_core.schedules import ALWAYS, Schedule
 from fsam_core.torch import MicroBatches, Step
 from fsam_core.torch.check import check
-from fsam_core.torch.passes import Features
+from fsam_core.torch.pass_config import Features
 from fsam_trainers.integrations.accelerate import ONE_MODEL
 from fsam_trainers.integrations.hf_models import features_of
 

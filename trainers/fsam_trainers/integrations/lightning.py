@@ -17,7 +17,7 @@ from fsam_core.errors import UserError
 from fsam_core.methods import Method
 from fsam_core.schedules import ALWAYS, Schedule
 from fsam_core.torch import MicroBatches, Step
-from fsam_core.torch.passes import Features
+from fsam_core.torch.pass_config import Features
 
 KEY = "fsam"
 
