@@ -135,7 +135,7 @@ def head_loss(
     # micro-batch that is the mean already. With several ranks it is their mean weight, as they average gradients.
     if unit is None:
         mean = config.parallel.mean(weight)
-        unit = positive(mean)
+        unit = torch.where(mean > 0, mean, 1)  # the first may have no targets, and others some
         weight = mean if micro_batches == 1 else weight
     linear = sum(isinstance(head, FlatHead) for head in found)
     if cut == "hidden" and not linear:

@@ -96,7 +96,7 @@ def test_ids_with_holes_count_by_the_largest(tmp_path):
 
 def test_a_missing_package_names_the_command_that_installs_it(data, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(UserError, match=r"--data: tokenizers is not installed: pip install 'fsam\[data\]'"):
+    with pytest.raises(UserError, match=r"--data: tokenizers is not installed: pip install 'fsam\[text\]'"):
         prepare(data, vocab_size=300, seq_len=8)
 
 
