@@ -16,9 +16,10 @@ HEAD = """# Methods on images
 
 This page says what corrections did to Vision Transformers (`vit-tiny`: 4 blocks of width 64): AdamW with its learning
 rate tuned, and four corrections at that rate with ρ tuned, each by successive halving with one seed (`fsam tune --task
-images`). Then all are trained with the seeds of the tables. "Equal steps" is the same number of steps for all; "equal operations" is as many steps as AdamW's
-matrix products allow by the cost model, at which a ratio of 2 is half of the steps. Differences are to AdamW's run with
-the same seed, with the half-width of the 95 % t-interval of their mean; "–" in place of a difference says that the
+images`). Then all are trained with the seeds of the tables. "Equal steps" is the same number of steps for all; "equal
+operations" is as many steps as AdamW's matrix products allow by the cost model, at which a ratio of 2 is half of the
+steps. Differences are to AdamW's run with the same seed, with
+the half-width of the 95 % t-interval of their mean; "–" in place of a difference says that the
 interval includes 0. Loss and accuracy are those of the last step, over all held-out images.
 
 The head of these models is small, so the exact methods take twice AdamW's products: what makes a correction cheap here
