@@ -6,6 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 TRAIN  := $(VENV)/.installed-train
 RUN    ?= runs/train
+SEEDS  ?= 2
 
 .PHONY: install train test test-all smoke lint bench bench-check baseline study scale clean
 
@@ -22,13 +23,13 @@ $(STAMP): $(TRAIN)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[jax,torch,triton,tpu,data,images,hf,report,tensorboard,dev]'
 	touch $@
 
-# AdamW, with a usual and with a tuned weight decay, and three corrections: many passes over 8,000 tokens, three seeds.
+# AdamW, with a usual and with a tuned weight decay, and three corrections: many passes over 8,000 tokens.
 METHODS := adamw,adamw:weight-decay=10,precond-functional-sam:rho=0.4
 METHODS := $(METHODS),precond-functional-sam:rho=0.4:correction-fraction=1/8,precond-sam:rho=0.2:savings=split
 
 train: $(TRAIN)
-	$(BIN)/fsam compare --preset tiny --max-tokens 8000 --batch 8 --steps 160 --learning-rate 1e-3 --seeds 3 \
-	  --methods $(METHODS) --out $(RUN)
+	$(BIN)/fsam compare --preset tiny --max-tokens 8000 --batch 8 --steps 160 --learning-rate 1e-3 --evaluate-every 20 \
+	  --methods $(METHODS) --seeds $(SEEDS) --out $(RUN)
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not compilers"
