@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
-import numpy as np
-from scipy import stats
+
+from paired import difference
 
 HEAD = """# Methods on images
 
@@ -31,7 +30,7 @@ is a part of the batch, fewer blocks or fewer steps, and not the vocabulary ([im
 
 
 def write(name: str, compared: dict[str, Any], methods: dict[str, str], adamw: dict[str, Any], docs: Path) -> None:
-    """Write DOCS/images-NAME.json and .png, and DOCS/images.md anew.
+    """Write DOCS/images-NAME.json and .png, and rewrite DOCS/images.md.
 
     Args:
         compared: budget -> what `fsam compare` found.
@@ -71,15 +70,6 @@ def _rows(found: dict[str, Any], methods: dict[str, str]) -> dict[str, dict[str,
             "accuracy_difference": difference(one["val_accuracies"], base["val_accuracies"]),
         }
     return rows
-
-
-def difference(mine: list[float], other: list[float]) -> tuple[float, float]:
-    """(the mean of the paired differences, the half-width of its 95 % t-interval)."""
-    found = np.subtract(mine, other)
-    if len(found) < 2:
-        return float(found.mean()), math.inf
-    error = float(found.std(ddof=1)) / math.sqrt(len(found))
-    return float(found.mean()), float(stats.t.ppf(0.975, len(found) - 1)) * error
 
 
 def _section(path: Path) -> str:

@@ -45,7 +45,7 @@ class Study:
     minutes: float = math.inf
     """stop after so many; a run that is under way writes a checkpoint first"""
     out: Path = Path("runs/study")
-    """folder of the runs, their bases and the prose"""
+    """folder of the runs, their bases, the prose, and the page study.html"""
     results: Path = Path("docs/results")
     """folder that receives study/REGIME.jsonl, study.md and the plots"""
 
@@ -81,7 +81,7 @@ def execute(study: Study, console: Console) -> int:
             _regime(study, Runs(name, study.out, study.results / "study" / f"{name}.jsonl"), deadline, console)
     except (Stopped, BrokenProcessPool):
         console.say("stopped; the same command resumes")
-    study_report.write(study.results)
+    study_report.write(study.results, study.out)
     return 3 if any(study_report.missing(study.results / "study", name) for name in names) else 0
 
 

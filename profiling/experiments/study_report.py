@@ -9,27 +9,38 @@ half of its 95 % interval by Student's t; where that holds 0, there is no differ
 from __future__ import annotations
 
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.stats
 
+import paired
 import study_plots
 from fsam_core import UserError
 from fsam_profiling import results
 from fsam_trainers import metrics
-from fsam_trainers.files import write_json
+from fsam_trainers import page as html
+from fsam_trainers.files import write_json, write_text
+from fsam_trainers.plots import as_svg
 from study_plan import ADAMW, DECAY, REGIMES, Entry, Regime, cost_ratio, entries, settings_of
 
 COMMAND = "make study"
+HOW = (
+    "Losses are means over the seeds. A difference is that of runs of the same seed, ± half of its 95 % interval by "
+    "Student's t. Below 0 is better, and where the interval holds 0 there is no difference to speak of. Every option "
+    "is tuned by successive halving with a seed of its own, and ρ once more on top of the weight decay. “x AdamW” is "
+    "the number of operations by the cost model; “equal time” has as many fewer steps. Texts are split as streams are, "
+    "so no loss here can be compared with one on an older version of this page."
+)
 Line = dict[str, Any]
 Rows = dict[str, dict[int, Line]]
 """Label -> seed -> the run's line."""
+Table = tuple[list[str], list[list[str]]]
 
 
 class Difference(NamedTuple):
-    """The mean of paired differences, half of its 95 % interval, NaN of a single seed, and how many there are."""
+    """The mean of paired differences, half of its 95 % interval, infinity of a single seed, and how many there are."""
 
     mean: float
     half: float
@@ -45,14 +56,14 @@ class Difference(NamedTuple):
 def main() -> None:
     """The command."""
     try:
-        write(Path("docs/results"))
+        write(Path("docs/results"), Path("runs/study"))
     except UserError as error:
         print(f"fsam: error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def write(results_folder: Path) -> None:
-    """Write study.md, study.json and the plots from the files in RESULTS/study.
+def write(results_folder: Path, out: Path) -> None:
+    """Write study.md, study.json and the plots from the files in RESULTS/study, and one page of all, OUT/study.html.
 
     Raises:
         UserError: for a disk that refuses.
@@ -62,8 +73,11 @@ def write(results_folder: Path) -> None:
     results_folder.mkdir(parents=True, exist_ok=True)
     (results_folder / "study.md").write_text(page(runs, found), encoding="utf-8")
     write_json(results_folder / "study.json", figures(found))
-    for name, rows in found.items():
-        study_plots.losses(REGIMES[name].title, table_of(name, rows)).savefig(runs / f"{name}.png", dpi=150)
+    drawn = {name: study_plots.losses(REGIMES[name].title, table_of(name, rows)) for name, rows in found.items()}
+    for name, figure in drawn.items():
+        figure.savefig(runs / f"{name}.png", dpi=150)
+    sections = [_section(name, found[name], missing(runs, name), figure) for name, figure in drawn.items()]
+    write_text(out / "study.html", html.render("When to use what", sections))
 
 
 def rows_of(runs: Path, name: str) -> Rows:
@@ -87,13 +101,10 @@ def missing(runs: Path, name: str) -> int:
 def difference(rows: Rows, label: str, other: str, figure: str = "val_loss") -> Difference | None:
     """Of one row to another, over the seeds that both have."""
     mine, theirs = rows.get(label, {}), rows.get(other, {})
-    pairs = [mine[seed][figure] - theirs[seed][figure] for seed in sorted(mine) if seed in theirs]
-    if not pairs:
+    seeds = [seed for seed in sorted(mine) if seed in theirs]
+    if not seeds:
         return None
-    half = np.nan
-    if len(pairs) > 1:
-        half = float(scipy.stats.t.ppf(0.975, len(pairs) - 1) * np.std(pairs, ddof=1) / np.sqrt(len(pairs)))
-    return Difference(float(np.mean(pairs)), half, len(pairs))
+    return Difference(*paired.difference(*([of[seed][figure] for seed in seeds] for of in (mine, theirs))), len(seeds))
 
 
 class TableRow(NamedTuple):
@@ -157,11 +168,7 @@ def page(runs: Path, found: dict[str, Rows]) -> str:
         f"Made by `{COMMAND}`; do not edit. {machine['processor']}, {versions}.\nEach finished "
         "run is a line of [study/](study/), and the command resumes from them. Small models on text that any machine\n"
         "has.",
-        "Losses are means over the seeds. A difference is that of runs of the same seed, ± half of its 95 % interval\n"
-        "by Student's t. Below 0 is better, and where the interval holds 0 there is no difference to speak of. Every\n"
-        "option is tuned by successive halving with a seed of its own, and ρ once more on top of the weight decay.\n"
-        '"x AdamW" is the number of operations by the cost model; "equal time" has as many fewer steps. Texts are\n'
-        "split as streams are, so no loss here can be compared with one on an older version of this page.",
+        textwrap.fill(HOW, 119),
     ]
     for name, regime in REGIMES.items():
         count = missing(runs, name)
@@ -172,45 +179,58 @@ def page(runs: Path, found: dict[str, Rows]) -> str:
                 f"**{count} of {total} runs are missing**: `python profiling/experiments/study.py --regimes {name}`."
             )
         if name in found:
-            parts += [_tuned(runs, name), _table(name, found[name]), f"![{name}](study/{name}.png)"]
+            parts += [_sizes(regime, found[name]), _markdown(_table(name, found[name])), f"![{name}](study/{name}.png)"]
             if regime.base:
-                parts += [_afterwards(found[name])]
+                parts += [_markdown(_afterwards(found[name]))]
     return "\n\n".join(parts) + "\n"
 
 
-def _tuned(runs: Path, name: str) -> str:
-    """What tuning chose for AdamW."""
-    rows, regime = rows_of(runs, name), REGIMES[name]
-    one = next(iter(rows.get(ADAMW, {}).values()), None)
+def _sizes(regime: Regime, rows: Rows) -> str:
+    """What its runs have in common."""
     size = f"{regime.model.parameters / 1e3:,.0f}k parameters, {regime.steps:,} steps of {regime.batch} sequences"
-    return f"{size}, {regime.seeds} seeds." + ("" if one is None else f" Text: {regime.data}.")
+    return f"{size}, {regime.seeds} seeds." + (f" Text: {regime.data}." if rows.get(ADAMW) else "")
 
 
-def _table(name: str, rows: Rows) -> str:
-    stacked = bool(REGIMES[name].on_decay)
+def _section(name: str, rows: Rows, count: int, figure: Any) -> html.Section:
+    """A regime on the HTML page, with what comes after its runs as notes."""
+    regime, notes = REGIMES[name], [HOW]
+    if regime.base:
+        (_, *names), lines = _afterwards(rows)
+        notes += [
+            f"{line[0]}: {'; '.join(f'{x} {y}' for x, y in zip(names, line[1:], strict=True))}." for line in lines
+        ]
+    facts = {"runs": _sizes(regime, rows), "missing": count}
+    command = f"python profiling/experiments/study.py --regimes {name}"
+    return html.Section(regime.title, *_table(name, rows), command, facts, [("Differences", as_svg(figure))], notes)
+
+
+def _table(name: str, rows: Rows) -> Table:
+    """The headings, and the cells of each row."""
+    stacked, timed = bool(REGIMES[name].on_decay), REGIMES[name].at_equal_time
     head = ["", "tuned", "x AdamW", "loss at the end", "best", "to AdamW"]
-    head += ["on decay, to that alone"] * stacked + ["equal time, to AdamW"] * REGIMES[name].at_equal_time
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    head += ["on decay, to that alone"] * stacked + ["equal time, to AdamW"] * timed
+    lines = []
     for row in table_of(name, rows):
         cells = [row.label, row.tuned, f"{row.cost:.2f}", f"{row.loss:.3f}", f"{row.best:.3f}", _text(row.to_adamw)]
-        cells += [_text(row.to_decay)] * stacked + [_text(row.equal_time)] * REGIMES[name].at_equal_time
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells + [_text(row.to_decay)] * stacked + [_text(row.equal_time)] * timed)
+    return head, lines
 
 
-def _afterwards(rows: Rows) -> str:
-    """Differences to AdamW in what a regime looks at after the run: old text, rounded weights, forgetting."""
+def _afterwards(rows: Rows) -> Table:
+    """Differences to AdamW in what a regime looks at after the run: old text, rounding, curvature, forgetting."""
     first = next(iter(rows.get(ADAMW, next(iter(rows.values()))).values()))
-    names = [x for x in ("old_loss", "4 bits", "3 bits", "noise", "forgetting") if x in first or x == "forgetting"]
     for of in rows.values():
         for seed, line in of.items():
             line["forgetting"] = forgetting(line, rows.get(ADAMW, {}).get(seed))
-    names = [x for x in names if first.get(x) is not None]
-    lines = [f"| to AdamW | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for label in (x for x in rows if x != ADAMW):
-        cells = [_text(difference(rows, label, ADAMW, name)) for name in names]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    names = [x for x in ("old_loss", "4 bits", "3 bits", "noise", "λmax", "forgetting") if first.get(x) is not None]
+    others = [label for label in rows if label != ADAMW]
+    cells = [[label, *(_text(difference(rows, label, ADAMW, name)) for name in names)] for label in others]
+    return ["to AdamW", *names], cells
+
+
+def _markdown(table: Table) -> str:
+    head, cells = table
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *cells))
 
 
 def forgetting(line: Line, adamw: Line | None) -> float | None:

@@ -18,6 +18,8 @@ import numpy as np
 
 import study_data
 from fsam_kernels.options import Loss
+from fsam_profiling.sharpness import numerics
+from fsam_profiling.sharpness.subjects import Curvatures, Subject
 from fsam_trainers import metrics, pretrained
 from fsam_trainers.config import Intervals, Settings
 from fsam_trainers.console import Console
@@ -32,6 +34,7 @@ from fsam_trainers.tuning import Stopped
 from study_plan import REGIMES, Regime, base_settings
 
 WINDOWS = 256  # of held-out text, for what is measured after a run
+CURVATURE_WINDOWS = 32  # for the Hessian
 FINE_TUNING_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
 FINE_TUNING_STEPS = 125
 
@@ -171,15 +174,28 @@ class Runs(NamedTuple):
         prose = study_data.corpus("prose", None, found.config, self.out, found.own_tokenizer())
         tuned = [pretrained.find(run, "study") for run in runs]
         pairs = [[self._loss(x, x.weights(), text) for text in (prose, old)] for x in tuned]
-        return losses | {"prose": self._loss(found, weights, prose), "fine_tuning": pairs}
+        figures = losses | {"λmax": _largest_eigenvalue(found, weights, _windows(found, old, CURVATURE_WINDOWS))}
+        return figures | {"prose": self._loss(found, weights, prose), "fine_tuning": pairs}
 
     def _loss(self, found: pretrained.Pretrained, weights: dict[str, np.ndarray], text: Corpus) -> float:
         """Mean loss over the first held-out windows of a text."""
-        length = found.config.seq_len
-        count = min(WINDOWS, (text.validation.size - 1) // length)
-        windows = windows_of(text.validation, np.arange(count), length)
-        config = dataclasses.replace(found.config, dropout=0.0)
+        windows, config = _windows(found, text, WINDOWS), dataclasses.replace(found.config, dropout=0.0)
         return float(np.mean(pretrained.inference("torch").window_losses(config, weights, Loss(), windows)))
+
+
+def _windows(found: pretrained.Pretrained, text: Corpus, most: int) -> np.ndarray:
+    """The first held-out windows of a text."""
+    length = found.config.seq_len
+    return windows_of(text.validation, np.arange(min(most, (text.validation.size - 1) // length)), length)
+
+
+def _largest_eigenvalue(found: pretrained.Pretrained, weights: dict[str, np.ndarray], windows: np.ndarray) -> float:
+    """Of the Hessian of the mean loss over these windows."""
+    subject = Subject("study", None, None, found.config, found.soft_cap, "torch", weights, None)
+    with Curvatures(windows, "float32", "exact").of(subject) as curvature:
+        product = lambda v: curvature.vector(curvature.hessian(curvature.tree(v)))
+        ends = numerics.extremes(product, curvature.size, 1, np.random.default_rng(0), dtype=np.float32)
+    return ends.largest[0]
 
 
 def _chosen(settings: Any) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import browser
 import pytest
 
+import study_report
 from fsam_profiling import report, results
 from fsam_profiling.sharpness import report as sharpness
 from fsam_trainers import page
@@ -99,13 +101,16 @@ def sharpness_page() -> str:
 @pytest.mark.skipif(browser.browser() is None, reason="no Chromium is installed: apt-get install chromium")
 def test_no_report_overflows_a_phone_or_a_desk(compared, tmp_path):
     files = [results.read(DATA / f"{name}.json") for name in FILES]
+    shutil.copytree(DATA.parent / "results" / "study", tmp_path / "study")
+    study_report.write(tmp_path, tmp_path)
     pages = [
         (compared / "report.html").read_text(),
+        (tmp_path / "study.html").read_text(),
         page.render("fsam profile", [report.section(file) for file in files]),
         sharpness_page(),
     ]
     found = browser.overflowing(pages, (390, 1280), tmp_path)
-    assert len(found) == 6
+    assert len(found) == 8
     for one in found:
         assert one["scroll"] <= one["width"], one
         assert one["wrong"] == []

@@ -121,7 +121,7 @@ def written(tmp_path, losses, name="scarce"):
 def test_the_page_has_paired_differences_and_counts_what_is_missing(tmp_path):
     losses = {ADAMW: [6.0, 6.5, 7.0], "SAM": [5.0, 5.51, 5.99], DECAY: [5.9, 6.6, 7.0], "SAM, on decay": [5.9, 6.6]}
     folder = written(tmp_path, losses | {"functional": [6.1]})
-    study_report.write(tmp_path)
+    study_report.write(tmp_path, tmp_path)
     text = (tmp_path / "study.md").read_text()
     # Student's t of 2 degrees of freedom is 4.303; the standard deviation of −1, −0.99, −1.01 is 0.01.
     assert (
@@ -145,7 +145,7 @@ def test_a_late_phase_is_compared_by_what_comes_after(tmp_path):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     more = [{**x, "4 bits": x["val_loss"] + 0.2, "fine_tuning": tuned.get(x["row"], tuned[ADAMW])} for x in lines]
     path.write_text("".join(json.dumps(line) + "\n" for line in more))
-    study_report.write(tmp_path)
+    study_report.write(tmp_path, tmp_path)
     text = (tmp_path / "study.md").read_text()
     old = 6.2 + (4.9 - 4.5) / (4.9 - 4.3) * 0.2  # where it has learned as much as AdamW at its middle rate
     assert f"| SAM | +0.100 ± 0.000, worse | {old - 6.6:+.3f} ± 0.000, better |" in text
@@ -170,7 +170,8 @@ def test_runs_that_start_from_a_base(name, tmp_path, monkeypatch):
     assert one["val_loss"] != other["val_loss"]
     assert [path.name for path in (tmp_path / "runs" / "bases").iterdir()] == ["late-0" if name == "late" else "base-0"]
     if name == "late":
-        assert min(one["3 bits"], one["4 bits"], one["noise"], one["prose"]) > 0
+        assert min(one["3 bits"], one["4 bits"], one["noise"], one["prose"], one["λmax"]) > 0
+        assert one["λmax"] != other["λmax"]
         assert len(one["fine_tuning"]) == len(study_run.FINE_TUNING_RATES)
     else:
         assert one["old_loss"] > 0
