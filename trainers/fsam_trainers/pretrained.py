@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
 import json
 import shutil
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +38,7 @@ class Pretrained:
 
     source: what it was found by. where: "ARGUMENT: SOURCE", how its errors begin. weights: reads them, float32 by flat
     name; of a run with --ema their average. tokenizer: its file, None where there is none. framework, method, steps: of
-    a run. soft_cap: of the logits, 0 for none.
+    a run. soft_cap: of the logits, 0 for none. trained_on: the --data of a run.
     """
 
     source: str
@@ -48,6 +50,12 @@ class Pretrained:
     method: str | None = None
     steps: int | None = None
     soft_cap: float = 0.0
+    trained_on: str | None = None
+
+    @property
+    def data(self) -> str:
+        """What is read where no --data is given: what a run was trained on, else the default of `fsam train`."""
+        return self.trained_on or ("python" if self.config.FAMILY == "decoder" else "digits")
 
     def framework_for(self, asked: str | None) -> str:
         """The framework to compute in: the one asked for, else the run's, else the first that is installed.
@@ -163,7 +171,15 @@ def _of_run(out: Path, source: str, where: str) -> Pretrained:
         settings["method"],
         found.run["progress"]["step"],
         settings["soft_cap"],
+        _data_of(out),
     )
+
+
+def _data_of(run: Path) -> str | None:
+    # A run that was started from Python has no such file, or one without the name of a text.
+    with contextlib.suppress(OSError, ValueError):
+        return tomllib.loads((run / "config.toml").read_text(encoding="utf-8")).get("data")
+    return None
 
 
 def _of_folder(folder: Path, source: str, where: str) -> Pretrained:

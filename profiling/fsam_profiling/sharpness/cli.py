@@ -37,7 +37,7 @@ class Sharpness:
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """runs' folders (all their checkpoints), checkpoints' folders, folders of safetensors, or hf:NAME"""
     data: str | None = None
-    """a text or a set of images, as of fsam train (default: python, or digits); its held-out part is read"""
+    """a text or a set of images, as of fsam train (default: the first run's); its held-out part is read"""
     tokens: int = 4096
     """of the text, that the loss is a mean of; of images patches"""
     tokenizer: Path | None = None
@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> int:
         stopped = True
     if rows:
         names = ("tokens", "dtype", "products")
-        facts = {"data": options.data or "the default", **{name: getattr(options, name) for name in names}}
+        facts = {"data": options.data or "that of the first run", **{name: getattr(options, name) for name in names}}
         if options.json is not None:
             results.write(options.json, "sharpness", rows, facts)
         machine = ", ".join(f"{name} {value}" for name, value in results.machine().items())

@@ -22,7 +22,6 @@ from fsam_trainers.tables import show, show_lines
 
 T = TypeVar("T", int, float)
 Row = dict[str, Any]
-USUAL = {"text": "python", "images": "digits"}  # what is read where no --data is given
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Evaluate:
     task: Literal["text", "images"] | None = None
     """text or images (default: what the first model was trained on)"""
     data: str | None = None
-    """texts or sets of images, as of fsam train, between commas; their held-out parts are read (default: as there)"""
+    """texts or sets of images, with commas between; their held-out parts are read (default: the first run's)"""
     quantize: str = ""
     """also after rounding to nearest with so many bits, by channel: 8,4,3"""
     noise: str = ""
@@ -95,7 +94,7 @@ def main(arguments: list[str]) -> int:
     task = options.task or ("text" if models[0].config.FAMILY == "decoder" else "images")
     if options.fine_tune and task == "images":
         raise UserError("--fine-tune takes models of text; `fsam train --task images --init-from RUN` trains on images")
-    given = options.data or USUAL[task]
+    given = options.data or models[0].data
     specs = [spec for spec in dict.fromkeys([*given.split(","), options.fine_tune]) if spec]
     changed = changes(bits, sigmas, options.draws)
     if options.fine_tune:
