@@ -134,11 +134,14 @@ def oracle(features: Any, weights: dict, batch: dict) -> tuple[np.ndarray, np.nd
 
         return z, of
 
-    z = floats(flat)[0]
     whole = lambda x: (lambda z, of: of(z))(*floats(x))
-    H, g, J = jax.jit(jax.hessian(whole))(flat), jax.grad(whole)(flat), jax.jacobian(lambda x: floats(x)[0])(flat)
-    Hz = jax.hessian(floats(flat)[1])(z)
-    return np.asarray(g), np.asarray(H), np.asarray(J.T @ Hz @ J)
+
+    @jax.jit
+    def found(x):
+        J, Hz = jax.jacobian(lambda x: floats(x)[0])(x), jax.hessian(floats(x)[1])(floats(x)[0])
+        return jax.grad(whole)(x), jax.hessian(whole)(x), J.T @ Hz @ J
+
+    return tuple(map(np.asarray, found(flat)))  # type: ignore[return-value]
 
 
 @cache
