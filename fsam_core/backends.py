@@ -7,6 +7,7 @@ reason. A backend that is named explicitly is used or fails; it never falls back
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 from dataclasses import dataclass
@@ -58,6 +59,14 @@ def require(*modules: str) -> None:
 
 def _said(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def installed(package: str) -> str | None:
+    """The version of a distribution, None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def built(name: str) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 WRITTEN = [page for page in PAGES if page.parent.name != "results"]  # results are written by programs
 
@@ -39,9 +40,8 @@ def test_page_begins_with_a_sentence(page):
 
 
 def test_install_page_names_every_extra():
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     text = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)))) == set(extras)
+    assert set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)))) == set(EXTRAS)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,6 @@ def test_install_page_names_every_extra():
 def test_a_machine_installs_what_exists_for_it(machine, wheels):
     from packaging.requirements import Requirement
 
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    wanted = [Requirement(text) for text in (*extras["triton"], *extras["tpu"])]
+    wanted = [Requirement(text) for text in (*EXTRAS["triton"], *EXTRAS["tpu"])]
     marked = {x.name for x in wanted if x.marker is None or x.marker.evaluate(machine)} - {"fsam"}
     assert marked == wheels

@@ -125,15 +125,12 @@ def scale(mesh: str, local: str, in_torch: str, folder: Path) -> None:
     names = {"jax": jax, "AxisType": AxisType, "fsam": in_jax, "features": features, "method": method}
 
     def step(state, batch):
-        return jax.jit(found_grad())(params, batch, adam.init(params))
+        return jax.jit(in_jax.value_and_grad(features, method, b2=0.95))(params, batch, adam.init(params))
 
-    grads = {}
-    found_grad = lambda: in_jax.value_and_grad(features, method, b2=0.95)
     plain = step(None, batch)
     # As many devices as the tests have.
     found = run(mesh.replace("(4, 2)", "(2, 2)"), state=None, batch=batch, step=step, **names)
-    grads["mesh"] = found["state"]
-    for expected, got in zip(jax.tree.leaves(plain), jax.tree.leaves(grads["mesh"]), strict=True):
+    for expected, got in zip(jax.tree.leaves(plain), jax.tree.leaves(found["state"]), strict=True):
         np.testing.assert_allclose(expected, got, rtol=1e-4, atol=1e-6)
     grad = run(local, **names)["grad"]
     with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))):

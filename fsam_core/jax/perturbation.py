@@ -166,8 +166,8 @@ def perturb(inputs: StepInputs, gradient: Any) -> tuple[Params, Perturbation]:
             scale = jax.tree.map(root, square)
         else:
             norms = Norms(norm, (jnp.sqrt(square) / used).astype(last.direction.dtype))
-            scale = root(jnp.square(used * last.direction))
             divisor = used * last.direction
+            scale = root(jnp.square(divisor))
             error = jnp.where(divisor == 0, 0, jnp.sqrt(square) / jnp.where(divisor == 0, 1, divisor)) - 1
         squares = jax.tree.map(lambda k, square: upcast(jnp.square(k) * square), scale, sumsq)
         length = jnp.sqrt(sum(jax.tree.leaves(squares)))

@@ -53,14 +53,10 @@ def scaled(saved: Sequence[SavedMicrobatch], strength: float) -> list[SavedMicro
 
 
 def shares(first: PassResult, rest: PassResult) -> tuple[Tensor, Tensor]:
-    """What each weighs in both together."""
-    total = positive(first.weight + rest.weight)
+    """What each weighs in both together; 0 where both weigh nothing."""
+    total = first.weight + rest.weight
+    total = total.clamp(min=torch.finfo(total.dtype).tiny)
     return first.weight / total, rest.weight / total
-
-
-def positive(weight: Tensor) -> Tensor:
-    """A weight to divide by: no smaller than the least normal number, so that 0 / 0 is 0."""
-    return weight.clamp(min=torch.finfo(weight.dtype).tiny)
 
 
 def merge_results(

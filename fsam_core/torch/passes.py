@@ -28,7 +28,6 @@ from fsam_core.torch.pass_result import (
     SavedMicrobatch,
     head_gradient_moved,
     merge_results,
-    positive,
     rescaled,
     scaled,
     shares,
@@ -262,5 +261,6 @@ def _merged(
     total = config.parallel.mean(torch.stack(weights).sum())
     if earlier is not None:
         losses, total = (earlier.loss, *losses), earlier.weight + total
-    factor = saved[0].unit / positive(total)
+    # It is rounded to the gradients' dtype, so without any targets it is 1 and nothing larger.
+    factor = saved[0].unit / torch.where(total > 0, total, 1)
     return PassResult(torch.stack(losses).sum() * factor, total, [rescaled(k, factor) for k in saved]), factor

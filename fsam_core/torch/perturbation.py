@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Set
+from functools import cached_property
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from fsam_core.torch import optimizers, rng
 from fsam_core.torch.dtensor import likes, local, local_parts
 from fsam_core.torch.gradients import Gradients
 from fsam_core.torch.pass_config import PassConfig
+from fsam_kernels.torch.direction import accum_dtype
 
 
 class StepInputs(NamedTuple):
@@ -109,7 +111,7 @@ class AscentInputs:
     def previous(self) -> list[Tensor]:
         return self._of(self._inputs.previous)
 
-    @property
+    @cached_property
     def memory(self) -> list[Tensor]:
         remembers = self._inputs.method.direction.remembers
         if not callable(remembers):
@@ -147,10 +149,11 @@ def perturb(
     ascent = parts(method.direction.of(seen))
     memory = None
     if callable(method.direction.remembers):
-        memory = dict(zip(params, parts(seen.memory), strict=True))
+        # Copies: it may be the gradient itself, whose arrays the correction is added to.
+        memory = {p: x.clone() for p, x in zip(params, parts(seen.memory), strict=True)}
     last = None
     if method.norm_from == "previous":
-        last = inputs.norms.to(ascent[0].device, torch.promote_types(ascent[0].dtype, torch.float32))
+        last = inputs.norms.to(ascent[0].device, accum_dtype(ascent[0].dtype))
     with in_torch("norm"):
         clip: Tensor | float = 1.0
         local_norm = norm
@@ -203,7 +206,7 @@ def perturb(
 
 def _v_hat(a: Tensor, v: Tensor, adam: Any) -> Tensor:
     """The bias-corrected second moment, with the ascent folded in where that is the method's choice."""
-    v = v.to(torch.promote_types(v.dtype, torch.float32))
+    v = v.to(accum_dtype(v.dtype))
     return (v.lerp(a.to(v).square(), 1 - adam.b2) if adam.current else v) / adam.correction
 
 
@@ -257,7 +260,7 @@ def _bias_corrections(b2s: Sequence[float], steps: Sequence[Tensor | float], cur
 
 def _are_accumulated(tensors: Sequence[Tensor]) -> bool:
     """Whether each has the dtype that directions are computed in."""
-    return all(x.dtype == torch.promote_types(x.dtype, torch.float32) for x in tensors)
+    return all(x.dtype == accum_dtype(x.dtype) for x in tensors)
 
 
 def _or_zero(x: Tensor | None, like: Any) -> Tensor:

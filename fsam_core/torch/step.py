@@ -367,7 +367,7 @@ class Step:
             return [*reduce(losses, (result.base_norm, norm)), length, None], ()
         *figures, length, ascent, now = reduce(losses, (result.base_norm, norm, length, *epsilon.norms))
         assert now is not None
-        error = torch.where(epsilon.divisor == 0, 0, now / torch.where(epsilon.divisor == 0, 1, epsilon.divisor)) - 1
+        error = (now / epsilon.divisor).masked_fill(epsilon.divisor == 0, 0) - 1
         return [*figures, length, error], (ascent, now)
 
     def _update(self, g_hat: Gradients, verdict: Verdict) -> None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from fsam_core import UserError, backends
+from fsam_core import backends
 from fsam_profiling import guard, guard_items, report
 from fsam_profiling.gpu import cli as gpu
 from fsam_profiling.timing import parameters, step, trace
 from fsam_profiling.tpu import cli as tpu
-from fsam_trainers.cli.parsing import did_you_mean, parsed
+from fsam_trainers.cli.parsing import no_command, parsed
 from fsam_trainers.files import writable
 
 # Subcommand -> (its options, what runs it).
@@ -46,9 +46,7 @@ def main(arguments: list[str]) -> int:
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
-        meant = did_you_mean(name.removeprefix("--"), list(COMMANDS))
-        hint = f"did you mean fsam profile {meant}?" if meant else f"use one of {', '.join(COMMANDS)}"
-        raise UserError(f"{name!r} is no subcommand of fsam profile; {hint}")
+        raise no_command(name, list(COMMANDS), "fsam profile", "subcommand of fsam profile")
     kind, run = COMMANDS[name]
     options: Any = parsed(kind, rest, f"fsam profile {name}")
     if options.json is not None:
@@ -68,4 +66,4 @@ def _needs(options: Any) -> list[str]:
         items = [x for x in guard_items.items() if x.name.startswith(options.only) and (x.quick or not options.quick)]
         compilers = {compiler for item in items for compiler in item.compilers} - {"libtpu"}
         return sorted(compilers | {"torch"} if "triton" in compilers else compilers)
-    return []
+    return ["matplotlib", "jinja2"] if isinstance(options, report.ReportOptions) else []

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from fsam_core import backends
 from fsam_core.errors import UserError
 from fsam_profiling import guard_items, results
 from fsam_profiling.guard_items import Figures, Item
@@ -178,7 +179,7 @@ def same_compilers(items: Iterable[Item], versions: dict[str, str], path: Path) 
 
 
 def _versions(items: Iterable[Item]) -> dict[str, str]:
-    return {name: str(results.installed(name)) for item in items for name in item.compilers}
+    return {name: str(backends.installed(name)) for item in items for name in item.compilers}
 
 
 def _report(console: Console, count: int, changes: list[Change], new: list[str], gone: list[str]) -> int:

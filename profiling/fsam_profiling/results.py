@@ -10,7 +10,6 @@ rows           one object each; `docs/profiling.md` lists their fields
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 import shlex
@@ -18,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fsam_core import UserError
+from fsam_core import UserError, backends
 from fsam_trainers.console import command_line
 from fsam_trainers.files import write_json
 
@@ -65,15 +64,8 @@ def read(path: Path) -> dict[str, Any]:
 def machine() -> dict[str, str]:
     """The processor, and the installed versions."""
     found = {"processor": _processor(), "python": platform.python_version()}
-    return found | {name: version for name in ("jax", "torch", "triton", "libtpu") if (version := installed(name))}
-
-
-def installed(name: str) -> str | None:
-    """The version of a distribution, None where it is not installed."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    names = ("jax", "torch", "triton", "libtpu")
+    return found | {name: version for name in names if (version := backends.installed(name))}
 
 
 def _processor() -> str:

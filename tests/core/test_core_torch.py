@@ -323,6 +323,17 @@ def test_half_precision_models_have_the_gradient_of_float32(method, dtype):
         assert p.dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@each_method
+def test_half_precision_micro_batches_without_targets_have_no_gradient(method, dtype):
+    model = Weights(float32()).to(dtype)
+    micro = [{"x": b["x"].to(dtype), "y": torch.full_like(b["y"], -1)} for b in (batch(1), batch(2))]
+    step = Step(model, adamw(model, moments(float32())), method, features=mlp)
+    assert step.gradient(MicroBatches(micro)) == 0
+    assert not step.info.skipped
+    assert not any(p.grad.any() for p in model.parameters())
+
+
 # --- randomness and running statistics --------------------------------------------------------------------------------
 
 

@@ -176,16 +176,7 @@ from fsam_core import Plain
 from fsam_core.torch.curvature import Curvature
 from fsam_trainers.models import torch_decoder
 from fsam_trainers.models.layout import ModelConfig
-
-def status(name):
-    line = next(line for line in open("/proc/self/status") if line.startswith(name))
-    return int(line.split()[1]) * 1024
-
-def growth(call):
-    open("/proc/self/clear_refs", "w").write("5")  # the peak begins here
-    before = status("VmRSS")
-    held = call()
-    return status("VmHWM") - before
+from process_memory import growth
 
 def of(rows, length):
     tokens = np.random.default_rng(0).integers(0, 4096, (rows, length + 1))

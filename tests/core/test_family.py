@@ -344,6 +344,19 @@ def test_a_resumed_run_takes_the_same_steps(name):
     assert all(np.array_equal(a[k], b[k]) for a, b in zip(straight, resumed, strict=True) for k in a)
 
 
+def test_a_memory_may_be_the_gradient_itself():
+    """PyTorch adds the correction to the gradient's own arrays, which are not the memory's."""
+
+    def formula(theta: Tensors, batch: dict, memory: dict) -> Tensors:
+        g, part, there = grad(theta, batch), {k: x[::2] for k, x in batch.items()}, ascended(theta, memory["d"])
+        memory["d"] = g
+        return plus(g, plus(grad(there, part), grad(theta, part), -1))
+
+    last = ascents.Ascent("last", lambda seen: seen.previous, remembers=lambda seen: seen.gradient)
+    found, _ = trained("torch", SAM(RHO, fraction=0.5, ascent=last), Schedule())
+    assert max(map(difference, found, of_steps(formula))) < 1e-12
+
+
 def test_what_does_not_go_together_is_refused():
     for options in ({"fraction": 0.5}, {"strength": 0.5}, {"ascent": "momentum"}):
         with pytest.raises(UserError, match="combine: it needs g and g' of the whole batch"):

@@ -17,17 +17,8 @@ N, D, V, CHUNK = 1024, 256, 32768, 64 * 2**20
 # bare product of a chunk, which on some CPUs makes a float32 copy of half-precision results.
 MEASURE = """
 import sys
+from process_memory import growth
 framework, dtype, keep, n, d, v, chunk = sys.argv[1], sys.argv[2], sys.argv[3] == "keep", *map(int, sys.argv[4:])
-
-def status(name):
-    line = next(line for line in open("/proc/self/status") if line.startswith(name))
-    return int(line.split()[1]) * 1024
-
-def growth(call):
-    open("/proc/self/clear_refs", "w").write("5")  # the peak begins here
-    before = status("VmRSS")
-    held = call()
-    return status("VmHWM") - before
 
 library = 0
 options = {"gradient": True, "keep": keep, "chunk_bytes": chunk}

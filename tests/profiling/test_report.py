@@ -54,6 +54,15 @@ def files(tmp_path):
     return made
 
 
+def test_missing_packages_are_named_before_it_begins(files, monkeypatch):
+    def refuse(*modules):
+        raise UserError(f"{modules} is not installed")
+
+    monkeypatch.setattr(cli.backends, "require", refuse)
+    with pytest.raises(UserError, match=r"'matplotlib', 'jinja2'"):
+        cli.main(["report", *map(str, files(step=steps()))])
+
+
 def test_page_is_complete_and_self_contained(files, tmp_path, capsys):
     moved = TPU | {"method": "precond-functional-sam", "ratio": 1.97}
     check = [{"item": "flops jax", "product_flops": 17716740096}]

@@ -14,7 +14,7 @@ import numpy as np
 from fsam_trainers import metrics, timing
 from fsam_trainers.budget import Budget, measured_costs, within
 from fsam_trainers.config import Intervals, Settings
-from fsam_trainers.console import Console
+from fsam_trainers.console import Console, without
 from fsam_trainers.data import AnyCorpus
 from fsam_trainers.files import write_json
 from fsam_trainers.loop import train
@@ -188,7 +188,7 @@ def _summary(
 
 def _next(comparison: dict[str, Any], settings: Settings, out: Path) -> list[tuple[str, str]]:
     """(what it would show, command) of what to try after this comparison."""
-    rows = comparison["rows"]
+    rows, words = comparison["rows"], shlex.split(comparison["command"])
     ours = min((row for row in rows if row["method"] != "adamw"), key=lambda row: row["val_loss_mean"], default=rows[0])
     name, best = ours["method"], min(rows, key=lambda row: row["val_loss_mean"])["method"]
     runs = [shlex.quote(str(out / f"{file_name(one)}-seed{settings.seed}")) for one in dict.fromkeys((best, name))]
@@ -196,12 +196,12 @@ def _next(comparison: dict[str, Any], settings: Settings, out: Path) -> list[tup
     if comparison["seeds"] == 1:
         found.append(("whether the differences are more than a seed's", f"{comparison['command']} --seeds 3"))
     if comparison["budget"] == "steps" and len(rows) > 1:
-        again = _without(comparison["command"], "--out", "--budget")
+        again = without(words, ("out", "budget"))
         found.append(
             ("all methods for the same time", shlex.join([*again, "--budget", "time", "--out", f"{out}-time"]))
         )
-    own = ("--out", "--json", "--methods", "--seeds", "--cost-steps", "--branch-from", "--correction-every")
-    same = _without(comparison["command"], *own)[2:]
+    own = ("out", "json", "methods", "seeds", "cost-steps", "branch-from", "correction-every")
+    same = without(words, own)[2:]
     tune = shlex.join(["fsam", "tune", "--method", name.partition(":")[0], *same])
     found.append(("the best learning rate and ρ, AdamW's too", tune))
     is_text = settings.model.FAMILY == "decoder"
@@ -209,16 +209,3 @@ def _next(comparison: dict[str, Any], settings: Settings, out: Path) -> list[tup
         found.append(("what the best model writes", f"fsam sample {runs[0]}"))
     found.append(("what became flatter", f"fsam sharpness {' '.join(runs)}"))
     return found
-
-
-def _without(command: str, *options: str) -> list[str]:
-    """The words of a command without these options and their values."""
-    kept: list[str] = []
-    words = iter(shlex.split(command))
-    for word in words:
-        option, equals, _ = word.partition("=")
-        if option not in options:
-            kept.append(word)
-        elif not equals:
-            next(words, None)
-    return kept

@@ -6,7 +6,7 @@ import contextlib
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import rich.console
@@ -80,3 +80,19 @@ def stdout() -> rich.console.Console:
 def command_line() -> str:
     """The command that is running, as one would type it."""
     return shlex.join(["fsam", *sys.argv[1:]])
+
+
+def without(words: Sequence[str], options: Container[str]) -> list[str]:
+    """The words of a command line without these options ("learning-rate", …) and their values."""
+    kept: list[str] = []
+    skip = False
+    for word in words:
+        if word.startswith("--"):
+            option, equals, _ = word[2:].partition("=")
+            skip = option.replace("_", "-") in options
+            if skip and equals:
+                skip = False
+                continue
+        if not skip:
+            kept.append(word)
+    return kept

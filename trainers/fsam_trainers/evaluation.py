@@ -32,6 +32,24 @@ class Change(NamedTuple):
     draws: Sequence[Callable[[Weights], Weights]]
 
 
+class Scores(NamedTuple):
+    """Of N windows or images: how many targets each has, [N], and their mean loss, float64 [N].
+
+    correct: float64 [N, K], 1 where an image's label is among the k likeliest, for each k of the model; K = 0 of texts.
+    """
+
+    targets: np.ndarray
+    losses: np.ndarray
+    correct: np.ndarray
+
+
+class Sample(NamedTuple):
+    """What a model reads of a text or a set of images. mark: what tells whether another model reads the same."""
+
+    mark: bytes
+    scores: Callable[[Weights], Scores]
+
+
 def changes(bits: list[int], sigmas: list[float], draws: int) -> list[Change]:
     """None, then rounding to each number of bits, then each noise; noise is averaged over `draws` draws."""
     found = [Change("as trained", [lambda weights: weights])]
@@ -82,25 +100,41 @@ def evaluate(
     if other := next((found for found in models if found.config.FAMILY != "decoder"), None):
         raise UserError(f"{other.where} is a model of images, others are of text: give them to a command each")
     length = seq_len or min(found.config.seq_len for found in models)
-    first: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
-    for number, found in enumerate(models):
+
+    def read(found: Pretrained) -> dict[str, Sample]:
         if length > found.config.seq_len:
             raise UserError(f"--seq-len must be at most {found.config.seq_len}, that of {found.source}, got {length}")
         texts = {spec: held_out(found, spec, tokenizer, length, most) for spec in specs}
-        weights, losses_of = found.weights(), inference(framework(found)).window_losses
-        loss = Loss(soft_cap=found.soft_cap or None)
+        losses_of, loss = inference(framework(found)).window_losses, Loss(soft_cap=found.soft_cap or None)
+
+        def scores(windows: np.ndarray, weights: Weights) -> Scores:
+            targets_W = np.array([targets_in(window[None]) for window in windows])
+            return Scores(targets_W, losses_of(found.config, weights, loss, windows), np.zeros((len(windows), 0)))
+
+        return {spec: Sample(windows.tobytes(), partial(scores, windows)) for spec, windows in texts.items()}
+
+    for row, _ in rows(models, changed, read):
+        yield row
+
+
+def rows(
+    models: list[Pretrained], changed: list[Change], read: Callable[[Pretrained], dict[str, Sample]]
+) -> Iterator[tuple[dict[str, Any], Scores]]:
+    """A row for each model, change of its weights, and sample of `read(model)`, and the scores that it is made of."""
+    first: dict[tuple[str, str], tuple[bytes, np.ndarray]] = {}
+    for number, found in enumerate(models):
+        samples, weights = read(found), found.weights()
         for change in changed:
-            total = {spec: np.zeros(len(windows)) for spec, windows in texts.items()}
-            for draw in change.draws:
-                drawn = draw(weights)
-                for spec, windows in texts.items():
-                    total[spec] += losses_of(found.config, drawn, loss, windows)
-            for spec, windows in texts.items():
-                losses_W = total[spec] / len(change.draws)
-                base = first.setdefault((change.name, spec), (windows, losses_W))
-                paired = number > 0 and np.array_equal(base[0], windows)
-                targets_W = np.array([targets_in(window[None]) for window in windows])
-                yield row_of(found, change.name, spec, targets_W, losses_W, losses_W - base[1] if paired else None)
+            of_draws = [
+                {spec: sample.scores(drawn) for spec, sample in samples.items()}
+                for drawn in (draw(weights) for draw in change.draws)
+            ]
+            for spec, sample in samples.items():
+                targets, losses, correct = zip(*(scores[spec] for scores in of_draws), strict=True)
+                mean = Scores(targets[0], np.mean(losses, axis=0), np.mean(correct, axis=0))
+                base = first.setdefault((change.name, spec), (sample.mark, mean.losses))
+                difference_N = mean.losses - base[1] if number > 0 and base[0] == sample.mark else None
+                yield row_of(found, change.name, spec, mean.targets, mean.losses, difference_N), mean
 
 
 def mean_of(values_W: np.ndarray, targets_W: np.ndarray) -> Mean:

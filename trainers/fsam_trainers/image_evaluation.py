@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from fsam_core import UserError
 from fsam_trainers.data.images import HeldOut, ImageCorpus, load
-from fsam_trainers.evaluation import Change, mean_of, row_of
-from fsam_trainers.models import module_of
+from fsam_trainers.evaluation import Change, Sample, Scores, mean_of, rows
 from fsam_trainers.models.vit_layout import ViTConfig
-from fsam_trainers.pretrained import Pretrained
+from fsam_trainers.pretrained import Pretrained, inference
 from fsam_trainers.quantize import Weights
 
 BATCH = 256  # images whose logits are computed together
-
-
-class Scores(NamedTuple):
-    """Of each image. losses: float64 [N]. correct: float64 [N, K], 1 where the label is among the k likeliest."""
-
-    losses: np.ndarray
-    correct: np.ndarray
 
 
 def evaluate(
@@ -43,24 +36,16 @@ def evaluate(
     Raises:
         UserError: where a model or a set cannot be read, or the images are not such as the model was trained on.
     """
-    first: dict[tuple[str, str], tuple[bytes, np.ndarray]] = {}
-    for number, found in enumerate(models):
-        config = _config_of(found)
-        logits = module_of("flax" if framework(found) == "jax" else "torch", config).logits
+
+    def read(found: Pretrained) -> dict[str, Sample]:
         sets = {spec: held_out(spec, found, most) for spec in specs}
-        weights = found.weights()
-        for change in changed:
-            for spec, (batches, digest) in sets.items():
-                scores = [_scores(logits, config, draw(weights), batches) for draw in change.draws]
-                losses_N = np.mean([one.losses for one in scores], axis=0)
-                correct_NxK = np.mean([one.correct for one in scores], axis=0)
-                base = first.setdefault((change.name, spec), (digest, losses_N))
-                paired = number > 0 and base[0] == digest
-                weights_N = np.ones(len(losses_N))
-                row = row_of(found, change.name, spec, weights_N, losses_N, losses_N - base[1] if paired else None)
-                accuracy, *top5 = (mean_of(column, weights_N) for column in correct_NxK.T)
-                row |= {"val_accuracy": accuracy.value, "val_accuracy_error": accuracy.error}
-                yield row | ({"val_top5": top5[0].value} if top5 else {})
+        scores = partial(_scores, inference(framework(found)).image_logits, _config_of(found))
+        return {spec: Sample(digest, partial(scores, batches)) for spec, (batches, digest) in sets.items()}
+
+    for row, scores in rows(models, changed, read):
+        accuracy, *top5 = (mean_of(column, scores.targets) for column in scores.correct.T)
+        row |= {"val_accuracy": accuracy.value, "val_accuracy_error": accuracy.error}
+        yield row | ({"val_top5": top5[0].value} if top5 else {})
 
 
 def _config_of(found: Pretrained) -> ViTConfig:
@@ -95,15 +80,17 @@ def _is_resized(spec: str, config: ViTConfig) -> bool:
 
 
 def _scores(
-    logits: Callable[..., np.ndarray], config: ViTConfig, weights: Weights, batches: Sequence[dict[str, np.ndarray]]
+    logits_at: Callable[..., Any], config: ViTConfig, batches: Sequence[dict[str, np.ndarray]], weights: Weights
 ) -> Scores:
+    logits = logits_at(config, weights)
     losses, correct = [], []
     for batch in batches:
         labels_N = batch["labels"][:, 0]
-        z_NxV = logits(config, weights, batch["pixels"]).astype(np.float64)[labels_N >= 0]
+        z_NxV = logits(batch["pixels"]).astype(np.float64)[labels_N >= 0]
         own_N = z_NxV[np.arange(len(z_NxV)), labels_N[labels_N >= 0]]
         top_N = z_NxV.max(1)
         losses.append(top_N + np.log(np.exp(z_NxV - top_N[:, None]).sum(1)) - own_N)
         above_N = (z_NxV > own_N[:, None]).sum(1)
         correct.append(np.stack([above_N < k for k in config.top], axis=1))
-    return Scores(np.concatenate(losses), np.concatenate(correct).astype(np.float64))
+    losses_N = np.concatenate(losses)
+    return Scores(np.ones(len(losses_N)), losses_N, np.concatenate(correct).astype(np.float64))

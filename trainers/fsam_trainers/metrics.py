@@ -48,7 +48,7 @@ class JsonLines:
 
 
 class TensorBoard:
-    """The same in OUT/tensorboard. It is written anew from metrics.jsonl at each start, so that no step is there twice.
+    """The same in OUT/tensorboard. It is rewritten from metrics.jsonl at each start, so no step is there twice.
 
     Raises:
         UserError: when tensorboard is not installed.

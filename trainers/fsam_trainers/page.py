@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from fsam_core import backends
@@ -37,7 +38,7 @@ class Section:
     texts: Sequence[tuple[str, str]] = ()
     commands: Sequence[tuple[str, str]] = ()
 
-    @property
+    @cached_property
     def alignment(self) -> list[str]:
         """The CSS class of each column."""
         is_text = lambda i: self.headings[i] in self.words or any(line[i][:1].isalpha() for line in self.cells)

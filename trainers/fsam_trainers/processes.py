@@ -11,12 +11,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from fsam_core import UserError
 from fsam_trainers import placement
 from fsam_trainers.config import Settings
-from fsam_trainers.data import AnyBatches, AnyCorpus, training_batches
+
+if TYPE_CHECKING:
+    from fsam_trainers.data import AnyBatches, AnyCorpus
 
 T = TypeVar("T")
 # Seconds that a process waits for the others in a step before it ends with an error.
@@ -100,6 +102,8 @@ def current() -> Processes:
 
 def batches(settings: Settings, corpus: AnyCorpus) -> AnyBatches:
     """This rank's training batches, to be closed."""
+    from fsam_trainers.data import training_batches  # every command imports this module, and few read data
+
     replicas = 1  # ranks with the same sequences; in JAX such devices belong to one process
     if settings.framework == "torch":
         placement.check_ranks(settings, _current.count)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -164,11 +162,8 @@ def _over_seeds(
 
 
 def _versions() -> list[str]:
-    found = []
-    for name in ("jax", "torch", "optax", "flax"):
-        if importlib.util.find_spec(name):
-            found.append(f"{name} {importlib.metadata.version(name)}")
-    return found
+    names = ("jax", "torch", "optax", "flax")
+    return [f"{name} {version}" for name in names if (version := backends.installed(name))]
 
 
 def _smoothed(values: list[float]) -> list[float]:

@@ -17,10 +17,10 @@ from fsam_trainers.checkpoints import Checkpoint
 from fsam_trainers.config import END, Settings, difference
 from fsam_trainers.console import Console
 from fsam_trainers.files import disk_errors
-from fsam_trainers.models.vit_layout import FIELDS, config_of
+from fsam_trainers.models.vit_layout import config_of
 
-# What a branch shares with its base: the same weights, and the same batches at the same steps.
-SHARED = ("framework", "batch", "seed", *(f"model.{name}" for name in FIELDS))
+# What a branch shares with its base, besides the model's sizes: the framework's weights, and the batches of each step.
+SHARED = ("framework", "batch", "seed")
 
 
 class BranchPoint(NamedTuple):
@@ -110,8 +110,8 @@ def branch_of(point: BranchPoint) -> dict[str, Any]:
 def _branch(point: BranchPoint, settings: Settings, data: str) -> Start:
     found = checkpoints.at(point.run / "checkpoints", point.step)
     source, here = _settings(found), settings.as_dict()
-    every = {f.name for f in dataclasses.fields(Settings)} | {k for k in SHARED if k.startswith("model.")}
-    if changed := difference(here, source.as_dict(), ignored=every - set(SHARED)):
+    own = {f.name for f in dataclasses.fields(Settings)} - set(SHARED)
+    if changed := difference(here, source.as_dict(), ignored=own):
         raise UserError(f"--branch-from: {point.run} is a run with {changed}; a branch keeps that")
     if data != found.run["data"]:
         raise UserError(f"--branch-from: {point.run} is a run on other data or another tokenizer; give the same")

@@ -50,8 +50,9 @@ def show_values(values: Sequence[tuple[str, str]]) -> None:
 
 def show_lines(*lines: str) -> None:
     """Print lines that are cut nowhere: paths, commands, notes."""
+    console = stdout()
     for line in lines:
-        stdout().print(line, markup=False, soft_wrap=True)
+        console.print(line, markup=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)

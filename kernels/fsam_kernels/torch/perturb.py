@@ -57,7 +57,7 @@ def perturb(
     lists = (g, v if adam is not None else None, theta, moved)
     if not rounding.stochastic and any(x.device.type != "cpu" for x in theta):
         _write_lists(lists, scale, as_clip(clip), adam, mask)
-        return _with_masked(theta, moved, mask)
+        return with_masked(theta, moved, mask)
     steps: dict[Any, float] = {}
     for entry, direction, parts in directions(lists, adam, clip, mask, written=1):
         home, accum = entry.arrays[0].device, accum_dtype(entry.arrays[0].dtype)
@@ -73,7 +73,7 @@ def perturb(
             direction.added(weight, x, moment, step, sum_)
             if not exact:
                 rounds.write(result, sum_, rounding, entry.place, at)
-    return _with_masked(theta, moved, mask)
+    return with_masked(theta, moved, mask)
 
 
 def _write_lists(
@@ -94,7 +94,7 @@ def _write_lists(
         torch._foreach_copy_(out, moved)
 
 
-def _with_masked(theta: Sequence[Tensor], moved: list[Tensor], mask: Sequence[bool] | None) -> list[Tensor]:
+def with_masked(theta: Sequence[Tensor], moved: list[Tensor], mask: Sequence[bool] | None) -> list[Tensor]:
     """The perturbed tensors, with θ in those that are masked."""
     for index in range(len(theta)):
         if mask is not None and not mask[index] and moved[index] is not theta[index]:

@@ -71,7 +71,7 @@ def preconditioned_norm(
         return _of_lists(g, v if adam is not None else None, as_clip(clip), adam, mask, per_tensor, gradient)
     total = accum_dtype(g[0].dtype)
     home = g[0].device
-    sums: tuple[list[Tensor | float], ...] = ([], [], [])
+    sums: tuple[list[float], ...] = ([], [], [])
     factors: tuple[list[Tensor | float], ...] = ([], [])
     counts = [0] * len(g)
     for entry, direction, parts in directions((g, v if adam is not None else None), adam, clip, mask):
@@ -147,7 +147,7 @@ def direction_and_norm(
     """
     if not g:
         raise ValueError("g: at least one gradient is needed, got an empty list")
-    sums: list[Tensor | float] = []
+    sums: list[float] = []
     counts = [0] * len(g)
     small: dict[Adam | None, list[tuple[int, Direction, tuple[Any, ...]]]] = {}
     for entry, direction, parts in directions((g, v, out), adam, clip, written=1):
@@ -174,17 +174,15 @@ def _added(parts: Tensor, counts: list[int], per_tensor: bool) -> Tensor:
     return torch.stack([x.sum() for x in parts.split(counts)]) if per_tensor else parts.sum()
 
 
-def _dot(x: Tensor, y: Tensor) -> Tensor | float:
-    """xᵀ y; on a CPU a number, summed over parts of `SUMMED` elements, because longer float32 sums lose digits."""
-    if x.device.type != "cpu":
-        return torch.dot(x, y)
+def _dot(x: Tensor, y: Tensor) -> float:
+    """xᵀ y, summed over parts of `SUMMED` elements, because longer float32 sums lose digits."""
     return sum(float(torch.dot(a, b)) for a, b in zip(x.split(SUMMED), y.split(SUMMED), strict=True))
 
 
-def _square(x: Tensor) -> Tensor | float:
+def _square(x: Tensor) -> float:
     """xᵀ x likewise; all parts of a long piece take one call and two thirds of the time."""
     rows = len(x) // SUMMED
-    if x.device.type != "cpu" or rows < 2:
+    if rows < 2:
         return _dot(x, x)
     norms = torch.linalg.vector_norm(x[: rows * SUMMED].view(rows, SUMMED), dim=1)
     rest = x[rows * SUMMED :]

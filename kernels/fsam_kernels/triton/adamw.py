@@ -119,9 +119,9 @@ def adamw(
             written = [group.types[i] for i in (0, 2, 3, 4)]
             rounds.check(rounding, all(x in (None, tl.bfloat16, tl.float32) for x in written))
         streams = ("theta", "exp_avg", "exp_avg_sq", "copy")
-        counts = _counts(plan, settings)
-        given, on_device = _settings(plan, settings, counts is not None), counts is not None
-        table = tables.table(plan, given, rounding, streams, changes=on_device)
+        counts = _counts(plan, settings)  # kept until the launch, which takes their addresses
+        on_device = counts is not None
+        table = tables.table(plan, _settings(plan, settings, on_device), rounding, streams, changes=on_device)
         factor = tables.as_scalar(clip, plan.device)
         skip = None if found_inf is None else tables.as_scalar(found_inf, plan.device)
         with torch.cuda.device_of(table):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fsam_kernels.torch import rounding as rounds
 from fsam_kernels.torch.direction import Adam
-from fsam_kernels.torch.perturb import new_like
+from fsam_kernels.torch.perturb import new_like, with_masked
 from fsam_kernels.torch.rounding import Rounding
 from fsam_kernels.triton import tables
 
@@ -83,7 +83,4 @@ def perturb(
                         table, plan.chunks, factor, group.start, THETA=THETA, G=G, V=V, OUT=OUT,
                         RANDOM=rounding.stochastic, BLOCK=tables.BLOCK, num_warps=tables.WARPS, enable_fp_fusion=False,
                     )  # fmt: skip
-    for index in range(len(theta)):
-        if mask is not None and not mask[index] and moved[index] is not theta[index]:
-            moved[index].copy_(theta[index])
-    return moved
+    return with_masked(theta, moved, mask)

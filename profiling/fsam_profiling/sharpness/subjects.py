@@ -169,13 +169,12 @@ class Curvatures:
         import torch
 
         from fsam_core.torch.curvature import Curvature
+        from fsam_trainers.torch.engine import placed
 
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
         module = module_of("torch", config)
         model = module.Model(config, weights=weights).eval().to(device, getattr(torch, self._dtype))
-        kinds = {np.dtype(np.int32): torch.int64}
-        placed = lambda x: torch.from_numpy(x).to(device, kinds.get(x.dtype))
-        batch = MicroBatches(each(placed, part) for part in self._parts)
+        batch = MicroBatches(placed(part, device) for part in self._parts)
         return Curvature(model, partial(module.features, loss=loss), batch, products=self._products)
 
     def _in_jax(self, config: ModelConfig, loss: Loss, weights: dict[str, np.ndarray]) -> Any:
@@ -222,15 +221,14 @@ def windows(sources: Sequence[Source], data: str | None, tokenizer: Path | None,
     Of models of images, as many images as have about `tokens` patches.
 
     Args:
-        data: a text or a set of images; None for `fsam train`'s default.
+        data: a text or a set of images; None for that of the first run.
 
     Raises:
         UserError: where the models take other tokens or sizes of vocabulary, or other images.
     """
-    first = sources[0].model.config
+    first, data = sources[0].model.config, data or sources[0].model.data
     if isinstance(first, ViTConfig):
-        return _images([source.model for source in sources], data or "digits", max(1, tokens // first.seq_len))
-    data = data or "python"
+        return _images([source.model for source in sources], data, max(1, tokens // first.seq_len))
     from fsam_trainers.evaluation import held_out
 
     length = min(source.model.config.seq_len for source in sources)

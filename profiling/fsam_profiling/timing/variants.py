@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from fsam_core.schedules import Kind
 from fsam_profiling.settings import random_batch
 from fsam_trainers import registry
 from fsam_trainers.config import Framework, Settings
-from fsam_trainers.data.batches import Batch, each, named
+from fsam_trainers.data.batches import Batch, named
 from fsam_trainers.models import module_of
 from fsam_trainers.models.layout import initial, nested
 
@@ -116,12 +114,12 @@ def _torch(chosen: Settings, whose: str, kind: str, batch: Batch) -> Callable[[i
     import torch.nn.functional as F
 
     from fsam_profiling.timing import textbook_torch
+    from fsam_trainers.torch.engine import placed
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     module = module_of("torch", chosen.model)
     model = module.Model(chosen.model, chosen.seed).to(device or "cpu")
-    kinds = {np.dtype(np.int32): torch.int64}
-    placed = each(lambda x: torch.from_numpy(x).to(device or "cpu", kinds.get(x.dtype)), batch)
+    own = placed(batch, device or "cpu")
     groups = [
         {"params": [p for p in model.parameters() if (p.ndim > 1) == matrix], "weight_decay": decay}
         for matrix, decay in ((True, chosen.weight_decay), (False, 0.0))
@@ -136,11 +134,11 @@ def _torch(chosen: Settings, whose: str, kind: str, batch: Batch) -> Callable[[i
         return z_NxV.float(), head.labels
 
     if whose == "pytorch_optimizer":
-        return _pytorch_optimizer(model, groups, rates, partial(logits, model, placed), chosen)
+        return _pytorch_optimizer(model, groups, rates, partial(logits, model, own), chosen)
     optimizer = torch.optim.AdamW(groups, **rates)
     step = textbook_torch.step(kind, model, optimizer, logits, chosen.rho, chosen.clip_norm)
     # As our steps do, wait for the loss.
-    return lambda index: float(step(placed))
+    return lambda index: float(step(own))
 
 
 def _pytorch_optimizer(model: Any, groups: Any, rates: Any, logits: Any, chosen: Settings) -> Callable[[int], Any]:

@@ -12,7 +12,6 @@ None of them is measured on a running chip.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import subprocess
@@ -24,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from fsam_core.backends import installed
 from fsam_core.errors import UserError
 from fsam_profiling.regions import in_order
 from fsam_profiling.tpu import hlo, schedules
@@ -260,10 +260,7 @@ def to_json(compiled: Compiled) -> dict[str, Any]:
 
 
 def _libtpu() -> str | None:
-    try:
-        return importlib.metadata.version("libtpu")
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return installed("libtpu")
 
 
 def ask(chip: str, child: str, request: dict[str, Any], what: str, dumps: Path | None = None) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def test_profile_step_times_a_preset_of_images(tmp_path, capsys):
     from small_runs import fsam
 
     path = tmp_path / "rows.json"
-    options = ("--preset", "vit-tiny", "--batch", 4, "--repeats", 2, "--only", "adamw,1/4", "--json", path)
+    options = ("--preset", "vit-tiny", "--batch", 4, "--repeats", 10, "--only", "adamw,1/4", "--json", path)
     assert fsam("profile", "step", *options) == 0
     rows = json.loads(path.read_text())["rows"]
     assert {row["framework"] for row in rows} == {"jax", "torch"}

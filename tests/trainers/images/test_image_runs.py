@@ -12,8 +12,8 @@ from rank_runs import figures, torchrun
 from small_runs import final_weights, fsam, fsam_process, steps_done
 
 from fsam_trainers.data.images import HeldOut, load
-from fsam_trainers.models import torch_vit
 from fsam_trainers.pretrained import find
+from fsam_trainers.torch.inference import image_logits
 
 SIZES = ("--layers", 1, "--width", 16, "--heads", 4, "--batch", 8, "--learning-rate", 0.01)
 AUGMENTED = ("--crop-padding", 1, "--flip", "--mixup", 0.3, "--label-smoothing", 0.1, "--dropout", 0.1)
@@ -53,7 +53,7 @@ def test_an_evaluation_is_of_every_held_out_image(runs):
     """179 images, of which the last batch of 8 has 3."""
     found = find(str(runs / "torch"), "RUN")
     images = load("digits").validation
-    z = torch_vit.logits(found.config, found.weights(), images.array).astype(np.float64)
+    z = image_logits(found.config, found.weights())(images.array).astype(np.float64)
     logp = z - np.log(np.exp(z).sum(1, keepdims=True))
     last = lines(runs / "torch")[-1]
     assert len(HeldOut(images, 8)[-1]["labels"]) == 3

@@ -14,10 +14,12 @@ import torch
 import fsam_core.jax
 import fsam_core.torch
 from fsam_core import NAMES, UserError, named
+from fsam_trainers.jax import inference as jax_inference
 from fsam_trainers.models import flax_vit, module_of, torch_vit
 from fsam_trainers.models.layout import blocks, flattened, initial, nested, shapes
 from fsam_trainers.models.vit_layout import ViTConfig, config_of
 from fsam_trainers.presets import VIT_PRESETS, preset
+from fsam_trainers.torch import inference as torch_inference
 
 B2 = 0.95
 SIZES = {"patch": 2, "height": 4, "image_width": 6, "channels": 3, "classes": 5}
@@ -73,8 +75,8 @@ def test_logits_are_those_of_the_model_written_down(pool):
     c = config(pool=pool)
     weights = {k: x + RANDOM.normal(0, 0.1, x.shape).astype(np.float32) for k, x in initial(c, 1).items()}
     expected = logits_in_numpy(c, weights, BATCH["pixels"])
-    for module in (flax_vit, torch_vit):
-        np.testing.assert_allclose(module.logits(c, weights, BATCH["pixels"]), expected, rtol=1e-4, atol=1e-5)
+    for module in (jax_inference, torch_inference):
+        np.testing.assert_allclose(module.image_logits(c, weights)(BATCH["pixels"]), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_layout_names_the_parameters_of_both():
@@ -120,7 +122,7 @@ def test_both_frameworks_have_the_gradient_of_every_method(method, scope):
 
 def test_the_loss_of_a_mixture_is_that_of_its_weighted_labels():
     c = config()
-    z = torch.from_numpy(torch_vit.logits(c, initial(c, 0), BATCH["pixels"]).astype(np.float64))
+    z = torch.from_numpy(torch_inference.image_logits(c, initial(c, 0))(BATCH["pixels"]).astype(np.float64))
     logp = torch.log_softmax(z, 1).numpy()
     expected = -(np.take_along_axis(logp, BATCH["labels"], 1) * BATCH["weights"]).sum() / 4
     found = fsam_core.torch.mean_loss(torch_vit.features)(torch_vit.ViT(c), IN_TORCH)
@@ -135,8 +137,8 @@ def test_permuted_patches_change_the_logits_and_not_without_positions(pool):
     blind = {**weights, "positions": np.zeros_like(weights["positions"])}
     columns = BATCH["pixels"].reshape(4, 4, 3, 2, 3)
     permuted = columns[:, :, [2, 0, 1]].reshape(4, 4, 6, 3)
-    for module in (flax_vit, torch_vit):
-        moved = lambda w, of=module.logits: np.abs(of(c, w, BATCH["pixels"]) - of(c, w, permuted)).max()
+    for module in (jax_inference, torch_inference):
+        moved = lambda w, at=module.image_logits: np.abs(at(c, w)(BATCH["pixels"]) - at(c, w)(permuted)).max()
         assert moved(weights) > 1e-3
         assert moved(blind) < 1e-5
 
@@ -146,8 +148,8 @@ def test_every_patch_reaches_every_other():
     c = config(pool="token")
     other = BATCH["pixels"].copy()
     other[:, -1, -1] ^= 255
-    for module in (flax_vit, torch_vit):
-        one, changed = (module.logits(c, initial(c, 0), x) for x in (BATCH["pixels"], other))
+    for module in (jax_inference, torch_inference):
+        one, changed = (module.image_logits(c, initial(c, 0))(x) for x in (BATCH["pixels"], other))
         assert (np.abs(one - changed).max(1) > 1e-5).all()
 
 

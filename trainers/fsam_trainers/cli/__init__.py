@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.metadata
 import platform
@@ -11,8 +10,9 @@ import sys
 import traceback
 
 from fsam_core import UserError
+from fsam_core.backends import installed
 from fsam_trainers import host_memory, platforms, processes
-from fsam_trainers.cli.parsing import did_you_mean
+from fsam_trainers.cli.parsing import no_command
 
 # Group -> subcommand -> (the module whose `main(arguments)` runs it and returns the exit code, what it does). The
 # profiling package is imported by name, as nothing else of it is.
@@ -98,16 +98,12 @@ def _run(arguments: list[str]) -> int:
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
-        meant = did_you_mean(name.removeprefix("--"), list(COMMANDS))
-        hint = f"did you mean fsam {meant}?" if meant else f"use one of {', '.join(COMMANDS)}"
-        raise UserError(f"{name!r} is no command; {hint}")
+        raise no_command(name, list(COMMANDS), "fsam")
     return importlib.import_module(COMMANDS[name][0]).main(rest)
 
 
 def _versions() -> str:
     """fsam's version, then the packages that it computes with and are installed."""
     parts = [f"fsam {importlib.metadata.version('fsam')}", f"python {platform.python_version()}"]
-    for name in ("jax", "torch", "triton", "libtpu"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            parts.append(f"{name} {importlib.metadata.version(name)}")
-    return ", ".join(parts)
+    names = ("jax", "torch", "triton", "libtpu")
+    return ", ".join([*parts, *(f"{name} {version}" for name in names if (version := installed(name)))])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,13 +48,11 @@ def found() -> list[dict[str, Any]]:
     """A row for every backend of every framework; of one that cannot be used the reason says why."""
     rows = []
     for framework, names in backends.BACKENDS.items():
-        picked, problem, version = None, "", None
+        picked, problem, version = None, "", backends.installed(framework)
         try:
             picked = backends.choose(framework)
         except UserError as error:
             problem = str(error)
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            version = importlib.metadata.version(framework)
         for name in names:
             chosen = picked is not None and picked.name == name
             rows.append(

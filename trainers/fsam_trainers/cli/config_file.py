@@ -10,12 +10,10 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
-
-import tyro
+from typing import Any, get_type_hints
 
 from fsam_core import UserError
-from fsam_trainers.cli.parsing import parsed
+from fsam_trainers.cli.parsing import SUPPRESSED, parsed
 from fsam_trainers.config import SAVINGS
 from fsam_trainers.resuming import BranchPoint
 
@@ -98,15 +96,12 @@ class _Replaced:
     """The type of an option that this command replaces by its own; a file may have it."""
 
 
-_SUPPRESSED = get_args(tyro.conf.Suppress[str])[1]
-
-
 def _options(command: type) -> Iterator[tuple[str, Any]]:
     """(name, type) of every option of a command."""
     hints, bare = get_type_hints(command, include_extras=True), get_type_hints(command)
     for field in dataclasses.fields(command):
         if field.name not in NOT_IN_A_FILE:
-            hidden = _SUPPRESSED in getattr(hints[field.name], "__metadata__", ())
+            hidden = SUPPRESSED in getattr(hints[field.name], "__metadata__", ())
             yield field.name, _Replaced if hidden else bare[field.name]
         elif dataclasses.is_dataclass(bare[field.name]):
             yield from _options(bare[field.name])

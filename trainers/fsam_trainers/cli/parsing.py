@@ -23,7 +23,7 @@ from fsam_core import UserError
 T = TypeVar("T")
 WORKS = {int: "a whole number", float: "a number", Path: "a path"}
 _POSITIONAL = get_args(tyro.conf.Positional[str])[1]
-_SUPPRESSED = get_args(tyro.conf.Suppress[str])[1]
+SUPPRESSED = get_args(tyro.conf.Suppress[str])[1]
 _HERE = "DESCRIPTION"  # its place in the help: tyro would join its lines
 _TEXT = object()  # the kind of an option whose text is checked later
 
@@ -73,6 +73,13 @@ def did_you_mean(given: str, known: Sequence[str]) -> str | None:
     return next(iter(difflib.get_close_matches(given, known, 1)), None)
 
 
+def no_command(given: str, known: Sequence[str], prog: str, kind: str = "command") -> UserError:
+    """The error for a word that is none of the `known` subcommands of `prog`; `kind` is what they are called."""
+    meant = did_you_mean(given.removeprefix("--"), known)
+    hint = f"did you mean {prog} {meant}?" if meant else f"use one of {', '.join(known)}"
+    return UserError(f"{given!r} is no {kind}; {hint}")
+
+
 def _description(command: type) -> str:
     text, _, examples = (inspect.getdoc(command) or "").partition("Examples:")
     width = min(shutil.get_terminal_size().columns, 100)
@@ -97,7 +104,7 @@ def _options(command: type) -> Iterator[tuple[str, Any]]:
         kind, marks = bare[field.name], getattr(hints[field.name], "__metadata__", ())
         if dataclasses.is_dataclass(kind):
             yield from _options(kind)  # type: ignore[arg-type]
-        elif _POSITIONAL not in marks and _SUPPRESSED not in marks:
+        elif _POSITIONAL not in marks and SUPPRESSED not in marks:
             aliases = [x.removeprefix("--") for mark in marks for x in getattr(mark, "aliases", None) or ()]
             own_reader = any(isinstance(mark, PrimitiveConstructorSpec) for mark in marks)
             for name in (field.name.replace("_", "-"), *aliases):

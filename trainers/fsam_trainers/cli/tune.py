@@ -18,7 +18,7 @@ from fsam_trainers.cli.compare import ComparedIntervals
 from fsam_trainers.cli.options import Common, RunIntervals, check_backend, run_alone
 from fsam_trainers.cli.variants import VARIED, variant
 from fsam_trainers.config import Settings
-from fsam_trainers.console import Console, command_line
+from fsam_trainers.console import Console, command_line, without
 from fsam_trainers.files import write_json
 from fsam_trainers.tables import show, show_lines
 from fsam_trainers.timing import RelativeCost
@@ -156,7 +156,7 @@ def _row(options: Tune, method: str, tuned: Any) -> dict[str, Any]:
     if method != "adamw":
         defaults["rho"] = f"{tuned.candidate.settings.rho:.6g}"
     chosen = {**defaults, **values, **({"steps": steps} if options.budget != "steps" else {})}
-    kept = list(_without(options.arguments, {*OWN, *chosen}))
+    kept = without(options.arguments, {*OWN, *chosen})
     more = [x for name, value in chosen.items() for x in (f"--{name}", str(value))]
     return {
         "method": method,
@@ -167,20 +167,6 @@ def _row(options: Tune, method: str, tuned: Any) -> dict[str, Any]:
         "train": shlex.join(["fsam", "train", "--method", method, *kept, *more]),
         "tried": tuned.tried,
     }
-
-
-def _without(arguments: Sequence[str], names: set[str]) -> Iterator[str]:
-    """The arguments without these options and their values."""
-    skip = False
-    for word in arguments:
-        if word.startswith("--"):
-            option, equals, _ = word[2:].partition("=")
-            skip = option.replace("_", "-") in names
-            if skip and equals:
-                skip = False
-                continue
-        if not skip:
-            yield word
 
 
 def _print(result: dict[str, Any], out: Path) -> None:

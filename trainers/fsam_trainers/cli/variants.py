@@ -53,7 +53,7 @@ def _joined(parts: list[str]) -> Iterator[str]:
 
 
 def _checked(option: str, text: str, argument: str) -> bool:
-    """True for a valid option=value; tyro's own message is not one sentence.
+    """True for a valid option=value; the message of `parsed` would not name `argument` and the method.
 
     Raises:
         UserError: for an unknown option and for text in place of a number.

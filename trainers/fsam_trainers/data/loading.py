@@ -1,7 +1,6 @@
 """`load`: a corpus stored in tokens, or streamed; `training_batches`: the batches of either."""
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +29,7 @@ from fsam_trainers.data.sharded import ShardedText, open_sharded
 from fsam_trainers.data.specs import Files
 from fsam_trainers.data.stream import Recipe, StreamedBatches
 from fsam_trainers.data.vocabulary import TRAINING_CHARACTERS, Tokenizer
+from fsam_trainers.data.worker_process import count_for
 
 STREAMED_BYTES = 1_000_000_000  # files with more than this are streamed where nothing else is asked for
 HELD_OUT_TOKENS = 1 << 20  # tokens of the held-out rows that are kept
@@ -105,9 +105,7 @@ def load(
         raise UserError(f"--stream: --data {spec} holds tokens, which are never read as a whole: leave it out")
     check_sizes(vocab_size, seq_len)
     check_at_least("--shuffle-buffer", buffer, 1)
-    if workers is None:
-        workers = min(4, max(1, (os.cpu_count() or 1) - 1))
-    check_at_least("--data-workers", workers, 0)
+    workers = count_for(workers)
     given, tokens = given_tokenizer(tokenizer, vocab_size)
     text = open_sharded(spec, columns_of(text_column), files)
     return _prepare_stream(spec, text, why, vocab_size, seq_len, given, tokens, buffer, workers, cache)

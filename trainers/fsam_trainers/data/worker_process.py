@@ -4,12 +4,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from typing import Any
 
 from fsam_core.errors import UserError
+from fsam_trainers.data.corpus import check_at_least
 
 
 class WorkerProcess:
@@ -73,16 +75,26 @@ class WorkerProcess:
         )
 
 
-def serve(pipe: Any, answer_of: Any) -> None:
-    """Within a worker: answer every message by `answer_of(message)`, until the other end is gone."""
-    try:
-        while True:
-            pipe.send(answer_of(pipe.recv()))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return  # the run has ended
-
-
-def ignore_signals() -> None:
-    """A run that receives a signal finishes its step and saves; its workers end with their pipe."""
+def serve(answering: Callable[[Any], Callable[[Any], Any]]) -> None:
+    """The program of such a process: answer every message by `answering(first)(message)`, until the run has ended."""
+    # A run that receives a signal finishes its step and saves; its workers end with their pipe.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    with Connection(int(sys.argv[1])) as pipe:
+        try:
+            answer_of = answering(pipe.recv())
+            while True:
+                pipe.send(answer_of(pipe.recv()))
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            return
+
+
+def count_for(asked: int | None) -> int:
+    """How many such processes --data-workers asks for: by default one fewer than there are cores, 1 to 4.
+
+    Raises:
+        UserError: for a number below 0.
+    """
+    count = min(4, max(1, (os.cpu_count() or 1) - 1)) if asked is None else asked
+    check_at_least("--data-workers", count, 0)
+    return count

@@ -166,16 +166,17 @@ def _features(settings: Settings, *, trained: bool) -> Callable[..., fsam.Linear
 def evaluated(settings: Settings) -> Callable[[Any, Any], tuple[jax.Array, jax.Array]]:
     """(params, batch) -> (the reported loss, how many labels are among the k likeliest, for each k of the model)."""
     features, top = _features(settings, trained=False), settings.model.top
-    loss = fsam.mean_loss(features, memory=_memory(settings), backend=mesh.backend(settings))
 
     def of(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-        if not top:
-            return loss(params, batch), jnp.zeros(0)
         head: Any = features(params, batch)
+        mean_loss = fsam.mean_loss(lambda *_: head, memory=_memory(settings), backend=mesh.backend(settings))
+        loss = mean_loss(params, batch)
+        if not top:
+            return loss, jnp.zeros(0)
         z_NxV = jnp.matmul(head.hidden, head.weight.T, preferred_element_type=jnp.float32) + head.bias
         own_Nx1 = jnp.take_along_axis(z_NxV, head.labels[:, None], 1)
         above_N = jnp.where(head.labels < 0, z_NxV.shape[1], (z_NxV > own_Nx1).sum(1))
-        return loss(params, batch), jnp.stack([(above_N < k).sum() for k in top])
+        return loss, jnp.stack([(above_N < k).sum() for k in top])
 
     return of
 

@@ -1,7 +1,8 @@
-"""A model without a training state, in JAX: its weights in a checkpoint, losses, decoding with a cache."""
+"""A model without a training state, in JAX: its weights in a checkpoint, losses, logits, decoding with a cache."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from flax import linen as nn
 
 import fsam_core.jax as fsam
 from fsam_kernels.options import Loss
-from fsam_trainers.models import flax_decoder
+from fsam_trainers.models import flax_decoder, flax_vit
 from fsam_trainers.models.flax_decoder import norm, rotated
 from fsam_trainers.models.layout import ModelConfig, flattened, nested, rotation, shapes
+from fsam_trainers.models.vit_layout import ViTConfig
 
 
 def read(folder: Path, config: ModelConfig, *, averaged: bool) -> dict[str, np.ndarray]:
@@ -45,6 +47,19 @@ def window_losses(
 def _mean_loss(config: ModelConfig, loss: Loss) -> Any:
     """Compiled once for all weights of these sizes."""
     return jax.jit(fsam.mean_loss(partial(flax_decoder.features, flax_decoder.Decoder(config), loss=loss)))
+
+
+def image_logits(config: ViTConfig, weights: dict[str, np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+    """Images, uint8 [B, H, W, C] -> their logits, float32 [B, V], on the default device."""
+    params = jax.tree.map(jnp.asarray, nested(weights))
+    return lambda pixels_BxHxWxC: np.asarray(_image_logits(config, params, pixels_BxHxWxC))
+
+
+@partial(jax.jit, static_argnums=0)
+def _image_logits(config: ViTConfig, params: dict, pixels_BxHxWxC: jax.Array) -> jax.Array:
+    out: Any = flax_vit.ViT(config).apply({"params": params}, pixels_BxHxWxC)
+    h_BxD, w_VxD, bias_V = out
+    return h_BxD @ w_VxD.T + bias_V
 
 
 class CachedDecoder:

@@ -6,6 +6,8 @@ over B·H: in this project's first trials a 2.3M-parameter model took 0.30 s a s
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -172,26 +174,35 @@ def features(
     The params are cast to `dtype` where they are used (`flax_mixed`), so whatever is made of them (perturbed ones,
     gradients) is float32 from there on.
     """
-    return _head(_applied(model, params, batch, dtype), batch, loss)
+    return _head(applied(model, _inputs, params, batch, dtype=dtype), batch, loss)
 
 
 def staged(model: Decoder, blocks: int, loss: Loss = CROSS_ENTROPY, dtype: Any = jnp.float32) -> Staged:
     """`features` in two stages; the lower one holds the first `blocks` blocks."""
+    return in_stages(partial(applied, model, _inputs, dtype=dtype), blocks, partial(_head, loss=loss))
+
+
+def in_stages(of: Callable[..., Any], blocks: int, head: Callable[[Any, dict], LinearHead]) -> Staged:
+    """head(of(params, batch), batch) in two stages, `of` being `applied` of a model."""
 
     def prefix(params: dict, batch: dict) -> jax.Array:
-        return _applied(model, params, batch, dtype, last=blocks)
+        return of(params, batch, last=blocks)
 
     def suffix(params: dict, x_NxD: jax.Array, batch: dict) -> LinearHead:
-        return _head(_applied(model, params, batch, dtype, x_NxD=x_NxD, first=blocks), batch, loss)
+        return head(of(params, batch, x_NxD=x_NxD, first=blocks), batch)
 
     return Staged(prefix, suffix)
 
 
-def _applied(model: Decoder, params: dict, batch: dict, dtype: Any, **part: Any) -> Any:
+def applied(model: nn.Module, inputs: Callable[[dict], jax.Array], params: dict, batch: dict, **options: Any) -> Any:
+    """What the model makes of inputs(batch); with batch["key"] dropout is on."""
     rngs = {"dropout": batch["key"]} if "key" in batch else {}
+    return model.apply({"params": params}, inputs(batch), deterministic=not rngs, rngs=rngs, **options)
+
+
+def _inputs(batch: dict) -> jax.Array:
     tokens_BxL = batch["tokens"][:, :-1]
-    inputs_BxL = jnp.where(tokens_BxL < 0, ~tokens_BxL, tokens_BxL)
-    return model.apply({"params": params}, inputs_BxL, deterministic=not rngs, rngs=rngs, dtype=dtype, **part)
+    return jnp.where(tokens_BxL < 0, ~tokens_BxL, tokens_BxL)
 
 
 def _head(out: tuple[jax.Array, jax.Array], batch: dict, loss: Loss) -> LinearHead:

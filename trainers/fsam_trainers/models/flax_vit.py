@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fsam_core.jax import LinearHead, Staged
 from fsam_kernels.options import CROSS_ENTROPY, Loss
 from fsam_trainers.jax.mesh import by_rows, in_use
-from fsam_trainers.models.flax_decoder import Block, _fan_in, _normal, _normed, _zeros
+from fsam_trainers.models.flax_decoder import Block, _fan_in, _normal, _normed, _zeros, applied, in_stages
 from fsam_trainers.models.flax_mixed import product
-from fsam_trainers.models.layout import nested
 from fsam_trainers.models.vit_layout import ViTConfig
 
 
@@ -75,24 +74,15 @@ def features(model: ViT, params: dict, batch: dict, loss: Loss = CROSS_ENTROPY, 
 
     batch: pixels [B, H, W, C] uint8; labels [B, K] int32 and weights [B, K] float32, an image's weighted rows.
     """
-    return _head(_applied(model, params, batch, dtype), batch, loss)
+    return _head(applied(model, _inputs, params, batch, dtype=dtype), batch, loss)
 
 
 def staged(model: ViT, blocks: int, loss: Loss = CROSS_ENTROPY, dtype: Any = jnp.float32) -> Staged:
     """`features` in two stages; the lower one holds the first `blocks` blocks."""
-
-    def prefix(params: dict, batch: dict) -> jax.Array:
-        return _applied(model, params, batch, dtype, last=blocks)
-
-    def suffix(params: dict, x_NxD: jax.Array, batch: dict) -> LinearHead:
-        return _head(_applied(model, params, batch, dtype, x_NxD=x_NxD, first=blocks), batch, loss)
-
-    return Staged(prefix, suffix)
+    return in_stages(partial(applied, model, _inputs, dtype=dtype), blocks, partial(_head, loss=loss))
 
 
-def _applied(model: ViT, params: dict, batch: dict, dtype: Any, **part: Any) -> Any:
-    rngs = {"dropout": batch["key"]} if "key" in batch else {}
-    return model.apply({"params": params}, batch["pixels"], deterministic=not rngs, rngs=rngs, dtype=dtype, **part)
+_inputs = itemgetter("pixels")
 
 
 def _head(out: tuple[jax.Array, jax.Array, jax.Array], batch: dict, loss: Loss) -> LinearHead:
@@ -100,15 +90,3 @@ def _head(out: tuple[jax.Array, jax.Array, jax.Array], batch: dict, loss: Loss) 
     labels_BxK = batch["labels"]
     h_NxD = jnp.repeat(h_BxD, labels_BxK.shape[1], axis=0)
     return LinearHead(h_NxD, w_VxD, labels_BxK.reshape(-1), batch["weights"].reshape(-1), bias_V, loss=loss)
-
-
-def logits(config: ViTConfig, weights: dict[str, np.ndarray], pixels_BxHxWxC: np.ndarray) -> np.ndarray:
-    """float32 [B, V] of images, uint8, at these weights by flat name."""
-    return np.asarray(_logits(config, nested(weights), pixels_BxHxWxC))
-
-
-@partial(jax.jit, static_argnums=0)
-def _logits(config: ViTConfig, params: dict, pixels_BxHxWxC: jax.Array) -> jax.Array:
-    out: Any = ViT(config).apply({"params": params}, pixels_BxHxWxC)
-    h_BxD, w_VxD, bias_V = out
-    return h_BxD @ w_VxD.T + bias_V

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,39 +15,59 @@ from torch.utils.checkpoint import checkpoint
 
 from fsam_core.torch import LinearHead, Staged
 from fsam_kernels.options import CROSS_ENTROPY, Loss
+from fsam_trainers.data.batches import rows_of
 from fsam_trainers.models.layout import IN_BLOCK, ModelConfig, initial, is_rms, rotation, shapes
 from fsam_trainers.torch.mesh import entering, leaving, looked_up, own, own_heads
 
 
-class Decoder(nn.Module):
-    """Tokens [B, L] -> (last hidden states h_NxD with N = B·L, head weight w_VxD).
+class Stack(nn.Module):
+    """A model: blocks, and the parameters OWN. Its class says what is below them, in `lower`, and above, in `upper`.
 
     weights: by flat name; None for initial ones, drawn by `seed`.
     """
 
+    OWN: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self, config: Any, seed: int = 0, *, remat: bool = False, weights: dict[str, np.ndarray] | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        for i in range(config.layers):
+            self.add_module(f"block_{i}", Block(config, remat=remat))
+        for name in self.OWN:
+            self.register_parameter(name, _parameter(config, name))
+        load(self, initial(config, seed) if weights is None else weights)
+
+    def forward(self, inputs: Tensor) -> Any:
+        layers = self.config.layers
+        return self.upper(self.lower(inputs, layers), len(inputs), layers)
+
+    def lower(self, inputs: Tensor, blocks: int) -> Tensor:
+        """The residual stream x_NxD above the first `blocks` blocks."""
+        raise NotImplementedError
+
+    def upper(self, x_NxD: Tensor, B: int, blocks: int) -> Any:
+        """What the model gives, from the result of `lower` for B sequences or images."""
+        raise NotImplementedError
+
+    def _through(self, x_NxD: Tensor, L: int, which: range) -> Tensor:
+        for i in which:
+            x_NxD = self.get_submodule(f"block_{i}")(x_NxD, L)
+        return x_NxD
+
+
+class Decoder(Stack):
+    """Tokens [B, L] -> (last hidden states h_NxD with N = B·L, head weight w_VxD)."""
+
+    OWN = ("embedding", "positions", "final_norm", "final_norm_bias", "head")
     embedding: Tensor
     positions: Tensor | None
     final_norm: Tensor
     final_norm_bias: Tensor | None
     head: Tensor | None
 
-    def __init__(
-        self, config: ModelConfig, seed: int = 0, *, remat: bool = False, weights: dict[str, np.ndarray] | None = None
-    ) -> None:
-        super().__init__()
-        self.config = config
-        for i in range(config.layers):
-            self.add_module(f"block_{i}", Block(config, remat=remat))
-        for name in ("embedding", "positions", "final_norm", "final_norm_bias", "head"):
-            self.register_parameter(name, _parameter(config, name))
-        load(self, initial(config, seed) if weights is None else weights)
-
-    def forward(self, tokens_BxL: Tensor) -> tuple[Tensor, Tensor]:
-        x_NxD = self.lower(tokens_BxL, self.config.layers)
-        return self.upper(x_NxD, tokens_BxL.shape[1], self.config.layers)
-
     def lower(self, tokens_BxL: Tensor, blocks: int) -> Tensor:
-        """The residual stream x_NxD above the first `blocks` blocks."""
         B, L = tokens_BxL.shape
         x_NxD = self._embedded(tokens_BxL.reshape(-1))
         if self.positions is not None:
@@ -54,9 +75,8 @@ class Decoder(nn.Module):
         x_NxD = F.dropout(x_NxD, self.config.dropout, self.training)
         return self._through(x_NxD, L, range(blocks))
 
-    def upper(self, x_NxD: Tensor, L: int, blocks: int) -> tuple[Tensor, Tensor]:
-        """The blocks and the norm above `lower`, from its result."""
-        x_NxD = self._through(x_NxD, L, range(blocks, self.config.layers))
+    def upper(self, x_NxD: Tensor, B: int, blocks: int) -> tuple[Tensor, Tensor]:
+        x_NxD = self._through(x_NxD, len(x_NxD) // B, range(blocks, self.config.layers))
         h_NxD = normed(self, "final_norm", x_NxD)
         return h_NxD, self.embedding if self.head is None else self.head
 
@@ -72,11 +92,6 @@ class Decoder(nn.Module):
         ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
         sparse = self.config.tied and self.embedding.device.type == "cpu" and not ranks
         return F.embedding(tokens_N, self.embedding, sparse=sparse and not torch.compiler.is_compiling())
-
-    def _through(self, x_NxD: Tensor, L: int, which: range) -> Tensor:
-        for i in which:
-            x_NxD = self.get_submodule(f"block_{i}")(x_NxD, L)
-        return x_NxD
 
 
 Model = Decoder
@@ -201,19 +216,22 @@ def features(model: nn.Module, tokens_BxL1: Tensor, loss: Loss = CROSS_ENTROPY) 
 
     A negative token is context: the input ~token, and no target.
     """
-    h_NxD, w_VxD = model(_inputs(tokens_BxL1))
-    return LinearHead(h_NxD, w_VxD, tokens_BxL1[:, 1:].reshape(-1), loss=loss)
+    return _head(model(_inputs(tokens_BxL1)), tokens_BxL1, loss)
 
 
 def staged(blocks: int, loss: Loss = CROSS_ENTROPY) -> Staged:
     """`features` in two stages; the lower one holds the first `blocks` blocks."""
+    return in_stages(blocks, _inputs, partial(_head, loss=loss))
 
-    def prefix(model: Any, tokens_BxL1: Tensor) -> Tensor:
-        return model.lower(_inputs(tokens_BxL1), blocks)
 
-    def suffix(model: Any, x_NxD: Tensor, tokens_BxL1: Tensor) -> LinearHead:
-        h_NxD, w_VxD = model.upper(x_NxD, tokens_BxL1.shape[1] - 1, blocks)
-        return LinearHead(h_NxD, w_VxD, tokens_BxL1[:, 1:].reshape(-1), loss=loss)
+def in_stages(blocks: int, inputs: Callable[[Any], Tensor], head: Callable[[Any, Any], LinearHead]) -> Staged:
+    """head(model(inputs(batch)), batch) of a `Stack` in two stages; the lower one holds the first `blocks` blocks."""
+
+    def prefix(model: Any, batch: Any) -> Tensor:
+        return model.lower(inputs(batch), blocks)
+
+    def suffix(model: Any, x_NxD: Tensor, batch: Any) -> LinearHead:
+        return head(model.upper(x_NxD, rows_of(batch), blocks), batch)
 
     return Staged(prefix, suffix)
 
@@ -221,6 +239,11 @@ def staged(blocks: int, loss: Loss = CROSS_ENTROPY) -> Staged:
 def _inputs(tokens_BxL1: Tensor) -> Tensor:
     tokens_BxL = tokens_BxL1[:, :-1]
     return torch.where(tokens_BxL < 0, ~tokens_BxL, tokens_BxL)
+
+
+def _head(out: tuple[Tensor, Tensor], tokens_BxL1: Tensor, loss: Loss) -> LinearHead:
+    h_NxD, w_VxD = out
+    return LinearHead(h_NxD, w_VxD, tokens_BxL1[:, 1:].reshape(-1), loss=loss)
 
 
 def load(model: nn.Module, flat: dict[str, np.ndarray]) -> None:

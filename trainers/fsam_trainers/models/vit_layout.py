@@ -7,7 +7,6 @@ token and its position, both learned, would only ever be added to each other.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -96,7 +95,3 @@ def kind_of(values: Mapping[str, Any]) -> type[ModelConfig]:
 def config_of(values: Mapping[str, Any]) -> ModelConfig:
     """A model's sizes from these plain values."""
     return kind_of(values)(**values)
-
-
-FIELDS = tuple(dict.fromkeys(f.name for f in (*dataclasses.fields(ModelConfig), *dataclasses.fields(ViTConfig))))
-"""The names of both models' sizes."""

@@ -87,6 +87,12 @@ def _whole(p: Any) -> torch.Tensor:
     return p.full_tensor() if hasattr(p, "full_tensor") else p
 
 
+def placed(batch: Batch, device: Any) -> Any:
+    """The batch on a device; indices are int64 there."""
+    kinds = {np.dtype(np.int32): torch.int64}
+    return each(lambda x: torch.from_numpy(x).to(device, kinds.get(x.dtype)), batch)
+
+
 class TorchEngine:
     """See `engine.Engine`."""
 
@@ -283,6 +289,4 @@ class TorchEngine:
         return {"model": model, "optimizer": optim, "step": self._step.state_dict(), **average}
 
     def _placed(self, batch: Batch) -> Any:
-        """The batch on the device; indices are int64 there."""
-        kinds = {np.dtype(np.int32): torch.int64}
-        return each(lambda x: torch.from_numpy(x).to(self._device, kinds.get(x.dtype)), batch)
+        return placed(batch, self._device)

@@ -1,8 +1,9 @@
-"""A model without a training state, in PyTorch: its weights in a checkpoint, losses, decoding with a cache."""
+"""A model without a training state, in PyTorch: its weights in a checkpoint, losses, logits, decoding with a cache."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from torch import Tensor
 
 import fsam_core.torch as fsam
 from fsam_kernels.options import Loss
-from fsam_trainers.models import torch_decoder
+from fsam_trainers.models import torch_decoder, torch_vit
 from fsam_trainers.models.layout import ModelConfig, shapes
 from fsam_trainers.models.torch_decoder import norm, plus, rotated, turn_of
+from fsam_trainers.models.vit_layout import ViTConfig
 
 
 def read(folder: Path, config: ModelConfig, *, averaged: bool) -> dict[str, np.ndarray]:
@@ -38,6 +40,19 @@ def window_losses(
     mean = fsam.mean_loss(partial(torch_decoder.features, loss=loss))
     rows = torch.from_numpy(np.asarray(windows_WxL1, np.int64)).to(device)
     return np.array([float(mean(model, row[None])) for row in rows])
+
+
+def image_logits(config: ViTConfig, weights: dict[str, np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+    """Images, uint8 [B, H, W, C] -> their logits, float32 [B, V], on the default device."""
+    device = _device()
+    model = torch_vit.ViT(config, weights=weights).eval().to(device)
+
+    @torch.no_grad()
+    def of(pixels_BxHxWxC: np.ndarray) -> np.ndarray:
+        h_BxD, w_VxD, bias_V = model(torch.from_numpy(pixels_BxHxWxC).to(device))
+        return (h_BxD @ w_VxD.T + bias_V).cpu().numpy()
+
+    return of
 
 
 class CachedDecoder:

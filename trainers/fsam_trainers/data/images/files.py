@@ -47,19 +47,25 @@ def folder(root: Path) -> EncodedSet:
     held_out = next((named[name] for name in HELD_OUT if name in named), None)
     if train is None:
         train, held_out = root, None
-    classes = tuple(p.name for p in sorted(train.iterdir()) if p.is_dir() and _images_in(p))
+    images = _classes_in(train)
+    classes = tuple(images)
     if not classes:
         loose = " but images of its own" if _images_in(train) else ""
         raise UserError(f"--data: {train} holds no folders of images{loose}: it must have one a class, class/*.png")
-    first, empty = _class_files(root, train, classes)
+    first, empty = _class_files(root, train, classes, images)
     second = None
     if held_out is not None:
-        others = [p.name for p in sorted(held_out.iterdir()) if p.is_dir() and _images_in(p) and p.name not in classes]
-        if others:
+        images = _classes_in(held_out)
+        if others := [name for name in images if name not in classes]:
             raise UserError(f"--data: {held_out / others[0]} is a class that {train} does not have")
-        second, more = _class_files(root, held_out, classes)
+        second, more = _class_files(root, held_out, classes, images)
         empty += more
     return EncodedSet(root.resolve().name, first, second, classes, empty)
+
+
+def _classes_in(split: Path) -> dict[str, list[Path]]:
+    """The images of each of its folders that has any."""
+    return {p.name: found for p in sorted(split.iterdir()) if p.is_dir() and (found := _images_in(p))}
 
 
 def _images_in(path: Path) -> list[Path]:
@@ -68,9 +74,11 @@ def _images_in(path: Path) -> list[Path]:
         return sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
 
 
-def _class_files(root: Path, split: Path, classes: tuple[str, ...]) -> tuple[EncodedSplit, int]:
+def _class_files(
+    root: Path, split: Path, classes: tuple[str, ...], images: dict[str, list[Path]]
+) -> tuple[EncodedSplit, int]:
     """(the images of a split, how many files are empty)."""
-    found = [(label, p, p.stat().st_size) for label, name in enumerate(classes) for p in _images_in(split / name)]
+    found = [(label, p, p.stat().st_size) for label, name in enumerate(classes) for p in images.get(name, ())]
     kept = [(label, os.fspath(p), size) for label, p, size in found if size]
     if not kept:
         raise UserError(f"--data: {split}: all {len(found)} files are empty")

@@ -17,6 +17,7 @@ from fsam_trainers.data.images.augmentation import Augmentation
 from fsam_trainers.data.images.decoding import GREY, Form, opened
 from fsam_trainers.data.images.sources import Decoders, Encoded, Source, Stored
 from fsam_trainers.data.specs import is_hub, path_of
+from fsam_trainers.data.worker_process import count_for
 
 HELD_OUT = 10  # one image in this many is held out where a set has no validation split
 PROBED = 64  # images whose size is looked at before a run
@@ -66,8 +67,7 @@ def load(
     """
     if image_size is not None:
         check_at_least("--image-size", image_size, 1)
-    workers = min(4, max(1, (os.cpu_count() or 1) - 1)) if workers is None else workers
-    check_at_least("--data-workers", workers, 0)
+    workers = count_for(workers)
     found = _find(spec)
     if isinstance(found, arrays.Arrays):
         form, of = _stored(found, image_size)

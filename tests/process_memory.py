@@ -1,0 +1,19 @@
+"""Memory of this process, for the child scripts that measure it; Linux alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+
+def growth(call: Callable[[], object]) -> int:
+    """By how many bytes the peak of the process during a call passes what it held before."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    before = _status("VmRSS")
+    call()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
