@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import torch
@@ -155,6 +155,28 @@ class Step:
         self._read_figures(wait=True)
         return self._info
 
+    def last(self) -> tuple[Callable[[], Info], bool | Tensor]:
+        """(what waits for the results of the last step, also once the next has begun; whether that step was skipped).
+
+        The second is a scalar on the device, 1.0 for a skipped step, where the host does not know it yet.
+
+        Raises:
+            UserError: before the first step.
+        """
+        if self._unread:
+            figures = self._unread[-1].figures
+
+            def read() -> Info:
+                info = figures.read()
+                self._read_figures(wait=False)
+                return info
+
+            return read, figures.not_finite
+        info = self._info
+        if info is None:
+            raise UserError("last() is of a step that was taken; call the step first")
+        return (lambda: info), info.skipped
+
     @property
     def steps(self) -> int:
         """Completed optimizer steps; the argument of every schedule."""
@@ -266,8 +288,10 @@ class Step:
             raise UserError("a step takes gradients, which torch.inference_mode() cannot; call it outside")
         batches = micro_batches(batch)
         self._read_figures(wait=read or len(self._unread) >= MOST_UNREAD)
-        perturbs = isinstance(self.method, Perturbed)
-        kind = "plain" if not perturbs else "corrected" if self.schedule == ALWAYS else self.schedule.kind(self.steps)
+        # Each step that is not read yet may have been skipped; the host waits for them only if the kind depends on it.
+        kinds = {self.schedule.kind(self._steps + n) for n in range(len(self._unread) + 1)}
+        kind = kinds.pop() if len(kinds) == 1 else self.schedule.kind(self.steps)
+        kind = kind if isinstance(self.method, Perturbed) else "plain"
         local = self._local and kind == "corrected"
         config = PassConfig(
             ops=self.ops,

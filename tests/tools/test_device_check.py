@@ -95,6 +95,32 @@ def test_wrong_weights_are_found(monkeypatch):
     assert max(weights.of_adamw(tensors()).values()) > 1
 
 
+def test_device_decisions_are_checked(monkeypatch):
+    tensors = lambda: weights.make([(5,), (2049,)], "cpu")
+    right = [weights.of_adamw(tensors(), counted=True), weights.of_skip(tensors()), weights.of_optimizer(tensors())]
+    assert all(max(found.values()) <= 1 for found in right)
+    own = weights.adamw
+
+    def update_anyway(*args, found_inf=None, **options):
+        own(*args, **options)
+
+    monkeypatch.setattr(weights, "adamw", update_anyway)
+    monkeypatch.setattr(weights.AdamW, "update", staticmethod(update_anyway))
+    assert weights.of_skip(tensors())["exp_avg"] == torch.inf
+    found = weights.of_optimizer(tensors())
+    assert found["theta"] > 1 >= found["count"]
+    monkeypatch.setattr(weights.AdamW, "_counted", lambda self, params, states, _: [10.0] * len(params))
+    assert weights.of_optimizer(tensors())["count"] == torch.inf
+
+
+def test_wrong_share_is_found(monkeypatch):
+    tensors = lambda: weights.make([(5,), (2049,)], "cpu", g=torch.bfloat16)
+    assert max(weights.of_lerp(tensors()).values()) <= 1
+    own = weights.lerp_
+    monkeypatch.setattr(weights, "lerp_", lambda x, y, share: own(x, y, share * 1.001))
+    assert max(weights.of_lerp(tensors()).values()) > 1
+
+
 def test_wrong_product_is_found():
     size = {"N": 9, "D": 8, "V": 300, "dtype": torch.float32, "keep": True, "device": "cpu"}
     plain = products.BACKENDS["torch"]

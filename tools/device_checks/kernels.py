@@ -103,6 +103,10 @@ def parameter_operations(sizes: Sizes) -> dict[str, tuple[Callable[[], Any], int
     fused = torch.optim.AdamW(params, lr=1e-2, fused=True)
     moved = lambda dtype: weights.perturb(t.theta, t.g, t.v, scale, adam=adam, out=out[dtype])
     update = lambda **options: weights.adamw(t.theta, t.g, t.m, t.v, updates, **options)
+    step = torch.tensor(float(weights.UPDATE.step), device=sizes.device)
+    counted = [weights.UPDATE._replace(step=step)] * count
+    skip = torch.zeros((), device=sizes.device)
+    decided = lambda **options: weights.adamw(t.theta, t.g, t.m, t.v, counted, found_inf=skip, **options)
     calls: dict[str, tuple[Callable[[], Any], int]] = {
         "preconditioned_norm": (lambda: weights.preconditioned_norm(t.g, t.v, adam=adam), 8),
         "torch foreach norm": (lambda: torch._foreach_norm(t.g), 4),
@@ -110,6 +114,8 @@ def parameter_operations(sizes: Sizes) -> dict[str, tuple[Callable[[], Any], int
         "perturb to bfloat16": (lambda: moved(BF16), 14),
         "adamw": (update, 28),
         "adamw, bfloat16 copy": (lambda: update(copy=out[BF16]), 30),
+        "adamw, bfloat16 copy, counts on the device": (lambda: decided(copy=out[BF16]), 30),
+        "lerp": (lambda: weights.lerp_(t.m, t.g, scale), 12),
         "torch AdamW, fused": (fused.step, 28),
     }
     return {name: (call, least * elements) for name, (call, least) in calls.items()}

@@ -67,7 +67,7 @@ class Engine(Protocol):
     backend: str
     device: str
     asynchronous: bool
-    """Whether `step` returns before the work is done."""
+    """Whether `step` returns before the work is done, and before its figures are on the host."""
 
     def prepare(self, batch: Batch) -> None:
         """Compile the step for batches of this shape, so that the first step is timed like the others."""
@@ -75,6 +75,7 @@ class Engine(Protocol):
     def step(self, batch: Batch, index: int) -> Callable[[], StepReport]:
         """Start optimizer step `index` on this rank's rows (`processes.batches`); the returned function waits for it.
 
+        It may be called after the next step was started, which does not wait for it where it need not.
         Random draws depend on (seed, index); the kind of the step, its learning rate and ρ on the number of completed
         steps, in which a skipped one does not count.
         """

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-
 from fsam_core import backends
 from fsam_core.errors import UserError
 from fsam_kernels.shapes import WEIGHTS
 from fsam_profiling import results
+from fsam_trainers.tables import show, show_lines
 
 
 @dataclass(frozen=True)
@@ -54,12 +53,9 @@ def run(options: GpuOptions) -> int:
     archs = list(CARDS) if options.arch == "all" else [options.arch]
     shape = options.shape
     if options.what == "passes":
-        archs, found, table = [], list(passes.read(shape, options.dtype)), passes.table
-        Console(width=140).print(table(found))
+        found, table = list(passes.read(shape, options.dtype)), passes.table
     elif options.what == "launches":
-        archs, table = [], step_launches.table
-        found = list(step_launches.read(shape or "24m", options.tokens, options.only))
-        Console(width=140).print(table(found))
+        found, table = list(step_launches.read(shape or "24m", options.tokens, options.only)), step_launches.table
     elif options.what == "step":
         found, table = list(step.read(archs, shape or "24m", options.only)), step.table
     elif options.what == "head":
@@ -68,8 +64,11 @@ def run(options: GpuOptions) -> int:
         if shape is not None and shape not in WEIGHTS:
             raise UserError(f"shape: {shape!r} is not known: use {', '.join(WEIGHTS)}")
         found, table = list(parameters.read(archs, WEIGHTS if shape is None else [shape])), parameters.table
-    for arch in archs:
-        Console(width=140).print(table([row for row in found if row["arch"] == arch]))
+    of_any = options.what in ("passes", "launches")  # of no architecture: nothing is compiled
+    parts = [found] if of_any else [[row for row in found if row["arch"] == arch] for arch in archs]
+    show(*map(table, parts))
+    if not of_any:
+        show_lines("floor: least bytes over the published bandwidth, not a timing")
     if options.json is not None:
         results.write(options.json, f"gpu {options.what}", found, {"arch": options.arch, "shape": shape})
     return 0

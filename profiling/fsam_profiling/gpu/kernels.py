@@ -31,7 +31,6 @@ from typing import Any
 import torch
 import triton
 import triton.testing
-from rich import box
 from rich.table import Table
 
 from fsam_core.errors import UserError
@@ -166,28 +165,25 @@ def table(found: list[dict[str, Any]]) -> Table:
     """One line a kernel, and one for a stage of several; widths in bytes a thread, shared memory in bytes."""
     first = found[0]
     bandwidth = BY_NAME[first["arch"]].bandwidth / 1e12
-    title = (
-        f"{first['arch']} ({first['card']}, {bandwidth:g} TB/s), {first['dtype']} logits, Triton {first['triton']}. "
-        "A floor is least bytes / bandwidth, not a timing."
-    )
+    title = f"{first['arch']} ({first['card']}, {bandwidth:g} TB/s), {first['dtype']} logits, Triton {first['triton']}"
     timed = any(row["cold_us"] is not None for row in found)
-    result = Table(title=title, box=box.SIMPLE, pad_edge=False)
-    for name in ("shapes", "chunk", "options", "kernel"):
-        result.add_column(name, no_wrap=True)
-    for name in ("regs", "spills", "shared", "occup.", "load/store", "matrix", "bytes/least", "floor us"):
+    result = Table("shapes", "options", "kernel", title=title)
+    for name in ("chunk", "regs", "spills", "shared", "occup.", "load/store", "bytes/least", "floor us"):
         result.add_column(name, justify="right")
     for name in ("cold us", "warm us") if timed else ():
         result.add_column(name, justify="right")
+    result.add_column("matrix")
     for row in found:
         more = f" +{len(row['shapes']) - 1}" if len(row["shapes"]) > 1 else ""
-        head = [row["shapes"][0] + more, f"{row['rows']}×{row['columns']}", row["options"]]
+        head, chunk = [row["shapes"][0] + more, row["options"]], f"{row['rows']}×{row['columns']}"
         times = [f"{row[x]:,.1f}" if row[x] is not None else "" for x in ("cold_us", "warm_us")] if timed else []
         last = [f"{row['ratio']:.3f}", f"{row['floor_us']:,.1f}", *times]
+        alone = len(row["kernels"]) == 1
         for kernel in row["kernels"]:
-            cells = [kernel["kernel"], *(str(kernel[x]) for x in ("registers", "spills", "shared_bytes"))]
+            cells = [kernel["kernel"], chunk, *(str(kernel[x]) for x in ("registers", "spills", "shared_bytes"))]
             cells += [f"{kernel['occupancy']:.0%}", f"{kernel['load_bytes'] or '–'}/{kernel['store_bytes'] or '–'}"]
-            cells += [", ".join(kernel["matrix"]) or "none"]
-            result.add_row(*head, *cells, *(last if len(row["kernels"]) == 1 else [f"{kernel['ratio']:.3f}"]))
-        if len(row["kernels"]) > 1:
-            result.add_row(*head, row["stage"], *[""] * 5, *last)
+            cells += last if alone else [f"{kernel['ratio']:.3f}", *[""] * (len(last) - 1)]
+            result.add_row(*head, *cells, ", ".join(kernel["matrix"]))  # without any, the column is left out
+        if not alone:
+            result.add_row(*head, row["stage"], chunk, *[""] * 5, *last)
     return result

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import triton
-from rich import box
 from rich.table import Table
 
 from fsam_core.errors import UserError
@@ -73,11 +72,8 @@ def read(
 def table(found: list[dict[str, Any]]) -> Table:
     """One line an operation and model of one architecture."""
     first = found[0]
-    arch = f"{first['arch']} ({first['card']}), Triton {first['triton']}"
-    title = f"{arch}. A floor is least bytes / bandwidth, not a timing."
-    result = Table(title=title, box=box.SIMPLE, pad_edge=False)
-    for name in ("operation", "model"):
-        result.add_column(name, no_wrap=True)
+    title = f"{first['arch']} ({first['card']}), Triton {first['triton']}"
+    result = Table("operation", "model", title=title)
     for name in ("parameters", "launches", "bytes each", "bytes/least", "regs", "spills", "load/store", "floor us"):
         result.add_column(name, justify="right")
     for row in found:

@@ -21,7 +21,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from rich import box
 from rich.table import Table
 from torch import Tensor
 from torch.utils import _pytree
@@ -168,15 +167,14 @@ def read(shape: str | None, dtype: str) -> Iterator[dict[str, Any]]:
 
 def table(found: list[dict[str, Any]]) -> Table:
     """One line a row of the file."""
-    result = Table(title=f"PyTorch's own passes in the head, {found[0]['dtype']}", box=box.SIMPLE, pad_edge=False)
-    for name in ("shape", "pass"):
-        result.add_column(name, no_wrap=True)
-    for name in ("rows a chunk", "operations", "MB", "largest"):
+    result = Table("head", "pass", title=f"PyTorch's own passes in the head, {found[0]['dtype']}")
+    for name in ("operations", "MB"):
         result.add_column(name, justify="right")
+    result.add_column("largest, MB")
     for row in found:
         largest = [f"{name} {moved / 1e6:,.0f}" for name, moved in list(row["by_operation"].items())[:3]]
-        sizes = [f"{row['rows']:,}", str(row["operations"]), f"{row['bytes'] / 1e6:,.0f}"]
-        result.add_row(row["shape"], row["part"], *sizes, ", ".join(largest))
+        sizes = [str(row["operations"]), f"{row['bytes'] / 1e6:,.0f}"]
+        result.add_row(f"{row['shape']}, {row['rows']:,} rows a chunk", row["part"], *sizes, ", ".join(largest))
     return result
 
 

@@ -30,7 +30,6 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from rich import box
 from rich.table import Table
 from torch import Tensor
 
@@ -171,16 +170,16 @@ def table(found: list[dict[str, Any]]) -> Table:
     bandwidth = BY_NAME[first["arch"]].bandwidth / 1e12
     title = (
         f"{first['arch']} ({first['card']}, {bandwidth:g} TB/s), Triton {first['triton']}: "
-        f"{first['shape']}, {N:,} tokens, D={D}, V={V}. A floor is least bytes / bandwidth, not a timing."
+        f"{first['shape']}, {N:,} tokens, D={D}, V={V}"
     )
-    result = Table(title=title, box=box.SIMPLE, pad_edge=False)
-    for name in ("method", "saving"):
-        result.add_column(name, no_wrap=True)
-    for name in ("head MB", "parameters MB", "glue MB", "weight passes MB", "MB", "kernels' bytes/least", "floor us"):
+    result = Table("step", title=title)
+    for name in ("head MB", "parameters MB", "glue MB", "weight passes MB", "MB", "kernels x least", "floor us"):
         result.add_column(name, justify="right")
     for row in found:
         sizes = [f"{row[x] / 1e6:,.0f}" for x in BYTES]
-        result.add_row(row["method"], row["saving"], *sizes, f"{row['ratio']:.3f}", f"{row['floor_us']:,.0f}")
+        result.add_row(
+            f"{row['method']} {row['saving']}".strip(), *sizes, f"{row['ratio']:.3f}", f"{row['floor_us']:,.0f}"
+        )
     return result
 
 

@@ -25,7 +25,6 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from rich import box
 from rich.table import Table
 from torch import Tensor
 from torch.utils import _pytree
@@ -166,15 +165,14 @@ def read(preset: str, tokens: int, only: str) -> Iterator[dict[str, Any]]:
 def table(found: list[dict[str, Any]]) -> Table:
     """One line a row of the file."""
     title = f"Kernels launched by a step of {found[0]['preset']}, bfloat16 over masters, {found[0]['tokens']:,} tokens"
-    result = Table(title=title, box=box.SIMPLE, pad_edge=False)
-    for name in ("backend", "method", "saving"):
-        result.add_column(name, no_wrap=True)
-    for name in ("launches", "x AdamW", "in the model", "beside it", "most"):
+    result = Table("backend", "step", title=title)
+    for name in ("launches", "x AdamW", "in the model", "beside it"):
         result.add_column(name, justify="right")
+    result.add_column("most")
     for row in found:
         most = ", ".join(f"{name} {count}" for name, count in list(row["by_operation"].items())[:3])
         counts = [str(row["launches"]), f"{row['x_adamw']:.2f}", str(row["trunk"]), str(row["beside"])]
-        result.add_row(row["backend"], row["method"], row["saving"], *counts, most)
+        result.add_row(row["backend"], f"{row['method']} {row['saving']}".strip(), *counts, most)
     return result
 
 
@@ -202,7 +200,7 @@ def made(preset: str, tokens: int, backend: str, method: str, changes: dict[str,
     with mock.patch.object(backends, "check_device"):
         step = fsam.Step(
             model, optimizer, chosen.as_method(), features=lambda *given: torch_decoder.features(*given), clip_norm=1.0,
-            backend=backend,            memory=fsam.Memory(chosen.cotangent),
+            backend=backend, memory=fsam.Memory(chosen.cotangent),
         )  # fmt: skip
     L = chosen.model.seq_len
     tokens_BxL1 = torch.empty(tokens // L, L + 1, dtype=torch.int64, device="meta")

@@ -11,7 +11,7 @@ import copy
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ import torch.distributed.checkpoint as dcp  # noqa: E402
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict  # noqa: E402
 
 import fsam_core.torch as fsam  # noqa: E402
+from fsam_core.torch.dtensor import local_parts  # noqa: E402
 from fsam_trainers import processes  # noqa: E402
 from fsam_trainers.config import Settings  # noqa: E402
 from fsam_trainers.data.batches import (  # noqa: E402
@@ -88,15 +89,27 @@ def _whole(p: Any) -> torch.Tensor:
 
 
 def placed(batch: Batch, device: Any) -> Any:
-    """The batch on a device; indices are int64 there."""
-    kinds = {np.dtype(np.int32): torch.int64}
-    return each(lambda x: torch.from_numpy(x).to(device, kinds.get(x.dtype)), batch)
+    """The batch on a device; indices are int64 there. The host does not wait for earlier work of a CUDA device."""
+
+    def of(x: np.ndarray) -> torch.Tensor:
+        here = torch.from_numpy(x)
+        here = here.long() if here.dtype == torch.int32 else here
+        if torch.device(device).type != "cuda":
+            return here.to(device)
+        return here.pin_memory().to(device, non_blocking=True)
+
+    return each(of, batch)
 
 
 class TorchEngine:
-    """See `engine.Engine`."""
+    """See `engine.Engine`.
 
-    asynchronous = False
+    On a device a step's figures are read when its report is asked for. What the next step needs of them, whether this
+    one was skipped, then stays on the device: the learning rate is looked up there by the optimizer's step count, and
+    the average moves by a share that is 0 after a skipped step. On a CPU, and where `fsam_core.torch.Step` leaves the
+    decision to the host, the figures are known before the update. A schedule or ρ that depends on the number of
+    completed steps waits for it at the beginning of a step.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -107,6 +120,7 @@ class TorchEngine:
         self._device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         self._device = self._device or torch.device("cpu")
         self.device = str(self._device)
+        self.asynchronous = self._device.type != "cpu"
         if self._ranks.count > 1 and self._device.type != "cpu":
             self._device = torch.device(self._device.type, self._ranks.local_rank)
         module = module_of("torch", settings.model)
@@ -115,7 +129,7 @@ class TorchEngine:
         self._average: torch.optim.swa_utils.AveragedModel | None = None
         if settings.ema:
             decay = torch.optim.swa_utils.get_ema_multi_avg_fn(settings.ema)
-            self._average = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=decay)
+            self._average = torch.optim.swa_utils.AveragedModel(self.model, self._device, multi_avg_fn=decay)
         # The passes run the model itself, or a half-precision copy of it whose masters are the model.
         self._running: torch.nn.Module = self.model
         copies: dict[torch.Tensor, torch.nn.Parameter] = {}
@@ -160,17 +174,49 @@ class TorchEngine:
     def step(self, batch: Batch, index: int) -> Callable[[], StepReport]:
         self._seed(index)
         # As in JAX, a skipped step does not advance the schedule.
-        rate = self.settings.learning_rate_at(self._step.steps)
+        rate = self._rate() if self.asynchronous else self.settings.learning_rate_at(self._step.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self._running.train()
         self._step(self._parts(batch))
-        info = self._step.info
-        assert info is not None
-        if self._average is not None and not info.skipped:
+        read, skipped = self._step.last()
+        self._update_average(skipped)
+
+        def report() -> StepReport:
+            info = read()
+            return StepReport(info.loss, info.base_norm, info.grad_norm, info.perturbation_norm, info.skipped)
+
+        return report
+
+    def _rate(self) -> torch.Tensor:
+        """The learning rate of the next step, whose number need not be known to the host."""
+        count = next(iter(self.optimizer.state.values()))["step"].long().clamp(max=self.settings.steps)
+        return self._rates.take(count.to(self._device, non_blocking=True))
+
+    @cached_property
+    def _rates(self) -> torch.Tensor:
+        """The learning rate after 0, 1, … completed steps, in float32 as CUDA's fused AdamW takes it."""
+        rates = [self.settings.learning_rate_at(n) for n in range(self.settings.steps + 1)]
+        return torch.tensor(rates, dtype=torch.float32, device=self._device)
+
+    @torch.no_grad()
+    def _update_average(self, skipped: bool | torch.Tensor) -> None:
+        """Average the weights of a step that was taken.
+
+        Args:
+            skipped: a scalar on the device, 1.0 for yes, where the host does not know it.
+        """
+        if self._average is None or skipped is True:
+            return
+        if not isinstance(skipped, torch.Tensor):
             self._average.update_parameters(self.model)
-        report = StepReport(info.loss, info.base_norm, info.grad_norm, info.perturbation_norm, info.skipped)
-        return lambda: report
+            return
+        # The same by tensors: the first weights are copied, and a skipped step has a share of 0.
+        count, taken = self._average.n_averaged, 1 - skipped
+        share = torch.where(count == 0, 1.0, 1 - self.settings.ema) * taken
+        averages, weights = (local_parts(p.detach() for p in x.parameters()) for x in (self._average, self.model))
+        self._step.ops.lerp_(averages, weights, share)
+        count += taken.long()
 
     def correction(self, batch: Batch, index: int) -> Correction | None:
         if self.settings.method == "adamw" or self.settings.dtype == "float16":
@@ -284,6 +330,8 @@ class TorchEngine:
         return {name: _whole(p).detach().cpu().numpy() for name, p in self.model.named_parameters()}
 
     def _state(self) -> dict[str, Any]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = float(group["lr"])  # torch.optim.AdamW takes no tensor from a checkpoint
         model, optim = get_state_dict(self.model, self.optimizer)
         average = {} if self._average is None else {"average": self._average.state_dict()}
         return {"model": model, "optimizer": optim, "step": self._step.state_dict(), **average}
