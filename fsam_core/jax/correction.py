@@ -36,6 +36,11 @@ def _corrected(inputs: StepInputs, batches: list[Any]) -> StepResult:
         return _split(inputs, passes.stacked(S), passes.stacked(others))
     if staged.is_shared(inputs, S, others):
         return staged.corrected(inputs, S[0], others)
+    joint = method.cut == "hidden" and ascent.source != "part" and others and len(batches) == 1
+    if joint and not config.memory.row_axes:  # on a mesh the two parts' rows would move between devices
+        found = _with_one_head(inputs, S[0], others[0])
+        if found is not None:
+            return found
     groups = [passes.stacked(x) for x in (S, others) if x]
     in_S = groups if method.fraction == 1 else groups[:1]
     if exact and ascent.known:
@@ -54,12 +59,12 @@ def _corrected(inputs: StepInputs, batches: list[Any]) -> StepResult:
     at, seen = params, []
     for i, items in enumerate(groups):
         one = at_theta(i, items)
-        if i + 1 < len(groups) and one is not None and one.g is not None:
-            # The barrier runs the rest after S. Otherwise XLA runs both at once and holds the activations of both. By
-            # the TPU's compiler, an eighth of 118m with the hidden cut peaks at 3.8 GiB on each of four v5e, and at 5.0
-            # without the barrier. It costs copies of weights: 24m on one v5e, 8 sequences, takes 1.9 % more cycles.
-            # With the barrier on the tokens instead of the weights it is 0.8 %, but the peak is 4.3 GiB, and at 24m
-            # 1.91 instead of 1.86.
+        apart = bool(config.memory.row_axes) or len(batches) > 1
+        if apart and i + 1 < len(groups) and one is not None and one.g is not None:
+            # On a mesh the barrier runs the rest after S. Otherwise XLA runs both at once and holds the activations of
+            # both: an eighth of 118m with the hidden cut peaks at 3.8 GiB on each of four v5e, and at 5.0 without the
+            # barrier (4.3 with it on the tokens). Micro-batches keep it too. One batch on one device does better
+            # without: an eighth of 24m, 8 sequences, peaks at 1.64 GiB and 22.7 M cycles, and with it at 1.84 and 23.2.
             at, g = jax.lax.optimization_barrier((params, one.g))
             one = one._replace(g=g)
         seen.append(one)
@@ -98,6 +103,30 @@ def _corrected(inputs: StepInputs, batches: list[Any]) -> StepResult:
     weight = weight if None not in seen else weight_S
     bad, aux = passes.largest([x.bad_label for x in evaluated]), [a for x in evaluated for a in x.aux]
     return StepResult(loss, moved_loss, weight, base_norm, epsilon, g_hat, g_B, bad, aux)
+
+
+def _with_one_head(inputs: StepInputs, S: Any, R: Any) -> StepResult | None:
+    """The correction on a part S of one batch with the cut at the hidden states; None unless the head is linear.
+
+    S and R go through the model apart, because g_S is needed, and through the head together.
+    """
+    config, method, params = inputs.config, inputs.method, inputs.params
+    base = passes.joint(config, params, S, R)
+    if base is None:
+        return None
+    moved, epsilon = perturb(inputs, None if method.direction.known else base.g_B)
+    # The head's own gradient is the same in g_S and g'_S, and in neither here.
+    scale = jnp.where(base.share > 0, method.strength / jnp.where(base.share > 0, base.share, 1), 0)
+    with regions.in_jax("update"):
+        # Before the second pass: XLA writes it in the loop of the norm, and the second pass adds to it in place.
+        onto = jax.tree.map(lambda b, s: upcast(b) - scale * upcast(s), base.g_B, base.g_S)
+    cotangents = base.cotangents._replace(share=[scale])
+    g_moved = passes.vjp(config, moved, [S], cotangents)
+    with regions.in_jax("update"):
+        g_hat = jax.tree.map(lambda x, y: (x + upcast(y)).astype(y.dtype), onto, g_moved)
+    with regions.in_jax("norm"):
+        base_norm = norm_of(base.g_B)
+    return StepResult(base.loss, None, base.weight, base_norm, epsilon, g_hat, base.g_B, base.bad_label, [])
 
 
 def combined(combine: Combine, g: Params, g_moved: Params) -> Params:

@@ -151,11 +151,17 @@ def perturb(inputs: StepInputs, gradient: Any) -> tuple[Params, Perturbation]:
             v_hat = scaled if v is None else _v_hat(scaled, v, groups)
             ascent, clip = jax.tree.map(method.direction_of, params, scaled, v_hat), jnp.ones_like(clip)
             v, groups = None, [(None, mask)]
+        # Where d is linear in c, its norm does not wait for c: both norms are then sums of one loop over the gradient.
+        linear = v is None or method.second_moment == "previous"
         sums = [
-            ops.preconditioned_norm(ascent, v, clip=clip, adam=x, mask=own, per_tensor=method.norm == "per-tensor")
+            ops.preconditioned_norm(
+                ascent, v, clip=1.0 if linear else clip, adam=x, mask=own, per_tensor=method.norm == "per-tensor"
+            )
             for x, own in groups
         ]
         sumsq, dot = sums[0] if len(sums) == 1 else jax.tree.map(lambda *x: sum(x[1:], x[0]), *sums)
+        if linear:
+            sumsq, dot = jax.tree.map(lambda x: jnp.square(clip) * x, (sumsq, dot))
         if method.direction_of is not None and method.norm == "dual":
             dot = products_of(scaled, ascent, mask)
         rho = method.rho_at(steps_of(inputs.opt_state) if callable(method.rho) else 0)

@@ -97,6 +97,12 @@ def programs() -> Iterator[TpuProgram]:
             options = _step("tiny", method, changes, "xla")
             name = " ".join(filter(None, ("tpu v5e step tiny xla", method, saving)))
             yield TpuProgram(name, "v5e", step, options, donate=(0,))
+    # The cheapest step where passes over weights count most, and where they count less.
+    cheapest = "1/8 + cut hidden"
+    for batch in (8, 32):
+        options = _step("24m", rows.METHOD, dict(rows.SAVINGS)[cheapest], "pallas") | {"batch": batch}
+        name = f"tpu v5e step 24m pallas {rows.METHOD} {cheapest}, {batch} sequences"
+        yield TpuProgram(name, "v5e", step, options, donate=(0,))
     # The compiler takes four times as long for v6e, so there is only a small step.
     mine = rows.METHOD
     whole = (("tiny", "v5e", mine), ("tiny", "v6e", mine), ("24m", "v5e", "adamw"), ("24m", "v5e", mine))
