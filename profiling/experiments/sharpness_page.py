@@ -1,9 +1,10 @@
 """The tables of docs/results/sharpness.md from the figures of `fsam sharpness --json`.
 
-    python profiling/experiments/sharpness_page.py sharpness.json docs/results/sharpness.md
+    python profiling/experiments/sharpness_page.py docs/results/sharpness.md text/sharpness.json images/sharpness.json
 
 What stands between the lines `<!-- NAME -->` and `<!-- end -->` of the page is replaced, for NAME `gradient`, `adam`
-(shares along these directions) and `end` of the runs (eigenvalues and traces).
+(shares along these directions) and `end of the runs` (eigenvalues and traces) of the first file, and the same with
+`images, ` before it of the second.
 """
 
 from __future__ import annotations
@@ -50,20 +51,21 @@ def _lines(table: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(line)} |" if i != 1 else f"|{'|'.join(line)}|" for i, line in enumerate(table)]
 
 
-def main(figures: Path, page: Path) -> None:
+def main(page: Path, *figures: Path) -> None:
     """Replace the tables of the page."""
-    rows = json.loads(figures.read_text())["rows"]
     text = page.read_text()
-    for name, table in (
-        ("gradient", shares_table(rows, "gradient")),
-        ("adam", shares_table(rows, "adam")),
-        ("end of the runs", end_table(rows)),
-    ):
-        start = f"<!-- {name} -->\n"
-        filled = start + "\n" + "\n".join(table) + "\n\n<!-- end -->"
-        text, count = re.subn(f"{re.escape(start)}.*?<!-- end -->", lambda _: filled, text, flags=re.DOTALL)
-        if count != 1:
-            raise SystemExit(f"{page} must have {start.strip()} … <!-- end --> once")
+    for prefix, path in zip(("", "images, "), figures, strict=False):
+        rows = json.loads(path.read_text())["rows"]
+        for name, table in (
+            ("gradient", shares_table(rows, "gradient")),
+            ("adam", shares_table(rows, "adam")),
+            ("end of the runs", end_table(rows)),
+        ):
+            start = f"<!-- {prefix}{name} -->\n"
+            filled = start + "\n" + "\n".join(table) + "\n\n<!-- end -->"
+            text, count = re.subn(f"{re.escape(start)}.*?<!-- end -->", lambda _: filled, text, flags=re.DOTALL)
+            if count != 1:
+                raise SystemExit(f"{page} must have {start.strip()} … <!-- end --> once")
     page.write_text(text)
 
 
