@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from problems import B2, METHODS, batch_of, distance, gradient, mlp, values
+from problems import adam_state as moments
 
 from fsam_core.jax import (
     SAM,
@@ -22,6 +23,7 @@ from fsam_core.jax import (
     Plain,
     UserError,
     adam_state,
+    heads,
     skip_nonfinite,
     value_and_grad,
 )
@@ -329,3 +331,23 @@ def test_features_may_be_rematerialised():
     for batches in (batch(), MicroBatches([batch(1), batch(2)])):
         got = jax.jit(value_and_grad(features, FunctionalSAM(0.3)))(params(), batches)[1]
         assert distance(got, jax.jit(value_and_grad(without, FunctionalSAM(0.3)))(params(), batches)[1]) < 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, {"precondition": "adam"}], ids=["plain", "adam"])
+def test_hidden_cut_on_a_part_of_one_batch_computes_its_head_once(options, monkeypatch):
+    """As micro-batches the two parts have a head each, and the same gradient."""
+    evaluated, cotangent = [], heads.cotangent
+    monkeypatch.setattr(heads, "cotangent", lambda *given, **more: evaluated.append(1) or cotangent(*given, **more))
+    method = FunctionalSAM(0.3, fraction=1 / 4, strength=0.7, cut="hidden", **options)
+    with jax.enable_x64(True):
+        whole, p = jax.tree.map(jnp.asarray, (batch_of(12, 1), values()))
+        parts = [jax.tree.map(lambda x, i=i: x[i::4], whole) for i in range(4)]
+        state = moments(p, jax.tree.map(jnp.square, p))
+        grad = value_and_grad(mlp, method, b2=B2)
+        (_, one), g = grad(p, whole, state)
+        assert len(evaluated) == 1
+        (_, other), expected = grad(p, MicroBatches(parts), state)
+        assert len(evaluated) > 2
+        assert distance(g, expected) < 1e-13
+        for name in ("loss", "weight", "base_norm", "grad_norm", "perturbation_norm", "bad_label"):
+            assert getattr(one, name) == pytest.approx(getattr(other, name), rel=1e-13)
