@@ -154,9 +154,13 @@ def _settings(plan: tables.Plan, settings: Sequence[Update], counts_on_device: b
     mine = [settings[entry.place] for entry in plan.entries]
     names = Update._fields[: 5 if counts_on_device else 6]
     columns = [tables.column([getattr(one, name) for one in mine], plan.device) for name in names]
-    if any(isinstance(x, Tensor) for x in columns):
-        columns = [x if isinstance(x, Tensor) else tables.sent(x, plan.device) for x in columns]
     lr, b1, b2, eps, decay, *step = columns
+    if any(isinstance(x, Tensor) for x in ((lr, decay) if counts_on_device else columns)):
+        # Those alone that are computed with: each that is sent is a launch, and each operation on it another.
+        sent = lambda x: x if isinstance(x, Tensor) else tables.sent(x, plan.device)
+        lr, decay = sent(lr), sent(decay)
+        if not counts_on_device:
+            b1, b2, *step = map(sent, (b1, b2, *step))
     rate, root = (lr / (1 - b1 ** step[0]), (1 - b2 ** step[0]) ** 0.5) if step else (lr, 0.0)
     return [lr * decay, b1, 1 - b1, b2, 1 - b2, rate, root, eps]
 
