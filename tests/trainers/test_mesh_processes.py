@@ -54,7 +54,7 @@ def test_two_processes_of_the_command_resume_in_one(text, tmp_path):
         with jax_processes(count, command) as processes:
             said = [process.communicate(timeout=900)[0] for process in processes]
             assert [process.returncode for process in processes] == [0] * count
-        assert ["params" in text for text in said] == [True, *[False] * (count - 1)]
+        assert ["parameters" in text for text in said] == [True, *[False] * (count - 1)]
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         losses[name] = [x["loss"] for x in lines if "loss" in x] + [x["val_loss"] for x in lines if "val_loss" in x]
     assert len(losses["one"]) == 12 + 2
