@@ -13,7 +13,6 @@ from typing import Literal
 
 from fsam_core.errors import UserError
 from fsam_trainers.models.layout import ModelConfig
-from fsam_trainers.models.vit_layout import ViTConfig
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,8 @@ class ViTPreset:
         """The model for images of the preset's size; `vocab_size` is the number of classes, and nothing is tied."""
         if seq_len is not None:
             raise UserError(f"--seq-len: a Vision Transformer's follows from image and patch, got {seq_len}")
+        from fsam_trainers.models.vit_layout import ViTConfig  # needs tyro, which tools/device_check.py does without
+
         return ViTConfig(
             self.layers,
             self.width,
