@@ -55,7 +55,7 @@ def test_a_signal_to_one_rank_stops_both_and_one_resumes(alone, text, tmp_path):
     stopped = steps_done(out)
     assert 1 <= at <= stopped < STEPS, said
     assert process.returncode != 0
-    assert said.count(f"run: {out}") == 1, said
+    assert said.count("training loss") == 1, said  # one of them prints
     assert "Traceback" not in said.partition("ChildFailedError")[0].partition("Traceback")[0]
     assert (out / "checkpoints" / f"step_{stopped:08d}" / "files.json").exists(), said
     assert fsam(*run_arguments(text, out)) == 0
