@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from fsam_core import backends
 from fsam_core.errors import UserError
 from fsam_profiling import guard_items, results
 from fsam_profiling.guard_items import Figures, Item
+from fsam_trainers.console import stdout
 from fsam_trainers.files import write_text
+from fsam_trainers.tables import show
 
 TOLERANCE = 0.03
 BASELINE = Path(__file__).resolve().parent.parent / "baseline.json"
@@ -97,7 +99,7 @@ def run(options: CheckOptions) -> int:
     changes = compare(before[1], found)
     new = [name for name in found if name not in before[1]]
     gone = [name for name in before[1] if name not in found] if whole else []
-    console = Console() if sys.stdout.isatty() else Console(width=150)
+    console = stdout()
     if options.update:
         write(options.baseline, versions, kept | found)
         return _report_update(console, options.baseline, changes, new, gone)
@@ -202,12 +204,13 @@ def _report(console: Console, count: int, changes: list[Change], new: list[str],
 
 
 def _report_update(console: Console, path: Path, changes: list[Change], new: list[str], gone: list[str]) -> int:
-    table = Table("item", "figure", "before", "after", "change", title=str(path))
+    numbers = (Column(name, justify="right") for name in ("before", "after", "change"))
+    table = Table("item", "figure", *numbers, title=str(path))
     for change in changes:
         share = f"{100 * change.by:+.1f} % worse" if change.by > 0 else f"{-100 * change.by:.1f} % better"
         table.add_row(change.item, change.figure, _plain(change.before), _plain(change.after), share)
     if changes:
-        console.print(table)
+        show(table)
     for label, names in (("new", new), ("gone", gone)):
         for name in names:
             console.print(f"{label}: {name}", markup=False)
