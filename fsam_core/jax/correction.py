@@ -56,10 +56,9 @@ def _corrected(inputs: StepInputs, batches: list[Any]) -> StepResult:
         keep = functional and i < len(in_S)
         return passes.loss_and_grad(config, at, items, backward=backward, keep=keep, cut=method.cut)
 
-    at, seen = params, []
+    at, seen, apart = params, [], bool(config.memory.row_axes) or len(batches) > 1
     for i, items in enumerate(groups):
         one = at_theta(i, items)
-        apart = bool(config.memory.row_axes) or len(batches) > 1
         if apart and i + 1 < len(groups) and one is not None and one.g is not None:
             # On a mesh the barrier runs the rest after S. Otherwise XLA runs both at once and holds the activations of
             # both: an eighth of 118m with the hidden cut peaks at 3.8 GiB on each of four v5e, and at 5.0 without the
@@ -120,8 +119,7 @@ def _with_one_head(inputs: StepInputs, S: Any, R: Any) -> StepResult | None:
     with regions.in_jax("update"):
         # Before the second pass: XLA writes it in the loop of the norm, and the second pass adds to it in place.
         onto = jax.tree.map(lambda b, s: upcast(b) - scale * upcast(s), base.g_B, base.g_S)
-    cotangents = base.cotangents._replace(share=[scale])
-    g_moved = passes.vjp(config, moved, [S], cotangents)
+    g_moved = passes.vjp(config, moved, [S], passes.Cotangents([(base.hbar_S,)], [scale], (), is_hidden=True))
     with regions.in_jax("update"):
         g_hat = jax.tree.map(lambda x, y: (x + upcast(y)).astype(y.dtype), onto, g_moved)
     with regions.in_jax("norm"):

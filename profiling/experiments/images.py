@@ -3,8 +3,8 @@
     python profiling/experiments/images.py --data digits --steps 300 --out runs/images-digits --docs docs/results
 
 Writes DOCS/images-NAME.json and .png, and the tables of all such files into DOCS/images.md. Every step is a command of
-`fsam`, whose runs are resumed: a stopped experiment goes on when it is started again. Nothing is timed: a machine may
-do other work beside it. The ratio of costs is the cost model's, of matrix products.
+`fsam`, whose runs are resumed: the same command resumes a stopped experiment. Nothing is timed: a machine may do other
+work beside it. The ratio of costs is the cost model's, of matrix products.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib.figure
 
+from markdown_tables import markdown
 from paired import difference
 
 HEAD = """# Methods on images
@@ -77,13 +78,15 @@ def _section(path: Path) -> str:
     name = path.stem.removeprefix("images-")
     text = f"## {name}\n\n{facts['data']}. {facts['title'].rpartition(',')[0]}, {facts['seeds']} seeds.\n"
     for budget, label in (("steps", "Equal steps"), ("flops", "Equal operations")):
-        text += f"\n| {label} | steps | loss | minus AdamW's | accuracy | minus AdamW's |\n|---|---|---|---|---|---|\n"
+        lines = []
         for row, one in facts["rows"][budget].items():
             cells = [row, f"{one['steps']:,}", f"{statistics.fmean(one['val_losses']):.4f}"]
             cells += [_signed(one["loss_difference"], 4) if row != "AdamW" else ""]
             cells += [f"{100 * statistics.fmean(one['val_accuracies']):.2f} %"]
             cells += [_signed([100 * x for x in one["accuracy_difference"]], 2) if row != "AdamW" else ""]
-            text += f"| {' | '.join(cells)} |\n"
+            lines.append(cells)
+        headings = (label, "steps", "loss", "minus AdamW's", "accuracy", "minus AdamW's")
+        text += f"\n{markdown(headings, lines)}\n"
     rates = ", ".join(f"{row} {method.partition(':')[2]}" for row, method in facts["methods"].items())
     return f"{text}\n![losses and accuracies](images-{name}.png)\n\nTuned values: {rates}.\n\n    {facts['command']}\n"
 

@@ -1,10 +1,9 @@
 """The tables of docs/results/sharpness.md from the figures of `fsam sharpness --json`.
 
-    python profiling/experiments/sharpness_page.py docs/results/sharpness.md text/sharpness.json images/sharpness.json
+    python profiling/experiments/sharpness_page.py docs/results/sharpness.md text sharpness.json
 
-What stands between the lines `<!-- NAME -->` and `<!-- end -->` of the page is replaced, for NAME `gradient`, `adam`
-(shares along these directions) and `end of the runs` (eigenvalues and traces) of the first file, and the same with
-`images, ` before it of the second.
+What stands between the lines `<!-- WHAT, NAME -->` and `<!-- end -->` of the page is replaced, for WHAT `text` or
+`images` and NAME `gradient`, `adam` (shares along these directions) and `end of the runs` (eigenvalues and traces).
 """
 
 from __future__ import annotations
@@ -15,59 +14,54 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from markdown_tables import markdown
+
 Row = dict[str, Any]
 LABELS = {"adamw": "AdamW", "sam": "SAM", "precond-functional-sam": "functional"}
 
 
-def shares_table(rows: list[Row], direction: str) -> list[str]:
+def shares_table(rows: list[Row], direction: str) -> str:
     """A line a checkpoint, with the shares of each run at radius 0 and at its own: logits / function."""
     shares = [x for x in rows if x["what"] == "shares" and x["direction"] == direction]
     columns = list(dict.fromkeys((x["method"], x["radius"]) for x in shares))
     cells = {(x["step"], x["method"], x["radius"]): x for x in shares}
     head = ["steps", *(f"{LABELS[method]} at {radius:g}" for method, radius in columns)]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for step in sorted({x["step"] for x in shares}):
         found = [cells.get((step, *column)) for column in columns]
         lines.append([str(step), *(f"{x['gauss_newton']:.2g} / {x['functional']:.2g}" if x else "" for x in found)])
-    return _lines(lines)
+    return markdown(head, lines)
 
 
-def end_table(rows: list[Row]) -> list[str]:
+def end_table(rows: list[Row]) -> str:
     """A line a matrix of each run's last checkpoint: the largest eigenvalues, the smallest, the trace."""
     kinds = {kind: {(x["method"], x["matrix"]): x for x in rows if x["what"] == kind} for kind in ("spectrum", "trace")}
     count = min(len(x["eigenvalues"]) for x in kinds["spectrum"].values())
     head = ["run", "matrix", "λmax", *(f"λ{i}" for i in range(2, count + 1)), "λmin", "trace ± standard error"]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for (method, matrix), x in kinds["spectrum"].items():
         trace = kinds["trace"][method, matrix]
         values = [*x["eigenvalues"][:count], x["smallest"]]
         numbers = [*(f"{value:.3g}" for value in values), f"{trace['trace']:.0f} ± {trace['error']:.0f}"]
         lines.append([LABELS[method], matrix, *numbers])
-    return _lines(lines)
+    return markdown(head, lines)
 
 
-def _lines(table: list[list[str]]) -> list[str]:
-    """In Markdown; the second line is the rule below the headings."""
-    return [f"| {' | '.join(line)} |" if i != 1 else f"|{'|'.join(line)}|" for i, line in enumerate(table)]
-
-
-def main(page: Path, *figures: Path) -> None:
-    """Replace the tables of the page."""
-    text = page.read_text()
-    for prefix, path in zip(("", "images, "), figures, strict=False):
-        rows = json.loads(path.read_text())["rows"]
-        for name, table in (
-            ("gradient", shares_table(rows, "gradient")),
-            ("adam", shares_table(rows, "adam")),
-            ("end of the runs", end_table(rows)),
-        ):
-            start = f"<!-- {prefix}{name} -->\n"
-            filled = start + "\n" + "\n".join(table) + "\n\n<!-- end -->"
-            text, count = re.subn(f"{re.escape(start)}.*?<!-- end -->", lambda _: filled, text, flags=re.DOTALL)
-            if count != 1:
-                raise SystemExit(f"{page} must have {start.strip()} … <!-- end --> once")
+def main(page: Path, what: str, figures: Path) -> None:
+    """Replace the tables of the page that are of `what`."""
+    rows, text = json.loads(figures.read_text())["rows"], page.read_text()
+    for name, table in (
+        ("gradient", shares_table(rows, "gradient")),
+        ("adam", shares_table(rows, "adam")),
+        ("end of the runs", end_table(rows)),
+    ):
+        start = f"<!-- {what}, {name} -->\n"
+        filled = f"{start}\n{table}\n\n<!-- end -->"
+        text, count = re.subn(f"{re.escape(start)}.*?<!-- end -->", lambda _: filled, text, flags=re.DOTALL)
+        if count != 1:
+            raise SystemExit(f"{page} must have {start.strip()} … <!-- end --> once")
     page.write_text(text)
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))

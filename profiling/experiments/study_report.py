@@ -23,6 +23,7 @@ from fsam_trainers import metrics
 from fsam_trainers import page as html
 from fsam_trainers.files import write_json, write_text
 from fsam_trainers.plots import as_svg
+from markdown_tables import markdown
 from study_plan import ADAMW, DECAY, REGIMES, Entry, Regime, cost_ratio, entries, settings_of
 
 COMMAND = "make study"
@@ -71,12 +72,12 @@ def write(results_folder: Path, out: Path) -> None:
     runs = results_folder / "study"
     found = {name: rows for name in REGIMES if (rows := rows_of(runs, name))}
     results_folder.mkdir(parents=True, exist_ok=True)
-    (results_folder / "study.md").write_text(page(runs, found), encoding="utf-8")
+    (results_folder / "study.md").write_text(page(found), encoding="utf-8")
     write_json(results_folder / "study.json", figures(found))
     drawn = {name: study_plots.losses(REGIMES[name].title, table_of(name, rows)) for name, rows in found.items()}
     for name, figure in drawn.items():
         figure.savefig(runs / f"{name}.png", dpi=150)
-    sections = [_section(name, found[name], missing(runs, name), figure) for name, figure in drawn.items()]
+    sections = [_section(name, found[name], figure) for name, figure in drawn.items()]
     write_text(out / "study.html", html.render("When to use what", sections))
 
 
@@ -94,7 +95,11 @@ def rows_of(runs: Path, name: str) -> Rows:
 
 def missing(runs: Path, name: str) -> int:
     """How many runs of the regime's rows there are not yet."""
-    rows, regime = rows_of(runs, name), REGIMES[name]
+    return _missing(name, rows_of(runs, name))
+
+
+def _missing(name: str, rows: Rows) -> int:
+    regime = REGIMES[name]
     return sum(seed not in rows.get(x.label, {}) for x in entries(regime) for seed in range(regime.seeds))
 
 
@@ -159,7 +164,7 @@ def figures(found: dict[str, Rows]) -> dict[str, Any]:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def page(runs: Path, found: dict[str, Rows]) -> str:
+def page(found: dict[str, Rows]) -> str:
     """Markdown: how it was measured, then a table for each regime that has runs."""
     machine = results.machine()
     versions = ", ".join(f"{name} {version}" for name, version in machine.items() if name != "processor")
@@ -171,7 +176,7 @@ def page(runs: Path, found: dict[str, Rows]) -> str:
         textwrap.fill(HOW, 119),
     ]
     for name, regime in REGIMES.items():
-        count = missing(runs, name)
+        count = _missing(name, found.get(name, {}))
         total = regime.seeds * len(list(entries(regime)))
         parts.append(f"## {regime.title}")
         if count:
@@ -179,9 +184,10 @@ def page(runs: Path, found: dict[str, Rows]) -> str:
                 f"**{count} of {total} runs are missing**: `python profiling/experiments/study.py --regimes {name}`."
             )
         if name in found:
-            parts += [_sizes(regime, found[name]), _markdown(_table(name, found[name])), f"![{name}](study/{name}.png)"]
+            table = markdown(*_table(name, found[name]))
+            parts += [_sizes(regime, found[name]), table, f"![{name}](study/{name}.png)"]
             if regime.base:
-                parts += [_markdown(_afterwards(found[name]))]
+                parts += [markdown(*_afterwards(found[name]))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -191,7 +197,7 @@ def _sizes(regime: Regime, rows: Rows) -> str:
     return f"{size}, {regime.seeds} seeds." + (f" Text: {regime.data}." if rows.get(ADAMW) else "")
 
 
-def _section(name: str, rows: Rows, count: int, figure: Any) -> html.Section:
+def _section(name: str, rows: Rows, figure: Any) -> html.Section:
     """A regime on the HTML page, with what comes after its runs as notes."""
     regime, notes = REGIMES[name], [HOW]
     if regime.base:
@@ -199,7 +205,7 @@ def _section(name: str, rows: Rows, count: int, figure: Any) -> html.Section:
         notes += [
             f"{line[0]}: {'; '.join(f'{x} {y}' for x, y in zip(names, line[1:], strict=True))}." for line in lines
         ]
-    facts = {"runs": _sizes(regime, rows), "missing": count}
+    facts = {"runs": _sizes(regime, rows), "missing": _missing(name, rows)}
     command = f"python profiling/experiments/study.py --regimes {name}"
     return html.Section(regime.title, *_table(name, rows), command, facts, [("Differences", as_svg(figure))], notes)
 
@@ -226,11 +232,6 @@ def _afterwards(rows: Rows) -> Table:
     others = [label for label in rows if label != ADAMW]
     cells = [[label, *(_text(difference(rows, label, ADAMW, name)) for name in names)] for label in others]
     return ["to AdamW", *names], cells
-
-
-def _markdown(table: Table) -> str:
-    head, cells = table
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *cells))
 
 
 def forgetting(line: Line, adamw: Line | None) -> float | None:

@@ -112,6 +112,14 @@ def as_torch(x: Any) -> Any:
     return jax.tree.map(lambda leaf: torch.from_numpy(np.array(leaf)), x)
 
 
+def float32(seed: int = 0) -> dict:
+    return values(seed, dtype="float32")
+
+
+def float32_batch(seed: int = 1, n: int = 12) -> dict:
+    return as_torch(batch_of(n, seed, dtype="float32"))
+
+
 def adam_state(weights: dict, nu: dict) -> optax.ScaleByAdamState:
     return optax.ScaleByAdamState(jnp.int32(STEPS), jax.tree.map(jnp.zeros_like, weights), nu)
 

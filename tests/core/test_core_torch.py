@@ -1,4 +1,4 @@
-"""What only the PyTorch step does: it swaps weights, replays randomness and steps an optimizer the user owns."""
+"""What only the PyTorch step does: it swaps weights and steps an optimizer that the user owns."""
 
 from __future__ import annotations
 
@@ -8,23 +8,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import B2, EPS, METHODS, Weights, adamw, as_torch, batch_of, mlp, moments, values
+from problems import B2, EPS, METHODS, Weights, adamw, float32, mlp, moments
+from problems import float32_batch as batch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fsam_core.torch import SAM, FunctionalSAM, LinearHead, Logits, LogitSAM, MicroBatches, Plain, Step, UserError
+from fsam_core.torch import SAM, FunctionalSAM, LinearHead, LogitSAM, MicroBatches, Plain, Step, UserError
 from fsam_kernels.memory import AUTO, Memory
 
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 perturbed = pytest.mark.parametrize("kind", [SAM, FunctionalSAM, LogitSAM])
-
-
-def float32(seed: int = 0) -> dict:
-    return values(seed, dtype="float32")
-
-
-def batch(seed: int = 1, n: int = 12) -> dict:
-    return as_torch(batch_of(n, seed, dtype="float32"))
 
 
 def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -241,142 +234,6 @@ def test_bad_clip_norm_is_refused(clip_norm):
     model = Weights(float32())
     with pytest.raises(UserError, match="clip_norm.*got " + str(clip_norm)):
         Step(model, adamw(model), Plain(), features=mlp, clip_norm=clip_norm)
-
-
-# --- parameters of every kind -----------------------------------------------------------------------------------------
-
-
-class Odd(nn.Module):
-    """A frozen layer, an unused parameter, and a head tied to the input weights."""
-
-    def __init__(self, tied: bool = True) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embedding = nn.Parameter(torch.randn(9, 6))
-        self.frozen = nn.Parameter(torch.randn(6, 6), requires_grad=False)
-        self.unused = nn.Parameter(torch.randn(3))
-        self.head = self.embedding if tied else nn.Parameter(torch.randn(9, 6))
-
-
-def odd_features(model, batch):
-    h = torch.tanh(model.embedding[batch["x"].abs().long().sum(1) % 9] @ model.frozen)
-    return LinearHead(h, model.head, batch["y"])
-
-
-@each_method
-def test_frozen_unused_and_tied_parameters(method):
-    model = Odd()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    before = {k: p.detach().clone() for k, p in model.named_parameters()}
-    step = Step(model, optimizer, method, features=odd_features)
-    for seed in range(2):
-        step(batch(seed))
-    assert not step.info.skipped
-    assert set(before) == {"embedding", "frozen", "unused"}
-    assert torch.equal(model.frozen, before["frozen"])
-    assert torch.equal(model.unused, before["unused"])
-    assert model.unused.grad is None
-    assert not torch.equal(model.embedding, before["embedding"])
-    assert model.head is model.embedding
-
-
-@perturbed
-def test_frozen_trunk_or_frozen_head_is_allowed(kind):
-    for name in ("embedding", "head"):
-        model = Odd(tied=False)
-        getattr(model, name).requires_grad_(False)
-        step = Step(model, torch.optim.SGD(model.parameters(), lr=0.1), kind(0.3), features=odd_features)
-        assert torch.isfinite(step(batch()))
-        assert not step.info.skipped
-        assert step.info.perturbation_norm == pytest.approx(0.3)
-
-
-@each_method
-def test_hook_on_a_tied_head_sees_the_whole_gradient(method):
-    def grad(hooked):
-        model, seen = Odd(), []
-        step = Step(model, torch.optim.AdamW(model.parameters(), lr=0.1), method, features=odd_features)
-        if hooked:
-            model.embedding.register_hook(lambda grad: seen.append(grad.clone()))
-        for seed in range(2):
-            step.gradient(MicroBatches([batch(seed), batch(seed + 7)]))
-        return model.embedding.grad, seen
-
-    (plain, _), (hooked, seen) = grad(False), grad(True)
-    assert seen
-    torch.testing.assert_close(hooked, plain, rtol=1e-3, atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@each_method
-def test_half_precision_models_have_the_gradient_of_float32(method, dtype):
-    model = Weights(float32()).to(dtype)
-    step = Step(model, adamw(model, moments(float32())), method, features=mlp, clip_norm=1.0)
-    micro = [{"x": b["x"].to(dtype), "y": b["y"]} for b in (batch(1), batch(2, n=7))]
-    reference = Weights({k: p.detach().float().numpy() for k, p in model.named_parameters()})
-    whole = Step(reference, adamw(reference, moments(float32())), method, features=mlp, clip_norm=1.0)
-    loss = whole.gradient(MicroBatches({"x": b["x"].float(), "y": b["y"]} for b in micro))
-    assert step.gradient(MicroBatches(micro)).item() == pytest.approx(loss.item(), rel=0.05)
-    assert not step.info.skipped
-    for p, r in zip(model.parameters(), reference.parameters(), strict=True):
-        assert F.cosine_similarity(p.grad.float().flatten(), r.grad.flatten(), dim=0) > 0.99
-        assert p.dtype == dtype
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@each_method
-def test_half_precision_micro_batches_without_targets_have_no_gradient(method, dtype):
-    model = Weights(float32()).to(dtype)
-    micro = [{"x": b["x"].to(dtype), "y": torch.full_like(b["y"], -1)} for b in (batch(1), batch(2))]
-    step = Step(model, adamw(model, moments(float32())), method, features=mlp)
-    assert step.gradient(MicroBatches(micro)) == 0
-    assert not step.info.skipped
-    assert not any(p.grad.any() for p in model.parameters())
-
-
-# --- randomness and running statistics --------------------------------------------------------------------------------
-
-
-def dropout(model, batch):
-    out = mlp(model, batch)
-    return LinearHead(F.dropout(out.hidden, 0.5), out.weight, out.labels)
-
-
-@perturbed
-@pytest.mark.parametrize("micro", [1, 3])
-def test_both_passes_draw_the_same_random_numbers(kind, micro):
-    def run(method):
-        torch.manual_seed(4)
-        model = Weights(float32())
-        Step(model, adamw(model), method, features=dropout).gradient(MicroBatches(batch(s) for s in range(micro)))
-        return [p.grad for p in model.parameters()], torch.rand(3)
-
-    (plain, drawn), (moved, drawn_too) = run(Plain()), run(kind(0.0))
-    for a, b in zip(plain, moved, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
-    assert torch.equal(drawn, drawn_too)
-
-
-class Normed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.norm, self.head = nn.BatchNorm1d(6), nn.Linear(6, 9)
-
-
-def normed_features(model, batch):
-    z = model.head(model.norm(batch["x"]))
-    return Logits(z, lambda z: F.cross_entropy(z, batch["y"], ignore_index=-1))
-
-
-@each_method
-def test_running_statistics_are_updated_once_a_step(method):
-    models = Normed(), Normed()
-    Step(models[0], torch.optim.AdamW(models[0].parameters()), method, features=normed_features)(batch())
-    normed_features(models[1], batch())
-    assert int(models[0].norm.num_batches_tracked) == 1
-    assert torch.equal(models[0].norm.running_mean, models[1].norm.running_mean)
-    assert torch.equal(models[0].norm.running_var, models[1].norm.running_var)
 
 
 # --- what a step costs ------------------------------------------------------------------------------------------------

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def platform(framework: str) -> str:
@@ -11,10 +15,15 @@ def platform(framework: str) -> str:
         import jax
 
         return jax.default_backend()
+    return in_torch().type
+
+
+def in_torch() -> torch.device:
+    """PyTorch's: the accelerator where there is one, else the CPU."""
     import torch
 
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return "cpu" if found is None else found.type
+    return found or torch.device("cpu")
 
 
 def waiting(frameworks: Iterable[str]) -> Callable[[], None]:

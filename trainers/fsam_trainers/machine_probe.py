@@ -15,6 +15,7 @@ import numpy as np
 from fsam_core import backends
 from fsam_core.cost import Machine, Model
 from fsam_core.cost.products import Framework
+from fsam_trainers.device import in_torch
 
 ROWS, KEPT_ROWS = 4096, 1024  # of products: enough for a library's full rate
 CHUNKS = 3
@@ -68,8 +69,7 @@ def _timed(run: Callable[[], Any], timer: Timer) -> float:
 def _in_torch(N: int, C: int, K: int, D: int, F: int, V: int) -> tuple[Any, ...]:
     import torch
 
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    device = device or torch.device("cpu")
+    device = in_torch()
     new = lambda *shape: torch.randn(shape, device=device) * 1e-3
     x_NxD, w_DxF, g_NxF = new(N, D), new(D, F), new(N, F)
     h_CxD, w_VxD, wbar_VxD, p_CxV, hbar_CxD = new(C, D), new(V, D), new(V, D), new(C, V), new(C, D)

@@ -18,6 +18,7 @@ from fsam_kernels.options import Loss
 from fsam_trainers import checkpoints, pretrained, registry
 from fsam_trainers.config import Settings
 from fsam_trainers.data.batches import Batch, each, micro_batches_of, named, rows_of
+from fsam_trainers.device import in_torch
 from fsam_trainers.models import module_of
 from fsam_trainers.models.layout import ModelConfig, nested
 from fsam_trainers.models.vit_layout import ViTConfig, config_of
@@ -171,8 +172,7 @@ class Curvatures:
         from fsam_core.torch.curvature import Curvature
         from fsam_trainers.torch.engine import placed
 
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-        module = module_of("torch", config)
+        device, module = in_torch(), module_of("torch", config)
         model = module.Model(config, weights=weights).eval().to(device, getattr(torch, self._dtype))
         batch = MicroBatches(placed(part, device) for part in self._parts)
         return Curvature(model, partial(module.features, loss=loss), batch, products=self._products)

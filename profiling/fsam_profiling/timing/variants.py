@@ -17,6 +17,7 @@ from fsam_profiling.settings import random_batch
 from fsam_trainers import registry
 from fsam_trainers.config import Framework, Settings
 from fsam_trainers.data.batches import Batch, named
+from fsam_trainers.device import in_torch
 from fsam_trainers.models import module_of
 from fsam_trainers.models.layout import initial, nested
 
@@ -116,10 +117,9 @@ def _torch(chosen: Settings, whose: str, kind: str, batch: Batch) -> Callable[[i
     from fsam_profiling.timing import textbook_torch
     from fsam_trainers.torch.engine import placed
 
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    module = module_of("torch", chosen.model)
-    model = module.Model(chosen.model, chosen.seed).to(device or "cpu")
-    own = placed(batch, device or "cpu")
+    device, module = in_torch(), module_of("torch", chosen.model)
+    model = module.Model(chosen.model, chosen.seed).to(device)
+    own = placed(batch, device)
     groups = [
         {"params": [p for p in model.parameters() if (p.ndim > 1) == matrix], "weight_decay": decay}
         for matrix, decay in ((True, chosen.weight_decay), (False, 0.0))
@@ -128,7 +128,7 @@ def _torch(chosen: Settings, whose: str, kind: str, batch: Batch) -> Callable[[i
 
     def logits(model: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         # The usual way for bfloat16: autocast, and the loss of float32 logits.
-        with torch.autocast(str(device or "cpu"), torch.bfloat16, enabled=chosen.dtype == "bfloat16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=chosen.dtype == "bfloat16"):
             head = module.features(model, batch)
             z_NxV = F.linear(head.hidden, head.weight, head.bias)
         return z_NxV.float(), head.labels

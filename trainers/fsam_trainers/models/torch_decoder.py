@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any, ClassVar
@@ -20,7 +21,7 @@ from fsam_trainers.models.layout import IN_BLOCK, ModelConfig, initial, is_rms, 
 from fsam_trainers.torch.mesh import entering, leaving, looked_up, own, own_heads
 
 
-class Stack(nn.Module):
+class Stack(nn.Module, ABC):
     """A model: blocks, and the parameters OWN. Its class says what is below them, in `lower`, and above, in `upper`.
 
     weights: by flat name; None for initial ones, drawn by `seed`.
@@ -43,13 +44,13 @@ class Stack(nn.Module):
         layers = self.config.layers
         return self.upper(self.lower(inputs, layers), len(inputs), layers)
 
+    @abstractmethod
     def lower(self, inputs: Tensor, blocks: int) -> Tensor:
         """The residual stream x_NxD above the first `blocks` blocks."""
-        raise NotImplementedError
 
+    @abstractmethod
     def upper(self, x_NxD: Tensor, B: int, blocks: int) -> Any:
         """What the model gives, from the result of `lower` for B sequences or images."""
-        raise NotImplementedError
 
     def _through(self, x_NxD: Tensor, L: int, which: range) -> Tensor:
         for i in which:

@@ -38,6 +38,7 @@ from fsam_trainers.data.batches import (  # noqa: E402
     rows_of,
     targets_in,
 )
+from fsam_trainers.device import in_torch  # noqa: E402
 from fsam_trainers.engine import Correction, Evaluation, StepReport, Writing  # noqa: E402
 from fsam_trainers.models import module_of  # noqa: E402
 from fsam_trainers.models.layout import blocks  # noqa: E402
@@ -117,8 +118,7 @@ class TorchEngine:
         self._ranks = processes.current()
         mesh.check(settings, self._ranks.count)
         is_sharded = mesh.is_sharded(settings)
-        self._device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        self._device = self._device or torch.device("cpu")
+        self._device = in_torch()
         self.device = str(self._device)
         self.asynchronous = self._device.type != "cpu"
         if self._ranks.count > 1 and self._device.type != "cpu":

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import fsam_core.torch as fsam
 from fsam_kernels.options import Loss
+from fsam_trainers.device import in_torch
 from fsam_trainers.models import torch_decoder, torch_vit
 from fsam_trainers.models.layout import ModelConfig, shapes
 from fsam_trainers.models.torch_decoder import norm, plus, rotated, turn_of
@@ -35,7 +36,7 @@ def window_losses(
     config: ModelConfig, weights: dict[str, np.ndarray], loss: Loss, windows_WxL1: np.ndarray
 ) -> np.ndarray:
     """The mean loss a token of each window, float64 [W], in float32 on the default device."""
-    device = _device()
+    device = in_torch()
     model = torch_decoder.Decoder(config, weights=weights).eval().to(device)
     mean = fsam.mean_loss(partial(torch_decoder.features, loss=loss))
     rows = torch.from_numpy(np.asarray(windows_WxL1, np.int64)).to(device)
@@ -44,7 +45,7 @@ def window_losses(
 
 def image_logits(config: ViTConfig, weights: dict[str, np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
     """Images, uint8 [B, H, W, C] -> their logits, float32 [B, V], on the default device."""
-    device = _device()
+    device = in_torch()
     model = torch_vit.ViT(config, weights=weights).eval().to(device)
 
     @torch.no_grad()
@@ -59,7 +60,7 @@ class CachedDecoder:
     """The decoder on one sequence, which keeps the keys and values of the tokens it has read."""
 
     def __init__(self, config: ModelConfig, weights: dict[str, np.ndarray]) -> None:
-        self.config, self._device = config, _device()
+        self.config, self._device = config, in_torch()
         self._weights = {name: torch.from_numpy(np.array(value)).to(self._device) for name, value in weights.items()}
         self._past: list[tuple[Tensor, Tensor]] = []
 
@@ -126,8 +127,3 @@ class CachedDecoder:
 
     def _normed(self, name: str, x_xD: Tensor) -> Tensor:
         return norm(self.config, name, x_xD, self._weights[name], self._weights.get(f"{name}_bias"))
-
-
-def _device() -> torch.device:
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found or torch.device("cpu")
