@@ -3,6 +3,7 @@
 JAX gets four virtual devices, so that what is sharded can be run sharded.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -29,6 +30,10 @@ os.environ.setdefault("XLA_FLAGS", " ".join(f"--{name}={value}" for name, value 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# The frameworks' own objects, a million, are never garbage: going through them again and again took a quarter of the
+# tests' time.
+gc.set_threshold(100_000, 50, 50)
+
 # The same examples each time, so that a failure belongs to the change that it is seen with.
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.load_profile("same")
@@ -36,7 +41,11 @@ settings.load_profile("same")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Leave the cases of `slow_cases.txt` to `make test-all`."""
+    """Leave the cases of `slow_cases.txt` to `make test-all`, and run a file's tests in one process."""
+    # What XLA compiles for one test serves the others of its file. Files with the most tests start first.
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
     found = {item.nodeid.partition("@")[0]: item for item in items}
     for name in SLOW_CASES & found.keys():
         found[name].add_marker(pytest.mark.slow)
@@ -44,3 +53,8 @@ def pytest_collection_modifyitems(items):
     gone = [name for name in SLOW_CASES - found.keys() if name.partition("::")[0] in files and len(files) > 20]
     if gone:
         raise pytest.UsageError(f"tests/slow_cases.txt names no such test: {', '.join(sorted(gone))}")
+
+
+def pytest_collection_finish():
+    """What is imported by now stays."""
+    gc.freeze()

@@ -10,6 +10,7 @@ work beside it. The ratio of costs is the cost model's, of matrix products.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ ROWS: dict[str, tuple[str, str, str]] = {
     "preconditioned Functional-SAM": ("precond-functional-sam", "", SMALL),
     "preconditioned SAM, split 1/2": ("precond-sam", "form=split:ascent=rest:correction-fraction=0.5", SMALL),
 }
+
+# Two threads that wait for one another on cores with other work took 30 times as long, and the model is small.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,8 @@ def _run(options: Options, command: list[str], name: str) -> dict[str, Any]:
         path.parent.mkdir(parents=True, exist_ok=True)
         print("fsam", *command, flush=True)
         unfinished = path.with_suffix(".part")
-        subprocess.run([sys.executable, "-m", "fsam_trainers.cli", *command, "--json", str(unfinished)], check=True)
+        whole = [sys.executable, "-m", "fsam_trainers.cli", *command, "--json", str(unfinished)]
+        subprocess.run(whole, check=True, env=os.environ | ONE_THREAD)
         unfinished.rename(path)
     return json.loads(path.read_text(encoding="utf-8"))
 

@@ -14,6 +14,12 @@ def ranks(tmp_path_factory):
     return rank_cases.run(tmp_path_factory.mktemp("ranks"), cases)
 
 
+@pytest.fixture(scope="session")
+def square_ranks(tmp_path_factory):
+    """The same of a 2x2 mesh of data and vocabulary, which `make test` leaves out."""
+    return rank_cases.run(tmp_path_factory.mktemp("square"), [*rank_cases.SQUARE])
+
+
 @pytest.fixture
 def float64():
     """JAX computes in float64."""

@@ -16,13 +16,13 @@ OPTIONS = (
     "own-ascent", "top", "dual", "per-tensor", "split", "split-functional", "split-known", "heads", "hidden-heads",
 )  # fmt: skip
 DATA = (
-    "ddp:precond-functional-micro:3", "ddp-views:quarter:3", "ddp:hidden:3", "fsdp:quarter-part:3", "fsdp:logit:3",
+    "ddp:precond-functional-micro:3", "ddp-views:quarter:3", "ddp:hidden:3", "fsdp:quarter-part:3",
     "hsdp:precond-sam:3", "ddp:hidden-heads:3", "fsdp:heads:3", "ddp:split:3", "fsdp:split-functional:3",
     "fsdp:memory:3",
 )  # fmt: skip
 TENSOR = (
-    "tensor:precond-functional-micro:3", "tensor:quarter-part:3", "tensor:random:3", "fsdp-tensor:adamw-clip:3",
-    "fsdp-tensor:logit:3", "fsdp-tensor-remat:hidden-quarter:3", "tensor:hidden-heads:3", "fsdp-tensor:split:3",
+    "tensor:precond-functional-micro:3", "tensor:random:3", "fsdp-tensor:adamw-clip:3",
+    "fsdp-tensor-remat:hidden-quarter:3", "tensor:hidden-heads:3", "fsdp-tensor:split:3",
 )  # fmt: skip
 COUNTED = (
     *(f"{kind}:{name}:count" for kind in ("ddp", "fsdp") for name in ("adamw", "functional", "sam")),
@@ -32,10 +32,11 @@ COUNTED = (
 )  # fmt: skip
 BEHAVIOUR = (
     "run:local", "run:raising-ddp", "run:raising-fsdp", "run:not-finite-ddp", "run:not-finite-fsdp", "run:evaluated",
-    "run:refused", "run:remembered", "run:wide", "run:beside-masters", "run:options-tensor", "run:options-fsdp-tensor",
-    "run:same-tensor", "run:same-fsdp-tensor", "run:raising-tensor", "run:raising-fsdp-tensor",
-    "run:not-finite-tensor", "run:checkpointed", "run:evaluated-tensor", "run:mixed", "run:refused-tensor",
+    "run:refused", "run:remembered", "run:wide", "run:beside-masters", "run:options-tensor", "run:same-tensor",
+    "run:raising-tensor", "run:not-finite-tensor", "run:checkpointed", "run:evaluated-tensor", "run:mixed",
+    "run:refused-tensor",
 )  # fmt: skip
+SQUARE = ("run:options-fsdp-tensor", "run:same-fsdp-tensor", "run:raising-fsdp-tensor")
 
 
 def of_kind(kind: str, kinds: tuple[str, ...]) -> list[str]:

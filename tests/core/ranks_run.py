@@ -32,6 +32,7 @@ from fsam_core.combining import looksam
 from fsam_core.torch import SAM, Ascent, FunctionalSAM, LinearHead, LogitSAM, MicroBatches, Plain, Schedule, Step
 
 RANKS, V, D, L, ROWS = 4, 37, 8, 5, 16
+STEPS = 20  # of a run whose case has no number
 COMPILED: Counter[str] = Counter()  # graphs that torch.compile captured in this process, and their runs
 # Data-parallel parts of the kinds with a tensor axis, whose ranks share a part of the batch.
 PARTS = {"tensor": 1, "fsdp-tensor": 2, "fsdp-tensor-remat": 2}
@@ -281,6 +282,14 @@ def counted(case: Case, kind: str, rank: int) -> dict[str, Any]:
     return {"counts": dict(seen.counts), "bytes": dict(seen.bytes)}
 
 
+def prepare(cases: list[str]) -> None:
+    """What the ranks need alike, once, before this process is forked into them."""
+    torch.compile(torch.nn.Identity())  # its import takes a second
+    for kind, name, *more in (case.split(":") for case in cases):
+        if kind != "run" and more != ["count"]:
+            alone(name, int(*more) if more else STEPS)
+
+
 def one_process(rank: int, store: str, results: Path, cases: list[str]) -> None:
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=120)
@@ -294,7 +303,7 @@ def one_process(rank: int, store: str, results: Path, cases: list[str]) -> None:
             elif more == ["count"]:
                 found[name] = counted(CASES[of], kind, rank)
             else:
-                found[name] = compared(of, kind, int(*more) if more else 20, rank)
+                found[name] = compared(of, kind, int(*more) if more else STEPS, rank)
         except Exception:
             found[name] = {"error": traceback.format_exc()}
     every: list[Any] = [None] * RANKS

@@ -232,4 +232,5 @@ ranks_run.EXTRA |= {
 }
 
 if __name__ == "__main__":
+    ranks_run.prepare(sys.argv[2:])
     sys.exit(spawn.fork_ranks(RANKS, ranks_run.one_process, Path(sys.argv[1]), sys.argv[2:]))

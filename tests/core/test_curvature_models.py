@@ -75,10 +75,14 @@ def plain_autodiff(config: ModelConfig) -> dict[str, Any]:
         return head.hidden @ head.weight.T
 
     loss = lambda z: -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(z), y[:, None], 1))
-    p, v = (jax.tree.map(jnp.asarray, nested(x)) for x in (weights_of(config), along(config)))
-    h = jax.jit(lambda p, v: jax.jvp(jax.grad(lambda p: loss(logits(p))), (p,), (v,))[1])(p, v)
-    z, zdot = jax.jvp(logits, (p,), (v,))
-    (g,) = jax.vjp(logits, p)[1](jax.jvp(jax.grad(loss), (z,), (zdot,))[1])
+
+    @jax.jit  # one compilation instead of one an operation
+    def products(p, v):
+        h = jax.jvp(jax.grad(lambda p: loss(logits(p))), (p,), (v,))[1]
+        z, zdot = jax.jvp(logits, (p,), (v,))
+        return h, jax.vjp(logits, p)[1](jax.jvp(jax.grad(loss), (z,), (zdot,))[1])[0]
+
+    h, g = products(*(jax.tree.map(jnp.asarray, nested(x)) for x in (weights_of(config), along(config))))
     return {"hessian": flattened(h), "gauss_newton": flattened(g)}
 
 

@@ -118,22 +118,23 @@ def test_both_passes_see_the_models_dropout():
     model, b = Tied(), {**batch(), "key": jax.random.key(3)}
     features = from_model(lambda p, b: model.apply(p, b["tokens"], b["key"]), "wte")
     p = params_of(model)
-    none = value_and_grad(features, FunctionalSAM(0.0))(p, b)[1]
-    own = jax.grad(lambda p: nll(model.apply(p, b["tokens"], b["key"]), b["labels"]))(p)
+    none = jax.jit(value_and_grad(features, FunctionalSAM(0.0)))(p, b)[1]
+    own = jax.jit(jax.grad(lambda p: nll(model.apply(p, b["tokens"], b["key"]), b["labels"])))(p)
     assert error(none, own) < 2e-6
 
 
 def test_labels_are_a_key_an_index_or_a_function():
     model, b, p = Tied(), batch(), params_of(Tied())
-    expected = float(mean_loss(from_model(call_of(model), "wte"))(p, b))
+    loss = lambda features, batch=b: float(jax.jit(mean_loss(features))(p, batch))
+    expected = loss(from_model(call_of(model), "wte"))
     for labels in ("labels", lambda b: b["labels"]):
-        assert float(mean_loss(from_model(call_of(model), "wte", labels))(p, b)) == expected
+        assert loss(from_model(call_of(model), "wte", labels)) == expected
     by_index = from_model(lambda p, b: model.apply(p, b[0]), "wte", 1)
-    assert float(mean_loss(by_index)(p, (b["tokens"], b["labels"]))) == expected
+    assert loss(by_index, (b["tokens"], b["labels"])) == expected
     with pytest.raises(UserError, match="labels: the batch, a dict, has no 'targets'"):
         mean_loss(from_model(call_of(model), "wte", "targets"))(p, b)
     weighted = from_model(call_of(model), "wte", token_weights=lambda b: (b["tokens"] > 3) * 2.0, count=lambda b: 7.0)
-    (_, info), _ = value_and_grad(weighted, FunctionalSAM(RHO))(p, b)
+    (_, info), _ = jax.jit(value_and_grad(weighted, FunctionalSAM(RHO)))(p, b)
     assert float(info.weight) == 7
 
 
@@ -148,9 +149,8 @@ def test_logits_of_the_model_itself_are_not_computed():
 def test_half_precision_of_the_head_is_kept():
     seen = []
     features = from_model(call_of(Untied(dtype=jnp.bfloat16)), "lm_head")
-    value_and_grad(lambda p, b: seen.append(features(p, b)) or seen[-1], FunctionalSAM(RHO))(
-        params_of(Untied()), batch()
-    )
+    grad = value_and_grad(lambda p, b: seen.append(features(p, b)) or seen[-1], FunctionalSAM(RHO))
+    jax.eval_shape(grad, params_of(Untied()), batch())
     assert seen[0].hidden.dtype == jnp.bfloat16
     assert seen[0].weight.dtype == jnp.float32
 
@@ -162,8 +162,8 @@ def test_boxed_weights_are_unboxed():
             kernel = nn.with_partitioning(nn.initializers.normal(1.0), (None, None))
             return nn.Dense(V, kernel_init=kernel, name="head")(Trunk()(tokens))
 
-    p = Boxed().init(jax.random.key(0), batch()["tokens"])
-    g = value_and_grad(from_model(call_of(Boxed()), "head"), FunctionalSAM(RHO))(p, batch())[1]
+    p = jax.jit(Boxed().init)(jax.random.key(0), batch()["tokens"])
+    g = jax.jit(value_and_grad(from_model(call_of(Boxed()), "head"), FunctionalSAM(RHO)))(p, batch())[1]
     assert error(g, reference(Boxed(), p, batch())) < 2e-6
 
 

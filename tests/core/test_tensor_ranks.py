@@ -7,7 +7,14 @@ from rank_cases import CLOSE, TENSOR, assert_close, every_rank, of_kind, run
 
 KINDS = ("tensor", "fsdp-tensor", "fsdp-tensor-remat")
 ROWS, WIDTH, PARTS = 16 * 5, 8, 4
+EITHER = pytest.mark.parametrize("kind", ["tensor", pytest.param("fsdp-tensor", marks=pytest.mark.slow)])
 pytestmark = pytest.mark.xdist_group("ranks")
+
+
+@pytest.fixture
+def found(kind, request):
+    """What each rank found in the cases of this kind."""
+    return request.getfixturevalue("ranks" if kind == "tensor" else "square_ranks")
 
 
 @pytest.mark.parametrize("case", TENSOR)
@@ -24,10 +31,10 @@ def test_every_option_trains_as_in_one_process(kind, tmp_path):
         assert_close(found, case)
 
 
-@pytest.mark.parametrize("kind", ["tensor", "fsdp-tensor"])
-def test_every_option_of_a_head_kept_and_recomputed(kind, ranks):
-    found = every_rank(ranks, f"run:options-{kind}")
-    assert max(found.values()) < CLOSE, found
+@EITHER
+def test_every_option_of_a_head_kept_and_recomputed(kind, found):
+    apart = every_rank(found, f"run:options-{kind}")
+    assert max(apart.values()) < CLOSE, apart
 
 
 @pytest.mark.parametrize(
@@ -46,15 +53,15 @@ def test_step_gathers_three_floats_a_row_and_sums_hbar(method, gathered, summed,
     assert found["bytes"]["allreduce_"] == (1 if once else summed) * ROWS * WIDTH * 4
 
 
-@pytest.mark.parametrize("kind", ["tensor", "fsdp-tensor"])
-def test_replicated_weights_stay_the_same_on_tensor_ranks(kind, ranks):
-    for rank in ranks:
+@EITHER
+def test_replicated_weights_stay_the_same_on_tensor_ranks(kind, found):
+    for rank in found:
         assert rank[f"run:same-{kind}"] == {"uncut": 4, "same": True}
 
 
-@pytest.mark.parametrize("kind", ["tensor", "fsdp-tensor"])
-def test_pass_that_raises_restores_weights_and_run_resumes(kind, ranks):
-    assert every_rank(ranks, f"run:raising-{kind}") == {"raised": True, "same": True, "resumes": True}
+@EITHER
+def test_pass_that_raises_restores_weights_and_run_resumes(kind, found):
+    assert every_rank(found, f"run:raising-{kind}") == {"raised": True, "same": True, "resumes": True}
 
 
 def test_non_finite_value_on_one_rank_is_skipped_by_all(ranks):
