@@ -1,0 +1,147 @@
+"""A step of several optimizers, of sparse gradients, of a copy, and under a GradScaler."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from loop_model import METHODS, RHO, Model, batch_of, features, made
+
+from fsam_core.torch import AdamW, FunctionalSAM, LinearHead, MicroBatches, Plain, Step, UserError
+
+
+def split_optimizers(model, muon=True):
+    matrices = [model.mix.weight]
+    rest = [p for p in model.parameters() if all(p is not one for one in matrices)]
+    first = torch.optim.Muon(matrices, lr=0.01) if muon else torch.optim.AdamW(matrices, lr=0.01)
+    return [first, torch.optim.AdamW(rest, lr=0.01)]
+
+
+def test_two_optimizers_are_one_step():
+    one, step = made(FunctionalSAM(RHO, precondition="adam"), clip_norm=0.5)
+    model = Model()
+    both = Step(model, split_optimizers(model, muon=False), step.method, features=features, clip_norm=0.5)
+    for i in range(3):
+        assert step(batch_of(i)).item() == pytest.approx(both(batch_of(i)).item(), rel=1e-12)
+    for p, q in zip(one.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+
+
+def test_muon_needs_a_scope_with_a_preconditioner():
+    model = Model().float()
+    optimizers = split_optimizers(model)
+    with pytest.raises(UserError, match=r"keeps exp_avg_sq \(AdamW\), got Muon for mix.weight; leave .* scope="):
+        Step(model, optimizers, FunctionalSAM(RHO, precondition="adam"), features=features)
+    for method in (
+        FunctionalSAM(RHO),
+        FunctionalSAM(RHO, precondition="adam", scope=lambda name: name != "mix.weight"),
+    ):
+        step = Step(model, optimizers, method, features=features)
+        before = copy.deepcopy(model.state_dict())
+        losses = [step(batch_of()).item() for _ in range(8)]
+        assert losses[-1] < losses[0]
+        assert all(not torch.equal(before[k], p) for k, p in model.state_dict().items())
+
+
+def test_a_parameter_in_two_optimizers_is_refused():
+    model = Model()
+    twice = [torch.optim.AdamW(model.parameters()), torch.optim.SGD([model.mix.bias], lr=0.1)]
+    with pytest.raises(UserError, match=r"mix\.bias is in AdamW and SGD"):
+        Step(model, twice, Plain(), features=features)
+    with pytest.raises(UserError, match=r"optimizer: give a torch\.optim\.Optimizer"):
+        Step(model, model.parameters(), Plain(), features=features)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sparse_embeddings_take_the_step_of_dense_ones(method):
+    def run(sparse):
+        model = Model(sparse)
+        step = Step(model, torch.optim.SGD(model.parameters(), lr=0.5), METHODS[method], features=features)
+        for i in range(3):
+            step(MicroBatches([batch_of(i), batch_of(i + 3)]))
+        return model
+
+    dense, sparse = run(False), run(True)
+    assert sparse.embedding.weight.grad.is_sparse
+    for p, q in zip(dense.parameters(), sparse.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+
+
+def test_sparse_adam_has_second_moments():
+    model = Model(sparse=True)
+    rest = [p for name, p in model.named_parameters() if "embedding" not in name]
+    optimizers = [torch.optim.SparseAdam([model.embedding.weight], lr=0.05), torch.optim.AdamW(rest, lr=0.05)]
+    step = Step(model, optimizers, FunctionalSAM(0.05, precondition="adam", fraction=0.5), features=features)
+    losses = [step(batch_of()).item() for _ in range(10)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_a_copied_step_is_a_step_of_its_own():
+    model, step = made(FunctionalSAM(RHO, precondition="adam", scope=lambda name: "mix" in name, ascent="previous"))
+    step(batch_of())
+    other = copy.deepcopy(step)
+    losses = [(step(batch_of(i)).item(), other(batch_of(i)).item()) for i in range(3)]
+    assert all(x == y for x, y in losses)
+    assert other.model is not model
+    assert other.info == step.info
+    for p, q in zip(model.parameters(), other.model.parameters(), strict=True):
+        assert p is not q
+        assert torch.equal(p, q)
+
+
+def test_post_accumulate_hooks_are_refused():
+    model, step = made()
+    handle = model.mix.weight.register_post_accumulate_grad_hook(lambda p: None)
+    with pytest.raises(UserError, match="1 parameters have post-accumulate-grad hooks"):
+        step(batch_of())
+    handle.remove()
+    step(batch_of())
+
+
+# --- GradScaler -------------------------------------------------------------------------------------------------------
+
+
+def scaled(method, scaler, **options):
+    model = Model().float()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    return model, Step(model, optimizer, method, features=features, scaler=scaler, **options)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "quarter"])
+@pytest.mark.parametrize("micro", [1, 2])
+def test_grad_scaler_changes_no_step(method, micro):
+    method = FunctionalSAM(RHO, precondition="adam", fraction=0.25) if method == "quarter" else METHODS[method]
+    batches = [MicroBatches(batch_of(10 * i + j) for j in range(micro)) for i in range(3)]
+    plain, without = scaled(method, None, clip_norm=0.5)
+    model, step = scaled(method, torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2), clip_norm=0.5)
+    for batch in batches:
+        assert without(batch).item() == pytest.approx(step(batch).item(), rel=1e-5)
+        assert without.info.grad_norm == pytest.approx(step.info.grad_norm, rel=1e-4)
+    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+def test_grad_scaler_skips_and_backs_off():
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    model, step = scaled(FunctionalSAM(RHO), scaler)
+    step(batch_of())
+    before = copy.deepcopy(model.state_dict())
+    good, step.features = step.features, lambda m, b: LinearHead(m.trunk(b[0]) * torch.inf, m.head.weight, b[1])
+    step(batch_of())
+    assert step.info.skipped
+    assert scaler.get_scale() == 2.0**9
+    assert all(torch.equal(before[k], p) for k, p in model.state_dict().items())
+    step.features = good
+    step(batch_of())
+    assert (step.steps, step.skipped_steps) == (2, 1)
+    # The caller's own update.
+    step.gradient(batch_of())
+    scaler.unscale_(step.optimizer)
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    assert norm.item() == pytest.approx(step.info.grad_norm, rel=1e-5)
+    scaler.step(step.optimizer)
+    scaler.update()
+    copies = {p.detach().clone().requires_grad_(): p for p in model.parameters()}
+    with pytest.raises(UserError, match="scaler: masters take"):
+        Step(model, AdamW(copies, copies=copies), Plain(), features=features, scaler=scaler)
