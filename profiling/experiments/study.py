@@ -60,8 +60,6 @@ def main() -> None:
         print(f"fsam: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        for child in multiprocessing.active_children():
-            child.terminate()  # a run under way writes a checkpoint
         print("stopped; the same command resumes", file=sys.stderr)
         sys.exit(130)
 
@@ -88,31 +86,41 @@ def execute(study: Study, console: Console) -> int:
 def _regime(study: Study, runs: Runs, deadline: float, console: Console) -> None:
     """Tune the rivals one after another, as each depends on the ones before, then train all other rows at once."""
     runs.prepare()
-    regime, tuned = runs.regime, dict[str, dict[str, float]]()
     with ProcessPoolExecutor(
         study.jobs, multiprocessing.get_context("spawn"), initializer=_begin_worker, initargs=(deadline,)
     ) as pool:
-        if regime.base:
-            tunes = any(entry.row.tunes for entry in entries(regime))
-            for _ in pool.map(runs.base, [*range(regime.seeds), *[TUNING_SEED] * tunes]):
-                console.say(f"{runs.name}: a base")
-        for label, row in regime.rivals.items():
-            rate = tuned.get(ADAMW, {})
-            tuned[label] = pool.submit(train_entry, runs, Entry(label, row), rate, {}, deadline).result()
-            console.say(f"{runs.name}: {label} {tuned[label]}")
-        base, decayed = tuned.get(ADAMW, {}), {**tuned.get(ADAMW, {}), **tuned.get(DECAY, {})}
-        # A row at equal time has the ρ of the row by itself.
-        waves = [[x for x in entries(regime) if x.equal_time is late] for late in (False, True)]
-        found: dict[str, dict[str, float]] = {}
-        for wave in waves:
-            futures: dict[Future[dict[str, float]], str] = {}
-            for entry in (x for x in wave if x.label not in tuned):
-                known = found.get(entry.label.removesuffix(", equal time"), {})
-                at = (runs, entry, decayed if entry.on_decay else base, known, deadline)
-                futures[pool.submit(train_entry, *at)] = entry.label
-            for future in as_completed(futures):
-                found[futures[future]] = future.result()
-                console.say(f"{runs.name}: {futures[future]} {found[futures[future]]}")
+        try:
+            _train_rows(pool, runs, deadline, console)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                child.terminate()  # a run under way writes a checkpoint; leaving `with` waits for it
+            raise
+
+
+def _train_rows(pool: ProcessPoolExecutor, runs: Runs, deadline: float, console: Console) -> None:
+    regime, tuned = runs.regime, dict[str, dict[str, float]]()
+    if regime.base:
+        tunes = any(entry.row.tunes for entry in entries(regime))
+        for _ in pool.map(runs.base, [*range(regime.seeds), *[TUNING_SEED] * tunes]):
+            console.say(f"{runs.name}: a base")
+    for label, row in regime.rivals.items():
+        rate = tuned.get(ADAMW, {})
+        tuned[label] = pool.submit(train_entry, runs, Entry(label, row), rate, {}, deadline).result()
+        console.say(f"{runs.name}: {label} {tuned[label]}")
+    base, decayed = tuned.get(ADAMW, {}), {**tuned.get(ADAMW, {}), **tuned.get(DECAY, {})}
+    # A row at equal time has the ρ of the row by itself.
+    waves = [[x for x in entries(regime) if x.equal_time is late] for late in (False, True)]
+    found: dict[str, dict[str, float]] = {}
+    for wave in waves:
+        futures: dict[Future[dict[str, float]], str] = {}
+        for entry in (x for x in wave if x.label not in tuned):
+            known = found.get(entry.label.removesuffix(", equal time"), {})
+            at = (runs, entry, decayed if entry.on_decay else base, known, deadline)
+            futures[pool.submit(train_entry, *at)] = entry.label
+        for future in as_completed(futures):
+            found[futures[future]] = future.result()
+            console.say(f"{runs.name}: {futures[future]} {found[futures[future]]}")
 
 
 def train_entry(

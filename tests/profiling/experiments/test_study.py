@@ -6,8 +6,10 @@ import dataclasses
 import json
 import math
 import time
+from pathlib import Path
 
 import pytest
+import spawn
 from rich.console import Console as Rich
 
 import study
@@ -149,6 +151,17 @@ def test_a_late_phase_is_compared_by_what_comes_after(tmp_path):
     text = (tmp_path / "study.md").read_text()
     old = 6.2 + (4.9 - 4.5) / (4.9 - 4.3) * 0.2  # where it has learned as much as AdamW at its middle rate
     assert f"| SAM | +0.100 ± 0.000, worse | {old - 6.6:+.3f} ± 0.000, better |" in text
+
+
+@pytest.mark.slow
+def test_a_signal_stops_it_and_the_run_under_way_leaves_a_checkpoint(tmp_path):
+    process = spawn.start(Path(study.__file__), "--regimes", "scarce", "--out", tmp_path, "--results", tmp_path)
+    until = time.time() + 120
+    while not list(tmp_path.glob("runs/*/metrics.jsonl")) and time.time() < until:
+        time.sleep(0.2)
+    process.terminate()
+    assert process.wait(timeout=study.GRACE) == 130
+    assert list(tmp_path.glob("runs/*/checkpoints/step_*"))
 
 
 @pytest.mark.slow
