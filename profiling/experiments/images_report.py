@@ -87,8 +87,18 @@ def _section(path: Path) -> str:
             lines.append(cells)
         headings = (label, "steps", "loss", "minus AdamW's", "accuracy", "minus AdamW's")
         text += f"\n{markdown(headings, lines)}\n"
+        text += f"\n{_verdict(label, facts['rows'][budget])}\n"
     rates = ", ".join(f"{row} {method.partition(':')[2]}" for row, method in facts["methods"].items())
     return f"{text}\n![losses and accuracies](images-{name}.png)\n\nTuned values: {rates}.\n\n    {facts['command']}\n"
+
+
+def _verdict(label: str, rows: dict[str, dict[str, Any]]) -> str:
+    """One sentence: whose loss differs from AdamW's by more than its interval."""
+    apart = {name: one["loss_difference"][0] for name, one in rows.items() if name != "AdamW"}
+    apart = {name: x for name, x in apart.items() if abs(x) > rows[name]["loss_difference"][1]}
+    said = ", ".join(f"{name} is {'better' if x < 0 else 'worse'} than AdamW" for name, x in apart.items())
+    none = "no loss differs from AdamW's by more than its interval"
+    return f"{label}: {said or none}."
 
 
 def _signed(found: list[float] | tuple[float, ...], digits: int) -> str:
