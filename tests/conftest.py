@@ -30,8 +30,8 @@ os.environ.setdefault("XLA_FLAGS", " ".join(f"--{name}={value}" for name, value 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# The frameworks' own objects, a million, are never garbage: going through them again and again took a quarter of the
-# tests' time.
+# The frameworks' own objects are never garbage: going through them again and again took a fifth of the CPU time in
+# which tests are collected, and more later.
 gc.set_threshold(100_000, 50, 50)
 
 # The same examples each time, so that a failure belongs to the change that it is seen with.

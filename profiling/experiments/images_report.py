@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib.figure
 
 from markdown_tables import markdown
-from paired import difference
+from paired import difference, verdict
 
 HEAD = """# Methods on images
 
@@ -25,7 +25,7 @@ interval includes 0. Loss and accuracy are those of the last step, over all held
 The head of these models is small, so the exact methods take twice AdamW's products: what makes a correction cheap here
 is a part of the batch, fewer blocks or fewer steps, and not the vocabulary ([images](../images.md)).
 
-    python profiling/experiments/images.py --help
+    python profiling/experiments/images.py --data digits --steps 300
 
 """
 
@@ -87,16 +87,15 @@ def _section(path: Path) -> str:
             lines.append(cells)
         headings = (label, "steps", "loss", "minus AdamW's", "accuracy", "minus AdamW's")
         text += f"\n{markdown(headings, lines)}\n"
-        text += f"\n{_verdict(label, facts['rows'][budget])}\n"
+        text += f"\n{_sentence(label, facts['rows'][budget])}\n"
     rates = ", ".join(f"{row} {method.partition(':')[2]}" for row, method in facts["methods"].items())
     return f"{text}\n![losses and accuracies](images-{name}.png)\n\nTuned values: {rates}.\n\n    {facts['command']}\n"
 
 
-def _verdict(label: str, rows: dict[str, dict[str, Any]]) -> str:
+def _sentence(label: str, rows: dict[str, dict[str, Any]]) -> str:
     """One sentence: whose loss differs from AdamW's by more than its interval."""
-    apart = {name: one["loss_difference"][0] for name, one in rows.items() if name != "AdamW"}
-    apart = {name: x for name, x in apart.items() if abs(x) > rows[name]["loss_difference"][1]}
-    said = ", ".join(f"{name} is {'better' if x < 0 else 'worse'} than AdamW" for name, x in apart.items())
+    found = {name: verdict(*one["loss_difference"]) for name, one in rows.items() if name != "AdamW"}
+    said = ", ".join(f"{name} is {x} than AdamW" for name, x in found.items() if x != "no difference")
     none = "no loss differs from AdamW's by more than its interval"
     return f"{label}: {said or none}."
 

@@ -16,3 +16,8 @@ def difference(mine: Sequence[float], other: Sequence[float]) -> tuple[float, fl
         return float(found.mean()), math.inf
     error = float(found.std(ddof=1)) / math.sqrt(len(found))
     return float(found.mean()), float(stats.t.ppf(0.975, len(found) - 1)) * error
+
+
+def verdict(mean: float, half: float) -> str:
+    """Of a difference of losses: "better" below 0, "worse" above it, and "no difference" where the interval holds 0."""
+    return "no difference" if abs(mean) <= half else "better" if mean < 0 else "worse"

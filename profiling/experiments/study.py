@@ -84,7 +84,7 @@ def execute(study: Study, console: Console) -> int:
 
 
 def _regime(study: Study, runs: Runs, deadline: float, console: Console) -> None:
-    """Tune the rivals one after another, as each depends on the ones before, then train all other rows at once."""
+    """Train a regime's rows in processes, which a signal stops at once."""
     runs.prepare()
     with ProcessPoolExecutor(
         study.jobs, multiprocessing.get_context("spawn"), initializer=_begin_worker, initargs=(deadline,)
@@ -99,6 +99,7 @@ def _regime(study: Study, runs: Runs, deadline: float, console: Console) -> None
 
 
 def _train_rows(pool: ProcessPoolExecutor, runs: Runs, deadline: float, console: Console) -> None:
+    """Tune the rivals one after another, as each depends on the ones before, then train all other rows at once."""
     regime, tuned = runs.regime, dict[str, dict[str, float]]()
     if regime.base:
         tunes = any(entry.row.tunes for entry in entries(regime))

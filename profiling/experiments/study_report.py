@@ -50,8 +50,7 @@ class Difference(NamedTuple):
     def __str__(self) -> str:
         if self.seeds < 2:
             return f"{self.mean:+.3f} (one seed)"
-        verdict = "no difference" if abs(self.mean) <= self.half else "better" if self.mean < 0 else "worse"
-        return f"{self.mean:+.3f} ± {self.half:.3f}, {verdict}"
+        return f"{self.mean:+.3f} ± {self.half:.3f}, {paired.verdict(self.mean, self.half)}"
 
 
 def main() -> None:
