@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from fractions import Fraction
 from typing import Any
 
@@ -70,6 +70,34 @@ def part_of(batch: Any, of: Of) -> Any:
         raise UserError(
             f"labels: the batch, a {type(batch).__name__}, has no {of!r}; give its key or a function"
         ) from None
+
+
+def leaves(batch: Any) -> Iterator[Any]:
+    """What a batch's tuples, lists, mappings and dataclasses hold."""
+    if isinstance(batch, Mapping):
+        items: Iterable[Any] = batch.values()
+    elif isinstance(batch, tuple | list):
+        items = batch
+    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        items = [getattr(batch, f.name) for f in dataclasses.fields(batch)]
+    else:
+        yield batch
+        return
+    for one in items:
+        yield from leaves(one)
+
+
+def with_own_containers(batch: Any) -> Any:
+    """The batch with its mappings and lists copied, so that who takes an item out of them leaves it in the batch."""
+    if isinstance(batch, list):
+        return type(batch)(map(with_own_containers, batch))
+    if not isinstance(batch, MutableMapping):
+        return batch
+    found = copy.copy(batch)
+    for key, value in batch.items():
+        if (own := with_own_containers(value)) is not value:
+            found[key] = own
+    return found
 
 
 def map_leaves(function: Callable[[Any], Any], batch: Any, tree_map: TreeMap) -> Any:

@@ -99,11 +99,14 @@ def _of_outputs(head: FlatOutputs, divisor: Tensor) -> tuple[Tensor, tuple[Tenso
         raise ReachesMore(besides)
     if not loss.requires_grad:
         raise UserError("Outputs: loss does not depend on the outputs it is given; use its argument, not detached")
-    zbar = torch.autograd.grad(loss, z, allow_unused=True, materialize_grads=True)
+    # The share holds the loss scale, so it is in the loss before autograd rounds z̄ to half precision.
     share = head.count / divisor
+    with torch.enable_grad():
+        weighted = loss.reshape(()) * share
+    zbar = torch.autograd.grad(weighted, z, allow_unused=True, materialize_grads=True)
     # A mean over no targets is 0/0; it weighs nothing.
-    scaled = [torch.where(share != 0, x.detach() * share.to(x), 0) for x in (loss.reshape(()), *zbar)]
-    return scaled[0], tuple(scaled[1:])
+    found = [torch.where(share != 0, x.detach(), 0) for x in (weighted, *zbar)]
+    return found[0], tuple(found[1:])
 
 
 class ReachesMore(UserError):

@@ -66,9 +66,15 @@ class FromModel:
         """(the head's input [..., D] in the dtype of its product, its weight [V, D], its bias [V] or None)."""
         head = find_head(model, self.head)
         found: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        with_graph = torch.is_grad_enabled()
 
         @torch._dynamo.disable
         def capture(hidden: Tensor) -> NoReturn:
+            if with_graph and not torch.is_grad_enabled():
+                raise UserError(
+                    f"head: the model calls {self.head!r} without a graph, as in checkpoint(use_reentrant=True); use "
+                    "use_reentrant=False, or leave the head out of what is checkpointed"
+                )
             found.append((hidden.to(compute_dtype(hidden)), head.weight, head.bias))
             raise _Captured
 

@@ -58,25 +58,28 @@ def _by_dtype(gradients: Collection[Tensor]) -> Collection[list[Tensor]]:
 
 
 def difference(g_hat: Gradients, g_B: Gradients) -> Gradients:
-    """ĝ − g_B, in the arrays of g_B."""
-    return {p: torch.sub(g_hat[p], g, out=g) for p, g in g_B.items()}
+    """ĝ − g_B, in the arrays of g_B; a tensor may be in one of them alone, as an expert that a pass did not use."""
+    found = {p: torch.sub(g_hat[p], g, out=g) if p in g_hat else g.neg_() for p, g in g_B.items()}
+    return found | {p: g.clone() for p, g in g_hat.items() if p not in g_B}
 
 
 def combine(parallel: Parallel, g: Gradients, g_moved: Gradients, how: Combine) -> None:
-    """α g + β g', in the arrays of g'; α and β are of the products over whole tensors."""
+    """α g + β g', in the arrays of g', which gets those it lacks; α and β are of the products over whole tensors."""
+    every = [*g_moved, *(p for p in g if p not in g_moved)]
 
     def products(x: Gradients, y: Gradients) -> Tensor:
         upcast = lambda z: z.reshape(-1).to(torch.promote_types(z.dtype, torch.float32))
-        return torch.stack([torch.dot(upcast(x[p]), upcast(y[p])) if p in x and p in y else zero for p in g_moved])
+        return torch.stack([torch.dot(upcast(x[p]), upcast(y[p])) if p in x and p in y else zero for p in every])
 
-    first = next(iter(g_moved.values()))
+    first = next(iter((g_moved or g).values()))
     zero = first.new_zeros((), dtype=torch.promote_types(first.dtype, torch.float32))
     sums = [products(g, g), products(g, g_moved), products(g_moved, g_moved)]
-    alpha, beta = how(*(x.sum() for x in parallel.all_reduce_sums(list(g_moved), sums, False)))
+    alpha, beta = how(*(x.sum() for x in parallel.all_reduce_sums(every, sums, False)))
     for p, gradient in g_moved.items():
         gradient.mul_(beta)
         if p in g:
             gradient.add_(g[p] * alpha)
+    g_moved |= {p: g[p] * alpha for p in every if p not in g_moved}
 
 
 def add_weighted(total: Gradients, gradients: Gradients, weight: Tensor) -> None:

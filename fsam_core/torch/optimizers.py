@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fsam_core.errors import UserError
+from fsam_kernels.torch.adamw import AdamW
 
 Optimizers = tuple[torch.optim.Optimizer, ...]
 
@@ -70,6 +71,34 @@ def check_second_moments(optimizers: Sequence[torch.optim.Optimizer], moving: Ma
                 f"optimizer: precondition='adam' needs one that keeps exp_avg_sq (AdamW), got {type(one).__name__} "
                 f"for {moving[mine[0]] or 'a parameter'}; leave its parameters out by scope=, or use precondition=None"
             )
+
+
+def check_minimises(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Check that the optimizers go down the gradient that the ascent goes up.
+
+    Raises:
+        UserError: for maximize=True.
+    """
+    for one in optimizers:
+        if any(group.get("maximize") for group in one.param_groups):
+            raise UserError(
+                f"optimizer: {type(one).__name__} has maximize=True, and the perturbation goes up the loss that is "
+                "minimised; return the negative loss from features and leave maximize out"
+            )
+
+
+def check_copies(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Check that the model's weights are their float32 masters, rounded.
+
+    Raises:
+        UserError: where others have written to the model's alone.
+    """
+    stale = sum(one.stale_copies() for one in optimizers if isinstance(one, AdamW))
+    if stale:
+        raise UserError(
+            f"model: {stale} of its weights are no longer their masters rounded, as after model.load_state_dict; load "
+            "the optimizer's state too, which has the masters, or load the weights before masters(model)"
+        )
 
 
 def check_hooks(params: Sequence[Any]) -> None:

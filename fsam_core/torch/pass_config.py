@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fsam_core.errors import UserError
+from fsam_core.split import leaves, with_own_containers
 from fsam_core.torch.heads import Head
 from fsam_core.torch.parallel import Parallel
 from fsam_core.torch.replay import Replay
@@ -16,6 +20,20 @@ from fsam_core.torch.weights import Weights
 from fsam_kernels.memory import Memory
 
 Features = Callable[[nn.Module, Any], Head]
+
+
+@contextmanager
+def unchanged(tree: Any, who: str, what: str) -> Iterator[None]:
+    """A call after which the tensors of a tree must be what they were.
+
+    Raises:
+        UserError: where one was written to.
+    """
+    versions = lambda: [x._version for x in leaves(tree) if isinstance(x, Tensor) and not x.is_inference()]
+    before = versions()
+    yield
+    if versions() != before:
+        raise UserError(f"{who} writes to a tensor of the {what} in place, which the second pass needs; clone it first")
 
 
 class PassConfig(NamedTuple):
@@ -44,6 +62,15 @@ class PassConfig(NamedTuple):
     def model(self) -> nn.Module:
         """The module that `features` is called with."""
         return self.parallel.inner
+
+    def call_features(self, batch: Any) -> Head:
+        """The head of a batch, at the present weights.
+
+        Raises:
+            UserError: where `features` writes to the batch's tensors and another pass needs them.
+        """
+        with contextlib.nullcontext() if self.replay is None else unchanged(batch, "features: it", "batch"):
+            return self.parallel.call_features(self.features, with_own_containers(batch))
 
     @property
     def joins(self) -> bool:

@@ -20,7 +20,6 @@ from fsam_core.torch.cotangents import AtTensors, Pairs
 from fsam_core.torch.gradient_sum import GradientSum, WeightSum
 from fsam_core.torch.gradients import Gradients, scale
 from fsam_core.torch.heads import Flat, FlatHead
-from fsam_core.torch.parallel import plain_name
 from fsam_core.torch.pass_config import PassConfig
 from fsam_core.torch.pass_result import (
     PassResult,
@@ -33,6 +32,7 @@ from fsam_core.torch.pass_result import (
     shares,
 )
 from fsam_core.torch.replay import State
+from fsam_core.torch.scope import names_of
 
 FORWARD: dict[str, Region] = {"base": "base forward", "second": "second forward"}
 BACKWARD: dict[str, Region] = {"base": "base backward", "second": "second backward"}
@@ -106,7 +106,7 @@ def vjp(
         restore(config, one.state)
         with _accumulating(config, i, len(batches), config.reduces):
             with in_torch("second forward"):
-                found = heads.flat(config.parallel.call_features(config.features, batch), "not")
+                found = heads.flat(config.call_features(batch), "not")
             with in_torch("second backward"):
                 head_vjp(config, found, one.cotangents, sums)
     gradients = sums.take()
@@ -156,8 +156,8 @@ def head_loss(
                 upcast=of_weight.upcast and not cuts_hidden,
             )
         except cotangents.ReachesMore as error:
-            names = {id(p): plain_name(name) for name, p in config.model.named_parameters()}
-            raise cotangents.ReachesMore(error.reached, names.get(id(error.reached[0]), "")) from None
+            names = names_of(config.model, {})
+            raise cotangents.ReachesMore(error.reached, names.get(error.reached[0], "")) from None
         losses.append(loss / config.loss_scale if config.is_scaled else loss)
         if cut is not None:
             at_hidden = AtTensors(out[:1], out[1:]) if cuts_hidden and out else None
@@ -206,7 +206,7 @@ def _losses(
         state = None if config.replay is None else config.replay.state()
         with _accumulating(config, i, len(batches), reduces, backward=sums is not None):
             with torch.set_grad_enabled(sums is not None), in_torch(FORWARD[region]):
-                found = heads.flat(config.parallel.call_features(config.features, batch))
+                found = heads.flat(config.call_features(batch))
             with in_torch(FORWARD[region] if sums is None else BACKWARD[region]):
                 one = head_loss(config, found, unit, len(batches), state, cut=cut, sums=sums)
         unit = one[2].unit

@@ -17,11 +17,13 @@ from torch.utils import _pytree
 from fsam_core.errors import UserError
 from fsam_core.methods import Perturbed
 from fsam_core.regions import in_torch
+from fsam_core.split import with_own_containers
 from fsam_core.torch import heads, passes
 from fsam_core.torch.cotangents import leaves
 from fsam_core.torch.gradient_sum import GradientSum
 from fsam_core.torch.gradients import add_correction, base_minus_correction, local_norm, with_gradient
 from fsam_core.torch.heads import Flat, Head
+from fsam_core.torch.pass_config import unchanged
 from fsam_core.torch.pass_result import PassResult, scaled
 from fsam_core.torch.perturbation import StepInputs, StepResult, in_scope, perturb
 from fsam_core.torch.replay import Replay
@@ -47,7 +49,10 @@ class Staged:
 
 
 class SharedPrefix:
-    """(a micro-batch) -> whether a model's prefix depends on no tensor that moves; found out in the first step."""
+    """(a micro-batch) -> whether a model's prefix depends on no tensor that moves.
+
+    It is found out in the first step, and again when a tensor that moves is frozen or no longer frozen.
+    """
 
     def __init__(
         self, features: Staged, model: nn.Module, method: Perturbed, moving: Mapping[Tensor, str], replay: Replay
@@ -55,16 +60,18 @@ class SharedPrefix:
         """`moving` are the names of the model's parameters that move."""
         self._features, self._model, self._method, self._moving = features, model, method, moving
         self._replay = replay
-        self._is_shared: bool | None = None
+        self._is_shared = False
+        self._trained: list[bool] = []  # of the tensors that move, when it was found out
 
     def __call__(self, batch: Any) -> bool:
         """
         Raises:
             UserError: for a scope of upper blocks that reaches into the prefix.
         """
-        if self._is_shared is None:
+        trained = [p.requires_grad for p in self._moving]
+        if trained != self._trained:
             with torch.enable_grad(), self._replay.replayed():
-                reached = leaves(_pytree.tree_leaves(self._features.prefix(self._model, batch)))
+                reached = leaves(_pytree.tree_leaves(self._features.prefix(self._model, with_own_containers(batch))))
             inside = sorted(self._moving[p] for p in reached if p in self._moving)
             scope = self._method.scope
             if inside and isinstance(scope, str) and scope.startswith("top:"):
@@ -72,7 +79,7 @@ class SharedPrefix:
                     f"features: the prefix of Staged depends on {', '.join(inside[:3])}, which scope={scope!r} moves; "
                     "let it end where those blocks begin"
                 )
-            self._is_shared = not inside
+            self._is_shared, self._trained = not inside, trained
         return self._is_shared
 
 
@@ -112,9 +119,11 @@ def corrected(inputs: StepInputs, batch: Any, rest: Sequence[Any]) -> StepResult
     backward = not (exact and method.direction.known)
 
     sums = GradientSum(config)
-    with in_torch("base forward"):
-        x = features.prefix(model, batch)
-    crossing = [leaf for leaf in _pytree.tree_leaves(x) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    with in_torch("base forward"), unchanged(batch, "prefix: it", "batch"):
+        x = features.prefix(model, with_own_containers(batch))
+    # A tensor may have several places in x.
+    with_graph = (leaf for leaf in _pytree.tree_leaves(x) if isinstance(leaf, Tensor) and leaf.requires_grad)
+    crossing = list(dict.fromkeys(with_graph))
     assert config.replay is not None
     state = config.replay.state()
 
@@ -122,7 +131,9 @@ def corrected(inputs: StepInputs, batch: Any, rest: Sequence[Any]) -> StepResult
         """(the heads at the present weights, the suffix's inputs)."""
         inputs_of = {id(leaf): leaf.detach().requires_grad_(needs_grad) for leaf in crossing}
         given = _pytree.tree_map(lambda leaf: inputs_of.get(id(leaf), leaf), x)
-        return heads.flat(features.suffix(model, given, batch)), [inputs_of[id(leaf)] for leaf in crossing]
+        with unchanged((x, batch), "suffix: it", "prefix's output or of the batch"):
+            head = features.suffix(model, given, with_own_containers(batch))
+        return heads.flat(head), [inputs_of[id(leaf)] for leaf in crossing]
 
     with torch.set_grad_enabled(backward), in_torch("base forward"):
         head, x_S = suffix(needs_grad=not exact)

@@ -9,20 +9,20 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from fsam_core import backends, schedules, scopes
+from fsam_core import backends, schedules
 from fsam_core.errors import UserError
 from fsam_core.methods import Method, Perturbed, Plain
 from fsam_core.regions import in_torch
 from fsam_core.schedules import ALWAYS, Schedule
 from fsam_core.scopes import Blocks
 from fsam_core.split import micro_batches
-from fsam_core.torch import correction, gradients, heads, optimizers, passes, update
+from fsam_core.torch import correction, gradients, heads, optimizers, passes, scope, update
 from fsam_core.torch.carried import Carried
 from fsam_core.torch.gradient_sum import clear_gradients
 from fsam_core.torch.gradients import Gradients
 from fsam_core.torch.info import Figures, Info
 from fsam_core.torch.loss_scale import LossScale, Scaling
-from fsam_core.torch.parallel import Sync, detect_parallelism, plain_name
+from fsam_core.torch.parallel import Sync, detect_parallelism
 from fsam_core.torch.pass_config import Features, PassConfig
 from fsam_core.torch.perturbation import StepInputs, StepResult
 from fsam_core.torch.replay import Replay
@@ -86,9 +86,9 @@ class Step:
             scaler: the `torch.amp.GradScaler` of a float16 autocast. The step scales, unscales, steps and updates it.
 
         Raises:
-            UserError: for a parameter that moves and has no second moment, or is in two optimizers; clip_norm ≤ 0, an
-                unknown backend, a scope or schedule that does not fit the rest, a loss scale without masters or beside
-                a scaler, or an unknown wrapper of the model.
+            UserError: for a parameter that moves and has no second moment, or is in two optimizers; maximize=True,
+                clip_norm ≤ 0, an unknown backend, a scope or schedule that does not fit the rest, a loss scale without
+                masters or beside a scaler, or an unknown wrapper of the model.
         """
         if not isinstance(method, Plain | Perturbed):
             raise UserError(f"method must be Plain(), SAM(...), FunctionalSAM(...) or LogitSAM(...), got {method!r}")
@@ -102,10 +102,8 @@ class Step:
             raise UserError(
                 f"sync: 'local' needs each rank's own gradient, {parallel.why_not_local}; use sync='global'"
             )
-        names: dict[Tensor, str] = {p: plain_name(name) for name, p in parallel.inner.named_parameters()}
-        self._optimizers = optimizers.as_tuple(optimizer, names)
+        self._optimizers = optimizers.as_tuple(optimizer, scope.names_of(parallel.inner, {}))
         copies = optimizers.copies(self._optimizers)
-        names |= {master: names.get(p, "") for master, p in copies.items()}
         if copies and parallel.sharded:
             raise UserError(
                 "optimizer: shards of weights are the masters themselves; leave `copies` out and give fully_shard "
@@ -135,19 +133,11 @@ class Step:
         self._carried = Carried(method, schedule)
         embeddings = (m for m in parallel.inner.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag))
         self._sparse = {m.weight for m in embeddings if m.sparse}
+        self._blocks = blocks
         self._outside: set[Any] = set()
+        self._known: list[Any] = []  # the optimizers' tensors when it was found out which of them move
         self._shares_prefix: SharedPrefix | None = None
-        if isinstance(method, Perturbed):
-            known = sorted(set(names.values()))
-            mask = scopes.mask(method.scope, known, blocks)
-            moves = dict.fromkeys(known, True) if mask is None else dict(zip(known, mask, strict=True))
-            self._outside = {p for p, name in names.items() if not moves.get(name, True)}
-            every = dict.fromkeys(self._params(), "") | names
-            moving = {p: name for p, name in every.items() if p not in self._outside}
-            if method.needs_v:
-                optimizers.check_second_moments(self._optimizers, moving)
-            if isinstance(features, Staged):
-                self._shares_prefix = SharedPrefix(features, parallel.inner, method, moving, self._replay)
+        self._find_moving()
 
     @property
     def info(self) -> Info | None:
@@ -277,6 +267,19 @@ class Step:
             self._scaling.load(state["loss_scale"])
         self._carried.load(state, self._params())
 
+    def _find_moving(self) -> None:
+        """Find out which of the optimizers' tensors the method moves.
+
+        Raises:
+            UserError: as `__init__`.
+        """
+        self._known, method = self._params(), self.method
+        if isinstance(method, Perturbed):
+            names = scope.names_of(self._parallel.inner, self._weights.copies)
+            moving, self._outside = scope.moving(method, self._optimizers, names, self._blocks)
+            if isinstance(self.features, Staged):
+                self._shares_prefix = SharedPrefix(self.features, self._parallel.inner, method, moving, self._replay)
+
     def _params(self) -> list[Any]:
         """The optimizers' tensors."""
         return optimizers.params(self._optimizers)
@@ -287,6 +290,9 @@ class Step:
         if torch.is_inference_mode_enabled():
             raise UserError("a step takes gradients, which torch.inference_mode() cannot; call it outside")
         batches = micro_batches(batch)
+        params = self._params()
+        if len(params) != len(self._known) or any(p is not q for p, q in zip(params, self._known, strict=True)):
+            self._find_moving()  # the caller has added some
         self._read_figures(wait=read or len(self._unread) >= MOST_UNREAD)
         # Each step that is not read yet may have been skipped; the host waits for them only if the kind depends on it.
         kinds = {self.schedule.kind(self._steps + n) for n in range(len(self._unread) + 1)}
@@ -299,12 +305,13 @@ class Step:
             weights=self._weights,
             features=self.features,
             memory=self.memory,
-            params=self._params(),
+            params=params,
             optimizers=self._optimizers,
             replay=self._replay if kind == "corrected" else None,
             loss_scale=self._scale(),
             reduces=not local,
         )
+        optimizers.check_copies(self._optimizers)
         optimizers.check_hooks([*config.params, *self._weights.copies.values()])
         try:
             result = self._corrected(config, batches, local) if kind == "corrected" else self._plain(config, batches)
@@ -421,4 +428,4 @@ class Step:
             return
         with torch.no_grad(), self._replay.replayed():
             for batch in batches:
-                heads.flat(config.parallel.call_features(config.features, batch), "now")
+                heads.flat(config.call_features(batch), "now")

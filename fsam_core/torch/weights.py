@@ -24,6 +24,9 @@ def masters(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> dict[Tenso
         copies = masters(model)
         optimizer = AdamW(copies, lr=3e-4, copies=copies)
 
+    A checkpoint of the optimizer has the masters, and one of the model their copies. Weights to begin with are loaded
+    before this call.
+
     Returns:
         master, a float32 tensor that requires gradients as the parameter does -> the parameter.
     """

@@ -20,6 +20,7 @@ from fsam_core.torch import (
     Plain,
     Schedule,
     Step,
+    UserError,
     masters,
 )
 from fsam_kernels.torch.rounding import Rounding
@@ -213,3 +214,46 @@ def test_head_gradient_over_masters_is_as_it_was_summed():
     of_a, of_w = (master.grad for master in optimizer.copies)
     assert torch.equal(of_a, of_a.bfloat16().float())
     assert not torch.equal(of_w, of_w.bfloat16().float())
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_first", [True, False])
+@pytest.mark.parametrize("bits", ["nearest", "random"])
+def test_a_checkpoint_of_the_optimizer_has_the_masters(model_first, bits):
+    model, optimizer, step = made(FunctionalSAM(0.1, precondition="adam"))
+    optimizer.rounding = Rounding(bits == "random", 1)
+    for i in range(3):
+        step(batch(i))
+    saved = [copy.deepcopy(x.state_dict()) for x in (model, optimizer, step)]
+    step(batch(3))
+    other, other_optimizer, other_step = made(FunctionalSAM(0.1, precondition="adam"), seed=5)
+    other_optimizer.rounding = optimizer.rounding
+    pairs = list(zip((other, other_optimizer, other_step), saved, strict=True))
+    for one, state in pairs if model_first else pairs[::-1]:
+        one.load_state_dict(state)
+    other_step(batch(3))
+    for a, b in ((model.parameters(), other.parameters()), (optimizer.copies, other_optimizer.copies)):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    torch.optim.AdamW([m.detach().clone() for m in optimizer.copies]).load_state_dict(saved[1])
+
+
+def test_weights_that_others_wrote_over_their_masters_are_refused():
+    model, _, step = made(Plain())
+    step(batch())
+    model.load_state_dict(model.state_dict())  # the same values
+    step(batch())
+    model.load_state_dict(Weights(values(3, dtype="float32")).state_dict())
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"2 of its weights are no longer their masters rounded, as after"):
+            step(batch())
+
+
+def test_a_copy_of_model_optimizer_and_step_trains_alike():
+    model, optimizer, step = made(FunctionalSAM(0.1))
+    step(batch())
+    other, other_optimizer, other_step = copy.deepcopy((model, optimizer, step))
+    assert other_step(batch(1)) == step(batch(1))
+    assert all(torch.equal(x, y) for x, y in zip(model.parameters(), other.parameters(), strict=True))
+    assert list(other_optimizer.copies.values()) == list(other.parameters())

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
-from problems import FRAMEWORKS, Weights, adamw, batch_of
+import torch
+from problems import FRAMEWORKS, Weights, adamw, as_torch, batch_of
 from stacks import BLOCKS, got, model, weights
 
 from fsam_core import FunctionalSAM, UserError, scopes
@@ -47,3 +50,29 @@ def test_named_scope_needs_blocks():
     net = Weights(weights())
     with pytest.raises(UserError, match=r"scope: 'norms' needs blocks=Blocks"):
         in_torch.Step(net, adamw(net), FunctionalSAM(0.1, scope="norms"), features=model)
+
+
+def test_scope_is_looked_up_for_parameters_that_are_added_later():
+    net = Weights(weights())
+    optimizer = adamw(net)
+    step = in_torch.Step(net, optimizer, FunctionalSAM(0.1, scope=lambda name: name == "head"), features=model)
+    seen = []
+    net.adapter = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def features(net, batch):
+        seen.append(net.adapter.detach().clone())
+        return dataclasses.replace(found := model(net, batch), hidden=found.hidden * net.adapter)
+
+    step.features = features
+    optimizer.add_param_group({"params": [net.adapter]})
+    step.gradient(as_torch(batch_of(12, 1)))
+    assert net.adapter.grad is not None
+    assert len(seen) == 2
+    assert seen[0] == seen[1]
+
+
+def test_scope_by_name_is_refused_for_parameters_beside_the_model():
+    net, beside = Weights(weights()), torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW([*net.parameters(), *beside.parameters()])
+    with pytest.raises(UserError, match=r"goes by the names of parameters, and 2 of the optimizer's are not the model"):
+        in_torch.Step(net, optimizer, FunctionalSAM(0.1, scope=lambda name: name == "head"), features=model)

@@ -118,3 +118,45 @@ def test_xla_runs_what_no_perturbation_reaches_once():
     assert whole - plain == pytest.approx(plain, rel=0.1)
     # Two blocks, and at θ the backward pass from the third to its input.
     assert whole - top == pytest.approx((2 * 3 + 1) * product, rel=0.1)
+
+
+class TwoStages(torch.nn.ModuleDict):
+    def __init__(self, frozen: bool) -> None:
+        super().__init__({"low": torch.nn.Linear(4, 4), "top": torch.nn.Linear(4, V)})
+        self.low.requires_grad_(not frozen)
+
+
+def gradients_of(prefix, suffix, scope, *, frozen=False, shared=True):
+    """The gradients of two steps, the second with the lower stage trained, with a shared prefix or without."""
+    torch.manual_seed(0)
+    net = TwoStages(frozen)
+    x, y = torch.randn(6, 4), torch.arange(6) % V
+    of = lambda net, h, batch: in_torch.LinearHead(suffix(h), net.top.weight, y, bias=net.top.bias)
+    features = in_torch.Staged(prefix, of) if shared else lambda net, batch: of(net, prefix(net, batch), batch)
+    step = in_torch.Step(
+        net, torch.optim.SGD(net.parameters(), lr=0.0), FunctionalSAM(0.5, scope=scope), features=features
+    )
+    step(x)
+    net.low.requires_grad_(True)
+    step(x)
+    return {name: p.grad for name, p in net.named_parameters()}
+
+
+@pytest.mark.parametrize("case", ["one tensor twice", "no longer frozen"])
+def test_shared_prefix_has_the_gradients_of_a_whole_model(case):
+    if case == "one tensor twice":
+        scope, frozen = lambda name: name.startswith("top"), False
+        prefix, suffix = lambda m, b: [torch.tanh(m.low(b))] * 2, lambda h: h[0] + h[1] ** 2
+    else:
+        scope, frozen = lambda name: name.endswith("weight"), True
+        prefix, suffix = lambda m, b: torch.tanh(m.low(b)), lambda h: h
+    shared, whole = (gradients_of(prefix, suffix, scope, frozen=frozen, shared=x) for x in (True, False))
+    assert shared.keys() == whole.keys()
+    for name, g in shared.items():
+        torch.testing.assert_close(g, whole[name])
+
+
+def test_suffix_that_writes_to_the_prefix_output_is_refused():
+    top = lambda name: name.startswith("top")
+    with pytest.raises(UserError, match=r"suffix: it writes to a tensor of the prefix's output .* clone it first"):
+        gradients_of(lambda m, b: m.low(b), lambda h: h.add_(1.0), top, frozen=True)

@@ -35,6 +35,27 @@ def expected():
     return reference.functional(Model(), [(x, y)], outputs, loss, RHO)
 
 
+# --- a batch that features change -------------------------------------------------------------------------------------
+
+
+def test_features_may_take_items_out_of_a_batch():
+    model, step = made(of=lambda model, batch: features(model, (batch.pop("x"), batch["labels"].pop())))
+    x, y = batch_of()
+    given = {"x": x, "labels": [y]}
+    step.gradient(given)
+    assert list(given) == ["x", "labels"]
+    assert given["labels"] == [y]
+    assert reference.off_by(model, expected()) < 1e-12
+
+
+def test_features_that_write_to_a_batch_in_place_are_refused():
+    of = lambda model, batch: features(model, (batch[0].remainder_(3), batch[1]))
+    _, step = made(of=of)
+    with pytest.raises(UserError, match=r"features: it writes to a tensor of the batch in place, .* clone it first"):
+        step(batch_of())
+    made(Plain(), of=of)[1](batch_of())  # which needs it once
+
+
 # --- a batch is what the loader gives ---------------------------------------------------------------------------------
 
 

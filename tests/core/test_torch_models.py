@@ -9,7 +9,7 @@ from problems import METHODS, Weights, adamw, float32, mlp, moments
 from problems import float32_batch as batch
 from torch import nn
 
-from fsam_core.torch import SAM, FunctionalSAM, LinearHead, Logits, LogitSAM, MicroBatches, Plain, Step
+from fsam_core.torch import SAM, FunctionalSAM, LinearHead, Logits, LogitSAM, MicroBatches, Plain, Schedule, Step
 
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 perturbed = pytest.mark.parametrize("kind", [SAM, FunctionalSAM, LogitSAM])
@@ -149,3 +149,59 @@ def test_running_statistics_are_updated_once_a_step(method):
     assert int(models[0].norm.num_batches_tracked) == 1
     assert torch.equal(models[0].norm.running_mean, models[1].norm.running_mean)
     assert torch.equal(models[0].norm.running_var, models[1].norm.running_var)
+
+
+# --- what a pass does not reach ---------------------------------------------------------------------------------------
+
+
+class Experts(nn.Module):
+    """Two experts, of which a whole batch goes to one: at θ to the first, at θ+ε to the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.shared, self.a, self.b = (nn.Parameter(torch.randn(4, 4, dtype=torch.float64)) for _ in range(3))
+        self.at_theta = self.shared.detach().clone()
+
+    def forward(self, x):
+        expert = self.a if torch.equal(self.shared, self.at_theta) else self.b
+        return torch.tanh(x @ self.shared) @ expert
+
+
+def experts_run(method, steps: int = 1, **options) -> dict[str, torch.Tensor]:
+    """The gradients of the last step."""
+    model, x = Experts(), torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    of = lambda model, batch: Logits(model(batch), lambda z: F.cross_entropy(z, torch.arange(6) % 4))
+    step = Step(model, torch.optim.SGD(model.parameters(), lr=0.0), method, features=of, **options)
+    for _ in range(steps):
+        step.gradient(x)
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_combined_gradients_are_of_all_that_either_pass_reached():
+    products = []
+
+    def combined(alpha, beta):
+        def how(gg, gm, mm):
+            products.append((float(gg), float(mm)))
+            return alpha, beta
+
+        return experts_run(SAM(0.5, combine=how))
+
+    g, moved, both = combined(1.0, 0.0), combined(0.0, 1.0), combined(2.0, 3.0)
+    square = lambda gradients: pytest.approx(sum(float(x.square().sum()) for x in gradients.values()), rel=1e-12)
+    assert products == [(square(g), square(moved))] * 3
+    assert float(g["a"].norm()) > 0 < float(moved["b"].norm())
+    assert both.keys() == {"shared", "a", "b"}
+    for name, x in both.items():
+        torch.testing.assert_close(x, 2 * g[name] + 3 * moved[name])
+
+
+def test_reused_correction_is_of_all_that_either_pass_reached():
+    """At equal weights the second step is g + (g' − g): of the first expert 0, and the second has no gradient at θ."""
+    corrected, plain = experts_run(SAM(0.5)), experts_run(Plain())
+    assert corrected.keys() == {"shared", "b"}
+    assert plain.keys() == {"shared", "a"}
+    reused = experts_run(SAM(0.5), 2, schedule=Schedule(every=2, between="reuse"))
+    torch.testing.assert_close(reused["shared"], corrected["shared"])
+    torch.testing.assert_close(reused["a"], torch.zeros_like(plain["a"]))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from loop_model import METHODS, RHO, Model, batch_of, features, made
 
-from fsam_core.torch import AdamW, FunctionalSAM, LinearHead, MicroBatches, Plain, Step, UserError
+from fsam_core.torch import AdamW, FunctionalSAM, LinearHead, Logits, MicroBatches, Plain, Step, UserError
 
 
 def split_optimizers(model, muon=True):
@@ -145,3 +145,35 @@ def test_grad_scaler_skips_and_backs_off():
     copies = {p.detach().clone().requires_grad_(): p for p in model.parameters()}
     with pytest.raises(UserError, match="scaler: masters take"):
         Step(model, AdamW(copies, copies=copies), Plain(), features=features, scaler=scaler)
+
+
+@pytest.mark.parametrize("scale", [2.0**14, 2.0**16])
+def test_float16_logits_have_the_gradient_of_a_plain_loop_with_a_scaler(scale):
+    """Their cotangents, a millionth each, are multiplied by the scale before they are rounded to float16."""
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(8, 256), torch.randn(4096, 8)
+    t = (model(x) + 0.02 * torch.randn(4096, 256)).detach()
+
+    def of(model, x):
+        with torch.autocast("cpu", torch.float16):
+            z = model(x)
+        return Logits(z, lambda z: torch.nn.functional.mse_loss(z.float(), t))
+
+    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.0), torch.amp.GradScaler("cpu", init_scale=scale)
+    step = Step(model, optimizer, Plain(), features=of, scaler=scaler)
+    step(x)
+    assert not step.info.skipped
+    got = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    head = of(model, x)
+    (head.loss(head.logits) * scale).backward()
+    for a, p in zip(got, model.parameters(), strict=True):
+        torch.testing.assert_close(a, p.grad / scale, rtol=1e-3, atol=1e-3 * float(a.norm()))
+
+
+def test_maximize_is_refused():
+    model = Model()
+    optimizer = torch.optim.AdamW(model.parameters(), maximize=True)
+    with pytest.raises(UserError, match=r"AdamW has maximize=True, .* return the negative loss"):
+        Step(model, optimizer, FunctionalSAM(RHO), features=features)
+    Step(model, optimizer, Plain(), features=features)(batch_of())

@@ -214,3 +214,21 @@ def test_adapters_of_the_trunk_get_the_models_own_gradient(options):
     found = gradient(model, from_model(shift=True))[1]
     zero = {name for name, x in expected.items() if not x.any()}  # of the factor that is multiplied by 0
     assert distance(*({k: x for k, x in g.items() if k not in zero} for g in (found, expected))) < 1e-5
+
+
+def test_head_inside_of_a_reentrant_checkpoint_is_refused():
+    """Such a checkpoint runs without a graph, so that nothing below the head would get a gradient."""
+
+    class Checkpointed(Small):
+        reentrant = False
+
+        def forward(self, x, y=None):
+            end = lambda h: self.head(torch.tanh(h))
+            return torch.utils.checkpoint.checkpoint(end, self.body(x), use_reentrant=self.reentrant)
+
+    model = Checkpointed()
+    features = from_model("head", 1)
+    assert gradient(model, features, (X, Y))[1].keys() == dict(model.named_parameters()).keys()
+    model.reentrant = True
+    with pytest.raises(UserError, match=r"head: the model calls 'head' without a graph, .* use use_reentrant=False"):
+        gradient(model, features, (X, Y))

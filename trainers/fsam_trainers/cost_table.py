@@ -212,11 +212,11 @@ def _machine(name: str, model: cost.Model, o: cost.Options, tokens: float) -> co
 def _quality() -> dict[str, float]:
     """Row -> its mean difference in validation loss from AdamW, in the study's regime of many passes."""
     try:
-        rows = json.loads(STUDY.read_text(encoding="utf-8"))["regimes"]["many passes"]["rows"]
+        rows = json.loads(STUDY.read_text(encoding="utf-8"))["rows"]
     except (OSError, ValueError, KeyError):
         return {}
     labels = {name: label for name, label in STUDIED.items() if label in rows}
-    return {name: statistics.fmean(rows[label]["to_adamw"]["val_loss"]) for name, label in labels.items()}
+    return {name: statistics.fmean(rows[label]) for name, label in labels.items()}
 
 
 def _row(name: str, one: cost.Cost, machine: cost.Machine) -> dict[str, Any]:

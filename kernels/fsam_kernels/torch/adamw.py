@@ -136,9 +136,10 @@ def _fused(
 class AdamW(torch.optim.AdamW):
     """torch.optim.AdamW by `adamw`, with a dtype for the moments, a compute copy, and clipping in the same pass.
 
-    State names, step counts and parameter groups are those of torch.optim.AdamW, so a `state_dict` of either loads into
-    the other. The step count is on the host, as it is there by default. One that a checkpoint loads onto a device stays
-    there, and `found_inf` moves it there, as fused=True does in torch.optim.
+    State names, step counts and parameter groups are those of torch.optim.AdamW, so a `state_dict` of either loads
+    into the other. With copies it has the weights themselves too, under "masters": the model has only the copies.
+    The step count is on the host, as it is there by default. One that a checkpoint loads onto a device stays there,
+    and `found_inf` moves it there, as fused=True does in torch.optim.
 
     Attributes:
         copies: weight -> tensor of its shape, to which every step also writes the new weight.
@@ -166,6 +167,7 @@ class AdamW(torch.optim.AdamW):
         """
         super().__init__(params, lr, betas, eps, weight_decay)
         self.state_dtype, self.copies, self.rounding = state_dtype, dict(copies or {}), rounding
+        self._versions = self._copy_versions()
 
     @torch.no_grad()
     def step(
@@ -208,7 +210,22 @@ class AdamW(torch.optim.AdamW):
         moments = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
         options = {"copy": self._copies(params), "rounding": self._rounding(settings), "found_inf": found_inf}
         type(self).update(params, [p.grad for p in params], *moments, settings, clip=clip, **options)
+        self._versions = self._copy_versions()
         return loss
+
+    def stale_copies(self) -> int:
+        """How many copies others have written to, such that they no longer are their weights, rounded.
+
+        The values are looked at only where PyTorch has counted a write since the last step or call.
+        """
+        versions = self._copy_versions()
+        changed = [p for p, version in versions.items() if self._versions.get(p) != version]
+        stale = [p for p in changed if not _is_rounded(self.copies[p], p)]
+        self._versions = {p: version for p, version in versions.items() if not any(p is x for x in stale)}
+        return len(stale)
+
+    def _copy_versions(self) -> dict[Tensor, int]:
+        return {p: copy._version for p, copy in self.copies.items()}
 
     def _counted(
         self, params: Sequence[Tensor], states: Sequence[dict[str, Tensor]], found_inf: Tensor | None
@@ -252,12 +269,34 @@ class AdamW(torch.optim.AdamW):
             raise ValueError("rounding: at random needs step counts on the host, got one on a device")
         return self.rounding._replace(step=int(max(steps)))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy.deepcopy and pickle, which PyTorch gives its own attributes alone."""
+        own = {"state_dtype": self.state_dtype, "copies": self.copies, "rounding": self.rounding}
+        return super().__getstate__() | own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._versions = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of torch.optim.AdamW; with copies also the weights, as a list, under "masters"."""
+        state = super().state_dict()
+        if self.copies:
+            state["masters"] = [p.detach() for group in self.param_groups for p in group["params"]]
+        return state
+
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.load_state_dict`, but moments keep `state_dtype` where one is given.
 
         PyTorch casts loaded moments to the weights' dtype, so float32 moments of bfloat16 weights would lose bits.
+        With copies the weights are loaded too, if the state has them; the copies are the model's to load.
         """
         super().load_state_dict(state_dict)
+        if self.copies and "masters" in state_dict:
+            weights = [p for group in self.param_groups for p in group["params"]]
+            for p, saved in zip(weights, state_dict["masters"], strict=True):
+                p.copy_(saved)
         if self.state_dtype is None:
             return
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
@@ -267,3 +306,10 @@ class AdamW(torch.optim.AdamW):
                 if name in state_dict["state"].get(i, {}):
                     value = state_dict["state"][i][name]
                     self.state[p][name] = value.to(p.device, self.state_dtype, copy=True)
+
+
+def _is_rounded(copy: Tensor, weight: Tensor) -> bool:
+    """Whether one is the other rounded, to either neighbour."""
+    least = torch.finfo(copy.dtype)
+    close = torch.isclose(copy.to(weight.dtype), weight, rtol=least.eps, atol=least.tiny * least.eps, equal_nan=True)
+    return bool(close.all())
