@@ -130,8 +130,9 @@ def split(
 ) -> tuple[list[Any], list[Any]]:
     """(S, the rest) as lists of micro-batches; S is `fraction` of all rows, and never empty.
 
-    S takes whole micro-batches first, then every n-th row of the next one, so that every device of a batch sharded
-    along its first axis contributes its share. Leaves without axes (a number), and random keys, go to both.
+    S takes whole micro-batches first, each as an equal part of the rows, whatever its size. Then it takes every n-th
+    row of the next one, so that every device of a batch sharded along its first axis contributes its share. Leaves
+    without axes (a number), and random keys, go to both.
 
     Args:
         batches: micro-batches, trees of arrays.
@@ -168,6 +169,7 @@ def _cut(batch: Any, share: Fraction, tree_map: TreeMap, is_key: Callable[[Any],
         got = ", ".join(map(str, sorted(sizes))) or "no arrays"
         raise UserError(f"fraction: the arrays of a batch must have one first axis to be cut along, got {got}")
     size, n = sizes.pop(), share.denominator
+    check_keys(batch, size, is_key, "fraction")
     if size % n:
         raise UserError(
             f"fraction: {share} of a (micro-)batch of {size} rows is not a whole number of rows; {n} must divide it"
@@ -185,6 +187,19 @@ def _cut(batch: Any, share: Fraction, tree_map: TreeMap, is_key: Callable[[Any],
     sides = (slice(None, share.numerator), slice(share.numerator, None))
     mine, others = (map_leaves(rows(side), batch, tree_map) for side in sides)
     return mine, others
+
+
+def check_keys(batch: Any, rows: int, is_key: Callable[[Any], bool], argument: str) -> None:
+    """Check that what looks like an old random key cannot be a number for each row.
+
+    Raises:
+        UserError: for a batch in which it can.
+    """
+    if any(is_key(x) and _has_rows(x) and x.shape[0] == rows for x in leaves(batch)):
+        raise UserError(
+            f"{argument}: a uint32 array of the batch, of shape ({rows},), may be a random key or data of its {rows} "
+            "rows; make keys with jax.random.key, and give data another dtype"
+        )
 
 
 def _has_rows(x: Any) -> bool:

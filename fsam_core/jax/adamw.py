@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from fsam_core.errors import UserError
+from fsam_core.jax import trees
 from fsam_core.jax.optimizers import adam_state
 from fsam_core.jax.perturbation import clip_factor
 from fsam_kernels.xla.adamw import adamw
@@ -65,17 +66,21 @@ class AdamW:
         """(params, opt_state) after a step with the results of `value_and_grad`; unchanged if not `info.finite`.
 
         `opt_state` may be any optax state that contains one Adam state, so that a run begun with optax can be resumed.
-        The rest of that state (the count of a schedule, say) is not changed.
+        The rest of that state (the count of a schedule, say) is not changed, and neither are leaves of other than float
+        dtypes.
         """
         state = adam_state(opt_state)
         rate = self.learning_rate(state.count) if callable(self.learning_rate) else self.learning_rate
         decays = self.mask(params) if callable(self.mask) else self.mask
         decay = self.weight_decay if decays is None else jax.tree.map(lambda on: self.weight_decay * on, decays)
+        decay = decay if decays is None else trees.floats(params, decay)
+        held = lambda tree: trees.floats(params, tree)
         new = adamw(
-            params, grads, state.mu, state.nu, step=state.count + 1, lr=rate, b1=self.b1, b2=self.b2, eps=self.eps,
-            weight_decay=decay, clip=clip_factor(info.grad_norm, self.clip_norm),
+            held(params), held(grads), held(state.mu), held(state.nu), step=state.count + 1, lr=rate, b1=self.b1,
+            b2=self.b2, eps=self.eps, weight_decay=decay, clip=clip_factor(info.grad_norm, self.clip_norm),
         )  # fmt: skip
-        keep = lambda after, before: jax.tree.map(lambda x, y: jnp.where(info.finite, x, y), after, before)
+        chosen = lambda x, y: y if x is None else jnp.where(info.finite, x, y)  # None: no float leaf
+        keep = lambda after, before: jax.tree.map(lambda y, x: chosen(x, y), before, after)
         count = jnp.where(info.finite, optax.safe_increment(state.count), state.count)
         mine = optax.ScaleByAdamState(count, keep(new.exp_avg, state.mu), keep(new.exp_avg_sq, state.nu))
         is_adam = lambda x: isinstance(x, optax.ScaleByAdamState)

@@ -184,17 +184,17 @@ def exact_product(features: Features, memory: Memory, which: str, whole: Params,
             return jax.vjp(outputs, p)
 
         # The pull-back is a tree of the arrays that it saved, so it has a tangent itself.
-        (out, pull_back), (outdot, pull_back_dot) = jax.jvp(linearized, (params,), (along,))
+        (out, vjp_fn), (outdot, vjp_fn_dot) = jax.jvp(linearized, (params,), (along,))
         head = heads.with_outputs(seen[-1], out)
         every = [_at_outputs(*x, memory) for x in zip(head.parts, head.factors, out, outdot, strict=True)]
         zbar, of_G, of_N = zip(*every, strict=True)
         weight = _weight(head.parts[0])
         if which == "gauss_newton":
-            return (jnp.zeros_like(weight), weight, pull_back(of_G)[0]), ()
+            return (jnp.zeros_like(weight), weight, vjp_fn(of_G)[0]), ()
         moves = of_N if which != "hessian" else jax.tree.map(jnp.add, of_N, of_G)
-        apply = lambda pull_back, bars: pull_back(bars)[0]
-        _, product = jax.jvp(apply, (pull_back, zbar), (pull_back_dot, moves))
-        found = product if which != "both" else (pull_back(of_G)[0], product)
+        apply = lambda vjp_fn, bars: vjp_fn(bars)[0]
+        _, product = jax.jvp(apply, (vjp_fn, zbar), (vjp_fn_dot, moves))
+        found = product if which != "both" else (vjp_fn(of_G)[0], product)
         return (jnp.zeros_like(weight), weight, found), ()
 
     (_, _, found), _ = passes.micro_batch_mean(one, passes.stacked(batches))

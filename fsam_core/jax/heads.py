@@ -186,7 +186,7 @@ def nan_unless(valid: jax.Array, x: jax.Array) -> jax.Array:
 def _check_labels(labels: Any, vocabulary: int, ignore_index: int | None) -> None:
     if isinstance(labels, jax.core.Tracer) or not getattr(labels, "is_fully_addressable", True):
         return
-    found = np.asarray(labels)
+    found = np.asarray(labels).astype(np.int64)  # unsigned ones have no -1
     largest = found[found != ignore_index].max(initial=-1)
     if largest >= vocabulary:
         raise UserError(

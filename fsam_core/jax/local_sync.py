@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from fsam_core import split
 from fsam_core.errors import UserError
 from fsam_core.jax import correction
 from fsam_core.jax.passes import is_key, upcast
@@ -41,6 +42,9 @@ def corrected(inputs: StepInputs, batches: list[Any], axis: str) -> StepResult:
                 f"sync='local': a micro-batch of {len(x)} rows cannot be cut into the {shape[axis]} shards of axis "
                 f"{axis!r}; give it a number of rows that they divide"
             )
+    for batch in batches:
+        for count in {len(x) for x in jax.tree.leaves(batch) if has_rows(x)}:
+            split.check_keys(batch, count, is_key, "sync='local'")
     memory = inputs.config.memory
     inside = dataclasses.replace(memory, row_axes=tuple(x for x in memory.row_axes if x != axis))
     config = inputs.config._replace(memory=inside)

@@ -14,8 +14,8 @@ from fsam_core.errors import UserError
 from fsam_core.jax import trees
 
 KINDS = "optax.adam, adamw, scale_by_adam, …"
-PROBE = 1e-4
-"""A gradient that no clipping changes."""
+PROBE = 1e-12
+"""A gradient that no clipping changes, that by a leaf's own norm included: of a weight of 0 it is 1e-5."""
 
 
 class AdamState(NamedTuple):
@@ -133,23 +133,27 @@ def probed(tx: optax.GradientTransformation, params: Any) -> list[float | None]:
     None for a state that does not change in a step (`optax.MultiSteps`), or that holds no leaf.
 
     Raises:
-        UserError: for a second moment that is no mean of squares, as that of `optax.adamax`.
+        UserError: for a second moment that is no mean of squares, as that of `optax.adamax`, and for an optimizer whose
+            update needs more than a gradient.
     """
-    small = jax.tree.map(lambda p: jnp.zeros((1,) * jnp.ndim(p), jnp.float32), params)
 
     def after(g: float, opt_state: Any) -> tuple[Any, list[float]]:
         opt_state = tx.update(jax.tree.map(lambda p: jnp.full_like(p, g), small), opt_state, small)[1]
         held = [jax.tree.leaves(x.state.nu) for x in adam_states(opt_state)]
         return opt_state, [float(x[0].sum()) if x else 0.0 for x in held]
 
-    with jax.ensure_compile_time_eval():
-        before, once = after(PROBE, tx.init(small))
-        twice = after(2 * PROBE, tx.init(small))[1]
-        later = after(0.0, before)[1]
+    with jax.ensure_compile_time_eval():  # also under jit
+        small = jax.tree.map(lambda p: jnp.zeros((1,) * jnp.ndim(p), jnp.float32), params)
+        try:
+            before, once = after(PROBE, tx.init(small))
+            twice = after(2 * PROBE, tx.init(small))[1]
+            later = after(0.0, before)[1]
+        except TypeError as error:
+            raise UserError(f"optimizer: it cannot be tried on gradients alone ({error}); give b2 instead") from error
     if not all(math.isclose(4 * v, v2, rel_tol=1e-2) for v, v2 in zip(once, twice, strict=True)):
         raise UserError(
-            "optimizer: the second moment in its Adam state is no mean of squares (optax.adamax has a maximum there); "
-            "use optax.adam or adamw, or precondition=None"
+            "optimizer: the second moment in its Adam state is no mean of squares. optax.adamax has a maximum there: "
+            "use optax.adam or adamw, or precondition=None. Where noise or a normalisation comes before Adam, give b2"
         )
     return [float(f"{v2 / v:.5g}") if v else None for v, v2 in zip(once, later, strict=True)]
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from fsam_core import regions
 from fsam_core.errors import UserError
-from fsam_core.jax import heads, leaks
+from fsam_core.jax import heads, leaks, meshes
 from fsam_core.jax.heads import FlatHeads, LinearHead
 from fsam_core.split import MicroBatches
 from fsam_kernels.memory import Memory
@@ -81,19 +81,19 @@ def loss_and_grad(
 
     def one(item: Any) -> Any:
         if backward:
-            head, pull_back, aux = _linearize(config, params, item, region, checked=True)
+            head, vjp_fn, aux = _linearize(config, params, item, region, checked=True)
         else:
             with regions.in_jax(_named(region, "forward")):
                 found, aux = called(config, params, item)
                 if leaks.may_leak(found):
                     jax.eval_shape(lambda p: jax.vjp(lambda p: _checked(config, p, item), p)[0], params)
-                head, pull_back = heads.flat(found), None
+                head, vjp_fn = heads.flat(found), None
         holds = keep and not hidden and heads.keeps(head, _count(items), config.memory)
         with regions.in_jax(_named(region, "backward" if backward else "forward")):
             loss, weight, zbar, out = heads.cotangent(
                 config.ops, head, config.memory, gradient=backward or hidden, keep=holds
             )
-            g = () if pull_back is None else pull_back(out)
+            g = () if vjp_fn is None else vjp_fn(out)
             bad = heads.bad_label(head)
         kept: Any = _without_heads(zbar, items) if keep else ()
         of_head: Any = ()
@@ -251,9 +251,9 @@ def _linearize(
         return heads.outputs(seen[-1]), aux
 
     with regions.in_jax(_named(region, "forward")):
-        out, pull_back, aux = jax.vjp(outputs, params, has_aux=True)
+        out, vjp_fn, aux = jax.vjp(outputs, params, has_aux=True)
     # Labels, weights and the loss do not depend on the params, so they may leave the trace of jax.vjp.
-    return heads.with_outputs(seen[-1], out), lambda cotangents: pull_back(cotangents)[0], aux
+    return heads.with_outputs(seen[-1], out), lambda cotangents: vjp_fn(cotangents)[0], aux
 
 
 def _head_weights(config: PassConfig, params: Params, items: Any) -> tuple[tuple[jax.Array, ...], ...]:
@@ -281,8 +281,13 @@ def is_key(x: Any) -> bool:
 
 
 def stacked(batches: list[Any]) -> Any:
-    """`batches` as a `_Stack` if there are several of one shape, else unchanged."""
-    if len(batches) == 1 or not all(hasattr(x, "shape") for x in jax.tree.leaves(batches)):
+    """`batches` as a `_Stack` if there are several of one shape, else unchanged.
+
+    Outside of a trace they are unchanged too: labels are checked where their values are known.
+    """
+    leaves = jax.tree.leaves(batches)
+    traced = any(isinstance(x, jax.core.Tracer) for x in leaves)
+    if len(batches) == 1 or not traced or not all(map(meshes.is_array, leaves)):
         return batches
     shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), b) for b in batches]
     if any(s != shapes[0] for s in shapes):

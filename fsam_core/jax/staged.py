@@ -91,7 +91,7 @@ def corrected(inputs: StepInputs, S: Any, others: list[Any]) -> StepResult:
     features = config.features
     assert isinstance(features, Staged)
     with regions.in_jax("base forward"):
-        x, pull_back_prefix = jax.vjp(lambda p: features.prefix(p, S), params)
+        x, vjp_of_prefix = jax.vjp(lambda p: features.prefix(p, S), params)
     upper = config._replace(features=lambda both, batch: features.suffix(both.params, both.prefix, batch))
     functional, exact = method.path == "functional", method.exact
     backward = not (exact and method.direction.known)
@@ -125,6 +125,6 @@ def corrected(inputs: StepInputs, S: Any, others: list[Any]) -> StepResult:
         with regions.in_jax("update"):
             c = jax.tree.map(leaf, c, c_S)
     with regions.in_jax("second backward"):
-        (below,) = pull_back_prefix(c)
+        (below,) = vjp_of_prefix(c)
         g_hat: Params = jax.tree.map(lambda upper, lower: upper + lower, g_moved, below)
     return StepResult(loss, moved_loss, weight, base_norm, epsilon, g_hat, None, passes.largest(bad), aux)

@@ -12,7 +12,7 @@ import optax
 
 from fsam_core import backends, regions, schedules, split
 from fsam_core.errors import UserError
-from fsam_core.jax import heads, local_sync, optimizers, passes, trees
+from fsam_core.jax import heads, local_sync, meshes, optimizers, passes, trees
 from fsam_core.jax.correction import combined, corrected
 from fsam_core.jax.passes import Features, Params, PassConfig
 from fsam_core.jax.perturbation import Adam, Norms, StepInputs, mask_of, norm_of
@@ -73,8 +73,8 @@ def carry_of(method: Method, params: Params, schedule: Schedule = ALWAYS) -> Car
         return Carry()
     zeros = lambda wanted: jax.tree.map(jnp.zeros_like, params) if wanted else None
     kinds = [jnp.promote_types(x.dtype, jnp.float32) for x in jax.tree.leaves(trees.floats(params))]
-    zero = jnp.zeros((), jnp.result_type(*kinds))
-    norms = Norms(zero, zero) if method.norm_from == "previous" else None
+    zero = lambda: jnp.zeros((), jnp.result_type(*kinds))  # two arrays, so that the carry can be donated
+    norms = Norms(zero(), zero()) if method.norm_from == "previous" else None
     return Carry(zeros(method.direction.remembers), zeros(schedule.between == "reuse"), norms)
 
 
@@ -172,7 +172,21 @@ def value_and_grad(
     def grad(
         params: Params, batch: Any, opt_state: Any = None, carry: Carry | None = None, *, kind: Kind = "corrected"
     ) -> Any:
-        batches = split.micro_batches(batch)
+        is_one = not isinstance(batch, split.MicroBatches)
+        if isinstance(method, Perturbed) and kind == "corrected":
+            optimizers.warn_of_accumulation(opt_state)
+
+        def call(params: Params, batches: list[Any], opt_state: Any, carry: Carry | None) -> Any:
+            return of(params, batches, opt_state, carry, is_one, kind)
+
+        def out(specs: Any) -> Any:
+            params, _, _, carry = specs
+            results = (meshes.WHOLE,) * (2 + has_aux)
+            return (results, params) if carry is None else (results, params, carry)
+
+        return meshes.in_auto_mode(call, (params, split.micro_batches(batch), opt_state, carry), out)
+
+    def of(params: Params, batches: list[Any], opt_state: Any, carry: Carry | None, is_one: bool, kind: Kind) -> Any:
         if kind not in schedules.KINDS:
             raise UserError(f"kind: {kind!r} is not known; use one of {', '.join(schedules.KINDS)}")
         before = Carry() if carry is None else carry
@@ -197,7 +211,6 @@ def value_and_grad(
             if kind == "reused":
                 g_hat = _reused(method, g_hat, correction)
         else:
-            optimizers.warn_of_accumulation(opt_state)
             mask = mask_of(method, params, blocks)
             reuses = correction is not None
             adam = adam_of(whole)
@@ -222,7 +235,7 @@ def value_and_grad(
         results: tuple[Any, ...] = (loss, info)
         if has_aux:
             assert aux is not None
-            results = (loss, info, aux if isinstance(batch, split.MicroBatches) else aux[0])
+            results = (loss, info, aux[0] if is_one else aux)
         gradients = trees.gradients(whole, g_hat)
         if carry is None:
             return results, gradients
@@ -283,7 +296,7 @@ def mean_loss(
         head = heads.flat(passes.called(config, params, batch)[0])
         return heads.cotangent(config.ops, head, memory, gradient=False, keep=False)[0]
 
-    return loss
+    return lambda params, batch: meshes.in_auto_mode(loss, (params, batch), lambda specs: meshes.WHOLE)
 
 
 def skip_nonfinite(tx: optax.GradientTransformation) -> optax.GradientTransformation:

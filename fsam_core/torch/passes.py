@@ -139,7 +139,7 @@ def head_loss(
     linear = sum(isinstance(head, FlatHead) for head in found)
     if cut == "hidden" and not linear:
         raise UserError("cut: 'hidden' needs features to return a LinearHead; use cut='logits'")
-    losses, saved, to_pull_back = [], [], Pairs()
+    losses, saved, roots = [], [], Pairs()
     for place, (head, divisor) in enumerate(zip(found, cotangents.divisors(found, unit), strict=True)):
         cuts_hidden = cut == "hidden" and isinstance(head, FlatHead)
         of_weight = WeightSum() if sums is None else sums.of_weight(head)
@@ -165,9 +165,9 @@ def head_loss(
         if sums is not None:
             assert out is not None
             donate = cut is None or not (cuts_hidden or isinstance(zbar, AtTensors))
-            to_pull_back += cotangents.pairs(head, out, add_weight=of_weight.add, donate=donate)
+            roots += cotangents.pairs(head, out, add_weight=of_weight.add, donate=donate)
     if sums is not None:
-        cotangents.backward(to_pull_back)
+        cotangents.backward(roots)
         sums.collect()
     total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
     return total, weight, SavedMicrobatch(saved, unit, state)
@@ -175,13 +175,13 @@ def head_loss(
 
 def head_vjp(config: PassConfig, found: Flat, zbars: Sequence[Any], sums: GradientSum) -> None:
     """Add one micro-batch's Jᵀ z̄ to `sums`."""
-    to_pull_back = Pairs()
+    roots = Pairs()
     for head, zbar in zip(found, zbars, strict=True):
         of_weight = sums.of_weight(head)
         out = cotangents.head_vjp(config.ops, head, zbar, config.memory, of_weight.onto, of_weight.upcast)
         donate = not isinstance(zbar, AtTensors)
-        to_pull_back += cotangents.pairs(head, out, add_weight=of_weight.add, donate=donate)
-    cotangents.backward(to_pull_back)
+        roots += cotangents.pairs(head, out, add_weight=of_weight.add, donate=donate)
+    cotangents.backward(roots)
     sums.collect()
 
 

@@ -95,7 +95,7 @@ class Regime:
         data: "python", "site-packages", or "prose" (`study_data`).
         max_tokens: of training text; None for all of it.
         evaluations: along a run.
-        tuned: the rows whose option is tuned before the others, in this order: learning rate, weight decay.
+        rivals: the rows whose option is tuned before the others, in this order: learning rate, weight decay, dropout.
         alone, on_decay: rows by themselves, and on top of the tuned decay.
         at_equal_time: whether rows that cost more than AdamW are trained with fewer steps, too.
         base: AdamW's own run that each run starts from: its steps, data and tokens.

@@ -21,7 +21,7 @@ from fsam_core import UserError
 from fsam_profiling import results
 from fsam_trainers import metrics
 from fsam_trainers import page as html
-from fsam_trainers.files import write_json, write_text
+from fsam_trainers.files import write_text
 from fsam_trainers.plots import as_svg
 from markdown_tables import markdown
 from study_plan import ADAMW, DECAY, REGIMES, Entry, Regime, cost_ratio, entries, settings_of
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def write(results_folder: Path, out: Path) -> None:
-    """Write study.md, study.json and the plots from the files in RESULTS/study, and one page of all, OUT/study.html.
+    """Write study.md and the plots from the files in RESULTS/study, and one page of all, OUT/study.html.
 
     Raises:
         UserError: for a disk that refuses.
@@ -72,7 +72,6 @@ def write(results_folder: Path, out: Path) -> None:
     found = {name: rows for name in REGIMES if (rows := rows_of(runs, name))}
     results_folder.mkdir(parents=True, exist_ok=True)
     (results_folder / "study.md").write_text(page(found), encoding="utf-8")
-    write_json(results_folder / "study.json", figures(found))
     drawn = {name: study_plots.losses(REGIMES[name].title, table_of(name, rows)) for name, rows in found.items()}
     for name, figure in drawn.items():
         figure.savefig(runs / f"{name}.png", dpi=150)
@@ -152,12 +151,6 @@ def relative_cost(regime: Regime, entry: Entry) -> float:
     """Operations of a run relative to AdamW's."""
     one = settings_of(regime, entry.row, {}, 0)
     return cost_ratio(one) * one.steps / regime.steps
-
-
-def figures(found: dict[str, Rows]) -> dict[str, Any]:
-    """The content of study.json: each table, as plain values."""
-    tables = {name: [row._asdict() for row in table_of(name, rows)] for name, rows in found.items()}
-    return {"command": COMMAND, "machine": results.machine(), "regimes": tables}
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------

@@ -87,3 +87,17 @@ def test_run_begun_with_optax_resumes():
 def test_bad_settings_are_refused(options, says):
     with pytest.raises(UserError, match=says):
         AdamW(0.1, **options)
+
+
+def test_leaves_that_are_no_floats_stay_as_they_are():
+    params = jax.tree.map(jnp.asarray, values(dtype="float32")) | {"table": jnp.array([-3, 0, 3, 100], jnp.int32)}
+    optimizer = AdamW(0.01, weight_decay=0.5, mask={"a": True, "w": True, "table": True})
+    grad = value_and_grad(mlp, FunctionalSAM(0.3, precondition="adam"), b2=0.999)
+    state = optimizer.init(params)
+    for seed in range(2):
+        (_, info), g = grad(params, batch_of(12, seed, dtype="float32"), state)
+        new, state = optimizer.step(params, g, state, info)
+        assert not jnp.array_equal(new["a"], params["a"])
+        np.testing.assert_array_equal(new["table"], params["table"])
+        assert new["table"].dtype == jnp.int32
+        params = new

@@ -338,3 +338,42 @@ def test_local_sync_has_heads_labels_and_leaks():
         lambda *g: sum(w * x for w, x in zip(weights, g, strict=True)) / sum(weights), *(g for _, g in each)
     )
     assert distance(g, mean) < 1e-5
+
+
+# --- outside of jax.jit -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [(8,), (8, 6), (8, 8)], ids=str)
+def test_micro_batches_of_one_size_are_as_those_of_several(sizes):
+    """Text goes to `features` as it is, and a label that cannot be right raises."""
+    seen = []
+
+    def features(p, b):
+        seen.append(b["id"][0])
+        return head_of(p, b["x"], b["y"])
+
+    def rows(n, bad=0):
+        x, y = arrays(n=n)
+        return {"x": x, "y": y + bad, "id": np.array(["text"] * n)}
+
+    grad = value_and_grad(features, FunctionalSAM(RHO))
+    grad(params(), MicroBatches([rows(n) for n in sizes]))
+    assert set(seen) == {"text"}
+    with pytest.raises(UserError, match="labels must be below V"):
+        grad(params(), MicroBatches([*(rows(n) for n in sizes[:-1]), rows(sizes[-1], 99)]))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint32])
+def test_unsigned_labels_are_integers(dtype):
+    x, y = arrays()
+    y = abs(y).astype(dtype)
+    loss = lambda kind: value_and_grad(lambda p, b: head_of(p, *b), Plain())(params(), (x, y.astype(kind)))[0][0]
+    assert loss(dtype) == loss(np.int32)
+
+
+def test_carry_with_the_last_norms_can_be_donated():
+    method = FunctionalSAM(RHO, norm_from="previous")
+    grad = value_and_grad(lambda p, b: head_of(p, *b), method)
+    step = jax.jit(lambda p, carry, b: grad(p, b, None, carry)[1:], donate_argnums=1)
+    _, carry = step(params(), carry_of(method, params()), arrays())
+    assert float(step(params(), carry, arrays())[1].norms[0]) > 0

@@ -179,7 +179,7 @@ def test_optimizer_shows_its_b2():
 @pytest.mark.parametrize("tx", [optax.adamax(1e-2), optax.adamaxw(1e-2)], ids=["adamax", "adamaxw"])
 def test_adamax_is_refused_where_the_optimizer_is_given(tx):
     state = tx.init(params())
-    with pytest.raises(UserError, match=r"optimizer: the second moment .* no mean of squares \(optax.adamax"):
+    with pytest.raises(UserError, match=r"optimizer: the second moment .* no mean of squares. optax.adamax"):
         jax.jit(value_and_grad(features, ADAM, b2=0.999, optimizer=tx))(params(), batch(), state)
     assert value_and_grad(features, FunctionalSAM(RHO), optimizer=tx)(params(), batch(), state)[0][1].finite
 
@@ -209,3 +209,37 @@ def test_single_adam_compiles_to_one_perturbation():
     split = str(jax.make_jaxpr(grad)(p, batch(), two.init(p)))
     assert one.count("rsqrt") == split.count("rsqrt") == 1
     assert one.count(" pow ") < split.count(" pow ")
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize(
+    "tx",
+    [
+        skip_nonfinite(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-4, b2=0.95))),
+        optax.chain(optax.add_decayed_weights(1e-2), optax.adam(1e-3, b2=0.95)),
+        optax.chain(optax.adaptive_grad_clip(0.01), optax.adamw(1e-3, b2=0.95)),
+        optax.MultiSteps(optax.adamw(1e-3, b2=0.95), 2),
+    ],
+    ids=["skip", "decay first", "clip by leaf", "MultiSteps"],
+)
+@pytest.mark.filterwarnings("ignore:opt_state. under optax.MultiSteps")
+def test_optimizer_tells_its_b2_also_under_jit(tx, jitted):
+    p = params()
+    multi = isinstance(tx, optax.MultiSteps)
+    asked = value_and_grad(features, ADAM, optimizer=tx, b2=0.95 if multi else None)
+    grad, told = (jax.jit(f) if jitted else f for f in (asked, value_and_grad(features, ADAM, b2=0.95)))
+    state = tx.init(p)
+    assert distance(grad(p, batch(), state)[1], told(p, batch(), state)[1]) < 1e-4  # b2 is told in float32
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (optax.contrib.reduce_on_plateau(), r"cannot be tried on gradients alone \(.*value.*\); give b2 instead"),
+        (optax.add_noise(0.1, 0.55, 0), "Where noise or a normalisation comes before Adam, give b2"),
+    ],
+)
+def test_optimizer_that_cannot_be_tried_is_refused(other, says):
+    tx = optax.chain(other, optax.adamw(1e-3))
+    with pytest.raises(UserError, match=f"optimizer: .*{says}"):
+        value_and_grad(features, ADAM, optimizer=tx)(params(), batch(), tx.init(params()))

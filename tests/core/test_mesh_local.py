@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from problems import B2, EPS, METHODS, adam_state, batch_of, distance, mlp, moments, values
 
-from fsam_core.jax import FunctionalSAM, LinearHead, Memory, MicroBatches, UserError, value_and_grad
+from fsam_core.jax import FunctionalSAM, LinearHead, Memory, MicroBatches, UserError, mean_loss, value_and_grad
 
 SHARDS, ROWS = 4, 3  # conftest.py asks for four devices
 
@@ -134,3 +135,68 @@ def test_old_style_random_key_is_folded_as_a_typed_one_is(mesh):
         old = grad(params, {**batch, "key": jax.random.PRNGKey(3)})[1]
         assert distance(old, grad(params, {**batch, "key": jax.random.key(3)})[1]) == 0
         assert distance(old, grad(params, {**batch, "key": jax.random.key(4)})[1]) > 1e-3
+
+
+# --- axes that JAX's types know ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("context", ["set_mesh", "arrays alone"])
+@pytest.mark.parametrize("name", ["adamw", "precond-functional", "sam"])
+def test_explicit_axes_are_those_of_one_device(name, context):
+    """`jax.make_mesh` makes Explicit axes unless it is told otherwise."""
+    mesh = jax.make_mesh((SHARDS,), ("data",))
+    assert mesh.axis_types == (AxisType.Explicit,)
+    with jax.enable_x64(True):
+        params, state, batch = problem()
+        batch["name"] = "text"
+        grad = value_and_grad(mlp, METHODS[name], b2=B2, eps=EPS)
+        (loss, info), expected = grad(params, batch, state)
+        put = lambda tree, *spec: jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*spec)))
+        name = batch.pop("name")
+        rows = put(batch, "data")
+        with jax.set_mesh(mesh) if context == "set_mesh" else contextlib.nullcontext():
+            one = jax.jit(lambda p, b, s: grad(p, {**b, "name": name}, s))
+            (got_loss, got_info), got = one(put(params), rows, put(state))
+            assert jax.typeof(got["w"]) == jax.typeof(put(params)["w"])
+            loss_only = jax.jit(mean_loss(mlp))(put(params), rows)
+        assert float(got_loss) == pytest.approx(float(loss), rel=1e-12)
+        assert float(got_info.grad_norm) == pytest.approx(float(info.grad_norm), rel=1e-12)
+        assert float(loss_only) == pytest.approx(float(mean_loss(mlp)(params, batch)), rel=1e-12)
+        assert distance(got, expected) < 1e-12
+
+
+def test_explicit_axes_go_with_sync_local(mesh):
+    explicit = jax.make_mesh((SHARDS,), ("data",))
+    with jax.enable_x64(True):
+        params, state, batch = problem()
+        grad = jax.jit(value_and_grad(mlp, METHODS["precond-functional"], b2=B2, eps=EPS, sync="local"))
+        found = []
+        for one in (mesh, explicit):
+            put = lambda tree, *spec, one=one: jax.device_put(tree, NamedSharding(one, PartitionSpec(*spec)))
+            with jax.set_mesh(one):
+                found.append(jax.device_get(grad(put(params), put(batch, "data"), put(state))[1]))
+        assert distance(*found) < 1e-12
+
+
+def test_shard_map_that_checks_what_varies_is_refused(mesh):
+    params, _, batch = problem()
+    grad = value_and_grad(mlp, METHODS["functional"])
+
+    def local(check):
+        mean = lambda p, b: jax.lax.pmean(grad(p, b)[1], "data")
+        specs = PartitionSpec(), PartitionSpec("data")
+        return jax.jit(jax.shard_map(mean, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=check))
+
+    assert local(False)(params, batch)["w"].shape == params["w"].shape
+    with pytest.raises(UserError, match=r"shard_map whose values vary over data, .* check_vma=False"):
+        local(True)(params, batch)
+
+
+def test_numbers_that_may_be_a_random_key_are_refused(mesh):
+    two = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    params, _, batch = problem()
+    rows = jax.tree.map(lambda x: x[:2], batch) | {"length": jnp.array([3, 5], jnp.uint32)}
+    with pytest.raises(UserError, match=r"fraction: a uint32 array .* \(2,\), may be a random key or data of its 2"):
+        value_and_grad(mlp, FunctionalSAM(0.1, fraction=0.5))(params, rows)
+    with jax.set_mesh(two), pytest.raises(UserError, match=r"sync='local': a uint32 array"):
+        value_and_grad(mlp, FunctionalSAM(0.1), sync="local")(params, rows)

@@ -33,7 +33,7 @@ def test_a_preset_is_counted_to_the_last_parameter(name, framework, tied):
 
 def test_one_method_has_its_regions_and_its_memory(tmp_path, capsys):
     file = tmp_path / "cost.json"
-    assert run(CostOptions(preset="24m", correction_fraction="1/8", cut="hidden", devices=8, json=file)) == 0
+    assert run(CostOptions(preset="24m", correction_fraction=1 / 8, cut="hidden", devices=8, json=file)) == 0
     printed = capsys.readouterr().out
     found = json.loads(file.read_text())
     (row,) = found["rows"]
@@ -105,7 +105,7 @@ def test_savings_by_name_are_the_trainers():
 
 
 def _as_options(name: str) -> dict:
-    fraction = {"balanced": "1/4", "cheap": "1/8", "split": "1/2"}.get(name)
+    fraction = {"balanced": 1 / 4, "cheap": 1 / 8, "split": 1 / 2}.get(name)
     split = {"form": "split", "ascent": "rest"} if name == "split" else {}
     return {"correction_fraction": fraction, "cut": "hidden" if name == "cheap" else "logits", **split}
 
@@ -142,9 +142,9 @@ def test_the_machine_at_hand(framework, monkeypatch):
         ({"machine": "abacus"}, "--machine: 'abacus' is not known; use one of here, a100, h100"),
         ({"framework": "mxnet"}, "--framework must be jax or torch, got 'mxnet'"),
         ({"savings": "free"}, "--savings: 'free' is not known"),
-        ({"correction_fraction": "some"}, r"--correction-fraction must be a number in \(0, 1\], 1/8 say; got 'some'"),
-        ({"correction_fraction": "9/8"}, r"--correction-fraction must be in \(0, 1\], 1/8 say, got 1.125"),
-        ({"ascent_fraction": "1/0"}, "--ascent-fraction must be a number"),
+        ({"correction_fraction": "some"}, r"--correction-fraction must be in \(0, 1\], 1/8 say, got 'some'"),
+        ({"correction_fraction": 9 / 8}, r"--correction-fraction must be in \(0, 1\], 1/8 say, got 1.125"),
+        ({"ascent_fraction": "1/0"}, r"--ascent-fraction must be a number in \(0, 1\], 1/8 say, got '1/0'"),
         ({"cotangent": "lose"}, "--cotangent must be auto, keep or recompute, got 'lose'"),
         ({"scope": "top:7"}, "--scope must be at most top:6"),
         ({"batch": 0}, "--batch must be at least 1, got 0"),

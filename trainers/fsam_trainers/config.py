@@ -147,7 +147,7 @@ class Settings:
     soft_cap: float = 0.0
     """cap c of the logits c tanh(u/c); 0 for none"""
     backend: str = "auto"
-    """auto, xla (jax), torch (torch)"""
+    """auto, xla or pallas (jax), torch or triton (torch)"""
     data_parallel: int = 1
     """devices with whole replicas of the model, each with its own sequences"""
     fsdp: int = 1

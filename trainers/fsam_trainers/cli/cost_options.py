@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from fsam_core import UserError
-from fsam_trainers.config import SAVINGS, Settings
+from fsam_trainers.config import SAVINGS, SHARE, Settings
 from fsam_trainers.presets import preset
 
 STEPS = 1000  # of the run; the result does not depend on it, because schedules are averaged
@@ -31,13 +30,13 @@ class CostOptions:
     """adamw, sam, precond-sam, functional-sam, precond-functional-sam, logit-sam"""
     savings: str = "exact"
     """options by name: exact, balanced (--correction-fraction 1/4), cheap (1/8 and --cut hidden), split (1/2)"""
-    correction_fraction: str | None = None
+    correction_fraction: Annotated[float | None, SHARE] = None
     """share of the batch that the second pass is computed on: 1/8, 0.25"""
     form: str | None = None
     """correction, or split: at AdamW's price, with --ascent rest"""
     ascent: str | None = None
     """where the perturbation comes from: full, part, micro, rest, previous, momentum, -momentum, random"""
-    ascent_fraction: str | None = None
+    ascent_fraction: Annotated[float | None, SHARE] = None
     """with --ascent part, the share of the batch whose gradient it is"""
     scope: str = "all"
     """which weights are perturbed: all, no-head, norms, or top:K"""
@@ -93,18 +92,9 @@ def settings_of(options: CostOptions) -> Settings:
     if options.savings not in SAVINGS:
         raise UserError(f"--savings: {options.savings!r} is not known; use one of {', '.join(SAVINGS)}")
     changes: dict[str, Any] = dict(SAVINGS[options.savings])
-    for name in ("correction_fraction", "ascent_fraction"):
-        if getattr(options, name) is not None:
-            changes[name] = _number(f"--{name.replace('_', '-')}", getattr(options, name))
-    changes |= {name: x for name in ("cut", "form", "ascent") if (x := getattr(options, name)) is not None}
+    chosen = ("correction_fraction", "ascent_fraction", "cut", "form", "ascent")
+    changes |= {name: x for name in chosen if (x := getattr(options, name)) is not None}
     same = ("framework", "method", "micro_batches", "scope", "every", "between", "start", "probability")
     changes |= {name: getattr(options, name) for name in (*same, "cotangent", "remat")}
     dtype: Any = options.dtype or ("float32" if options.machine == "here" else "bfloat16")
     return Settings(**changes, model=model, steps=STEPS, batch=batch // options.devices, dtype=dtype)
-
-
-def _number(option: str, text: str) -> float:
-    try:
-        return float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
-        raise UserError(f"{option} must be a number in (0, 1], 1/8 say; got {text!r}") from None

@@ -94,7 +94,7 @@ class DataOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Common(Basis):
-    """Options of both commands."""
+    """Options of the commands that train."""
 
     run: tyro.conf.OmitArgPrefixes[RunOptions]
     """what determines the result"""

@@ -19,7 +19,7 @@ Batch = np.ndarray | dict[str, np.ndarray]
 
 
 class Order:
-    """The rows of each step's batch, as numbers 0 … count − 1 of what there is: a function of (seed, step) alone.
+    """The rows of each step's batch, as numbers 0 … count − 1: a function of (seed, step) alone.
 
     Epoch e visits them in a permutation drawn from (seed, e); step s takes positions s·B … (s+1)·B of the epochs'
     permutations laid end to end. A batch larger than an epoch runs on into the following ones.

@@ -21,15 +21,25 @@ class Opened(NamedTuple):
 
 def load(spec: str) -> Opened:
     """The data set of a SPEC, opened for streaming. Raises UserError if it cannot be, or has no train split."""
-    name, config = _parse(spec)
+    name, config = parse(spec)
+    splits = opened(spec, lambda load: load(name, config, streaming=True))
+    return Opened(f"{name} ({config})" if config else name, splits)
+
+
+def opened(title: str, loaded: Callable[[Any], Any]) -> dict[str, Any]:
+    """The splits that `loaded(datasets.load_dataset)` gives.
+
+    Raises:
+        UserError: naming the title, where they cannot be opened or "train" is not among them.
+    """
     datasets = extra("datasets")
     try:
-        splits = datasets.load_dataset(name, config, streaming=True)
+        splits = loaded(datasets.load_dataset)
     except Exception as error:  # the hub client lets the errors of half a dozen libraries through
-        raise UserError(f"--data {spec}: the data set cannot be opened: {one_line(error)}") from error
+        raise UserError(f"--data {title}: the data set cannot be opened: {one_line(error)}") from error
     if "train" not in splits:
-        raise UserError(f'--data {spec}: the data set has no "train" split, only: {", ".join(splits)}')
-    return Opened(f"{name} ({config})" if config else name, dict(splits))
+        raise UserError(f'--data {title}: the data set has no "train" split, only: {", ".join(splits)}')
+    return dict(splits)
 
 
 def identity(spec: str, look: Callable[[Path], bytes]) -> list[tuple[str, bytes]]:
@@ -38,7 +48,7 @@ def identity(spec: str, look: Callable[[Path], bytes]) -> list[tuple[str, bytes]
     One of the hub by its name: asking for its revision would need the network even when all is in the cache. The files
     of a local folder are looked at.
     """
-    name, config = _parse(spec)
+    name, config = parse(spec)
     folder = Path(name)
     files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
     return [(name, b""), (config or "", b""), *((path.relative_to(folder).as_posix(), look(path)) for path in files)]
@@ -63,7 +73,8 @@ def shard_rows(
     yield from skipped.usable(decoded(), whole=start == 0 and parts == 1)
 
 
-def _parse(spec: str) -> tuple[str, str | None]:
+def parse(spec: str) -> tuple[str, str | None]:
+    """(NAME or a folder, CONFIG or None) of hf:NAME[:CONFIG]."""
     rest = spec.removeprefix("hf:")
     name, _, config = (rest, "", "") if Path(rest).is_dir() else rest.partition(":")
     if not name:

@@ -121,11 +121,11 @@ def attention(q_BxHxLxd: jax.Array, k_BxKxLxd: jax.Array, v_BxKxLxd: jax.Array, 
     # The heads of queries that share a key are rows of one product: R = L H / K.
     q_BxKxRxd = q_BxHxLxd.reshape(B, K, -1, d)
     scores_BxKxRxL = jnp.matmul(q_BxKxRxd, k_BxKxLxd.swapaxes(-1, -2)) * d**-0.5
-    wide_BxKxRxL = scores_BxKxRxL.astype(jnp.promote_types(scores_BxKxRxL.dtype, jnp.float32))
+    upcast_BxKxRxL = scores_BxKxRxL.astype(jnp.promote_types(scores_BxKxRxL.dtype, jnp.float32))
     if causal:
         mask_RxL = jnp.tile(jnp.tril(jnp.ones((L, L), bool)), (H // K, 1))
-        wide_BxKxRxL = jnp.where(mask_RxL, wide_BxKxRxL, -jnp.inf)
-    p_BxKxRxL = jax.nn.softmax(wide_BxKxRxL, axis=-1).astype(q_BxHxLxd.dtype)
+        upcast_BxKxRxL = jnp.where(mask_RxL, upcast_BxKxRxL, -jnp.inf)
+    p_BxKxRxL = jax.nn.softmax(upcast_BxKxRxL, axis=-1).astype(q_BxHxLxd.dtype)
     a_BxHxLxd = jnp.matmul(p_BxKxRxL, v_BxKxLxd).reshape(B, H, L, d)
     return a_BxHxLxd.transpose(0, 2, 1, 3).reshape(B * L, H * d)
 
@@ -141,15 +141,15 @@ def norm(c: ModelConfig, name: str, x_xD: jax.Array, scale_D: jax.Array, bias_D:
     """The norm of this name over the last axis: x / sqrt(mean x² + eps) · scale, or a layer norm."""
     if not is_rms(c, name):
         return layer_norm(x_xD, scale_D, bias_D, c.norm_eps)
-    wide_xD = x_xD.astype(jnp.promote_types(x_xD.dtype, jnp.float32))
-    y_xD = wide_xD * jax.lax.rsqrt(jnp.square(wide_xD).mean(axis=-1, keepdims=True) + c.norm_eps)
+    upcast_xD = x_xD.astype(jnp.promote_types(x_xD.dtype, jnp.float32))
+    y_xD = upcast_xD * jax.lax.rsqrt(jnp.square(upcast_xD).mean(axis=-1, keepdims=True) + c.norm_eps)
     return (y_xD * scale_D).astype(x_xD.dtype)
 
 
 def layer_norm(x_NxD: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None = None, eps: float = 1e-6) -> jax.Array:
     """(x − mean) / sqrt(var + eps) · scale + bias, in float32 or wider."""
-    wide_NxD = x_NxD.astype(jnp.promote_types(x_NxD.dtype, jnp.float32))
-    centred = wide_NxD - wide_NxD.mean(axis=-1, keepdims=True)
+    upcast_NxD = x_NxD.astype(jnp.promote_types(x_NxD.dtype, jnp.float32))
+    centred = upcast_NxD - upcast_NxD.mean(axis=-1, keepdims=True)
     y_NxD = centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + eps) * scale_D
     return (y_NxD if bias_D is None else y_NxD + bias_D).astype(x_NxD.dtype)
 

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fsam_core.errors import UserError
-from fsam_trainers.data.documents import content_digest, extra, one_line, reading
+from fsam_trainers.data.documents import content_digest, extra, reading
+from fsam_trainers.data.hub import opened, parse
 from fsam_trainers.data.images.decoding import Item
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -104,22 +105,13 @@ def parquet(paths: list[Path], title: str) -> EncodedSet:
 
 def hub(spec: str) -> EncodedSet:
     """hf:NAME[:CONFIG], or hf:FOLDER of a kind that `datasets` loads."""
-    rest = spec.removeprefix("hf:")
-    name, _, config = (rest, "", "") if Path(rest).is_dir() else rest.partition(":")
-    if not name:
-        raise UserError(f"--data {spec}: no data set named: write hf:NAME, such as hf:ylecun/mnist")
-    return _of_splits(name, lambda load: load(name, config or None), spec)
+    name, config = parse(spec)
+    return _of_splits(name, lambda load: load(name, config), spec)
 
 
 def _of_splits(title: str, loaded: Callable[[Any], Any], mark: str) -> EncodedSet:
-    datasets = extra("datasets")
-    try:
-        datasets.disable_progress_bars()
-        splits = loaded(datasets.load_dataset)
-    except Exception as error:  # the errors of half a dozen libraries
-        raise UserError(f"--data: {title} cannot be opened: {one_line(error)}") from error
-    if "train" not in splits:
-        raise UserError(f'--data: {title} has no "train" split, only: {", ".join(splits)}')
+    extra("datasets").disable_progress_bars()
+    splits = opened(title, loaded)
     held_out = next((splits[name] for name in HELD_OUT if name in splits), None)
     train, classes = _rows(title, splits["train"], mark)
     validation = None if held_out is None else _rows(title, held_out, mark)[0]
