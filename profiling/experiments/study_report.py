@@ -82,7 +82,7 @@ def write(results_folder: Path, out: Path) -> None:
 def rows_of(runs: Path, name: str) -> Rows:
     """The finished runs of a regime: of the data that most of them have, the last of each row and seed."""
     path = runs / f"{name}.jsonl"
-    lines = [x for x in metrics.read(path) if x["val_loss"] is not None] if path.exists() else []
+    lines = [x for x in metrics.read(path) if x["val_loss"] is not None]
     lines = [x for x in lines if not x["row"].endswith("(tuning)")]
     known = [x["data"] for x in lines]
     rows: Rows = {}

@@ -78,8 +78,7 @@ class Runs(NamedTuple):
     def lines(self) -> list[dict[str, Any]]:
         """The file's lines that are of the data of this machine."""
         data = self.corpus().fingerprint
-        found = metrics.read(self.done) if self.done.exists() else []
-        return [line for line in found if line["data"] == data]
+        return [line for line in metrics.read(self.done) if line["data"] == data]
 
     def figures(self, settings: Settings, label: str, until: int | None = None) -> dict[str, Any]:
         """The run's figures at step `until`, or at its end; losses are None if it has diverged.

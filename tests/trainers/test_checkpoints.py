@@ -166,3 +166,36 @@ def test_a_disk_that_refuses_costs_only_that_checkpoint(framework, text, tmp_pat
     assert fsam(*command) == 0
     lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
     assert [x["step"] for x in lines if "loss" in x] == [1, 2, 3, 4, 5, 6]
+
+
+def test_folders_of_other_names_are_the_users(text, tmp_path, capsys):
+    out = tmp_path / "run"
+    command = arguments(text, out, "--framework", "torch", "--method", "adamw", "--probe-steps", 0, "--keep", 1)
+    assert fsam(*command, "--steps", 3) == 0
+    kept = ["step_00000003.bak", "step_best", "step_old"]
+    for name in kept:
+        shutil.copytree(out / "checkpoints" / "step_00000003", out / "checkpoints" / name)
+    assert fsam(*command, "--steps", 5) == 0
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step_00000005", *kept]
+    assert fsam(*arguments(text, tmp_path / "b", "--branch-from", f"{out}@4", "--steps", 8)) == 2
+    assert "holds no checkpoint of step 4; there are: 5" in capsys.readouterr().err
+
+
+BAD_LINES = {"garbage": b"garbage\n", "no step": b"{}\n", "a number": b"3\n", "not UTF-8": b"\xff\xfe\n"}
+
+
+@pytest.mark.parametrize("bad", BAD_LINES)
+def test_bad_lines_of_the_metrics_cost_only_themselves(bad, text, tmp_path, capsys):
+    out = tmp_path / "run"
+    command = arguments(text, out, "--framework", "torch", "--method", "adamw", "--probe-steps", 0)
+    assert fsam(*command, "--steps", 4) == 0
+    first, *others = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_bytes(first + BAD_LINES[bad] + b"".join(others) + b'{"step": 5, "lo')
+    assert fsam("runs", tmp_path) == 0
+    assert "4 of 4" in capsys.readouterr().out
+    assert fsam(*(x for x in command if x != "--quiet"), "--steps", 6) == 0
+    assert f"metrics.jsonl: 1 of its {len(others) + 2} lines cannot be read" in capsys.readouterr().err.replace(
+        "\n", ""
+    )
+    lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines if "loss" in x] == [1, 2, 3, 4, 5, 6]

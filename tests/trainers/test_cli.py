@@ -2,10 +2,15 @@
 
 import functools
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import spawn
 from small_runs import arguments, fsam, train_options
 
 from fsam_core import NAMES
@@ -245,3 +250,43 @@ def test_help_shows_the_defaults_of_preset_and_savings(capsys):
         assert re.search(rf"--{option} \S+ [^(]*(\([^d][^)]*\)[^(]*)*\(default: {default}\)", shown), option
     for replaced in ("--method ", "--seed ", "--probe-steps "):
         assert replaced not in shown
+
+
+def test_compare_names_a_run_that_diverged(text, tmp_path, capsys):
+    more = ("--framework", "torch", "--methods", "adamw,sam:rho=1e30", "--steps", 4, "--cost-steps", 10)
+    assert fsam(*arguments(text, tmp_path / "c", *more, command="compare")) == 1
+    assert "fsam: error: 1 of the runs diverged: " in (said := capsys.readouterr().err)
+    assert "sam_rho1e30-seed0" in said
+
+
+# --- where results go -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("to", "code", "said"),
+    [
+        ("> /dev/full", 2, "fsam: error: no space left for what is printed; files are written whole or not at all\n"),
+        ("| true", 128 + signal.SIGPIPE, ""),
+    ],
+)
+def test_output_that_cannot_be_written_is_said_once(to, code, said):
+    command = f"sleep 0.5 | {sys.executable} -m fsam_trainers.cli backends {to}; exit ${{PIPESTATUS[1]}}"
+    done = subprocess.run(["bash", "-c", command], env=spawn.environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+def test_signs_that_a_terminal_does_not_have_are_replaced():
+    done = spawn.run("-m", "fsam_trainers.cli", "train", "--help", env={"PYTHONIOENCODING": "ascii"})
+    assert "--rho" in done
+
+
+def test_names_that_are_not_utf8_are_refused(tmp_path, capsys):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    name = os.fsdecode(b"caf\xe9.txt")
+    (folder / name).write_text("the quick brown fox\n" * 100)
+    more = ("--framework", "torch", "--steps", 2)
+    assert fsam(*arguments(folder, tmp_path / "run", *more)) == 2
+    assert "texts/caf\\xe9.txt' is not UTF-8; rename it" in capsys.readouterr().err
+    assert fsam(*arguments(folder / name, tmp_path / "run", *more)) == 2
+    assert "is not UTF-8; rename the file" in capsys.readouterr().err

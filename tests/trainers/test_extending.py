@@ -16,6 +16,7 @@ from fsam_trainers.torch.engine import TorchEngine
 
 FRAMEWORKS = (pytest.param("jax", marks=pytest.mark.slow), "torch")  # seconds each in JAX
 PACE = ("--checkpoint-every", 4, "--evaluate-every", 0, "--probe-steps", 0)
+ENDS = ("ended-at-8", "ended-at-8-2")
 WSD = ("--schedule", "wsd", "--decay", 0.25, "--warmup", 2, "--dropout", 0.1)
 
 
@@ -49,6 +50,26 @@ def test_extended_wsd_run_ends_as_one_run(framework, text, tmp_path, capsys):
     aside = tmp_path / "run" / "ended-at-16"
     assert_same_weights(final_weights(command(text, aside, framework, *WSD, "--steps", 16)), ended)
     assert steps_done(aside) == 16
+    assert fsam("sample", aside, "--prompt", "a", "--tokens", 2) == 0
+
+
+def test_a_second_end_of_the_same_length_has_a_folder_of_its_own(text, tmp_path):
+    command = arguments(text, tmp_path / "run", "--framework", "torch", "--method", "adamw", "--probe-steps", 0, *WSD)
+    for more in (("--steps", 8), ("--steps", 8, "--decay-shape", "1-sqrt"), ("--steps", 10, "--decay-shape", "1-sqrt")):
+        assert fsam(*command, *more, "--keep", 3, "--checkpoint-every", 2) == 0
+    first, second = (tomllib.loads((tmp_path / "run" / name / "config.toml").read_text()) for name in ENDS)
+    assert (first["decay-shape"], second["decay-shape"]) == ("linear", "1-sqrt")
+
+
+def test_warm_up_is_that_of_a_run_that_has_a_checkpoint(text, tmp_path):
+    """A run that was stopped before its first checkpoint leaves a config.toml; a damaged one says nothing either."""
+    out = tmp_path / "run"
+    out.mkdir()
+    command = arguments(text, out, "--framework", "torch", "--method", "adamw", "--probe-steps", 0)
+    for left in ("warmup = 300\n", "", "warm"):
+        (out / "config.toml").write_text(left)
+        assert fsam(*command, "--steps", 10) == 0
+        assert tomllib.loads((out / "config.toml").read_text())["warmup"] == 1
 
 
 def test_extended_cosine_run_says_what_changes(text, tmp_path, capsys):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -121,7 +122,7 @@ def at(root: Path, step: int) -> Checkpoint:
     """
     folder = folder_of(root, step)
     if not folder.is_dir():
-        steps = ", ".join(str(int(path.name[5:])) for path in folders(root)) or "none"
+        steps = ", ".join(str(step_of(path)) for path in folders(root)) or "none"
         raise UserError(f"{root} holds no checkpoint of step {step}; there are: {steps}")
     if damage := _damage(folder):
         raise UserError(f"checkpoint {folder} is damaged: {damage}")
@@ -138,8 +139,27 @@ def _read(folder: Path) -> Checkpoint:
 
 
 def folders(root: Path) -> list[Path]:
-    """Every checkpoint's folder, the oldest first, whole or not."""
-    return sorted(path for path in root.glob("step_*") if path.is_dir())
+    """Every checkpoint's folder, the oldest first, whole or not. What has another name is the user's."""
+    found = (path for path in root.glob("step_*") if re.fullmatch(r"step_[0-9]{8,}", path.name) and path.is_dir())
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(folder.name.removeprefix("step_"))
+
+
+def last_known(root: Path) -> dict[str, Any] | None:
+    """What `seal` was given for the newest checkpoint that says so; None if none does.
+
+    Nothing is verified: that would read every byte.
+    """
+    for folder in reversed(folders(root)):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            described: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+            if described["settings"] and described["progress"]:
+                return described
+    return None
 
 
 def _entries(folder: Path) -> dict[str, tuple[int, str]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import shlex
 import sys
 import time
@@ -72,9 +74,16 @@ def line(settings: Settings, loss: float, milliseconds: float) -> str:
     return f"loss {loss:.4f} | {tokens:,.0f} tokens/s | {milliseconds:,.0f} ms/step"
 
 
+class Results(rich.console.Console):
+    """A console that leaves a closed pipe to the command."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 def stdout() -> rich.console.Console:
     """The console for results: as wide as the terminal; without one, COLUMNS or 80."""
-    return rich.console.Console(highlight=False)
+    return Results(highlight=False)
 
 
 def command_line() -> str:

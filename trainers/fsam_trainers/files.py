@@ -128,6 +128,15 @@ def is_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def is_utf8(name: str) -> bool:
+    """Whether a name can be written into a file; Python has surrogates for the bytes of one that is not UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def sync(path: Path) -> None:
     """Bring a file or folder to the disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -29,12 +29,19 @@ class Lines(Protocol):
 
 
 class JsonLines:
-    """Appends objects to a file. Opened for a run that resumes at `step`, it first deletes the lines of later steps."""
+    """Appends objects to a file.
 
-    def __init__(self, path: Path, step: int) -> None:
+    Opened for a run that resumes at `step`, it first deletes the lines of later steps, and what cannot be read.
+    """
+
+    def __init__(self, path: Path, step: int, warn: Callable[[str], None]) -> None:
         self.path = path
-        kept = [line for line in read(path) if line["step"] <= step] if path.exists() else []
-        write_text(path, "".join(_line(x) for x in kept))
+        with disk_errors(path):
+            before = _lines(path)
+        found = read(path)
+        if len(found) < len(before):
+            warn(f"{path}: {len(before) - len(found)} of its {len(before)} lines cannot be read and are left out")
+        write_text(path, "".join(_line(x) for x in found if x["step"] <= step))
         # Line-buffered: `tail -f` shows each finished step, and a kill loses none.
         self._file = path.open("a", buffering=1, encoding="utf-8")
 
@@ -120,27 +127,33 @@ class Several:
                 stack.callback(one.close)
 
 
-def open_lines(out: Path, step: int, log: str, settings: Mapping[str, Any]) -> Lines:
+def open_lines(out: Path, step: int, log: str, settings: Mapping[str, Any], warn: Callable[[str], None]) -> Lines:
     """The metrics of a run that resumes at `step`: OUT/metrics.jsonl, and with `log` a board beside it.
 
     Raises:
         UserError: when the board's library is not installed or refuses, and when the disk does.
     """
-    lines = JsonLines(out / "metrics.jsonl", step)
+    lines = JsonLines(out / "metrics.jsonl", step, warn)
     if log == "tensorboard":
         return Several(lines, TensorBoard(out))
     return Several(lines, WeightsAndBiases(out, settings)) if log == "wandb" else lines
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file, without an incomplete last line."""
+    """The objects of a file that have a "step"; none without a file. Other lines are left out."""
     values = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            values.append(json.loads(line))
-        except ValueError:
-            break
+    for line in _lines(path):
+        with contextlib.suppress(ValueError):
+            value = json.loads(line)
+            if isinstance(value, dict) and isinstance(value.get("step"), int):
+                values.append(value)
     return values
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a file, but for a last one that a kill has cut."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    return [line for line in text.split("\n")[:-1] if line]
 
 
 def _line(value: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ therefore belongs to a run of other length too, if all three agree for every ste
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,7 +66,7 @@ def clear(out: Path) -> None:
 def start(out: Path, settings: Settings, data: str, branch_from: BranchPoint | None, console: Console) -> Start | None:
     """What the run in `out` starts from; None for initial weights.
 
-    Checkpoints that belong to another end of the run than this one's are moved to OUT/ended-at-STEP.
+    Checkpoints that belong to another end of the run than this one's are moved to OUT/ended-at-STEP, or …-2 and so on.
 
     Raises:
         UserError: for a folder that holds another run or damaged checkpoints, and for a branch that does not fit.
@@ -146,20 +147,20 @@ def _agrees_up_to(found: Checkpoint, settings: Settings) -> bool:
 
 
 def _set_aside(out: Path, found: Checkpoint, console: Console) -> None:
-    """Move the checkpoints after `found`, which this run will not pass through, with a copy of the metrics."""
-    later = [path for path in checkpoints.folders(out / "checkpoints") if path.name > found.folder.name]
+    """Move the checkpoints after `found`, which this run will not pass through, to a folder that is a run by itself."""
+    later = [x for x in checkpoints.folders(out / "checkpoints") if checkpoints.step_of(x) > _step(found)]
     if not later:
         return
-    aside = out / f"ended-at-{int(later[-1].name[5:])}"
+    aside = out / f"ended-at-{checkpoints.step_of(later[-1])}"
+    numbered = (aside.with_name(f"{aside.name}-{n}") for n in itertools.count(2))
+    aside = next(path for path in itertools.chain([aside], numbered) if not path.exists())
     with disk_errors(aside):
-        (aside / "checkpoints").mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "config.toml"):
+        (aside / "checkpoints").mkdir(parents=True)
+        for name in ("metrics.jsonl", "config.toml", "tokenizer.json", "tokenizer.model"):
             if (out / name).exists():
                 shutil.copy2(out / name, aside / name)
         for path in later:
-            target = aside / "checkpoints" / path.name
-            shutil.rmtree(target, ignore_errors=True)
-            path.rename(target)
+            path.rename(aside / "checkpoints" / path.name)
     console.say(f"its checkpoints after step {_step(found)} are now in {aside}")
 
 

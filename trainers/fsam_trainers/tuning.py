@@ -171,8 +171,7 @@ def trainer(
 
 def _evaluated(folder: Path, step: int) -> float | None:
     """The validation loss that the metrics hold for this step, NaN if it was not finite; None without such a line."""
-    path = folder / "metrics.jsonl"
-    lines = metrics.read(path) if path.exists() else []
+    lines = metrics.read(folder / "metrics.jsonl")
     found = [x["val_loss"] for x in lines if x["step"] == step and "val_loss" in x]
     return None if not found else math.nan if found[-1] is None else found[-1]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import io
+import os
 import platform
 import signal
 import sys
@@ -13,6 +15,7 @@ from fsam_core import UserError
 from fsam_core.backends import installed
 from fsam_trainers import host_memory, platforms, processes
 from fsam_trainers.cli.parsing import no_command
+from fsam_trainers.files import is_full, is_utf8
 
 # Group -> subcommand -> (the module whose `main(arguments)` runs it and returns the exit code, what it does). The
 # profiling package is imported by name, as nothing else of it is.
@@ -68,7 +71,11 @@ def main(arguments: list[str] | None = None) -> None:
             arguments = sys.argv[1:]
             host_memory.keep_freed()
             platforms.skip_absent_tpu()
+            for stream in (sys.stdout, sys.stderr):
+                if isinstance(stream, io.TextIOWrapper):
+                    stream.reconfigure(errors="replace")  # a terminal that cannot show a sign shows ? for it
         code = _run(arguments)
+        sys.stdout.flush()
         if code == 128 + signal.SIGINT and not own_process:
             raise KeyboardInterrupt
         sys.exit(code)
@@ -76,6 +83,17 @@ def main(arguments: list[str] | None = None) -> None:
         processes.leave(2)
     except UserError as error:
         print(f"fsam: error: {error}", file=sys.stderr)
+        processes.leave(2)
+    except BrokenPipeError:
+        if not own_process:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        processes.leave(128 + signal.SIGPIPE)
+    except OSError as error:
+        if not own_process or not is_full(error):
+            raise
+        print("fsam: error: no space left for what is printed; files are written whole or not at all", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         processes.leave(2)
     except KeyboardInterrupt:
         if not own_process:
@@ -96,6 +114,9 @@ def _run(arguments: list[str]) -> int:
     if arguments[0] == "--version":
         print(_versions())
         return 0
+    for text in arguments:
+        if not is_utf8(text):
+            raise UserError(f"{os.fsencode(text)!r} is not UTF-8; rename the file, or call it by a folder's name")
     name, *rest = arguments
     if name not in COMMANDS:
         raise no_command(name, list(COMMANDS), "fsam")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -105,7 +106,10 @@ def _compare(options: Compare, console: Console) -> int:
     if options.json is not None:
         write_json(options.json, comparison)
     _print(comparison, out)
-    return 0
+    diverged = [run["out"] for run in comparison["runs"] if run["status"] == "diverged"]
+    if diverged:
+        print(f"fsam: error: {len(diverged)} of the runs diverged: {', '.join(diverged)}", file=sys.stderr)
+    return 1 if diverged else 0
 
 
 def _print(comparison: dict[str, Any], out: Path) -> None:

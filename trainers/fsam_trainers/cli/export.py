@@ -10,6 +10,7 @@ import tyro
 
 from fsam_trainers import pretrained
 from fsam_trainers.cli.parsing import parsed
+from fsam_trainers.console import Console
 from fsam_trainers.export import export
 from fsam_trainers.tables import show_lines
 
@@ -38,4 +39,6 @@ def main(arguments: list[str]) -> int:
     out = options.out or Path(f"{Path(name).name if options.model.startswith('hf:') else name}-{options.to}")
     export(found, options.to, out)
     show_lines(f"model: {out}")
+    if found.tokenizer is None and found.config.FAMILY == "decoder":
+        Console().warn(f"{options.model} has no tokenizer.json or tokenizer.model, so there is none in {out}")
     return 0

@@ -88,6 +88,6 @@ def row_of(run: Path, below: Path) -> dict[str, Any]:
             row |= {"val_loss": progress["val_loss"], "saved": (newest / "run.json").stat().st_mtime}
         except (OSError, ValueError, KeyError, TypeError):
             continue
-    lines = metrics.read(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
+    lines = metrics.read(run / "metrics.jsonl")
     losses = [x["loss"] for x in lines if x.get("loss") is not None][-20:]
     return row | {"train_loss": statistics.fmean(losses) if losses else None}

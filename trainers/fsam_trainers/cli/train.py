@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fsam_core import backends
-from fsam_trainers import processes, registry
-from fsam_trainers.cli.config_file import read
+from fsam_trainers import checkpoints, processes, registry
 from fsam_trainers.cli.options import Branching, check_backend, parse
 from fsam_trainers.console import Console, command_line
 from fsam_trainers.files import writable, write_json
@@ -47,9 +46,10 @@ def _train(options: Train, console: Console) -> int:
     start = options.start()
     name = f"{settings.framework}-{options.preset}-{settings.method}-seed{settings.seed}"
     out = options.folder(name if start is None else f"{name}-from-{start.step}")
-    if "warmup" not in options.given and not options.fresh and (out / "config.toml").is_file():
+    so_far = checkpoints.last_known(out / "checkpoints")
+    if "warmup" not in options.given and not options.fresh and so_far is not None:
         # The usual warm-up depends on --steps; a run that is extended keeps the one that it had.
-        settings = options.settings(warmup=read(out / "config.toml")["warmup"])
+        settings = options.settings(warmup=so_far["settings"]["warmup"])
     intervals = options.intervals_of(settings.steps)
     if intervals.log != "jsonl":
         backends.require(intervals.log)  # before minutes of tokenizing

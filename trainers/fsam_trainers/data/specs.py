@@ -13,6 +13,7 @@ from fsam_core.errors import UserError
 from fsam_trainers.data.documents import Columns, named_splits, reading
 from fsam_trainers.data.kinds import Kind, kind_of
 from fsam_trainers.data.records import COLUMNS
+from fsam_trainers.files import is_utf8
 
 WHAT_WORKS = (
     "python, a text file, a file of rows with a text column, or a prompt and an answer (.jsonl, .json, .jsonl.gz, "
@@ -51,6 +52,15 @@ def is_hub(spec: str) -> bool:
 
 
 def find_files(spec: str, columns: Columns = COLUMNS) -> Files:
+    """`_find_files`, of which each name can be written. Raises UserError where one is not UTF-8."""
+    found = _find_files(spec, columns)
+    for path in found.paths:
+        if not is_utf8(str(path)):
+            raise UserError(f"--data: the name {os.fsencode(path)!r} is not UTF-8; rename it")
+    return found
+
+
+def _find_files(spec: str, columns: Columns) -> Files:
     """The files of "python", a file, a folder or a glob. Of each one, names, size and at most the beginning is read.
 
     A file or glob must be of one kind throughout. Of a folder: the files of rows or of tokens directly in it; where
