@@ -277,7 +277,7 @@ def test_output_that_cannot_be_written_is_said_once(to, code, said):
 
 def test_signs_that_a_terminal_does_not_have_are_replaced():
     done = spawn.run("-m", "fsam_trainers.cli", "train", "--help", env={"PYTHONIOENCODING": "ascii"})
-    assert "--rho" in done
+    assert "--rho" in done.stdout
 
 
 def test_names_that_are_not_utf8_are_refused(tmp_path, capsys):
