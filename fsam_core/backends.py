@@ -13,7 +13,7 @@ import os
 from dataclasses import dataclass
 from types import ModuleType
 
-from fsam_core.errors import UserError
+from fsam_core.errors import UserError, one_line
 
 # Framework -> its backends, most specialised last. The first is plain framework code for any device.
 BACKENDS: dict[str, tuple[str, ...]] = {"jax": ("xla", "pallas"), "torch": ("torch", "triton")}
@@ -53,12 +53,9 @@ def require(*modules: str) -> None:
             importlib.import_module(module)
         except Exception as error:  # a broken installation raises anything
             raise UserError(
-                f"{module} is installed but cannot be imported ({_said(error)}): pip install --force-reinstall {extra}"
+                f"{module} is installed but cannot be imported ({one_line(error)}): "
+                f"pip install --force-reinstall {extra}"
             ) from error
-
-
-def _said(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def installed(package: str) -> str | None:
@@ -103,7 +100,7 @@ def choose(framework: str, backend: str | None = None) -> Choice:
     try:
         device = importlib.import_module("jax").default_backend()
     except (RuntimeError, AssertionError) as error:  # JAX raises either if JAX_PLATFORMS names what is not here
-        raise UserError(f"backend: JAX finds no device to run on ({_said(error)}): set JAX_PLATFORMS=cpu") from error
+        raise UserError(f"backend: JAX finds no device to run on ({one_line(error)}): set JAX_PLATFORMS=cpu") from error
     if device == "tpu":
         return Choice("pallas", "auto: fewer cycles than xla by the TPU compiler's own estimate (docs/head.md)")
     return Choice(plain, f"auto: pallas is for TPUs, this is {device}")

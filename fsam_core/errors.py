@@ -6,3 +6,8 @@ class UserError(ValueError):
 
     The `fsam` command prints only the sentence and exits with code 2; a library user sees a `ValueError`.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message in one line of bounded length, for use inside another message."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

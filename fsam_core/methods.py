@@ -295,6 +295,26 @@ def describe(method: Method) -> dict[str, Any]:
     return {"path": method.path, **values}
 
 
+def check_method(method: Any) -> None:
+    """Check that this is a method.
+
+    Raises:
+        UserError: for anything else.
+    """
+    if not isinstance(method, Plain | Perturbed):
+        raise UserError(f"method must be Plain(), SAM(...), FunctionalSAM(...) or LogitSAM(...), got {method!r}")
+
+
+def check_clip_norm(clip_norm: float | None) -> None:
+    """Check the norm that gradients are clipped to.
+
+    Raises:
+        UserError: for a number that is not above 0.
+    """
+    if clip_norm is not None and not clip_norm > 0:
+        raise UserError(f"clip_norm must be > 0, or None for no clipping; got {clip_norm!r}")
+
+
 def check_rho(value: Any, argument: str = "rho") -> float:
     """`value` as a float ρ ≥ 0.
 

@@ -23,6 +23,7 @@ from fsam_core.errors import UserError
 from fsam_core.jax import trees
 from fsam_core.jax.optimizers import adam_state
 from fsam_core.jax.perturbation import clip_factor
+from fsam_core.methods import check_clip_norm
 from fsam_kernels.xla.adamw import adamw
 
 
@@ -53,8 +54,7 @@ class AdamW:
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} must be in [0, 1), got {getattr(self, name)!r}")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise UserError(f"clip_norm must be > 0, or None for no clipping; got {self.clip_norm!r}")
+        check_clip_norm(self.clip_norm)
 
     def init(self, params: Any) -> optax.ScaleByAdamState:
         """Zero moments in the dtype of the params."""

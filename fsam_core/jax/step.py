@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fsam_core import backends, regions, schedules, split
+from fsam_core import backends, methods, regions, schedules, split
 from fsam_core.errors import UserError
 from fsam_core.jax import heads, local_sync, meshes, optimizers, passes, trees
 from fsam_core.jax.correction import combined, corrected
@@ -134,12 +134,10 @@ def value_and_grad(
     Raises:
         UserError: for an unknown backend, b2 outside [0, 1), clip_norm ≤ 0 or an unknown sync.
     """
-    if not isinstance(method, Plain | Perturbed):
-        raise UserError(f"method must be Plain(), SAM(...), FunctionalSAM(...) or LogitSAM(...), got {method!r}")
+    methods.check_method(method)
     if b2 is not None and not 0 <= b2 < 1:
         raise UserError(f"b2 must be in [0, 1), as that of your optax.adamw; got {b2!r}")
-    if clip_norm is not None and not clip_norm > 0:
-        raise UserError(f"clip_norm must be > 0, or None for no clipping; got {clip_norm!r}")
+    methods.check_clip_norm(clip_norm)
     if pass_axis is not None and not _apart(method):
         raise UserError(
             "pass_axis: two passes wait for each other but for SAM with a known ascent (previous, momentum, random), "

@@ -9,9 +9,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from fsam_core import backends, schedules
+from fsam_core import backends, methods, schedules
 from fsam_core.errors import UserError
-from fsam_core.methods import Method, Perturbed, Plain
+from fsam_core.methods import Method, Perturbed
 from fsam_core.regions import in_torch
 from fsam_core.schedules import ALWAYS, Schedule
 from fsam_core.scopes import Blocks
@@ -90,10 +90,8 @@ class Step:
                 clip_norm ≤ 0, an unknown backend, a scope or schedule that does not fit the rest, a loss scale without
                 masters or beside a scaler, or an unknown wrapper of the model.
         """
-        if not isinstance(method, Plain | Perturbed):
-            raise UserError(f"method must be Plain(), SAM(...), FunctionalSAM(...) or LogitSAM(...), got {method!r}")
-        if clip_norm is not None and not clip_norm > 0:
-            raise UserError(f"clip_norm must be > 0, or None for no clipping; got {clip_norm!r}")
+        methods.check_method(method)
+        methods.check_clip_norm(clip_norm)
         schedules.check(schedule, method)
         parallel = detect_parallelism(model)
         if sync not in get_args(Sync):

@@ -19,30 +19,29 @@ from fsam_profiling.regions import CONDITIONAL
 
 def of_step(function: Any, arguments: tuple[Any, ...]) -> int:
     """`of_trace` of function(*arguments), conditional branches excluded."""
-    return of_trace(jax.jit(function).trace(*arguments).jaxpr, CONDITIONAL)
+    return of_trace(jax.jit(function).trace(*arguments).jaxpr)
 
 
-def of_trace(closed: Any, excluded: str | None = None) -> int:
-    """2 · multiply-adds of every `dot_general` and convolution that a result depends on.
+def of_trace(closed: Any) -> int:
+    """2 · multiply-adds of every `dot_general` and convolution that a result depends on, without rarely taken branches.
 
     Args:
         closed: a closed jaxpr, `jax.jit(f).trace(*args).jaxpr`.
-        excluded: a `jax.named_scope` whose operations do not count.
 
     Raises:
         UserError: for a product in a loop of unknown length.
     """
     jaxpr = closed.jaxpr
     alive, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
-    return _jaxpr(alive, excluded)
+    return _jaxpr(alive)
 
 
-def _jaxpr(jaxpr: Any, excluded: str | None) -> int:
-    return sum(_equation(eqn, excluded) for eqn in jaxpr.eqns)
+def _jaxpr(jaxpr: Any) -> int:
+    return sum(_equation(eqn) for eqn in jaxpr.eqns)
 
 
-def _equation(eqn: Any, excluded: str | None) -> int:
-    if excluded is not None and excluded in str(eqn.source_info.name_stack).split("/"):
+def _equation(eqn: Any) -> int:
+    if CONDITIONAL in str(eqn.source_info.name_stack).split("/"):
         return 0
     name, params = eqn.primitive.name, eqn.params
     if name == "dot_general":
@@ -52,7 +51,7 @@ def _equation(eqn: Any, excluded: str | None) -> int:
     if name == "conv_general_dilated":
         numbers, kernel = params["dimension_numbers"], eqn.invars[1].aval.shape
         return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // kernel[numbers.rhs_spec[0]]
-    inner = [_jaxpr(x, excluded) for x in _inside(params)]
+    inner = [_jaxpr(x) for x in _inside(params)]
     if name == "cond":
         return max(inner)
     if name == "while" and any(inner):

@@ -13,7 +13,8 @@ from fsam_core import SAM, FunctionalSAM, LogitSAM, Plain
 from fsam_core import jax as in_jax
 from fsam_core import torch as in_torch
 from fsam_trainers.models import flax_decoder, torch_decoder
-from fsam_trainers.models.layout import ModelConfig, flattened
+from fsam_trainers.models.flax_decoder import flattened
+from fsam_trainers.models.layout import ModelConfig
 
 B2, EPS = 0.95, 1e-8
 METHODS = {

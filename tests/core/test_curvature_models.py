@@ -26,7 +26,8 @@ from fsam_core.torch.curvature import Curvature
 from fsam_kernels.memory import AUTO
 from fsam_profiling import flops
 from fsam_trainers.models import flax_decoder, torch_decoder
-from fsam_trainers.models.layout import ModelConfig, flattened, initial, nested
+from fsam_trainers.models.flax_decoder import flattened, nested
+from fsam_trainers.models.layout import ModelConfig, initial
 
 SMALL = ModelConfig(layers=1, width=8, heads=2, seq_len=6, vocab_size=11, tied=True)
 MEDIUM = ModelConfig(layers=2, width=64, heads=2, seq_len=32, vocab_size=512, tied=True)
@@ -180,7 +181,7 @@ from fsam_core import Plain
 from fsam_core.torch.curvature import Curvature
 from fsam_trainers.models import torch_decoder
 from fsam_trainers.models.layout import ModelConfig
-from process_memory import growth
+from fsam_profiling.timing.process_memory import growth
 
 def of(rows, length):
     tokens = np.random.default_rng(0).integers(0, 4096, (rows, length + 1))

@@ -17,7 +17,7 @@ N, D, V, CHUNK = 1024, 256, 32768, 64 * 2**20
 # chunk's largest bare product: some CPUs make a float32 copy of half-precision results, or copy an operand by tiles.
 MEASURE = """
 import sys
-from process_memory import growth
+from fsam_profiling.timing.process_memory import growth
 framework, dtype, keep, n, d, v, chunk = sys.argv[1], sys.argv[2], sys.argv[3] == "keep", *map(int, sys.argv[4:])
 
 library = 0

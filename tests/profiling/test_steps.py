@@ -169,14 +169,14 @@ def test_torch_textbook_step_equals_ours(method, monkeypatch):
 def test_jax_peer_step_equals_ours(peer):
     from fsam_profiling.tpu import step_programs
     from fsam_trainers.models import flax_decoder
-    from fsam_trainers.models.layout import flattened
+    from fsam_trainers.models.flax_decoder import flattened
 
     whose, method = peer.split()
     chosen = step_settings("tiny", method, **SMALL)
     ours = weights_after_a_step(Variant(chosen))
     function, _ = step_programs.peer(chosen, whose, method)
     params = flax_decoder.parameters(chosen.model, chosen.seed)
-    opt_state = step_programs.optimizer_of(chosen, whose, method).init(params)
+    opt_state = step_programs.optimizer_of(chosen, whose).init(params)
     (params, _), _ = jax.jit(function)((params, opt_state), MicroBatches([{"tokens": random_tokens(chosen)}]))
     assert_close(ours, flattened(jax.tree.map(np.asarray, params)))
 

@@ -14,7 +14,8 @@ CHIPS = ("v5e", "v6e")
 
 
 def compiled(chip, function, *args, kernels=False, **options):
-    return compiler.compile_for(chip, f"tpu_programs:{function}", args, options=options, kernels=kernels)
+    given = {"name": function, "args": args, "options": options}
+    return compiler.compile_for(chip, "tpu_programs:of", options=given, kernels=kernels)
 
 
 @needs_libtpu

@@ -24,8 +24,8 @@ def program(loops: tuple[Loop, ...], xla_cycles: int, xla_bytes: int) -> Compile
 
 
 def test_scheduled_cycles_are_bundles_or_bytes():
-    busy = Loop("a", "norm", (4,), issued=100, estimate=300, bytes=50 * 8, bytes_cycles=50)
-    waiting = Loop("b", "update", (4,), issued=10, estimate=70, bytes=60 * 8, bytes_cycles=60)
+    busy = Loop("a", "norm", issued=100, estimate=300, bytes=50 * 8, bytes_cycles=50)
+    waiting = Loop("b", "update", issued=10, estimate=70, bytes=60 * 8, bytes_cycles=60)
     assert (busy.cycles, waiting.cycles) == (100, 60)
     assert dataclasses.replace(busy, issued=None).cycles == 300
     assert program((), 0, 0).chip.bytes_per_cycle == 8

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -9,6 +11,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from fsam_profiling.regions import CONDITIONAL
 from fsam_profiling.tpu import step_programs
+
+
+def of(name: str, args: list, options: dict):
+    """(the function of that name with these options, the shapes of its arguments)."""
+    return partial(globals()[name], **options), tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in args)
 
 
 def matmul(x, y):

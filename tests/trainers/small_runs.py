@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,20 @@ def steps_done(out: Path) -> int:
     path = out / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+
+def wait_for_step(process: subprocess.Popen[str], out: Path, step: int) -> None:
+    """Wait until a run's metrics tell of this step; fails with what the process said if it has ended before."""
+    while steps_done(out) < step:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+
+
+def assert_same_weights(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
+    """Equal to the bit."""
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
 def valid_steps(out: Path) -> list[int]:

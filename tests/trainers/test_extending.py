@@ -8,7 +8,7 @@ import tomllib
 
 import numpy as np
 import pytest
-from small_runs import arguments, final_weights, fsam, steps_done, train_options, valid_steps
+from small_runs import arguments, assert_same_weights, final_weights, fsam, steps_done, train_options, valid_steps
 
 from fsam_trainers.engine import Evaluation
 from fsam_trainers.jax.engine import JaxEngine
@@ -22,11 +22,6 @@ WSD = ("--schedule", "wsd", "--decay", 0.25, "--warmup", 2, "--dropout", 0.1)
 
 def command(text, out, framework, *more, method="precond-functional-sam"):
     return arguments(text, out, "--framework", framework, "--method", method, *PACE, *more)
-
-
-def assert_same_weights(a, b):
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
 def lines(out):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from fsam_trainers.models import flax_decoder
+from fsam_trainers.models.flax_decoder import flattened
 from fsam_trainers.models.flax_mixed import product, rows_of
-from fsam_trainers.models.layout import ModelConfig, flattened
+from fsam_trainers.models.layout import ModelConfig
 
 
 def drawn(*shape, dtype=jnp.bfloat16) -> jax.Array:

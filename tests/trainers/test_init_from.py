@@ -12,7 +12,8 @@ from trained_runs import FRAMEWORKS, logits, random_model, runs, saved  # noqa: 
 from fsam_trainers import pretrained, registry
 from fsam_trainers.config import difference
 from fsam_trainers.models import flax_decoder, torch_decoder
-from fsam_trainers.models.layout import ModelConfig, nested, shapes
+from fsam_trainers.models.flax_decoder import nested
+from fsam_trainers.models.layout import ModelConfig, shapes
 
 
 def hf_model(folder, **changes) -> transformers.PreTrainedModel:

@@ -17,7 +17,8 @@ from fsam_core.torch.curvature import Curvature
 from fsam_trainers import pretrained, registry
 from fsam_trainers.cost_table import counted
 from fsam_trainers.models import flax_decoder, torch_decoder
-from fsam_trainers.models.layout import ModelConfig, flattened, initial, nested, rotation, shapes
+from fsam_trainers.models.flax_decoder import flattened, nested
+from fsam_trainers.models.layout import ModelConfig, initial, rotation, shapes
 
 LLAMA = {"rms_norm": True, "rotary": True, "swiglu": True, "kv_heads": 2}
 EVERY = {**LLAMA, "heads": 4, "head_width": 6, "mlp_width": 20, "qkv_biases": True, "qk_norm": True}

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from fsam_core import UserError
 from fsam_trainers.models import flax_decoder, torch_decoder
-from fsam_trainers.models.layout import ModelConfig, flattened, initial, nested, shapes
+from fsam_trainers.models.flax_decoder import flattened, nested
+from fsam_trainers.models.layout import ModelConfig, initial, shapes
 from fsam_trainers.presets import PRESETS, preset
 
 each_head = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

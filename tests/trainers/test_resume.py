@@ -5,9 +5,17 @@ import random
 import signal
 import time
 
-import numpy as np
 import pytest
-from small_runs import arguments, final_weights, fsam, fsam_process, steps_done, valid_steps
+from small_runs import (
+    arguments,
+    assert_same_weights,
+    final_weights,
+    fsam,
+    fsam_process,
+    steps_done,
+    valid_steps,
+    wait_for_step,
+)
 
 FRAMEWORKS = ("jax", "torch")
 STEPS = 40
@@ -17,18 +25,6 @@ def run_arguments(text, out, framework):
     dropout = ("--dropout", 0.1)  # random draws must resume as well
     pace = ("--steps", STEPS, "--checkpoint-every", 5, "--evaluate-every", 11, "--probe-steps", 0)
     return arguments(text, out, "--framework", framework, *dropout, *pace)
-
-
-def wait_for_step(process, out, step):
-    while steps_done(out) < step:
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.005)
-
-
-def assert_same_weights(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
 @pytest.fixture(scope="module", params=FRAMEWORKS)

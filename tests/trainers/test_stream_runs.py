@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rank_runs import figures, jax_processes, torchrun
-from small_runs import arguments, final_weights, fsam, fsam_process, steps_done
+from small_runs import arguments, assert_same_weights, final_weights, fsam, fsam_process, steps_done, wait_for_step
 
 from fsam_trainers import metrics
 
@@ -41,12 +41,6 @@ def whole_run(shards: Path, out: Path, framework: str) -> dict[str, np.ndarray]:
     return final_weights(command)
 
 
-def wait_for_step(process, out: Path, step: int) -> None:
-    while steps_done(out) < step:
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.005)
-
-
 def children(pid: int) -> list[int]:
     """The tokenizing processes of a run."""
     found = []
@@ -67,12 +61,6 @@ def gone(pids: list[int]) -> bool:
             return False
         time.sleep(0.05)
     return True
-
-
-def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
 def kill_worker(shards: Path, out: Path, framework: str, step: int, capsys, monkeypatch) -> None:
@@ -116,7 +104,7 @@ def test_a_killed_worker_and_run_leave_the_weights_identical(shards, tmp_path, c
     kill_run(shards, out, "torch", 18)
     command = command_of(shards, out, "torch", "--data-workers", 0)
     assert fsam(*command) == 0
-    assert_same(final_weights(command), weights)
+    assert_same_weights(final_weights(command), weights)
 
 
 def test_a_stream_and_a_stored_corpus_are_different_runs(shards, tmp_path, capsys):
@@ -151,7 +139,7 @@ def test_random_kills_leave_the_weights_bit_identical(framework, shards, tmp_pat
     command = command_of(shards, out, framework)
     process = fsam_process(command)
     assert process.wait() == 0, process.communicate()[1]
-    assert_same(final_weights(command), weights)
+    assert_same_weights(final_weights(command), weights)
 
 
 @pytest.mark.slow
@@ -164,7 +152,7 @@ def test_a_signal_saves_and_the_stream_resumes(shards, tmp_path):
     assert process.wait(timeout=60) == 128 + signal.SIGTERM, process.communicate()[1]
     command = command_of(shards, out, "jax")
     assert fsam(*command) == 0
-    assert_same(final_weights(command), weights)
+    assert_same_weights(final_weights(command), weights)
 
 
 def losses(out: Path) -> list[float]:
@@ -236,4 +224,4 @@ def test_two_jax_processes_resume_a_stream_at_the_exact_token(rows, tmp_path):
     assert losses(stopped) == losses(whole)
     command = command_of(rows, whole, "jax", "--data-parallel", 2)
     weights = final_weights(command)
-    assert_same(final_weights([str(stopped) if x == str(whole) else x for x in command]), weights)
+    assert_same_weights(final_weights([str(stopped) if x == str(whole) else x for x in command]), weights)

@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rank_runs import figures, torchrun
-from small_runs import arguments, final_weights, fsam, steps_done, valid_steps
+from small_runs import arguments, final_weights, fsam, steps_done, valid_steps, wait_for_step
 from spawn import alive, rank_pids
 
-UPPER = ("--layers", 2, "--scope", "top:1")
 STEPS = 40
 MINUTE = 60
 LARGER = ("--layers", 4, "--width", 128)  # half of its state is 5 MB
@@ -21,12 +20,6 @@ LARGER = ("--layers", 4, "--width", 128)  # half of its state is 5 MB
 def run_arguments(text, out, *more):
     pace = ("--steps", STEPS, "--checkpoint-every", 10, "--evaluate-every", 20, "--probe-steps", 0)
     return arguments(text, out, "--framework", "torch", "--batch", 8, *pace, *more)
-
-
-def wait_for_step(process, out, step):
-    while steps_done(out) < step:
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
 
 
 def assert_same_run(a: Path, b: Path) -> None:

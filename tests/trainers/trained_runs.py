@@ -13,7 +13,8 @@ from small_runs import arguments, fsam
 from fsam_trainers import pretrained
 from fsam_trainers.export import export
 from fsam_trainers.models import flax_decoder, torch_decoder
-from fsam_trainers.models.layout import ModelConfig, initial, nested
+from fsam_trainers.models.flax_decoder import nested
+from fsam_trainers.models.layout import ModelConfig, initial
 
 FRAMEWORKS = ("jax", "torch")
 

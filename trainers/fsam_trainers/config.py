@@ -162,50 +162,50 @@ class Settings:
     """whose gradient ε follows: global, the whole batch's, or local, that of each replica's own part (m-sharpness)"""
 
     def __post_init__(self) -> None:
-        _check(self.framework in get_args(Framework), "--framework", self.framework, "jax or torch")
-        _check(self.steps >= 1, "--steps", self.steps, "at least 1")
-        _check(self.batch >= 1, "--batch", self.batch, "at least 1")
-        _check(self.micro_batches >= 1, "--micro-batches", self.micro_batches, "at least 1")
+        must(self.framework in get_args(Framework), "--framework", self.framework, "jax or torch")
+        must(self.steps >= 1, "--steps", self.steps, "at least 1")
+        must(self.batch >= 1, "--batch", self.batch, "at least 1")
+        must(self.micro_batches >= 1, "--micro-batches", self.micro_batches, "at least 1")
         divides = f"a number that divides --batch {self.batch}"
-        _check(self.batch % self.micro_batches == 0, "--micro-batches", self.micro_batches, divides)
-        _check(0 <= self.seed < 2**32, "--seed", self.seed, "between 0 and 2**32 - 1")
-        _check(0 < self.learning_rate < math.inf, "--learning-rate", self.learning_rate, "a finite number > 0")
-        _check(self.warmup >= 0, "--warmup", self.warmup, "at least 0")
+        must(self.batch % self.micro_batches == 0, "--micro-batches", self.micro_batches, divides)
+        must(0 <= self.seed < 2**32, "--seed", self.seed, "between 0 and 2**32 - 1")
+        must(0 < self.learning_rate < math.inf, "--learning-rate", self.learning_rate, "a finite number > 0")
+        must(self.warmup >= 0, "--warmup", self.warmup, "at least 0")
         choices, schedule = " or ".join(get_args(RateSchedule)), self.learning_rate_schedule
-        _check(schedule in get_args(RateSchedule), "--schedule", schedule, choices)
-        _check(0 <= self.decay <= 1, "--decay", self.decay, "a share of the run, in [0, 1]")
+        must(schedule in get_args(RateSchedule), "--schedule", schedule, choices)
+        must(0 <= self.decay <= 1, "--decay", self.decay, "a share of the run, in [0, 1]")
         choices = " or ".join(get_args(DecayShape))
-        _check(self.decay_shape in get_args(DecayShape), "--decay-shape", self.decay_shape, choices)
-        _check(0 <= self.final_learning_rate <= 1, "--final-learning-rate", self.final_learning_rate, "in [0, 1]")
-        _check(0 <= self.weight_decay < math.inf, "--weight-decay", self.weight_decay, "a finite number >= 0")
-        _check(0 <= self.b1 < 1, "--b1", self.b1, "in [0, 1)")
-        _check(0 <= self.b2 < 1, "--b2", self.b2, "in [0, 1)")
-        _check(0 < self.eps < math.inf, "--eps", self.eps, "a finite number > 0")
-        _check(0 <= self.clip_norm < math.inf, "--clip-norm", self.clip_norm, "a finite number >= 0 (0: no clipping)")
+        must(self.decay_shape in get_args(DecayShape), "--decay-shape", self.decay_shape, choices)
+        must(0 <= self.final_learning_rate <= 1, "--final-learning-rate", self.final_learning_rate, "in [0, 1]")
+        must(0 <= self.weight_decay < math.inf, "--weight-decay", self.weight_decay, "a finite number >= 0")
+        must(0 <= self.b1 < 1, "--b1", self.b1, "in [0, 1)")
+        must(0 <= self.b2 < 1, "--b2", self.b2, "in [0, 1)")
+        must(0 < self.eps < math.inf, "--eps", self.eps, "a finite number > 0")
+        must(0 <= self.clip_norm < math.inf, "--clip-norm", self.clip_norm, "a finite number >= 0 (0: no clipping)")
         check_rho(self.rho, "--rho")
         choices = ", ".join(get_args(RhoSchedule))
-        _check(self.rho_schedule in get_args(RhoSchedule), "--rho-schedule", self.rho_schedule, choices)
-        _check(0 <= self.start <= 1, "--start", self.start, "a share of the run, in [0, 1]")
-        _check(0 <= self.ema < 1, "--ema", self.ema, "in [0, 1) (0: none)")
-        _check(self.dtype in get_args(Dtype), "--dtype", self.dtype, " or ".join(get_args(Dtype)))
+        must(self.rho_schedule in get_args(RhoSchedule), "--rho-schedule", self.rho_schedule, choices)
+        must(0 <= self.start <= 1, "--start", self.start, "a share of the run, in [0, 1]")
+        must(0 <= self.ema < 1, "--ema", self.ema, "in [0, 1) (0: none)")
+        must(self.dtype in get_args(Dtype), "--dtype", self.dtype, " or ".join(get_args(Dtype)))
         has_scale = self.framework == "torch" and self.fsdp == self.tensor_parallel == 1
         works = "float32 or bfloat16 there: float16's loss scale is PyTorch's, without --fsdp and --tensor-parallel"
-        _check(self.dtype != "float16" or has_scale, "--dtype", self.dtype, works)
-        _check(self.cotangent in get_args(Form), "--cotangent", self.cotangent, "auto, keep or recompute")
-        _check(0 <= self.label_smoothing < 1, "--label-smoothing", self.label_smoothing, "in [0, 1)")
-        _check(0 <= self.z_loss < math.inf, "--z-loss", self.z_loss, "a finite number >= 0")
-        _check(0 <= self.soft_cap < math.inf, "--soft-cap", self.soft_cap, "a finite number >= 0 (0: no cap)")
+        must(self.dtype != "float16" or has_scale, "--dtype", self.dtype, works)
+        must(self.cotangent in get_args(Form), "--cotangent", self.cotangent, "auto, keep or recompute")
+        must(0 <= self.label_smoothing < 1, "--label-smoothing", self.label_smoothing, "in [0, 1)")
+        must(0 <= self.z_loss < math.inf, "--z-loss", self.z_loss, "a finite number >= 0")
+        must(0 <= self.soft_cap < math.inf, "--soft-cap", self.soft_cap, "a finite number >= 0 (0: no cap)")
         for axis in PLACEMENT:
-            _check(getattr(self, axis) >= 1, f"--{axis.replace('_', '-')}", getattr(self, axis), "at least 1")
-        _check(self.sync in get_args(Sync), "--sync", self.sync, "global or local")
+            must(getattr(self, axis) >= 1, f"--{axis.replace('_', '-')}", getattr(self, axis), "at least 1")
+        must(self.sync in get_args(Sync), "--sync", self.sync, "global or local")
         q = self.correction_fraction
-        _check(not isinstance(q, str) and 0 < q <= 1, "--correction-fraction", q, "in (0, 1], 1/8 say")
+        must(not isinstance(q, str) and 0 < q <= 1, "--correction-fraction", q, "in (0, 1], 1/8 say")
         q_ascent = self.ascent_fraction
-        _check(not isinstance(q_ascent, str), "--ascent-fraction", q_ascent, "a number in (0, 1], 1/8 say")
+        must(not isinstance(q_ascent, str), "--ascent-fraction", q_ascent, "a number in (0, 1], 1/8 say")
         method = self.as_method()
         self.schedule()
         top = int(self.scope.partition(":")[2]) if self.scope.startswith("top:") else 0
-        _check(top <= self.model.layers, "--scope", self.scope, f"at most top:{self.model.layers}, the model's blocks")
+        must(top <= self.model.layers, "--scope", self.scope, f"at most top:{self.model.layers}, the model's blocks")
         schedules.check(self.schedule(), method)
         if isinstance(method, Perturbed):
             self._check_share("--correction-fraction", method.fraction)
@@ -216,7 +216,7 @@ class Settings:
         """Check that this share of the batch is whole sequences, the same number in each micro-batch."""
         fits = f"a share that cuts --batch {self.batch} into whole sequences, and into the same in each micro-batch"
         cut = (Fraction(q).limit_denominator(1 << 16) * self.micro_batches) % 1
-        _check((self.batch // self.micro_batches) % cut.denominator == 0, option, q, fits)
+        must((self.batch // self.micro_batches) % cut.denominator == 0, option, q, fits)
 
     def as_method(self, learning_rate_at: Callable[[Any], Any] | None = None) -> Method:
         """The method. `learning_rate_at`: the framework's own schedule, by default `Settings.learning_rate_at`."""
@@ -296,11 +296,11 @@ class Intervals:
     """where the metrics go besides OUT/metrics.jsonl: jsonl (nowhere), tensorboard (OUT/tensorboard), or wandb"""
 
     def __post_init__(self) -> None:
-        _check(self.log in get_args(Log), "--log", self.log, ", ".join(get_args(Log)))
+        must(self.log in get_args(Log), "--log", self.log, ", ".join(get_args(Log)))
         for name in ("evaluate_every", "checkpoint_every", "correction_every", "sharpness_every", "probe_steps"):
-            _check(getattr(self, name) >= 0, f"--{name.replace('_', '-')}", getattr(self, name), "at least 0")
+            must(getattr(self, name) >= 0, f"--{name.replace('_', '-')}", getattr(self, name), "at least 0")
         for name in ("evaluation_batches", "keep"):
-            _check(getattr(self, name) >= 1, f"--{name.replace('_', '-')}", getattr(self, name), "at least 1")
+            must(getattr(self, name) >= 1, f"--{name.replace('_', '-')}", getattr(self, name), "at least 1")
 
 
 def steps_for(tokens_per_param: float, model: ModelConfig, batch: int) -> int:
@@ -309,8 +309,8 @@ def steps_for(tokens_per_param: float, model: ModelConfig, batch: int) -> int:
     Raises:
         UserError: when the ratio is not a finite number > 0.
     """
-    _check(0 < tokens_per_param < math.inf, "--tokens-per-param", tokens_per_param, "a finite number > 0")
-    _check(batch >= 1, "--batch", batch, "at least 1")
+    must(0 < tokens_per_param < math.inf, "--tokens-per-param", tokens_per_param, "a finite number > 0")
+    must(batch >= 1, "--batch", batch, "at least 1")
     return math.ceil(tokens_per_param * model.non_embedding_parameters / (batch * model.rows))
 
 
@@ -335,6 +335,10 @@ def difference(mine: dict[str, Any], other: dict[str, Any], ignored: Container[s
     return ", ".join(f"{k} {other.get(k)!r} (now {mine[k]!r})" for k in names[:4])
 
 
-def _check(good: bool, option: str, got: Any, works: str) -> None:
+def must(good: bool, option: str, got: Any, works: str) -> None:
+    """
+    Raises:
+        UserError: where it is not good: the option must be what works.
+    """
     if not good:
         raise UserError(f"{option} must be {works}, got {got!r}")

@@ -16,10 +16,8 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 NEVER = -1
 
 
-def keep_freed() -> bool:
-    """For the rest of this process; returns whether the C library can, which only GNU's does.
-
-    The process then stays as large as it was at its peak.
-    """
+def keep_freed() -> None:
+    """For the rest of this process, which then stays as large as it was at its peak. Only GNU's C library can."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, NEVER))
+    if mallopt is not None and mallopt(M_MMAP_MAX, 0):
+        mallopt(M_TRIM_THRESHOLD, NEVER)

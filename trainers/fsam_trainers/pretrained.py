@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from fsam_core import UserError, backends
+from fsam_core import backends
+from fsam_core.errors import UserError, one_line
 from fsam_trainers import checkpoints, transformers_folders
 from fsam_trainers.config import Settings
-from fsam_trainers.data.documents import one_line
 from fsam_trainers.data.records import columns_of
 from fsam_trainers.data.specs import find_files, is_hub
 from fsam_trainers.files import disk_errors

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fsam_kernels.xla.direction import Adam, direction, leaves, moving
+from fsam_kernels.xla.softmax_stats import accum_dtype
 
 
 def preconditioned_norm(
@@ -35,7 +36,7 @@ def preconditioned_norm(
     grads, tree = jax.tree.flatten(g)
     moments = [None] * len(grads) if v is None else leaves("v", v, g)
     each = [
-        _sums(leaf, moment, clip, adam) if moves else (jnp.zeros((), _accum_dtype(leaf)),) * 2
+        _sums(leaf, moment, clip, adam) if moves else (jnp.zeros((), accum_dtype(leaf)),) * 2
         for leaf, moment, moves in zip(grads, moments, moving(mask, g), strict=True)
     ]
     columns = list(zip(*each, strict=True)) if each else [(), ()]
@@ -49,7 +50,3 @@ def preconditioned_norm(
 def _sums(g: jax.Array, v: jax.Array | None, clip: jax.Array | float, adam: Adam | None) -> tuple[jax.Array, jax.Array]:
     d = direction(g, v, adam, clip)
     return jnp.sum(jnp.square(d)), jnp.sum(clip * g.astype(d.dtype) * d)
-
-
-def _accum_dtype(x: jax.Array) -> Any:
-    return jnp.promote_types(x.dtype, jnp.float32)

@@ -143,7 +143,7 @@ class _Machine:
             result = value if result is None else np.where(mask, value, result)
         return result
 
-    def known(self, text: str, instruction: Instruction) -> Any:
+    def known(self, text: str) -> Any:
         value = self.operand(text)
         if isinstance(value, Unknown):
             raise Unreadable(f"an address, a mask or a branch depends on what is not counted: {value.text!r}")
@@ -244,7 +244,7 @@ class _Machine:
             if "addrspace(1)" not in pointer:
                 return Unknown(text)
             width = llvm.size(kind)
-            value = self.touch(self.known(pointer, instruction), active, width, instruction, store=False)
+            value = self.touch(self.known(pointer), active, width, instruction, store=False)
             if isinstance(value, Unknown) or not kind.startswith("<"):
                 return value
             return value[:, None] if llvm.lanes(kind) == 1 else Unknown(text)
@@ -252,7 +252,7 @@ class _Machine:
             value, pointer = llvm.split(instruction.rest)[:2]
             if "addrspace(1)" in pointer:
                 width = llvm.size(llvm.typed(value)[0])
-                self.touch(self.known(pointer, instruction), active, width, instruction, store=True)
+                self.touch(self.known(pointer), active, width, instruction, store=True)
             return None
         if " asm " in f" {instruction.rest} ":
             return self.assembly(instruction, active)
@@ -295,7 +295,7 @@ class _Machine:
             raise Unreadable(f"the call is not counted: {instruction.text!r}")
         kind = llvm.typed(instruction.rest if operation == "load" else arguments[0])[0]
         resource, offset, scalar = arguments[operation == "store" :][:3]
-        base, thread, wave = (self.known(x, instruction) for x in (resource, offset, scalar))
+        base, thread, wave = (self.known(x) for x in (resource, offset, scalar))
         inside = active & (_unsigned(thread, 32) < 2**31 - 1)
         at = base + _unsigned(thread, 32) + _unsigned(wave, 32)
         return self.touch(at, inside, llvm.size(kind), instruction, store=operation == "store")
@@ -319,8 +319,8 @@ class _Machine:
             if found is None or "shared" in line:
                 raise Unreadable(f"the assembly is not counted: {line!r}")
             mask, operation, _, lanes, bits, pointer, offset = found.groups()
-            at = self.known(arguments[int(pointer) - outputs], instruction) + int(offset or 0)
-            inside = active if mask is None else active & self.known(arguments[int(mask) - outputs], instruction)
+            at = self.known(arguments[int(pointer) - outputs]) + int(offset or 0)
+            inside = active if mask is None else active & self.known(arguments[int(mask) - outputs])
             width = int(lanes or 1) * int(bits) // 8
             result = self.touch(at, inside, width, instruction, store=operation == "st")
         return result

@@ -20,7 +20,7 @@ from fsam_trainers.config import Settings
 from fsam_trainers.data.batches import Batch, each, micro_batches_of, named, rows_of
 from fsam_trainers.device import in_torch
 from fsam_trainers.models import module_of
-from fsam_trainers.models.layout import ModelConfig, nested
+from fsam_trainers.models.layout import ModelConfig
 from fsam_trainers.models.vit_layout import ViTConfig, config_of
 
 SEQUENCES = 8  # of a micro-batch, at most
@@ -94,9 +94,9 @@ def subjects(source: Source, framework: str | None, which: Literal["all", "last"
         yield Subject(run, None, None, found.config, found.soft_cap, chosen, found.weights(), None)
         return
     for folder in source.folders[-1:] if which == "last" else source.folders:
-        one = checkpoints.at(folder.parent, int(folder.name.removeprefix("step_")))
+        one = checkpoints.at(folder.parent, checkpoints.step_of(folder))
         settings = _settings(one.run["settings"])
-        weights, moments = _state(settings, one.state, framework)
+        weights, moments = _state(settings, one.state)
         chosen = found.framework_for(framework)
         step = int(one.run["progress"]["step"])
         yield Subject(run, step, settings.method, settings.model, settings.soft_cap, chosen, weights, moments)
@@ -117,12 +117,12 @@ def _settings(values: dict[str, Any]) -> Settings:
     return Settings(**{**kept, "model": config_of(values["model"])})
 
 
-def _state(settings: Settings, state: Path, framework: str | None) -> tuple[dict[str, np.ndarray], Moments]:
+def _state(settings: Settings, state: Path) -> tuple[dict[str, np.ndarray], Moments]:
     """(the weights, AdamW's second moment) of a checkpoint, read by the framework that wrote it."""
     engine: Any = registry.make(settings)
     engine.restore(state)
     if settings.framework == "jax":
-        from fsam_trainers.models.layout import flattened
+        from fsam_trainers.models.flax_decoder import flattened
 
         adam = engine.state.opt_state
         second = {name: np.asarray(x) for name, x in flattened(adam.nu).items()}
@@ -182,6 +182,7 @@ class Curvatures:
         import jax.numpy as jnp
 
         from fsam_core.jax.curvature import Curvature
+        from fsam_trainers.models.flax_decoder import nested
 
         dtype = jnp.dtype(self._dtype)
         params = jax.tree.map(lambda x: jnp.asarray(x, dtype), nested(weights))
@@ -201,7 +202,10 @@ def as_tree(subject: Subject, flat: dict[str, np.ndarray]) -> Any:
         import torch
 
         return {name: torch.from_numpy(np.array(x)) for name, x in flat.items()}
-    return nested(flat)
+    from fsam_trainers.models.flax_decoder import nested
+
+    tree: Any = nested(flat)
+    return tree
 
 
 def adam_direction(moments: Moments, gradient: np.ndarray, second: np.ndarray) -> np.ndarray:

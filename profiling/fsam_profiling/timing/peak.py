@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
-from pathlib import Path
 
-from fsam_profiling.timing import variants
+from fsam_profiling.timing import process_memory, variants
 from fsam_profiling.timing.variants import Variant
 
 STEPS = 3
@@ -18,17 +17,8 @@ def peak_bytes(variant: Variant) -> int | None:
 
 
 def _grown(variant: Variant) -> int | None:
-    if not Path("/proc/self/clear_refs").exists():
+    if not process_memory.is_known():
         return None
     run = variants.make(variant)
     run(0)  # libraries allocate some memory once
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-    before = _status("VmRSS")
-    for i in range(1, STEPS):
-        run(i)
-    return max(0, _status("VmHWM") - before)
-
-
-def _status(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
+    return max(0, process_memory.growth(lambda: [run(i) for i in range(1, STEPS)]))

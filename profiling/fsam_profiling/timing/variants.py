@@ -19,7 +19,8 @@ from fsam_trainers.config import Framework, Settings
 from fsam_trainers.data.batches import Batch, named
 from fsam_trainers.device import in_torch
 from fsam_trainers.models import module_of
-from fsam_trainers.models.layout import initial, nested
+from fsam_trainers.models.flax_decoder import nested
+from fsam_trainers.models.layout import initial
 
 # Framework -> (method, peer).
 PEERS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -100,7 +101,7 @@ def _jax(chosen: Settings, whose: str, kind: str, batch: Batch) -> Callable[[int
     function, (state, batches) = step_programs.peer(chosen, whose, kind)
     compiled = jax.jit(function, donate_argnums=0).lower(state, batches).compile()
     params = jax.tree.map(jnp.asarray, nested(initial(chosen.model, chosen.seed)))
-    held = [(params, step_programs.optimizer_of(chosen, whose, kind).init(params))]
+    held = [(params, step_programs.optimizer_of(chosen, whose).init(params))]
 
     def run(index: int) -> None:
         state, loss = compiled(held.pop(), MicroBatches([named(batch)]))

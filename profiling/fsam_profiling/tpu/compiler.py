@@ -178,7 +178,6 @@ class Compiled:
 def compile_for(
     chip: str,
     function: str,
-    args: Sequence[tuple[Sequence[int], str] | None] | None = None,
     *,
     options: dict[str, Any] | None = None,
     donate: Sequence[int] = (),
@@ -189,10 +188,9 @@ def compile_for(
 
     Args:
         chip: v4, v5e, v5p, v6e or tpu7x.
-        function: "module:name". With `args` it is the function itself; without, it is called with `options` and returns
-            (function, tuple of arguments), each argument a tree of `jax.ShapeDtypeStruct`.
-        args: (shape, dtype) of each argument, None for an argument that is None.
-        options: keyword arguments of the function; what JSON can hold.
+        function: "module:name", which is called with `options` and returns (function, tuple of arguments), each
+            argument a tree of `jax.ShapeDtypeStruct`.
+        options: keyword arguments; what JSON can hold.
         donate: positions of donated arguments.
         kernels: read the schedules of Pallas kernels too, which takes half as long again. False refuses a function that
             calls a kernel, because its cycles would be missing from the sum. "if any" compiles a second time where
@@ -211,7 +209,6 @@ def compile_for(
     request = {
         "topology": TOPOLOGIES[chip],
         "function": function,
-        "args": None if args is None else [None if x is None else [list(x[0]), x[1]] for x in args],
         "options": options or {},
         "donate": list(donate),
     }

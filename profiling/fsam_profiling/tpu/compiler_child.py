@@ -6,7 +6,6 @@ it and reads its answer: the compiled text, the compiler's memory and cost figur
 
 from __future__ import annotations
 
-import functools
 import importlib
 import json
 import math
@@ -23,19 +22,29 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fsam_profiling import flops
-from fsam_profiling.regions import CONDITIONAL
 
 
-def main() -> None:
+def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Answer the request in the file that the command line names first, in the one that it names second."""
     request = json.loads(Path(sys.argv[1]).read_text())
     Path(sys.argv[2]).write_text(json.dumps(answer(request)))
+
+
+def memory_of(compiled: Any) -> dict[str, int]:
+    """The compiler's figures of a program's memory."""
+    memory = compiled.memory_analysis()
+    return {
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "aliased_bytes": memory.alias_size_in_bytes,
+    }
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Compile request["function"] for request["topology"]; returns the compiler's text and figures.
 
-    With "args" (a list of [shape, dtype], or null for an argument that is None) the function is compiled with "options"
-    as its keyword arguments; without, it is called with them and returns (function, arguments).
+    It is called with request["options"] and returns (function, arguments).
     """
     devices = topologies.get_topology_desc(platform="tpu", topology_name=request["topology"]).devices[:1]
     mesh = Mesh(np.array(devices), ("x",))
@@ -44,25 +53,17 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     function = getattr(importlib.import_module(module), name)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         info = pltpu.get_tpu_info()
-        args = request["args"]
-        if args is None:
-            function, args = function(**request["options"])
-        else:
-            function = functools.partial(function, **request["options"])
-            args = [None if x is None else jax.ShapeDtypeStruct(tuple(x[0]), jnp.dtype(x[1])) for x in args]
+        function, args = function(**request["options"])
         args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), tuple(args))
         traced = jax.jit(function, donate_argnums=tuple(request["donate"])).trace(*args)
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    cost = compiled.cost_analysis() or {}
     return {
         "text": compiled.as_text(),
-        "argument_bytes": memory.argument_size_in_bytes,
-        "output_bytes": memory.output_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes,
-        "aliased_bytes": memory.alias_size_in_bytes,
+        **memory_of(compiled),
         "flops": cost.get("flops"),
         "bytes": cost.get("bytes accessed"),
-        "product_flops": flops.of_trace(traced.jaxpr, CONDITIONAL),
+        "product_flops": flops.of_trace(traced.jaxpr),
         "calls": [_call(eqn) for eqn in _pallas_calls(traced.jaxpr.jaxpr)],
         "chip": {
             "bytes_per_second": info.mem_bw_bytes_per_second,
@@ -135,4 +136,4 @@ def _indices(closed: Any, grid: tuple[int, ...]) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main()
+    serve(answer)

@@ -27,7 +27,6 @@ class Loop:
 
     Attributes:
         region: as `hlo.Counted.region`.
-        bounds: its grid, chosen by XLA.
         issued: bundles of its schedule; None where the compiler left no schedule, or one with a loop whose length
             depends on data (copies of a window's ragged end). XLA's estimate then stands for it.
         estimate: XLA's own cycles.
@@ -37,7 +36,6 @@ class Loop:
 
     name: str
     region: str
-    bounds: tuple[int, ...]
     issued: int | None
     estimate: int
     bytes: int
@@ -78,9 +76,7 @@ def read_loops(text: str, dumps: Path, bytes_per_cycle: float) -> tuple[Loop, ..
             known[source, bounds] = _issued(schedules.file(dumps, source, "final_bundles"), bounds, source)
         issued = None if source is None else known[source, bounds]
         it = counted[one.name]
-        found.append(
-            Loop(one.name, it.region, bounds, issued, it.cycles or 0, it.bytes, round(it.bytes / bytes_per_cycle))
-        )
+        found.append(Loop(one.name, it.region, issued, it.cycles or 0, it.bytes, round(it.bytes / bytes_per_cycle)))
     return tuple(found)
 
 

@@ -5,9 +5,6 @@ It is a process of its own as `compiler_child` is, and answers with the memory a
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,12 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from fsam_profiling.settings import step_settings
 from fsam_profiling.tpu import collectives, step_programs
+from fsam_profiling.tpu.compiler_child import memory_of, serve
 from fsam_trainers.jax import mesh as jax_mesh
-
-
-def main() -> None:
-    request = json.loads(Path(sys.argv[1]).read_text())
-    Path(sys.argv[2]).write_text(json.dumps(answer(request)))
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -37,15 +30,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         args = jax.tree.map(at, state, places), jax.tree.map(lambda x: at(x, rows), batches)
         jitted = jax.jit(function, donate_argnums=0, out_shardings=(places, None))
         compiled = jitted.trace(*args).lower(lowering_platforms=("tpu",)).compile()
-    memory = compiled.memory_analysis()
-    return {
-        "argument_bytes": memory.argument_size_in_bytes,
-        "output_bytes": memory.output_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes,
-        "aliased_bytes": memory.alias_size_in_bytes,
-        "collectives": collectives.totals(collectives.read(compiled.as_text())),
-    }
+    return memory_of(compiled) | {"collectives": collectives.totals(collectives.read(compiled.as_text()))}
 
 
 if __name__ == "__main__":
-    main()
+    serve(answer)

@@ -115,7 +115,7 @@ def read(folder: Path, kernel: str, grid: tuple[int, ...], mxus: int, row_cycles
         steps=int(np.prod(grid, dtype=np.int64)),
         spills=int(used[:, names["VSTORE:SPILL"]].sum()),
         fills=int(used[:, names["VLOAD:FILL"]].sum()),
-        vmem_bytes=_vmem(file(folder, kernel, "pre-finalize-registers-and-allocations"), kernel),
+        vmem_bytes=_vmem(file(folder, kernel, "pre-finalize-registers-and-allocations")),
         use={name: float(share[i]) for name, i in names.items() if ":" not in name},
         assumed=assumed,
     )
@@ -168,7 +168,7 @@ def _utilization(text: str, kernel: str) -> tuple[dict[str, int], np.ndarray]:
     return dict(zip(names, sizes, strict=True)), used
 
 
-def _vmem(text: str, kernel: str) -> int:
+def _vmem(text: str) -> int:
     found = dict(re.findall(r"#(allocation\d+) \[shape = [^\n]*?space=vmem, size = (0x[0-9a-f]+)", text))
     return sum(int(size, 16) for size in found.values())
 

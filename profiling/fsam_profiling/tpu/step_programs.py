@@ -19,7 +19,8 @@ from fsam_profiling.timing import textbook_jax
 from fsam_trainers.config import Settings
 from fsam_trainers.jax import engine
 from fsam_trainers.models import module_of
-from fsam_trainers.models.layout import ModelConfig, nested, shapes
+from fsam_trainers.models.flax_decoder import nested
+from fsam_trainers.models.layout import ModelConfig, shapes
 from fsam_trainers.models.vit_layout import ViTConfig
 
 Program = tuple[Callable[..., Any], tuple[Any, ...]]
@@ -44,7 +45,7 @@ def textbook(*, preset: str, kind: str, **of_settings: Any) -> Program:
 
 def peer(chosen: Settings, whose: str, kind: str) -> Program:
     """The step of "textbook" or "optax.contrib" with these settings; of one micro-batch."""
-    tx = optimizer_of(chosen, whose, kind)
+    tx = optimizer_of(chosen, whose)
     make = textbook_jax.step if whose == "textbook" else textbook_jax.contrib_step
     step = make(kind, _logits(chosen), tx, chosen.rho)
 
@@ -56,7 +57,7 @@ def peer(chosen: Settings, whose: str, kind: str) -> Program:
     return function, ((params, jax.eval_shape(tx.init, params)), batches_of(chosen))
 
 
-def optimizer_of(chosen: Settings, whose: str, kind: str) -> Any:
+def optimizer_of(chosen: Settings, whose: str) -> Any:
     """The optax optimizer of a peer."""
     tx = textbook_jax.optimizer(chosen.learning_rate, chosen.b2, chosen.weight_decay, chosen.clip_norm)
     return textbook_jax.contrib(tx, chosen.rho) if whose == "optax.contrib" else tx

@@ -24,7 +24,8 @@ from fsam_core.errors import UserError
 from fsam_trainers.data import Corpus, StreamedCorpus, load, prepare, training_batches
 from fsam_trainers.data.documents import row_split
 from fsam_trainers.models import flax_decoder, torch_decoder
-from fsam_trainers.models.layout import ModelConfig, blocks, flattened
+from fsam_trainers.models.flax_decoder import flattened
+from fsam_trainers.models.layout import ModelConfig, blocks
 
 ROWS = [("a b", "c"), ("d", "a a"), ("", "e"), ("b c", ""), ("e e e", "d c b a")]
 WORDS = {"<|endoftext|>": 0, "a": 1, "b": 2, "c": 3, "d": 4, "e": 5}

@@ -16,7 +16,8 @@ import fsam_core.torch
 from fsam_core import NAMES, UserError, named
 from fsam_trainers.jax import inference as jax_inference
 from fsam_trainers.models import flax_vit, module_of, torch_vit
-from fsam_trainers.models.layout import blocks, flattened, initial, nested, shapes
+from fsam_trainers.models.flax_decoder import flattened, nested
+from fsam_trainers.models.layout import blocks, initial, shapes
 from fsam_trainers.models.vit_layout import ViTConfig, config_of
 from fsam_trainers.presets import VIT_PRESETS, preset
 from fsam_trainers.torch import inference as torch_inference

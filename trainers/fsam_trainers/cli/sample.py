@@ -14,6 +14,7 @@ import tyro
 from fsam_core import UserError
 from fsam_trainers import pretrained
 from fsam_trainers.cli.parsing import parsed
+from fsam_trainers.config import must
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,10 @@ class Sample:
 def main(arguments: list[str]) -> int:
     """Run the command; returns the exit code."""
     options = parsed(Sample, arguments, "fsam sample")
-    _check(options.tokens >= 1, "--tokens", options.tokens, "at least 1")
-    _check(0 <= options.temperature < math.inf, "--temperature", options.temperature, "a finite number >= 0")
-    _check(options.top_k is None or options.top_k >= 1, "--top-k", options.top_k, "at least 1")
-    _check(0 <= options.seed < 2**32, "--seed", options.seed, "between 0 and 2**32 - 1")
+    must(options.tokens >= 1, "--tokens", options.tokens, "at least 1")
+    must(0 <= options.temperature < math.inf, "--temperature", options.temperature, "a finite number >= 0")
+    must(options.top_k is None or options.top_k >= 1, "--top-k", options.top_k, "at least 1")
+    must(0 <= options.seed < 2**32, "--seed", options.seed, "between 0 and 2**32 - 1")
     found = pretrained.find(options.model, "MODEL")
     if found.config.FAMILY != "decoder":
         raise UserError(f"{found.where} is a model of images, which writes no text; give a run on text")
@@ -75,8 +76,3 @@ def main(arguments: list[str]) -> int:
     kept = [] if ids == [tokenizer.end] else ids
     sys.stdout.write(generate.decoder(path)(kept + added) + "\n")
     return 0
-
-
-def _check(good: bool, option: str, got: object, works: str) -> None:
-    if not good:
-        raise UserError(f"{option} must be {works}, got {got!r}")

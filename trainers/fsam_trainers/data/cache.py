@@ -5,7 +5,6 @@ under a temporary name in the same folder and renamed in one step, so no process
 build is killed.
 """
 
-import errno
 import json
 import os
 import secrets
@@ -22,7 +21,7 @@ from fsam_core.errors import UserError
 from fsam_trainers.data.corpus import DTYPES, Corpus, checksum, fingerprint, map_tokens
 from fsam_trainers.data.documents import extra
 from fsam_trainers.data.vocabulary import is_json
-from fsam_trainers.files import sync
+from fsam_trainers.files import is_full, sync
 
 SENTENCEPIECE = "tokenizer.model"
 _BUILDING = ".building-"
@@ -141,7 +140,7 @@ def _writing(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = "no space left" if error.errno == errno.ENOSPC else (error.strerror or str(error))
+        reason = "no space left" if is_full(error) else (error.strerror or str(error))
         raise UserError(f"--cache: cannot write in {root}: {reason}: make room there or give another folder") from error
 
 

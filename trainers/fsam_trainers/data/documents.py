@@ -118,10 +118,5 @@ def extra(module: str) -> ModuleType:
     return importlib.import_module(module)
 
 
-def one_line(error: BaseException) -> str:
-    """An exception's message in one line of bounded length, for use inside another message."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
-
 def _bytes(name: str) -> bytes:
     return name.encode("utf-8", "surrogateescape")  # file names need not be UTF-8

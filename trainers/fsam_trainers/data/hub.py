@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fsam_core.errors import UserError
-from fsam_trainers.data.documents import Columns, Row, extra, one_line
+from fsam_core.errors import UserError, one_line
+from fsam_trainers.data.documents import Columns, Row, extra
 from fsam_trainers.data.records import Bad, Skipped, document_of
 
 _DEFAULT_CONFIG = {"allenai/c4": "en"}

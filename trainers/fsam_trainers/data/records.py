@@ -9,8 +9,8 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fsam_core.errors import UserError
-from fsam_trainers.data.documents import Columns, Row, encodable, extra, one_line, reading
+from fsam_core.errors import UserError, one_line
+from fsam_trainers.data.documents import Columns, Row, encodable, extra, reading
 from fsam_trainers.data.kinds import PARQUET
 
 COLUMNS: Columns = (("text",), ("content",), ("prompt", "answer"))  # unless --text-column says it

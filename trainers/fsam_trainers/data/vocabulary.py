@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fsam_core.errors import UserError
-from fsam_trainers.data.documents import extra, one_line
+from fsam_core.errors import UserError, one_line
+from fsam_trainers.data.documents import extra
 
 END = "<|endoftext|>"
 _ENDS = (END, "</s>", "<eos>", "<|end_of_text|>")

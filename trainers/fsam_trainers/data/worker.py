@@ -6,7 +6,7 @@ the message of what was raised.
 
 from collections.abc import Callable
 
-from fsam_trainers.data.documents import one_line
+from fsam_core.errors import one_line
 from fsam_trainers.data.encoding import encode_rows, joined
 from fsam_trainers.data.vocabulary import load_tokenizer
 from fsam_trainers.data.worker_process import serve

@@ -34,7 +34,8 @@ from fsam_trainers.data.batches import (  # noqa: E402
 from fsam_trainers.engine import Correction, Evaluation, StepReport, Writing  # noqa: E402
 from fsam_trainers.jax import mesh, saving  # noqa: E402
 from fsam_trainers.models import module_of  # noqa: E402
-from fsam_trainers.models.layout import blocks, flattened, nested  # noqa: E402
+from fsam_trainers.models.flax_decoder import flattened, nested  # noqa: E402
+from fsam_trainers.models.layout import blocks  # noqa: E402
 from fsam_trainers.pretrained import initial_weights  # noqa: E402
 
 

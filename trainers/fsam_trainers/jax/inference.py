@@ -16,8 +16,8 @@ from flax import linen as nn
 import fsam_core.jax as fsam
 from fsam_kernels.options import Loss
 from fsam_trainers.models import flax_decoder, flax_vit
-from fsam_trainers.models.flax_decoder import norm, rotated
-from fsam_trainers.models.layout import ModelConfig, flattened, nested, rotation, shapes
+from fsam_trainers.models.flax_decoder import flattened, nested, norm, rotated
+from fsam_trainers.models.layout import ModelConfig, rotation, shapes
 from fsam_trainers.models.vit_layout import ViTConfig
 
 

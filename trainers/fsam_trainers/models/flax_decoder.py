@@ -13,12 +13,17 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from fsam_core.jax import LinearHead, Staged
 from fsam_kernels.options import CROSS_ENTROPY, Loss
 from fsam_trainers.jax.mesh import by_rows, in_use
 from fsam_trainers.models.flax_mixed import product, rows_of
-from fsam_trainers.models.layout import EMBEDDING_STD, ModelConfig, has_bias, initial, is_rms, nested, rotation
+from fsam_trainers.models.layout import EMBEDDING_STD, ModelConfig, has_bias, initial, is_rms, rotation
+
+# {"block_0.qkv": x} -> {"block_0": {"qkv": x}}, flat names as a Flax tree, and back.
+nested = partial(traverse_util.unflatten_dict, sep=".")
+flattened = partial(traverse_util.flatten_dict, sep=".")
 
 _ones, _zeros, _normal = nn.initializers.ones, nn.initializers.zeros, nn.initializers.normal(EMBEDDING_STD)
 _fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "normal")

@@ -208,23 +208,3 @@ def blocks(config: ModelConfig) -> Blocks:
     """Which parameters belong to which block, for scopes that are given by name."""
     head, above = ("embedding", "final_norm") if config.tied else ("head", "final_norm|head")
     return Blocks(config.layers, r"^block_(\d+)\.", rf"^({above})(_bias)?$", rf"^{head}(_bias)?$", r"norm(_bias)?$")
-
-
-def nested(flat: dict[str, np.ndarray]) -> dict:
-    """{"block_0.qkv": x} -> {"block_0": {"qkv": x}}: flat names as a Flax tree."""
-    tree: dict = {}
-    for name, value in flat.items():
-        *path, leaf = name.split(".")
-        node = tree
-        for part in path:
-            node = node.setdefault(part, {})
-        node[leaf] = value
-    return tree
-
-
-def flattened(tree: dict, prefix: str = "") -> dict[str, np.ndarray]:
-    """The inverse of `nested`."""
-    flat: dict[str, np.ndarray] = {}
-    for name, value in tree.items():
-        flat |= flattened(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat

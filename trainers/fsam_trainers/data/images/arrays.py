@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fsam_core.errors import UserError
-from fsam_trainers.data.documents import extra, one_line
+from fsam_core.errors import UserError, one_line
+from fsam_trainers.data.documents import extra
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 FASHION_CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fsam_core import backends
-from fsam_trainers.data.documents import one_line
+from fsam_core.errors import one_line
 
 GREY = ("1", "L", "LA", "I;16", "I;16B", "I;16L", "I")  # Pillow's modes without colour
 Item = str | bytes

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fsam_core.errors import UserError
+from fsam_core.errors import UserError, one_line
 from fsam_trainers.data.batches import permutation
 from fsam_trainers.data.corpus import check_at_least
-from fsam_trainers.data.documents import one_line
 from fsam_trainers.data.images import arrays, files
 from fsam_trainers.data.images.augmentation import Augmentation
 from fsam_trainers.data.images.decoding import GREY, Form, opened

@@ -1,14 +1,21 @@
-"""Memory of this process, for the child scripts that measure it; Linux alone."""
+"""Memory of this process; Linux alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
+_PEAK = Path("/proc/self/clear_refs")
+
+
+def is_known() -> bool:
+    """Whether this system tells the peak of a process."""
+    return _PEAK.exists()
+
 
 def growth(call: Callable[[], object]) -> int:
     """By how many bytes the peak of the process during a call passes what it held before."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    _PEAK.write_text("5")  # the peak begins here
     before = _status("VmRSS")
     call()
     return _status("VmHWM") - before
