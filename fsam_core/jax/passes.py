@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fsam_core import regions
+from fsam_core import regions, split
 from fsam_core.errors import UserError
 from fsam_core.jax import heads, leaks, meshes
 from fsam_core.jax.heads import FlatHeads, LinearHead
@@ -224,7 +224,7 @@ def called(config: PassConfig, params: Params, batch: Any) -> tuple[Any, Any]:
     Raises:
         UserError: with has_aux, if it is no pair.
     """
-    found = config.features(params, batch)
+    found = config.features(params, split.with_own_containers(batch))
     if not config.has_aux:
         return found, ()
     if not (isinstance(found, tuple) and len(found) == 2):

@@ -18,6 +18,7 @@ from fsam_core.errors import UserError
 from fsam_core.jax import passes, trees
 from fsam_core.jax.passes import Params, add_correction, upcast, weighted_mean
 from fsam_core.jax.perturbation import StepInputs, StepResult, norm_of, perturb
+from fsam_core.split import with_own_containers
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def moving(inputs: StepInputs, batch: Any) -> set[str]:
     """The names of the perturbed leaves on which the lower stage's output depends."""
     features = inputs.config.features
     assert isinstance(features, Staged)
-    traced = jax.make_jaxpr(lambda params: features.prefix(params, batch))(inputs.params)
+    traced = jax.make_jaxpr(lambda params: features.prefix(params, with_own_containers(batch)))(inputs.params)
     _, used = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
     leaves = zip(trees.names(inputs.params), jax.tree.leaves(inputs.mask), used, strict=True)
     return {name for name, moves, reached in leaves if moves and reached}
@@ -91,7 +92,7 @@ def corrected(inputs: StepInputs, S: Any, others: list[Any]) -> StepResult:
     features = config.features
     assert isinstance(features, Staged)
     with regions.in_jax("base forward"):
-        x, vjp_of_prefix = jax.vjp(lambda p: features.prefix(p, S), params)
+        x, vjp_of_prefix = jax.vjp(lambda p: features.prefix(p, with_own_containers(S)), params)
     upper = config._replace(features=lambda both, batch: features.suffix(both.params, both.prefix, batch))
     functional, exact = method.path == "functional", method.exact
     backward = not (exact and method.direction.known)

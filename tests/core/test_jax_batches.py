@@ -377,3 +377,20 @@ def test_carry_with_the_last_norms_can_be_donated():
     step = jax.jit(lambda p, carry, b: grad(p, b, None, carry)[1:], donate_argnums=1)
     _, carry = step(params(), carry_of(method, params()), arrays())
     assert float(step(params(), carry, arrays())[1].norms[0]) > 0
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_features_may_take_items_out_of_a_batch(staged):
+    def features(p, b):
+        return head_of(p, b.pop("x"), b.pop("y"))
+
+    suffix = lambda p, x, b: head_of(p, b.pop("x"), b.pop("y"))
+    of = Staged(lambda p, b: b["x"] * 0 + b.pop("z", 1), suffix) if staged else features
+    x, y = arrays()
+    method = FunctionalSAM(RHO, scope=lambda name: name == "w")
+    given = {"x": x, "y": y}
+    got, expected = (
+        value_and_grad(f, method)(params(), b)[1] for f, b in ((of, given), (lambda p, b: head_of(p, *b), (x, y)))
+    )
+    assert given.keys() == {"x", "y"}
+    assert distance(got, expected) < 1e-6

@@ -169,7 +169,7 @@ def test_a_full_disk_is_a_user_error_and_leaves_nothing(data, cache, child):
             print(error)
         """
     out, err = child(code, data).communicate(timeout=60)
-    assert out.startswith(f"--cache: cannot write in {cache}: File too large"), (out, err)
+    assert out.startswith(f"--cache: cannot write in {cache}: no space left"), (out, err)
     assert not list(cache.iterdir())
 
 
