@@ -36,7 +36,7 @@ from fsam_core.curvature import (
     check_weight,
 )
 from fsam_core.errors import UserError
-from fsam_core.jax import heads, passes, trees
+from fsam_core.jax import heads, meshes, passes, trees
 from fsam_core.jax.heads import Outputs, Part
 from fsam_core.jax.passes import Features, Params
 from fsam_core.jax.step import value_and_grad
@@ -134,7 +134,12 @@ class Curvature(Operators):
         return call(params, split.MicroBatches(batches))
 
     def _exact(self, which: str, v: Params) -> Any:
-        run = partial(exact_product, self._features, self._memory, which)
+        product = partial(exact_product, self._features, self._memory, which)
+
+        def run(*arguments: Any) -> Any:
+            of_v = lambda specs: (specs[2], specs[2]) if which == "both" else specs[2]
+            return meshes.in_auto_mode(product, arguments, of_v)
+
         try:
             return self._call(which, run, self.params, self._batches, v)
         except TypeError as error:

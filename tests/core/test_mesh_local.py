@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from problems import B2, EPS, METHODS, adam_state, batch_of, distance, mlp, moments, values
 
 from fsam_core.jax import FunctionalSAM, LinearHead, Memory, MicroBatches, UserError, mean_loss, value_and_grad
+from fsam_core.jax.curvature import Curvature
 
 SHARDS, ROWS = 4, 3  # conftest.py asks for four devices
 
@@ -163,6 +164,17 @@ def test_explicit_axes_are_those_of_one_device(name, context):
         assert float(got_info.grad_norm) == pytest.approx(float(info.grad_norm), rel=1e-12)
         assert float(loss_only) == pytest.approx(float(mean_loss(mlp)(params, batch)), rel=1e-12)
         assert distance(got, expected) < 1e-12
+
+
+def test_curvature_on_explicit_axes_is_that_of_one_device():
+    mesh = jax.make_mesh((SHARDS,), ("data",))
+    with jax.enable_x64(True):
+        params, _, batch = problem()
+        put = lambda tree, *spec: jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*spec)))
+        one, several = Curvature(mlp, params, batch), Curvature(mlp, put(params), put(batch, "data"))
+        assert several.loss == pytest.approx(one.loss, rel=1e-12)
+        for a, b in zip(several.both(put(params)), one.both(params), strict=True):
+            assert distance(jax.device_get(a), b) < 1e-12
 
 
 def test_explicit_axes_go_with_sync_local(mesh):

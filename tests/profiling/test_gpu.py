@@ -71,7 +71,7 @@ json.dump(list(read()), sys.stdout)
 
 
 def compiled(*command: object) -> Any:
-    return json.loads(spawn.run(*command, env={"TRITON_INTERPRET": None}).stdout)
+    return json.loads(spawn.run(*command, env={"TRITON_INTERPRET": None}, timeout=1800).stdout)
 
 
 def assert_sound(rows: list[dict[str, Any]]) -> None:
