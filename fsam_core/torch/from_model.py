@@ -48,6 +48,11 @@ class FromModel:
         """The head alone, where `__call__` of a subclass returns more."""
         hidden, weight, bias = self.captured(model, batch)
         labels, token_weights = part_of(batch, self.labels), part_of(batch, self.token_weights)
+        if isinstance(labels, Tensor) and labels.is_floating_point():
+            raise UserError(
+                f"labels: got {labels.dtype} of shape {tuple(labels.shape)}, and the loss of from_model is the cross "
+                "entropy of whole numbers; write features that return Logits(logits, loss)"
+            )
         if self.shift:
             labels = F.pad(labels[..., 1:], (0, 1), value=IGNORED)
             token_weights = None if token_weights is None else F.pad(token_weights[..., 1:], (0, 1))

@@ -128,6 +128,7 @@ REFUSED = {
         {**BERT, "problem_type": "multi_label_classification"},
         "no cross entropy",
     ),
+    "several choices": ("BertForMultipleChoice", BERT, "the loss of a BertForMultipleChoice is not known"),
     "no head": ("BertForQuestionAnswering", BERT, "no output embeddings and no classifier"),
     "another router": (
         "SwitchTransformersForConditionalGeneration",
@@ -148,3 +149,32 @@ def test_head_of_several_layers_is_refused():
     model = make("RobertaForSequenceClassification", **BERT)
     with pytest.raises(UserError, match="RobertaClassificationHead"):
         features_of(model)(model, {**BATCH, "labels": IMAGES["labels"]})
+
+
+@pytest.mark.parametrize(("padding", "rows"), [(0, 4), (None, 1)])
+@pytest.mark.parametrize("name", ["LlamaForSequenceClassification", "GPT2ForSequenceClassification"])
+def test_classifier_of_a_decoder_sees_the_last_position_that_is_no_padding(name, padding, rows):
+    sizes = CAUSAL if "Llama" in name else CAUSAL_MODELS["GPT2LMHeadModel"]
+    model = make(name, **{**sizes, "num_labels": 5, "pad_token_id": padding}).eval()
+    ids = BATCH["input_ids"][:rows].clone().clamp(min=1)
+    if padding is not None:
+        ids[0, -3:] = ids[1, :2] = padding
+    batch = {"input_ids": ids, "labels": torch.arange(rows)}
+    assert check(model, features_of(model), lambda model, batch: model(**batch).loss, batch).gradient < 1e-4
+    if padding is None:
+        with pytest.raises(UserError, match="pad_token_id is None, which allows one row a batch; got 4"):
+            features_of(model)(model, {"input_ids": BATCH["input_ids"], "labels": torch.arange(4)})
+
+
+def test_labels_that_are_no_whole_numbers_are_refused():
+    model = make("BertForSequenceClassification", **BERT)
+    with pytest.raises(UserError, match=r"labels: got torch.float32 of shape \(4, 5\), .* Logits\(logits, loss\)"):
+        features_of(model)(model, {"input_ids": BATCH["input_ids"], "labels": torch.ones(4, 5)})
+
+
+def test_prompts_of_peft_are_refused():
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(make("LlamaForCausalLM", **CAUSAL), config)
+    with pytest.raises(UserError, match=r"PEFT's .*PROMPT_TUNING puts tokens without labels in front"):
+        features_of(model)

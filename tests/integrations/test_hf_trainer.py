@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from fsam_core import FunctionalSAM, Schedule
 from fsam_core.ascents import ASCENTS
 from fsam_core.errors import UserError
+from fsam_core.torch import Step, from_model
 from fsam_trainers.integrations.hf_trainer import FILE, FsamTrainer
 from integrations import causal_reference, hf_args, rows
 from integrations_models import (
@@ -192,3 +195,46 @@ class _Seen:
                 function()
 
         return Callback()
+
+
+def test_second_moment_of_the_perturbation_is_that_of_the_clipped_gradient(tmp_path):
+    method, batches = FunctionalSAM(rho=0.1, precondition="adam"), token_batches(1)
+    start, ends = llama(), {}
+    for clip in (0.05, None):
+        model = copy.deepcopy(start)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        step = Step(model, optimizer, method, features=from_model("lm_head", shift=True), clip_norm=clip)
+        for _ in range(3):
+            step.gradient(batches[0])
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+            optimizer.step()
+        ends[clip] = weights(model)
+    model = copy.deepcopy(start)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    options = {"max_steps": 3, "max_grad_norm": 0.05, "gradient_accumulation_steps": 1, "lr_scheduler_type": "constant"}
+    trainer(tmp_path, model, rows(batches), method, optimizer, learning_rate=1e-2, **options).train()
+    off = lambda other: error(moved(weights(start), model), {k: weights(start)[k] - x for k, x in other.items()})
+    assert off(ends[0.05]) < 1e-4 < off(ends[None])
+
+
+def test_optimizers_that_have_a_training_mode_train_in_it(tmp_path):
+    class Moded(torch.optim.SGD):
+        mode = "eval"
+
+        def train(self):
+            self.mode = "train"
+
+        def eval(self):
+            self.mode = "eval"
+
+        def step(self, closure=None):
+            seen.append(self.mode)
+            return super().step(closure)
+
+    seen, model, data = [], llama(), rows(token_batches())
+    options = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 1}
+    optimizer, evaluated = Moded(model.parameters(), lr=0.1), {"eval_dataset": data}
+    made = trainer(tmp_path, model, data, optimizer=optimizer, trainer_options=evaluated, **options)
+    made.evaluate = lambda *args, **kwargs: made.optimizer.eval() or {}
+    made.train()
+    assert seen == ["train"] * 3

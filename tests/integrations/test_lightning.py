@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import lightning
 import pytest
 import torch
@@ -121,3 +123,85 @@ def test_accumulation_and_clipping_of_lightning_itself_are_refused(options):
 def test_accumulate_below_one_is_refused():
     with pytest.raises(UserError, match="accumulate must be >= 1, got 0"):
         lightning_trainer().fit(module(accumulate=0), loader(2))
+
+
+def test_hooks_of_the_module_behind_the_mixin_run(tmp_path):
+    called = []
+
+    class Own(lightning_module()):
+        def on_train_start(self):
+            called.append("start")
+
+        def on_train_epoch_end(self):
+            called.append("epoch end")
+
+        def on_save_checkpoint(self, checkpoint):
+            checkpoint["own"] = 1
+
+        def on_load_checkpoint(self, checkpoint):
+            called.append(checkpoint["own"])
+
+    class Model(FsamMixin, Own):
+        def configure_step(self):
+            return StepSettings(METHOD, from_model("lm_head", shift=True))
+
+    trainer = lightning_trainer(max_epochs=1)
+    trainer.fit(Model(), loader(2))
+    trainer.save_checkpoint(tmp_path / "own.ckpt")
+    Model.load_from_checkpoint(tmp_path / "own.ckpt", weights_only=False)
+    assert called == ["start", "epoch end", 1]
+
+
+def test_weights_of_a_checkpoint_begin_a_new_run(tmp_path):
+    """`load_from_checkpoint` takes neither the step's count nor the micro-batches of an unfinished step."""
+    save = SaveAfter(tmp_path / "half.ckpt", 3)
+    lightning_trainer(max_epochs=1, callbacks=[save]).fit(module(accumulate=4), loader(4))
+    assert len(torch.load(tmp_path / "half.ckpt", weights_only=False)[KEY]["collected"]) == 3
+    model = module(accumulate=2)
+    model.on_load_checkpoint(torch.load(tmp_path / "half.ckpt", weights_only=False))
+    lightning_trainer(max_epochs=1).fit(model, loader(2))
+    assert model.fsam_step.steps == 1
+
+
+def test_schedules_are_the_modules_and_need_no_value_that_lightning_drops():
+    def plateau(params):
+        optimizer = torch.optim.SGD(params, lr=1.0)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "train_loss"}}
+
+    with pytest.raises(UserError, match=r"ReduceLROnPlateau needs a value, .* override lr_scheduler_step"):
+        lightning_trainer(max_epochs=1).fit(module(optimizer=plateau), loader(2))
+    seen = []
+
+    class Own(type(module())):
+        def configure_optimizers(self):
+            return plateau(self.parameters())
+
+        def lr_scheduler_step(self, scheduler, metric):
+            seen.append(float(self.trainer.callback_metrics["train_loss"]))
+            scheduler.step(seen[-1])
+
+    model = Own()
+    lightning_trainer(max_epochs=2).fit(model, loader(2))
+    assert len(seen) == 2
+
+
+def test_skipped_step_moves_no_schedule():
+    def halving(params):
+        optimizer = torch.optim.SGD(params, lr=1.0)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "frequency": 1}}
+
+    model = module(optimizer=halving, accumulate=1)
+    features = from_model("lm_head", shift=True)
+
+    def broken(module, batch):
+        head = features(module, batch)
+        bad = module.fsam_step.steps + module.fsam_step.skipped_steps == 1
+        return dataclasses.replace(head, hidden=head.hidden * torch.nan) if bad else head
+
+    model.configure_step = lambda: StepSettings(METHOD, broken)
+    trainer = lightning_trainer(max_epochs=1)
+    trainer.fit(model, loader(3))
+    assert (model.fsam_step.steps, model.fsam_step.skipped_steps) == (2, 1)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.25

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fsam_core.errors import UserError
@@ -27,6 +28,25 @@ class ScaledHead(FromModel):
     def __call__(self, model: nn.Module, batch: Any) -> LinearHead:
         head = self.linear_head(model, batch)
         return dataclasses.replace(head, hidden=head.hidden * self.scale)
+
+
+@dataclass(frozen=True)
+class PooledHead(FromModel):
+    """A decoder's classifier, which transformers applies to the last position of a row that is no padding.
+
+    Attributes:
+        padding: the id of the padding token, None for rows without padding.
+    """
+
+    padding: int | None
+
+    def __call__(self, model: nn.Module, batch: Any) -> LinearHead:
+        head, ids_BxL = self.linear_head(model, batch), batch["input_ids"]
+        if self.padding is None and len(ids_BxL) > 1:
+            raise UserError(f"model: pad_token_id is None, which allows one row a batch; got {len(ids_BxL)}")
+        rows_B, places_L = (torch.arange(n, device=ids_BxL.device) for n in ids_BxL.shape)
+        last_B = -1 if self.padding is None else (places_L * (ids_BxL != self.padding)).argmax(1)
+        return dataclasses.replace(head, hidden=head.hidden[rows_B, last_B])
 
 
 @dataclass(frozen=True)
@@ -70,9 +90,15 @@ def features_of(model: nn.Module, *, label_smoothing: float = 0.0) -> FromModel:
         label_smoothing: of the training arguments.
 
     Raises:
-        UserError: for a model without a linear head, a loss that is no cross entropy, or an auxiliary loss that is not
-            known.
+        UserError: for a model without a linear head, prompts that PEFT puts in front of the tokens, a loss that is no
+            cross entropy, or an auxiliary loss that is not known.
     """
+    for adapter in getattr(model, "peft_config", {}).values():
+        if adapter.is_prompt_learning and adapter.peft_type != "PREFIX_TUNING":
+            raise UserError(
+                f"model: PEFT's {adapter.peft_type} puts tokens without labels in front; write features that return "
+                "LinearHead with as many labels of -100"
+            )
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     config = base.config.get_text_config()
     kind = getattr(base, "loss_type", None)
@@ -83,12 +109,18 @@ def features_of(model: nn.Module, *, label_smoothing: float = 0.0) -> FromModel:
             f"model: the loss of a {type(base).__name__} with problem_type={config.problem_type!r} is no cross "
             "entropy; write features that return Logits(logits, loss)"
         )
+    if kind is None and base.get_output_embeddings() is None:
+        raise UserError(
+            f"model: the loss of a {type(base).__name__} is not known; write features that return Logits(logits, loss)"
+        )
     common = from_model(
         _head_name(base),
         shift=kind in CAUSAL and not base.config.is_encoder_decoder,
         loss=Loss(label_smoothing=label_smoothing, soft_cap=getattr(config, "final_logit_softcapping", None)),
     )
     fields = {f.name: getattr(common, f.name) for f in dataclasses.fields(common)}
+    if kind == "ForSequenceClassification" and common.head == "score":
+        return PooledHead(**fields, padding=config.pad_token_id)
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
     routed = getattr(config, "output_router_logits", False)
     if routed and scale != 1:

@@ -76,6 +76,8 @@ class FsamMixin:
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         trainer: Any = self
         model.train()
+        if callable(getattr(trainer.optimizer, "train", None)):
+            trainer.optimizer.train()  # schedule-free ones have other weights in an evaluation
         batch = trainer._prepare_inputs(inputs)
         if self._to_check and _has_labels(batch):
             own_loss = lambda model, batch: trainer.compute_loss(model, dict(batch))
@@ -104,6 +106,8 @@ class FsamMixin:
         )
         optimizer = trainer.optimizer
         self._collected = []
+        # The Trainer clips by itself; the step is told, as v̂ holds the clipped gradient.
+        options["clip_norm"] = args.max_grad_norm or None
         self.fsam_step = Step(trainer.model_wrapped, getattr(optimizer, "optimizer", optimizer), **options)
         if self._resumed is not None:
             # A checkpoint of a plain Trainer has no such file; its steps count all the same.

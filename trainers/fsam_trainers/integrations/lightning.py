@@ -13,6 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
 from fsam_core.errors import UserError
 from fsam_core.methods import Method
 from fsam_core.schedules import ALWAYS, Schedule
@@ -41,8 +43,8 @@ class StepSettings:
 class FsamMixin:
     """In front of `LightningModule`: its training steps become those of a method. It logs `train_loss` a step.
 
-    The step's state and the micro-batches of an unfinished step are part of Lightning's checkpoints. A hook that the
-    module overrides must call this one's.
+    The step's state and the micro-batches of an unfinished step are part of Lightning's checkpoints. A hook that a
+    class in front of this one overrides must call this one's.
 
     Attributes:
         fsam_step: the `Step`, from the beginning of training on.
@@ -58,6 +60,7 @@ class FsamMixin:
         raise NotImplementedError("configure_step: return a StepSettings")
 
     def on_train_start(self) -> None:
+        super().on_train_start()  # type: ignore[misc]
         module: Any = self
         if self.automatic_optimization:
             raise UserError(
@@ -69,6 +72,13 @@ class FsamMixin:
             )
         if getattr(module.trainer.precision_plugin, "scaler", None) is not None:
             raise UserError("precision: '16-mixed' scales losses that are not computed; use 'bf16-mixed'")
+        is_own = not type(module).lr_scheduler_step.__qualname__.startswith("LightningModule.")
+        schedulers = [config.scheduler for config in module.trainer.lr_scheduler_configs]
+        if not is_own and any(isinstance(one, ReduceLROnPlateau) for one in schedulers):
+            raise UserError(
+                "configure_optimizers: ReduceLROnPlateau needs a value, and Lightning drops `monitor` in manual "
+                "optimization; override lr_scheduler_step and take it from self.trainer.callback_metrics"
+            )
         settings = self.configure_step()
         if settings.accumulate < 1:
             raise UserError(f"accumulate must be >= 1, got {settings.accumulate!r}")
@@ -81,9 +91,11 @@ class FsamMixin:
             clip_norm=settings.clip_norm,
             schedule=settings.schedule,
         )
-        if self._restored is not None:
+        # A checkpoint may have been loaded for its weights alone, by load_from_checkpoint or for a test.
+        if self._restored is not None and module.trainer.ckpt_path is not None:
             self.fsam_step.load_state_dict(self._restored["step"])
-            self._collected, self._restored = self._restored["collected"], None
+            self._collected = self._restored["collected"]
+        self._restored = None
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         module: Any = self
@@ -91,21 +103,26 @@ class FsamMixin:
         if len(self._collected) < self._settings.accumulate and not module.trainer.is_last_batch:
             return
         batches, self._collected = MicroBatches(self._collected), []
+        before = self.fsam_step.steps
         loss = self.fsam_step.gradient(batches, clip=True)
         for optimizer in self._optimizers():
             optimizer.step()  # Lightning's own, which counts global_step
             optimizer.zero_grad()
-        self._step_schedulers("step")
         module.log("train_loss", loss, prog_bar=True)
+        if self.fsam_step.steps > before:
+            self._step_schedulers("step", self.fsam_step.steps)
 
     def on_train_epoch_end(self) -> None:
-        self._step_schedulers("epoch")
+        super().on_train_epoch_end()  # type: ignore[misc]
+        self._step_schedulers("epoch", self.current_epoch + 1)  # type: ignore[attr-defined]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
         if hasattr(self, "fsam_step"):
             checkpoint[KEY] = {"step": self.fsam_step.state_dict(), "collected": self._collected}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
         self._restored = checkpoint.get(KEY)
 
     def _optimizers(self) -> list[Any]:
@@ -113,10 +130,9 @@ class FsamMixin:
         found = self.optimizers()  # type: ignore[attr-defined]
         return found if isinstance(found, list) else [found]
 
-    def _step_schedulers(self, interval: str) -> None:
-        """What Lightning does by itself in automatic optimization."""
+    def _step_schedulers(self, interval: str, count: int) -> None:
+        """What Lightning does by itself in automatic optimization, after so many steps or epochs."""
         module: Any = self
         for config in module.trainer.lr_scheduler_configs:
-            count = self.fsam_step.steps if interval == "step" else module.current_epoch + 1
             if config.interval == interval and count % config.frequency == 0:
-                config.scheduler.step()
+                module.lr_scheduler_step(config.scheduler, None)

@@ -79,7 +79,7 @@ class FsamMixin:
         features = from_model(HEAD, labels=1, call=self._call)
         return Step(
             trainer.model_parts[0], trainer.optimizers.optimizers, self.method, features=features,
-            schedule=self.schedule,
+            schedule=self.schedule, clip_norm=trainer.job_config.training.max_norm or None,
         )  # fmt: skip
 
     def _call(self, model: nn.Module, batch: Any) -> Any:
