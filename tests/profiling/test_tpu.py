@@ -138,7 +138,7 @@ def test_spills_are_found():
 
 @needs_libtpu
 def test_kernel_that_does_not_fit_quotes_the_compiler():
-    with pytest.raises(UserError, match=r"the compiler for v5e refused tpu_programs:copy_kernel: .*(vmem|VmemOom)"):
+    with pytest.raises(UserError, match=r"the compiler for v5e refused tpu_programs:of: .*(vmem|VmemOom)"):
         compiled("v5e", "copy_kernel", ((8704, 1024), "float32"), kernels=True, rows=8704)
 
 
