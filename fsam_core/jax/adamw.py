@@ -72,15 +72,14 @@ class AdamW:
         state = adam_state(opt_state)
         rate = self.learning_rate(state.count) if callable(self.learning_rate) else self.learning_rate
         decays = self.mask(params) if callable(self.mask) else self.mask
-        decay = self.weight_decay if decays is None else jax.tree.map(lambda on: self.weight_decay * on, decays)
-        decay = decay if decays is None else trees.floats(params, decay)
         held = lambda tree: trees.floats(params, tree)
+        decay = self.weight_decay if decays is None else jax.tree.map(lambda on: self.weight_decay * on, held(decays))
         new = adamw(
             held(params), held(grads), held(state.mu), held(state.nu), step=state.count + 1, lr=rate, b1=self.b1,
             b2=self.b2, eps=self.eps, weight_decay=decay, clip=clip_factor(info.grad_norm, self.clip_norm),
         )  # fmt: skip
-        chosen = lambda x, y: y if x is None else jnp.where(info.finite, x, y)  # None: no float leaf
-        keep = lambda after, before: jax.tree.map(lambda y, x: chosen(x, y), before, after)
+        chosen = lambda after, before: jax.tree.map(lambda x, y: jnp.where(info.finite, x, y), after, before)
+        keep = lambda after, before: trees.joined(before, chosen(after, held(before)))
         count = jnp.where(info.finite, optax.safe_increment(state.count), state.count)
         mine = optax.ScaleByAdamState(count, keep(new.exp_avg, state.mu), keep(new.exp_avg_sq, state.nu))
         is_adam = lambda x: isinstance(x, optax.ScaleByAdamState)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -174,17 +175,17 @@ def value_and_grad(
         if isinstance(method, Perturbed) and kind == "corrected":
             optimizers.warn_of_accumulation(opt_state)
 
-        def call(params: Params, batches: list[Any], opt_state: Any, carry: Carry | None) -> Any:
-            return of(params, batches, opt_state, carry, is_one, kind)
-
         def out(specs: Any) -> Any:
             params, _, _, carry = specs
             results = (meshes.WHOLE,) * (2 + has_aux)
             return (results, params) if carry is None else (results, params, carry)
 
+        call = partial(of_micro_batches, is_one=is_one, kind=kind)
         return meshes.in_auto_mode(call, (params, split.micro_batches(batch), opt_state, carry), out)
 
-    def of(params: Params, batches: list[Any], opt_state: Any, carry: Carry | None, is_one: bool, kind: Kind) -> Any:
+    def of_micro_batches(
+        params: Params, batches: list[Any], opt_state: Any, carry: Carry | None, *, is_one: bool, kind: Kind
+    ) -> Any:
         if kind not in schedules.KINDS:
             raise UserError(f"kind: {kind!r} is not known; use one of {', '.join(schedules.KINDS)}")
         before = Carry() if carry is None else carry

@@ -24,6 +24,21 @@ class LossScale(NamedTuple):
     interval: int = 2000
 
 
+def check_scaling(loss_scale: LossScale | None, scaler: Any, has_masters: bool) -> None:
+    """Check that what scales the cotangents fits the optimizers.
+
+    Raises:
+        UserError: for a loss scale without float32 masters, and for a `torch.amp.GradScaler` beside either.
+    """
+    if loss_scale is not None and not has_masters:
+        raise UserError(
+            "loss_scale: it is undone where gradients go to float32 masters; give an AdamW with `copies`, as of "
+            "masters(model, torch.float16), or scaler=torch.amp.GradScaler() for float32 weights under autocast"
+        )
+    if scaler is not None and (loss_scale is not None or has_masters):
+        raise UserError("scaler: masters take loss_scale=LossScale() instead; a GradScaler does not know them")
+
+
 @dataclass
 class Scaling:
     """The current scale; the same on all ranks, because either all of them skip a step or none does."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -33,7 +32,9 @@ def unchanged(tree: Any, who: str, what: str) -> Iterator[None]:
     before = versions()
     yield
     if versions() != before:
-        raise UserError(f"{who} writes to a tensor of the {what} in place, which the second pass needs; clone it first")
+        raise UserError(
+            f"{who}: it writes to a tensor of the {what} in place, which the second pass needs; clone it first"
+        )
 
 
 class PassConfig(NamedTuple):
@@ -69,7 +70,7 @@ class PassConfig(NamedTuple):
         Raises:
             UserError: where `features` writes to the batch's tensors and another pass needs them.
         """
-        with contextlib.nullcontext() if self.replay is None else unchanged(batch, "features: it", "batch"):
+        with nullcontext() if self.replay is None else unchanged(batch, "features", "batch"):
             return self.parallel.call_features(self.features, with_own_containers(batch))
 
     @property

@@ -119,7 +119,7 @@ def corrected(inputs: StepInputs, batch: Any, rest: Sequence[Any]) -> StepResult
     backward = not (exact and method.direction.known)
 
     sums = GradientSum(config)
-    with in_torch("base forward"), unchanged(batch, "prefix: it", "batch"):
+    with in_torch("base forward"), unchanged(batch, "prefix", "batch"):
         x = features.prefix(model, with_own_containers(batch))
     # A tensor may have several places in x.
     with_graph = (leaf for leaf in _pytree.tree_leaves(x) if isinstance(leaf, Tensor) and leaf.requires_grad)
@@ -131,7 +131,7 @@ def corrected(inputs: StepInputs, batch: Any, rest: Sequence[Any]) -> StepResult
         """(the heads at the present weights, the suffix's inputs)."""
         inputs_of = {id(leaf): leaf.detach().requires_grad_(needs_grad) for leaf in crossing}
         given = _pytree.tree_map(lambda leaf: inputs_of.get(id(leaf), leaf), x)
-        with unchanged((x, batch), "suffix: it", "prefix's output or of the batch"):
+        with unchanged((x, batch), "suffix", "prefix's output or of the batch"):
             head = features.suffix(model, given, with_own_containers(batch))
         return heads.flat(head), [inputs_of[id(leaf)] for leaf in crossing]
 

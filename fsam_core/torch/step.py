@@ -21,7 +21,7 @@ from fsam_core.torch.carried import Carried
 from fsam_core.torch.gradient_sum import clear_gradients
 from fsam_core.torch.gradients import Gradients
 from fsam_core.torch.info import Figures, Info
-from fsam_core.torch.loss_scale import LossScale, Scaling
+from fsam_core.torch.loss_scale import LossScale, Scaling, check_scaling
 from fsam_core.torch.parallel import Sync, detect_parallelism
 from fsam_core.torch.pass_config import Features, PassConfig
 from fsam_core.torch.perturbation import StepInputs, StepResult
@@ -107,13 +107,7 @@ class Step:
                 "optimizer: shards of weights are the masters themselves; leave `copies` out and give fully_shard "
                 "MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)"
             )
-        if loss_scale is not None and not copies:
-            raise UserError(
-                "loss_scale: it is undone where gradients go to float32 masters; give an AdamW with `copies`, as of "
-                "masters(model, torch.float16), or scaler=torch.amp.GradScaler() for float32 weights under autocast"
-            )
-        if scaler is not None and (loss_scale is not None or copies):
-            raise UserError("scaler: masters take loss_scale=LossScale() instead; a GradScaler does not know them")
+        check_scaling(loss_scale, scaler, bool(copies))
         self.model, self.optimizer, self.method, self.schedule = model, optimizer, method, schedule
         self.features, self.memory, self.clip_norm = features, memory, clip_norm
         self._steps = self._skipped_steps = 0

@@ -156,9 +156,8 @@ def last_known(root: Path) -> dict[str, Any] | None:
     """
     for folder in reversed(folders(root)):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            described: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-            if described["settings"] and described["progress"]:
-                return described
+            if (run := _read(folder).run)["settings"]:
+                return run
     return None
 
 

@@ -129,8 +129,8 @@ def train(
             model.restore(found.checkpoint.state, found.source)
             console.say(f"{'branching' if found.source else 'resuming'} {out} at step {now.step} of {settings.steps}")
         main = processes.current().is_main
-        where = (out, now.step, intervals.log, run["settings"], console.warn)
-        lines = metrics.open_lines(*where) if main else _Nowhere()
+        given = (out, now.step, intervals.log, run["settings"], console.warn)
+        lines = metrics.open_lines(*given) if main else _Nowhere()
 
         def checkpoint() -> None:
             began = time.perf_counter()

@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -37,10 +37,10 @@ class JsonLines:
     def __init__(self, path: Path, step: int, warn: Callable[[str], None]) -> None:
         self.path = path
         with disk_errors(path):
-            before = _lines(path)
-        found = read(path)
-        if len(found) < len(before):
-            warn(f"{path}: {len(before) - len(found)} of its {len(before)} lines cannot be read and are left out")
+            lines = _lines(path)
+        found = _objects(lines)
+        if len(found) < len(lines):
+            warn(f"{path}: {len(lines) - len(found)} of its {len(lines)} lines cannot be read and are left out")
         write_text(path, "".join(_line(x) for x in found if x["step"] <= step))
         # Line-buffered: `tail -f` shows each finished step, and a kill loses none.
         self._file = path.open("a", buffering=1, encoding="utf-8")
@@ -141,8 +141,12 @@ def open_lines(out: Path, step: int, log: str, settings: Mapping[str, Any], warn
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The objects of a file that have a "step"; none without a file. Other lines are left out."""
+    return _objects(_lines(path))
+
+
+def _objects(lines: Iterable[str]) -> list[dict[str, Any]]:
     values = []
-    for line in _lines(path):
+    for line in lines:
         with contextlib.suppress(ValueError):
             value = json.loads(line)
             if isinstance(value, dict) and isinstance(value.get("step"), int):

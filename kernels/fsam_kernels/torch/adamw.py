@@ -219,10 +219,15 @@ class AdamW(torch.optim.AdamW):
         The values are looked at only where PyTorch has counted a write since the last step or call.
         """
         versions = self._copy_versions()
+        if versions == self._versions:
+            return 0
         changed = [p for p, version in versions.items() if self._versions.get(p) != version]
-        stale = [p for p in changed if not _is_rounded(self.copies[p], p)]
-        self._versions = {p: version for p, version in versions.items() if not any(p is x for x in stale)}
+        stale = {p for p in changed if not _is_rounded(self.copies[p], p)}
+        self._versions = {p: version for p, version in versions.items() if p not in stale}
         return len(stale)
+
+    def _weights(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
 
     def _copy_versions(self) -> dict[Tensor, int]:
         return {p: copy._version for p, copy in self.copies.items()}
@@ -282,7 +287,7 @@ class AdamW(torch.optim.AdamW):
         """That of torch.optim.AdamW; with copies also the weights, as a list, under "masters"."""
         state = super().state_dict()
         if self.copies:
-            state["masters"] = [p.detach() for group in self.param_groups for p in group["params"]]
+            state["masters"] = [p.detach() for p in self._weights()]
         return state
 
     @torch.no_grad()
@@ -294,14 +299,12 @@ class AdamW(torch.optim.AdamW):
         """
         super().load_state_dict(state_dict)
         if self.copies and "masters" in state_dict:
-            weights = [p for group in self.param_groups for p in group["params"]]
-            for p, saved in zip(weights, state_dict["masters"], strict=True):
-                p.copy_(saved)
+            for p, master in zip(self._weights(), state_dict["masters"], strict=True):
+                p.copy_(master)
         if self.state_dtype is None:
             return
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        mine = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(saved, mine, strict=True):
+        for i, p in zip(saved, self._weights(), strict=True):
             for name in ("exp_avg", "exp_avg_sq"):
                 if name in state_dict["state"].get(i, {}):
                     value = state_dict["state"][i][name]

@@ -84,17 +84,15 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         print(f"fsam: error: {error}", file=sys.stderr)
         processes.leave(2)
-    except BrokenPipeError:
-        if not own_process:
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        processes.leave(128 + signal.SIGPIPE)
     except OSError as error:
-        if not own_process or not is_full(error):
+        is_closed = isinstance(error, BrokenPipeError)
+        if not own_process or not (is_closed or is_full(error)):
             raise
-        print("fsam: error: no space left for what is printed; files are written whole or not at all", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        processes.leave(2)
+        if not is_closed:
+            said = "no space left for what is printed; files are written whole or not at all"
+            print(f"fsam: error: {said}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        processes.leave(128 + signal.SIGPIPE if is_closed else 2)
     except KeyboardInterrupt:
         if not own_process:
             raise

@@ -52,7 +52,12 @@ def is_hub(spec: str) -> bool:
 
 
 def find_files(spec: str, columns: Columns = COLUMNS) -> Files:
-    """`_find_files`, of which each name can be written. Raises UserError where one is not UTF-8."""
+    """The files of "python", a file, a folder or a glob. Of each one, names, size and at most the beginning is read.
+
+    A file or glob must be of one kind throughout. Of a folder: the files of rows or of tokens directly in it; where
+    there are none, all below it but hidden ones, and what is neither text nor rows is left out. Raises UserError where
+    nothing is found, or files of several kinds, and for a name that is not UTF-8.
+    """
     found = _find_files(spec, columns)
     for path in found.paths:
         if not is_utf8(str(path)):
@@ -61,12 +66,6 @@ def find_files(spec: str, columns: Columns = COLUMNS) -> Files:
 
 
 def _find_files(spec: str, columns: Columns) -> Files:
-    """The files of "python", a file, a folder or a glob. Of each one, names, size and at most the beginning is read.
-
-    A file or glob must be of one kind throughout. Of a folder: the files of rows or of tokens directly in it; where
-    there are none, all below it but hidden ones, and what is neither text nor rows is left out. Raises UserError where
-    nothing is found, or files of several kinds.
-    """
     if spec == "python":
         folder, names = _standard_library()
         title = f"python {platform.python_version()} standard library"

@@ -72,9 +72,9 @@ class FsamMixin:
             )
         if getattr(module.trainer.precision_plugin, "scaler", None) is not None:
             raise UserError("precision: '16-mixed' scales losses that are not computed; use 'bf16-mixed'")
-        is_own = not type(module).lr_scheduler_step.__qualname__.startswith("LightningModule.")
+        is_lightnings = type(module).lr_scheduler_step.__qualname__.startswith("LightningModule.")
         schedulers = [config.scheduler for config in module.trainer.lr_scheduler_configs]
-        if not is_own and any(isinstance(one, ReduceLROnPlateau) for one in schedulers):
+        if is_lightnings and any(isinstance(one, ReduceLROnPlateau) for one in schedulers):
             raise UserError(
                 "configure_optimizers: ReduceLROnPlateau needs a value, and Lightning drops `monitor` in manual "
                 "optimization; override lr_scheduler_step and take it from self.trainer.callback_metrics"
