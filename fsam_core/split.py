@@ -89,8 +89,8 @@ def leaves(batch: Any) -> Iterator[Any]:
 
 def with_own_containers(batch: Any) -> Any:
     """The batch with its mappings and lists copied, so that who takes an item out of them leaves it in the batch."""
-    if isinstance(batch, list):
-        return type(batch)(map(with_own_containers, batch))
+    if isinstance(batch, tuple | list):
+        return _of_items(batch, [with_own_containers(x) for x in batch])
     if not isinstance(batch, MutableMapping):
         return batch
     found = copy.copy(batch)
@@ -98,6 +98,11 @@ def with_own_containers(batch: Any) -> Any:
         if (own := with_own_containers(value)) is not value:
             found[key] = own
     return found
+
+
+def _of_items(like: Any, items: list[Any]) -> Any:
+    """A tuple or list of the same type."""
+    return type(like)(*items) if hasattr(like, "_fields") else type(like)(items)
 
 
 def map_leaves(function: Callable[[Any], Any], batch: Any, tree_map: TreeMap) -> Any:
@@ -117,8 +122,7 @@ def map_leaves(function: Callable[[Any], Any], batch: Any, tree_map: TreeMap) ->
             found[key] = value
         return found
     if isinstance(batch, tuple | list):
-        items = [map_leaves(function, x, tree_map) for x in batch]
-        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
+        return _of_items(batch, [map_leaves(function, x, tree_map) for x in batch])
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.init}
         return dataclasses.replace(batch, **{name: map_leaves(function, x, tree_map) for name, x in fields.items()})

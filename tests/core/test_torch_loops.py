@@ -46,6 +46,9 @@ def test_features_may_take_items_out_of_a_batch():
     assert list(given) == ["x", "labels"]
     assert given["labels"] == [y]
     assert reference.off_by(model, expected()) < 1e-12
+    in_a_tuple, step = made(of=lambda model, batch: features(model, (batch[0].pop("x"), batch[1])))
+    step.gradient(({"x": x}, y))
+    assert reference.off_by(in_a_tuple, expected()) < 1e-12
 
 
 def test_features_that_write_to_a_batch_in_place_are_refused():
