@@ -78,10 +78,10 @@ def preconditioned_norm(
         total = torch.promote_types(total, entry.arrays[0].dtype)
         for part in parts:
             d, cg = direction(*part.arrays)
-            sums[0].append(_square(d))
+            sums[0].append(sum_of_squares(d))
             sums[1].append(sums[0][-1] if d is cg else _dot(d, cg))
             if gradient:
-                sums[2].append(sums[0][-1] if d is cg else _square(cg))
+                sums[2].append(sums[0][-1] if d is cg else sum_of_squares(cg))
             factors[0].append(direction.k)
             factors[1].append(direction.c)
             counts[entry.place] += 1
@@ -159,7 +159,7 @@ def direction_and_norm(
             continue
         for _, (x, moment, d) in parts:
             direction.into(d, x, moment)
-            sums.append(_square(d))
+            sums.append(sum_of_squares(d))
     for some in small.values():
         x, moment, d = zip(*(arrays for *_, arrays in some), strict=True)
         some[0][1].into_lists(d, x, moment)
@@ -179,14 +179,16 @@ def _dot(x: Tensor, y: Tensor) -> float:
     return sum(float(torch.dot(a, b)) for a, b in zip(x.split(SUMMED), y.split(SUMMED), strict=True))
 
 
-def _square(x: Tensor) -> float:
-    """xᵀ x likewise; all parts of a long piece take one call and two thirds of the time."""
-    rows = len(x) // SUMMED
-    if rows < 2:
-        return _dot(x, x)
-    norms = torch.linalg.vector_norm(x[: rows * SUMMED].view(rows, SUMMED), dim=1)
-    rest = x[rows * SUMMED :]
-    return float(norms.double().square().sum()) + (_dot(rest, rest) if len(rest) else 0.0)
+def sum_of_squares(x: Tensor) -> float:
+    """xᵀ x of a 1-d tensor on the CPU likewise; the threads share the parts, whose sums are the same for any number.
+
+    Over 18.9 million float32 elements Σ x² by PyTorch's norm is 1.8e-3 off where they are random, 1.9e-2 where they are
+    equal, and takes 3.5 times as long, because one thread does it.
+    """
+    whole = len(x) // SUMMED * SUMMED
+    parts = [rows for rows in (x[:whole].view(whole // SUMMED, SUMMED), x[whole:].view(1, -1)) if rows.numel()]
+    kind = accum_dtype(x.dtype)
+    return sum(float(torch.linalg.vector_norm(rows, dim=1, dtype=kind).double().square().sum()) for rows in parts)
 
 
 def _stack(values: Sequence[Tensor | float], home: torch.device) -> Tensor:
