@@ -19,5 +19,5 @@ def difference(mine: Sequence[float], other: Sequence[float]) -> tuple[float, fl
 
 
 def verdict(mean: float, half: float) -> str:
-    """Of a difference of losses: "better" below 0, "worse" above it, and "no difference" where the interval holds 0."""
-    return "no difference" if abs(mean) <= half else "better" if mean < 0 else "worse"
+    """Of a difference of losses: "better", "worse", or "no difference" where the interval holds 0 or it rounds to 0."""
+    return "no difference" if abs(mean) <= max(half, 5e-4) else "better" if mean < 0 else "worse"

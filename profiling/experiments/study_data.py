@@ -1,4 +1,7 @@
-"""The study's texts, which any machine has: the standard library, the installed packages, and prose about both."""
+"""The study's texts, which any machine has: the standard library, torch and transformers, and prose about all packages.
+
+Of the packages only those of torch and transformers are taken: their versions are pinned, and others need not be UTF-8.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,13 @@ from fsam_trainers.models.layout import ModelConfig
 
 @cache
 def corpus(data: str, max_tokens: int | None, model: ModelConfig, out: Path, tokenizer: Path | None = None) -> Corpus:
-    """The tokens of "python", "site-packages" or "prose", with a vocabulary of their own where none is given.
+    """The tokens of "python", "packages" or "prose", with a vocabulary of their own where none is given.
 
     Raises:
         UserError: as `fsam_trainers.data.prepare`.
     """
-    specs = {"site-packages": f"{sysconfig.get_paths()['purelib']}/**/*.py", "prose": str(out / "prose")}
+    packages = f"{sysconfig.get_paths()['purelib']}/t[ro][ra][cn]*/**/*.py"  # tran… and torc…, 104 MB
+    specs = {"packages": packages, "prose": str(out / "prose")}
     if data == "prose":
         _write_prose(out / "prose")
     spec, V, L = specs.get(data, data), model.vocab_size, model.seq_len

@@ -92,7 +92,7 @@ class Regime:
 
     Attributes:
         title: for the page.
-        data: "python", "site-packages", or "prose" (`study_data`).
+        data: "python", "packages", or "prose" (`study_data`).
         max_tokens: of training text; None for all of it.
         evaluations: along a run.
         rivals: the rows whose option is tuned before the others, in this order: learning rate, weight decay, dropout.
@@ -128,7 +128,7 @@ REGIMES = {
         alone=AVERAGE | PERTURBED, on_decay=AVERAGE | MORE, at_equal_time=True,
     ),
     "one-pass": Regime(
-        "One pass over 5 million tokens", SMALL, "site-packages", 5_000_000, 4_880,
+        "One pass over 5 million tokens", SMALL, "packages", 5_000_000, 4_880,
         rivals={ADAMW: RIVALS[ADAMW], DECAY: RIVALS[DECAY]}, alone=AVERAGE | SOME, at_equal_time=True,
     ),
     "fine-tuning": Regime(
@@ -137,8 +137,8 @@ REGIMES = {
         alone=AVERAGE | MORE, on_decay=AVERAGE | MORE, base=("python", 1_000_000, 2_000),
     ),
     "late": Regime(
-        "The last 8 % of a run of 217 tokens a parameter", SMALLEST, "site-packages", 20_500_000, 20_000,
-        evaluations=4, rivals={}, alone=LATE, base=("site-packages", 20_500_000, 20_000), late=0.08,
+        "The last 8 % of a run of 217 tokens a parameter", SMALLEST, "packages", 20_500_000, 20_000,
+        evaluations=4, rivals={}, alone=LATE, base=("packages", 20_500_000, 20_000), late=0.08,
     ),
 }  # fmt: skip
 

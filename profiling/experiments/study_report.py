@@ -29,10 +29,10 @@ from study_plan import ADAMW, DECAY, REGIMES, Entry, Regime, cost_ratio, entries
 COMMAND = "make study"
 HOW = (
     "Losses are means over the seeds. A difference is that of runs of the same seed, ± half of its 95 % interval by "
-    "Student's t. Below 0 is better, and where the interval holds 0 there is no difference to speak of. Every option "
-    "is tuned by successive halving with a seed of its own, and ρ once more on top of the weight decay. “x AdamW” is "
-    "the number of operations by the cost model; “equal time” has as many fewer steps. Texts are split as streams are, "
-    "so no loss here can be compared with one on an older version of this page."
+    "Student's t. Below 0 is better, and where the interval holds 0, or the mean rounds to 0, there is no difference. "
+    "Every option is tuned by successive halving with a seed of its own, and ρ once more on top of the weight decay. "
+    "“x AdamW” is the number of operations by the cost model; “equal time” has as many fewer steps. Texts are split "
+    "as streams are, so no loss here can be compared with one on an older version of this page."
 )
 Line = dict[str, Any]
 Rows = dict[str, dict[int, Line]]
