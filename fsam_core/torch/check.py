@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fsam_core.checking import Deviation, deviation
+from fsam_core.errors import UserError
 from fsam_core.methods import Plain
 from fsam_core.torch.dtensor import local
 from fsam_core.torch.from_model import FromModel
@@ -36,7 +37,8 @@ def check(
     only the gradient shows is seen as well: a low-rank adapter of the head whose second factor still is 0.
 
     Args:
-        model: as in `Step`; of DistributedDataParallel its module is compared, by each rank for itself.
+        model: as in `Step`; of DistributedDataParallel its module is compared, by each rank for itself. With
+            static_graph=True that comes before it is wrapped.
         features: as in `Step`.
         model_loss: (model, batch) -> mean loss over the labels of the batch, a scalar with its graph.
         batch: one batch, with labels.
@@ -46,10 +48,14 @@ def check(
             gradient's norm where that is larger.
 
     Raises:
-        UserError: naming both losses, or the parameter whose gradient deviates most.
+        UserError: naming both losses, or the parameter whose gradient deviates most; for a static_graph.
     """
-    parallel = detect_parallelism(model)
-    inner = parallel.inner
+    if getattr(model, "static_graph", False):
+        raise UserError(
+            "model: DistributedDataParallel with static_graph=True would count these backward passes as its own and "
+            "reduce no gradient any more; check the module before it is wrapped (FsamTrainer: check_first=False)"
+        )
+    inner = detect_parallelism(model).inner
     params = {plain_name(name): p for name, p in inner.named_parameters() if p.requires_grad}
     half = torch.is_autocast_enabled(next(iter(params.values())).device.type)
 

@@ -155,3 +155,13 @@ def test_tolerance_is_the_users():
 def test_loss_that_is_not_finite_is_named():
     with pytest.raises(UserError, match="nan"):
         check(Counting(), FEATURES, lambda model, batch: of_logits(model, batch) * float("nan"), (X, Y))
+
+
+def test_static_graph_whose_first_backward_pass_would_be_the_checks_is_refused():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(llama(), static_graph=True)
+        with pytest.raises(UserError, match=r"static_graph=True.*before it is wrapped"):
+            check(wrapped, CAUSAL, own, BATCH)
+    finally:
+        torch.distributed.destroy_process_group()
