@@ -176,7 +176,8 @@ def _cut(batch: Any, share: Fraction, tree_map: TreeMap, is_key: Callable[[Any],
     check_keys(batch, size, is_key, "fraction")
     if size % n:
         raise UserError(
-            f"fraction: {share} of a (micro-)batch of {size} rows is not a whole number of rows; {n} must divide it"
+            f"fraction: {share} of a (micro-)batch of {size} rows is not a whole number of rows; {n} must divide it (a "
+            "loader's drop_last=True leaves out a short last batch)"
         )
 
     def rows(which: slice) -> Callable[[Any], Any]:
