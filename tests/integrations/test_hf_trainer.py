@@ -47,6 +47,17 @@ def test_last_step_of_an_epoch_takes_the_micro_batches_that_are_left(tmp_path):
     assert sum(sizes) == sum(float((b["labels"][:, 1:] >= 0).sum()) for b in batches)
 
 
+def test_last_step_of_an_epoch_that_cannot_be_cut_is_refused_at_the_beginning(tmp_path):
+    method = FunctionalSAM(rho=0.1, fraction=1 / 2)
+    data = rows(token_batches(3))
+    data = data[: len(data) - 1]  # an odd number
+    of = lambda **options: trainer(tmp_path, llama(), data, method, gradient_accumulation_steps=1, **options)
+    with pytest.raises(UserError, match=r"the last step of an epoch has \d of its \d+ rows; give dataloader_drop"):
+        of(max_steps=-1, num_train_epochs=1).train()
+    of(max_steps=-1, num_train_epochs=1, dataloader_drop_last=True).train()
+    of(max_steps=1).train()  # never comes to the end of an epoch
+
+
 def test_logged_loss_and_norm_are_the_steps(tmp_path):
     model, batches = llama(), token_batches()
     expected = float(causal_loss(model(joined(batches)["input_ids"]).logits, joined(batches)["labels"]).detach())

@@ -8,16 +8,19 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, has_length
 
+from fsam_core import split
 from fsam_core.errors import UserError
-from fsam_core.methods import Method
+from fsam_core.methods import Method, Perturbed
 from fsam_core.schedules import ALWAYS, Schedule
 from fsam_core.torch import MicroBatches, Step
 from fsam_core.torch.check import check
@@ -104,6 +107,8 @@ class FsamMixin:
         options["features"] = options["features"] or features_of(
             accelerator.unwrap_model(trainer.model), label_smoothing=args.label_smoothing_factor
         )
+        if args.world_size == 1 and has_length(trainer.train_dataset):  # ranks are given as many rows each
+            _check_last_step(options["method"], args, len(trainer.train_dataset), trainer.state.max_steps)
         optimizer = trainer.optimizer
         self._collected = []
         # The Trainer clips by itself; the step is told, as v̂ holds the clipped gradient.
@@ -113,6 +118,25 @@ class FsamMixin:
             # A checkpoint of a plain Trainer has no such file; its steps count all the same.
             path, state = Path(self._resumed) / FILE, {"steps": trainer.state.global_step, "skipped_steps": 0}
             self.fsam_step.load_state_dict(torch.load(path, map_location="cpu") if path.exists() else state)
+
+
+def _check_last_step(method: Method, args: Any, rows: int, max_steps: int) -> None:
+    """Refuse at the beginning what would end the run after an epoch: a last step of rows that cannot be cut."""
+    if not isinstance(method, Perturbed):
+        return
+    size, parts = args.train_batch_size, args.gradient_accumulation_steps
+    batches = [size] * (rows // size) + [rows % size] * (rows % size > 0 and not args.dataloader_drop_last)
+    if max_steps < math.ceil(len(batches) / parts):
+        return
+    last = batches[(len(batches) - 1) // parts * parts :]
+    share = method.share if method.direction.source == "part" else method.fraction
+    try:
+        split.split([torch.empty(n, 1) for n in last], share, _pytree.tree_map)
+    except UserError as error:
+        raise UserError(
+            f"train_dataset: the last step of an epoch has {' + '.join(map(str, last))} of its {rows} rows; give "
+            f"dataloader_drop_last=True, or a size that can be cut ({error})"
+        ) from None
 
 
 def _has_labels(batch: Any) -> bool:
