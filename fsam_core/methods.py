@@ -197,6 +197,10 @@ class Perturbed:
                 f"ascent='rest', got {self.ascent!r}"
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: what is computed from them has functions, which cannot be pickled."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
     @cached_property
     def exact(self) -> bool:
         """Whether ĝ = g': the correction is computed on the whole batch, at strength 1."""

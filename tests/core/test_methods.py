@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 
 import pytest
 import spawn
@@ -92,6 +93,14 @@ def test_methods_are_frozen_hashable_values(method):
         method.rho = 0.1
     assert method == dataclasses.replace(method)
     assert hash(method) == hash(dataclasses.replace(method))
+
+
+@pytest.mark.parametrize("method", [Plain(), *(kind(0.5, "weights", ascent="quantised:4") for kind in KINDS)])
+def test_methods_are_pickled_by_their_fields(method):
+    read = pickle.loads(pickle.dumps(method))
+    assert read == method
+    if isinstance(read, Perturbed):
+        assert (read.exact, read.direction.name) == (True, "quantised:4")
 
 
 def test_shared_base_is_no_method():
