@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from fsam_core.errors import UserError
 
@@ -66,12 +66,21 @@ class Ascent:
         remembers: what goes to the next step as `seen.previous`, one more array for each parameter. False for nothing;
             True for the step's gradient ĝ before clipping; or inputs -> a memory of the ascent's own, which only steps
             with a correction change.
+
+    Raises:
+        UserError: naming what is wrong.
     """
 
     name: str
     of: Callable[[AscentInputs], Any]
     source: Source = "full"
     remembers: bool | Callable[[AscentInputs], Any] = False
+
+    def __post_init__(self) -> None:
+        if not callable(self.of):
+            raise UserError(f"of must be a function of an ascent's inputs, got {self.of!r}")
+        if self.source not in get_args(Source):
+            raise UserError(f"source: {self.source!r} is not known; use one of {', '.join(get_args(Source))}")
 
     @property
     def known(self) -> bool:
@@ -155,8 +164,8 @@ def named(ascent: str | Ascent) -> Ascent:
     """
     if isinstance(ascent, Ascent):
         return ascent
-    if found := re.fullmatch(r"quantised:(\d+)", ascent):
+    if isinstance(ascent, str) and (found := re.fullmatch(r"quantised:(\d+)", ascent)):
         return quantised(int(found[1]))
-    if ascent not in ASCENTS:
+    if not isinstance(ascent, str) or ascent not in ASCENTS:
         raise UserError(f"ascent: {ascent!r} is not known; use one of {', '.join(ASCENTS)}, quantised:4, or an Ascent")
     return ASCENTS[ascent]

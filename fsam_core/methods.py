@@ -177,6 +177,12 @@ class Perturbed:
         if ascent.source == "micro" and callable(ascent.remembers):
             raise UserError(f"ascent: {ascent.name!r} has one memory, and its source 'micro' is several ascents")
         _check_choice("form", self.form, get_args(Form))
+        if not (self.combine is None or callable(self.combine)):
+            raise UserError(f"combine must be a function of (g·g, g·g', g'·g') or None, got {self.combine!r}")
+        if not (self.reuse is None or isinstance(self.reuse, Reuse)):
+            raise UserError(f"reuse must be a Reuse, as combining.looksam(0.5) is, or None; got {self.reuse!r}")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**32:
+            raise UserError(f"seed must be a whole number in [0, 2**32), got {self.seed!r}")
         if self.combine is not None and not (self.exact and ascent.source == "full"):
             got = f"fraction={self.fraction}, strength={self.strength} and ascent={ascent.name!r}"
             raise UserError(f"combine: it needs g and g' of the whole batch, and so the full ascent; got {got}")

@@ -44,7 +44,7 @@ class Schedule:
     between: Between = "plain"
 
     def __post_init__(self) -> None:
-        for name, least in (("every", 1), ("start", 0)):
+        for name, least in (("every", 1), ("start", 0), ("seed", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise UserError(f"{name} must be a whole number >= {least}, got {value!r}")

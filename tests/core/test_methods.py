@@ -32,6 +32,13 @@ KINDS = (SAM, FunctionalSAM, LogitSAM)
         ("norm", None),
         ("second_moment", "next"),
         ("second_moment", None),
+        ("ascent", None),
+        ("ascent", ["full"]),
+        ("combine", "gsam"),
+        ("reuse", 3),
+        ("seed", "a"),
+        ("seed", -1),
+        ("seed", 2**64),
     ],
 )
 def test_bad_value_is_refused_with_its_name(kind, argument, value):
@@ -66,6 +73,13 @@ def test_bad_value_is_refused_with_its_name(kind, argument, value):
 def test_bad_options_are_refused(options, says):
     with pytest.raises(UserError, match=says):
         FunctionalSAM(0.1, **options)
+
+
+def test_an_ascent_of_ones_own_is_checked():
+    with pytest.raises(UserError, match="source: 'whole' is not known; use one of full, part, micro, rest, none"):
+        Ascent("mine", lambda seen: seen.gradient, "whole")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="of must be a function of an ascent's inputs, got 'gradient'"):
+        Ascent("mine", "gradient")  # type: ignore[arg-type]
 
 
 def test_split_step_takes_two_methods_and_a_longer_perturbation():

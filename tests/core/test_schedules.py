@@ -125,6 +125,7 @@ def test_non_finite_gradient_is_not_remembered():
         ({"every": 0}, "every must be a whole number >= 1, got 0"),
         ({"start": -1}, "start must be a whole number >= 0, got -1"),
         ({"probability": 1.5}, r"probability must be in \[0, 1\], got 1.5"),
+        ({"seed": "first"}, "seed must be a whole number >= 0, got 'first'"),
         ({"between": "again"}, "between: 'again' is not known"),
     ],
 )
