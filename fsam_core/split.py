@@ -19,6 +19,8 @@ Of = Any
 """A part of a batch: a key (of a tuple: an index), or a function of the batch."""
 IGNORED = -100
 """The label of a position that has none."""
+LARGEST = 1 << 16
+"""Denominator of a share of the batch."""
 SHARED = (bool, int, float, complex, str, bytes, type(None))
 """Leaves that have no rows: S and the rest both get them."""
 
@@ -129,6 +131,12 @@ def map_leaves(function: Callable[[Any], Any], batch: Any, tree_map: TreeMap) ->
     return tree_map(function, batch)
 
 
+def ratio(share: float) -> Fraction:
+    """The whole numbers that a share of a batch stands for: 1/3 for 0.333…, never 0, and 1 for 1 alone."""
+    found = Fraction(share).limit_denominator(LARGEST)
+    return found if share == 1 else min(max(found, Fraction(1, LARGEST)), Fraction(LARGEST - 1, LARGEST))
+
+
 def split(
     batches: list[Any], fraction: float, tree_map: TreeMap, is_key: Callable[[Any], bool] = lambda leaf: False
 ) -> tuple[list[Any], list[Any]]:
@@ -147,7 +155,7 @@ def split(
     Raises:
         UserError: if a micro-batch cannot be cut at that fraction.
     """
-    whole, share = divmod(Fraction(fraction).limit_denominator(1 << 16) * len(batches), 1)
+    whole, share = divmod(ratio(fraction) * len(batches), 1)
     part, rest = batches[:whole], batches[whole:]
     if share:
         mine, others = _cut(rest[0], share, tree_map, is_key)

@@ -62,6 +62,9 @@ def test_part_without_targets_corrects_nothing(framework):
 def test_batch_that_cannot_be_split_is_refused(framework):
     with pytest.raises(UserError, match=r"fraction: 1/8 of a \(micro-\)batch of 12 rows"):
         g_of(framework, FunctionalSAM(0.3, fraction=1 / 8), batch_of(12))
+    for tiny in (1e-6, 1 - 1e-6):  # not nothing and not all
+        with pytest.raises(UserError, match=r"fraction: \d+/65536 of a \(micro-\)batch of 12 rows"):
+            g_of(framework, FunctionalSAM(0.3, fraction=tiny), batch_of(12))
     bad = {**batch_of(12), "extra": np.zeros(5)}
     with pytest.raises(UserError, match="one first axis to be cut along, got 5, 12"):
         g_of(framework, FunctionalSAM(0.3, fraction=1 / 4), bad)

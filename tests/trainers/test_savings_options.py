@@ -110,6 +110,7 @@ def test_methods_of_a_comparison_have_options_of_their_own():
         ("sam:every=0", "every must be a whole number >= 1, got 0"),
         ("sam:scope=top:5", r"--scope must be at most top:4, the model's blocks, got 'top:5'"),
         ("sam:correction-fraction=1/3", "--correction-fraction must be a share that cuts --batch 16"),
+        ("sam:correction-fraction=1/1000000", "--correction-fraction must be a share that cuts --batch 16"),
         ("sam:ascent=part:ascent-fraction=1/3", "--ascent-fraction must be a share that cuts --batch 16"),
         ("sam:start=2", r"--start must be a share of the run"),
     ],

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from fsam_core import Method, UserError, cost, named, schedules
+from fsam_core import Method, UserError, cost, named, schedules, split
 from fsam_core.methods import Cut, Norm, NormFrom, Perturbed, SecondMoment, check_rho
 from fsam_core.methods import Form as StepForm
 from fsam_core.schedules import Between, Schedule, cosine, tied
@@ -215,7 +215,7 @@ class Settings:
     def _check_share(self, option: str, q: float) -> None:
         """Check that this share of the batch is whole sequences, the same number in each micro-batch."""
         fits = f"a share that cuts --batch {self.batch} into whole sequences, and into the same in each micro-batch"
-        cut = (Fraction(q).limit_denominator(1 << 16) * self.micro_batches) % 1
+        cut = (split.ratio(q) * self.micro_batches) % 1
         must((self.batch // self.micro_batches) % cut.denominator == 0, option, q, fits)
 
     def as_method(self, learning_rate_at: Callable[[Any], Any] | None = None) -> Method:
