@@ -92,6 +92,11 @@ def test_quality_is_that_of_the_study():
     assert rows["AdamW"] is None
     assert rows["the method, exact"] < 0
     assert {row["study"] for row in figures(CostOptions(all=True, method="sam"))["rows"]} == {None}
+    # The rows are those options on top of the ones that are given, and what was not trained has no loss.
+    previous = {row["name"]: row["study"] for row in figures(CostOptions(all=True, ascent="previous"))["rows"]}
+    found = {name: x for name, x in previous.items() if x is not None}
+    assert found == {name: rows[name] for name in ("fraction 1/8, part's ascent", "ascent previous", "ascent momentum")}
+    assert {row["study"] for row in figures(CostOptions(budget=1.3, ascent="previous", start=0.5))["rows"]} == {None}
 
 
 def test_savings_by_name_are_the_trainers():

@@ -68,6 +68,9 @@ TABLE_ROWS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 STUDY = Path(__file__).parents[2] / "docs" / "results" / "savings.json"  # in a checkout alone
+# The options that change what is trained: with others than its row's, a row has no loss.
+TRAINED = ("path", "precondition", "fraction", "form", "ascent", "ascent_fraction", "cut", "scope", "every", "between",
+           "start", "probability")  # fmt: skip
 # Row -> the study's row that was trained with the same savings of METHOD.
 STUDIED_METHOD = "precond-functional-sam"
 STUDIED = {
@@ -129,7 +132,8 @@ def figures(
         without = "" if spare else ", without those that could give up less and still be (--spare lists these too)"
         notes.insert(0, f"{len(rows)} option sets within {budget:g} times AdamW's time{without}")
     quality = _quality() if settings.method == STUDIED_METHOD and model.tokens == 1 else {}  # of text
-    found = [_row(name, one, rates) | {"study": quality.get(name)} for name, one in rows]
+    study = lambda name, o: quality.get(name) if _trained(name, o, model) else None
+    found = [_row(name, one, rates) | {"study": study(name, one.options)} for name, one in rows]
     if any(row["study"] is not None for row in found):
         notes.append("loss: minus AdamW's at equal steps where runs overfit, tiny models (docs/results/savings.md)")
     too_large = sum(not row["fits"] for row in found)
@@ -181,13 +185,18 @@ def _every_saving(settings: Settings, model: cost.Model, asked: cost.Options) ->
     """The rows of `TABLE_ROWS` that the given options allow."""
     found = []
     for name, row in TABLE_ROWS:
-        changes = {**row, "scope": f"top:{max(1, model.layers // 2)}"} if row.get("scope") == "half" else row
+        changes = _at(row, model)
         try:
             one = dataclasses.replace(asked, **changes)
         except UserError:
             continue
         found.append((name, one if "cotangent" in changes else _with_cotangent(one, settings)))
     return found
+
+
+def _at(row: dict[str, Any], model: cost.Model) -> dict[str, Any]:
+    """A row of `TABLE_ROWS` for this model: half of its blocks in numbers."""
+    return {**row, "scope": f"top:{max(1, model.layers // 2)}"} if row.get("scope") == "half" else row
 
 
 def _machine(name: str, model: cost.Model, o: cost.Options, tokens: float) -> cost.Machine:
@@ -217,6 +226,12 @@ def _quality() -> dict[str, float]:
         return {}
     labels = {name: label for name, label in STUDIED.items() if label in rows}
     return {name: statistics.fmean(rows[label]) for name, label in labels.items()}
+
+
+def _trained(name: str, o: cost.Options, model: cost.Model) -> bool:
+    """Whether these options are those that the study trained its row of that name with."""
+    row = _at(dict(TABLE_ROWS).get(name, {}), model)
+    return all(getattr(o, field) == row.get(field, getattr(cost.Options(), field)) for field in TRAINED)
 
 
 def _row(name: str, one: cost.Cost, machine: cost.Machine) -> dict[str, Any]:
