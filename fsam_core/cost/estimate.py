@@ -122,9 +122,9 @@ def within(
 ) -> list[tuple[dict[str, Any], Cost]]:
     """The option sets that cost at most `budget` times AdamW's time, cheapest first, as (fields of `Options`, cost).
 
-    They combine a fraction, the hidden cut, the top half of the blocks, the momentum ascent and a schedule. The
-    momentum ascent is only for the exact correction, whose base backward pass it removes; a part of the batch needs
-    that pass.
+    They combine a fraction, the hidden cut, the top half of the blocks, the momentum ascent and a schedule, as far as
+    `options` allows them. The momentum ascent is only for the exact correction, whose base backward pass it removes; a
+    part of the batch needs that pass.
 
     Args:
         budget: the time of the average step relative to AdamW's, ≥ 1.
@@ -148,7 +148,11 @@ def within(
             continue
         if "scope" in changes:
             changes["scope"] = f"top:{model.layers // 2}"
-        cost = estimate(model, settled(dataclasses.replace(options, **changes)), tokens)
+        try:
+            asked = dataclasses.replace(options, **changes)
+        except UserError:  # a split step of the whole batch, say
+            continue
+        cost = estimate(model, settled(asked), tokens)
         if cost.time_ratio(machine) <= budget:
             found[places] = changes, cost
     ours = [one for places, one in found.items() if spare or not any(less in found for less in _giving_up_less(places))]
@@ -159,7 +163,6 @@ def _goes(changes: dict[str, Any], model: Model, options: Options) -> bool:
     parts = changes["fraction"] * options.micro_batches
     return not (
         ("ascent" in changes and changes["fraction"] < 1)
-        or ("cut" in changes and options.path != "functional")
         or ("scope" in changes and (model.layers < 2 or options.path == "logit"))
         or (parts > 1 and parts % 1)
     )

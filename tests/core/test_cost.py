@@ -337,6 +337,20 @@ def test_micro_batches_narrow_the_fractions_that_fit():
     assert {changes["fraction"] for changes, _ in sets} == {1, 1 / 2, 1 / 8, 1 / 16}
 
 
+@pytest.mark.parametrize(
+    ("given", "fractions"),
+    [
+        ({"form": "split", "ascent": "rest", "fraction": 0.5}, {1 / 2, 1 / 4, 1 / 8, 1 / 16}),
+        ({"ascent": "micro", "micro_batches": 4}, {1}),
+        ({"ascent": "part", "ascent_fraction": 0.25}, {1, 1 / 4}),
+        ({"every": 2, "between": "reuse"}, {1, 1 / 2, 1 / 4, 1 / 8, 1 / 16}),
+    ],
+)
+def test_a_budget_leaves_out_what_the_given_options_exclude(given, fractions):
+    sets = cost.within(3, MODEL, MACHINE, Options(**given), tokens=TOKENS)
+    assert {changes["fraction"] for changes, _ in sets} == fractions
+
+
 def test_presets_are_options():
     ratios = [cost.estimate(MODEL, Options(**changes), TOKENS).flops_ratio for changes in cost.PRESETS.values()]
     assert list(cost.PRESETS) == ["exact", "balanced", "split", "cheap"]
