@@ -34,7 +34,7 @@ def step_settings(
     model = size.model(seq_len=seq_len, vocab_size=vocab_size, tied=True, dropout=0.0)
     rates = {"learning_rate": size.learning_rate, "rho": size.rho}
     same: dict[str, Any] = {"framework": "jax", "steps": STEPS, **rates, **(changes or {}), **more}
-    return Settings(method=method, model=model, batch=batch or size.batch, **same)
+    return Settings(method=method, model=model, batch=size.batch if batch is None else batch, **same)
 
 
 def random_tokens(chosen: Settings) -> np.ndarray:

@@ -36,6 +36,8 @@ def test_rows_are_selected_by_name_with_adamw():
         names("half")
     with pytest.raises(UserError, match=r"--repeats must be at least 10 .* got 3"):
         step.measure(step.StepOptions(repeats=3))
+    with pytest.raises(UserError, match="--batch must be at least 1, got 0"):
+        step_settings("tiny", "adamw", batch=0)
 
 
 def test_schedule_is_a_timed_row_but_no_program():

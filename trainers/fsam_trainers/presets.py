@@ -34,9 +34,9 @@ class Preset:
         return {name: getattr(self, name) for name in ("layers", "width", "heads", "seq_len", "vocab_size")}
 
     def model(self, *, seq_len: int | None = None, vocab_size: int | None = None, tied: bool, dropout: float):
-        return ModelConfig(
-            self.layers, self.width, self.heads, seq_len or self.seq_len, vocab_size or self.vocab_size, tied, dropout
-        )
+        seq_len = self.seq_len if seq_len is None else seq_len
+        vocab_size = self.vocab_size if vocab_size is None else vocab_size
+        return ModelConfig(self.layers, self.width, self.heads, seq_len, vocab_size, tied, dropout)
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class ViTPreset:
             height=self.size,
             image_width=self.size,
             channels=self.channels,
-            classes=vocab_size or self.classes,
+            classes=self.classes if vocab_size is None else vocab_size,
             dropout=dropout,
         )
 
