@@ -97,8 +97,8 @@ def run(options: CheckOptions) -> int:
         rows = [{"item": name, **figures} for name, figures in found.items()]
         results.write(options.json, "check", rows, {"baseline": str(options.baseline), "quick": options.quick})
     changes = compare(before[1], found)
-    new = [name for name in found if name not in before[1]]
-    gone = [name for name in before[1] if name not in found] if whole else []
+    new = missing(before[1], found)
+    gone = missing(found, before[1] if whole else {name: of for name, of in before[1].items() if name in found})
     console = stdout()
     if options.update:
         write(options.baseline, versions, kept | found)
@@ -130,6 +130,13 @@ def compare(before: Found, after: Found) -> list[Change]:
         if item in before and figure in before[item] and before[item][figure] != value
     ]
     return sorted(changes, key=lambda change: -change.by)
+
+
+def missing(these: Found, those: Found) -> list[str]:
+    """What only the second have: items, and figures of items that both have."""
+    both = {name: of for name, of in those.items() if name in these}
+    items = [name for name in those if name not in these]
+    return items + [f"{name}: {figure}" for name, of in both.items() for figure in of if figure not in these[name]]
 
 
 def worsening(figure: str, before: float, after: float) -> float:

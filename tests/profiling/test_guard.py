@@ -89,6 +89,10 @@ def test_guard_fails_on_worse_new_or_gone_until_updated(checked):
     assert "worse: quick a: cycles 100 -> 110 (+10.0 % worse)" in out
     assert "not in the baseline: c" in out
     assert "no longer measured: b" in out
+    code, out = run({"quick a": {"registers": 1}, "b": {"spills": 0}}, quick=True)
+    assert code == 1
+    assert "not in the baseline: quick a: registers" in out
+    assert "no longer measured: quick a: cycles" in out
     code, out = run({"quick a": {"cycles": 90}, "b": {"spills": 1}}, quick=True)
     assert code == 0
     assert "better: quick a: cycles 100 -> 90 (10.0 % better)" in out
