@@ -123,6 +123,15 @@ def test_tune_resumes_by_run_and_its_command_trains(text, tmp_path, capsys, monk
     assert "other settings" in capsys.readouterr().err
 
 
+def test_losses_of_another_learning_rate_are_not_taken(text, tmp_path, capsys):
+    grid = ("--grid", "rho=0.1", "--method", "sam", "--steps", 2)
+    assert fsam(*tune(text, tmp_path / "tune", *grid)) == 0
+    capsys.readouterr()
+    # AdamW's learning rates have other folders; that of ρ = 0.1 is the same.
+    assert fsam(*tune(text, tmp_path / "tune", *grid, "--learning-rate", 0.02)) == 2
+    assert "learning_rate 0.01 (now 0.02)" in capsys.readouterr().err
+
+
 def test_time_budget_takes_steps_from_the_method_and_not_from_adamw(text, tmp_path):
     out = tmp_path / "tune"
     assert fsam(*tune(text, out, "--budget", "time", "--grid", "rho=0.1")) == 0

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 from fsam_core import UserError
 from fsam_trainers import metrics
-from fsam_trainers.config import Intervals, Settings
+from fsam_trainers.checkpoints import last_known
+from fsam_trainers.config import Intervals, Settings, difference
 from fsam_trainers.console import Console
 from fsam_trainers.data import AnyCorpus
 from fsam_trainers.files import write_json
@@ -152,10 +153,15 @@ def trainer(
 
     Raises:
         Stopped: when a signal has stopped the run; the next call resumes it.
+        UserError: where the folder of a candidate holds a run with other settings, and as `loop.train`.
     """
 
     def loss_at(one: Candidate, step: int) -> float:
-        found = _evaluated(one.folder, step)
+        # A folder's name has the axes alone; `train` refuses a run in which something else differs.
+        known = last_known(one.folder / "checkpoints")
+        unused = ("rho",) if one.settings.method == "adamw" else ()
+        same = known is not None and not difference(one.settings.as_dict(), known["settings"], unused)
+        found = _evaluated(one.folder, step) if same else None
         if found is None:
             try:
                 figures = train(one.settings, corpus, one.folder, intervals, console, until=step, options=options)
