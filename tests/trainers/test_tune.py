@@ -132,6 +132,16 @@ def test_losses_of_another_learning_rate_are_not_taken(text, tmp_path, capsys):
     assert "learning_rate 0.01 (now 0.02)" in capsys.readouterr().err
 
 
+def test_a_shorter_run_is_printed_with_its_own_warm_up(text, tmp_path):
+    out = tmp_path / "tune"
+    assert fsam(*tune(text, out, "--grid", "rho=0.1", "--budget", "flops", "--warmup", 4)) == 0
+    _, sam = json.loads((out / "tuning.json").read_text())["rows"]
+    _, *command = shlex.split(sam["train"])
+    settings = train_options(command).settings()
+    assert (settings.steps, settings.warmup) == (4, 2)  # SAM's two passes: half of AdamW's 8 steps
+    assert vars(settings) == vars(train_options(["train", "--config", f"{sam['run']}/config.toml"]).settings())
+
+
 def test_time_budget_takes_steps_from_the_method_and_not_from_adamw(text, tmp_path):
     out = tmp_path / "tune"
     assert fsam(*tune(text, out, "--budget", "time", "--grid", "rho=0.1")) == 0

@@ -150,19 +150,21 @@ def _cost_key(method: str, point: Sequence[tuple[str, Any]]) -> str:
 
 def _row(options: Tune, method: str, tuned: Any) -> dict[str, Any]:
     """A row of the table, with the command that trains with these values."""
-    steps = tuned.candidate.settings.steps
+    settings = tuned.candidate.settings
     values = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in tuned.values.items()}
-    defaults = {"learning-rate": f"{tuned.candidate.settings.learning_rate:.6g}"}
+    defaults = {"learning-rate": f"{settings.learning_rate:.6g}"}
     if method != "adamw":
-        defaults["rho"] = f"{tuned.candidate.settings.rho:.6g}"
-    chosen = {**defaults, **values, **({"steps": steps} if options.budget != "steps" else {})}
+        defaults["rho"] = f"{settings.rho:.6g}"
+    # Another budget shortens the warm-up with the run.
+    length = {} if options.budget == "steps" else {"steps": settings.steps, "warmup": settings.warmup}
+    chosen = {**defaults, **values, **length}
     kept = without(options.arguments, {*OWN, *chosen})
     more = [x for name, value in chosen.items() for x in (f"--{name}", str(value))]
     return {
         "method": method,
         "values": values,
         "val_loss": tuned.loss,
-        "steps": steps,
+        "steps": settings.steps,
         "run": str(tuned.candidate.folder),
         "train": shlex.join(["fsam", "train", "--method", method, *kept, *more]),
         "tried": tuned.tried,
