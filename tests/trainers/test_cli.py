@@ -259,6 +259,25 @@ def test_compare_names_a_run_that_diverged(text, tmp_path, capsys):
     assert "sam_rho1e30-seed0" in said
 
 
+def test_compare_shows_the_others_where_a_run_has_no_finite_loss(text, tmp_path, capsys):
+    out = tmp_path / "c"
+    more = ("--framework", "torch", "--methods", "adamw:learning-rate=1e30,adamw", "--steps", 4, "--cost-steps", 10)
+    more = (*more, "--seeds", 2)
+    for _ in range(2):  # trained, then read from the folder
+        assert fsam(*arguments(text, out, *more, command="compare")) == 1
+        assert "2 of the runs diverged" in capsys.readouterr().err
+        comparison = json.loads((out / "comparison.json").read_text())
+        lost, kept = comparison["rows"]
+        assert (lost["val_losses"], lost["best_val_loss_mean"]) == ([None, None], None)
+        assert lost["val_loss_spread"] is None
+        assert kept["val_loss_spread"] > 0
+        assert kept["val_loss_mean"] < 7
+        sample = next(command for what, command in comparison["next"] if "best model" in what)
+        assert sample == f"fsam sample {out / 'adamw-seed0'}"
+    assert fsam("sample", out / "adamw_learning-rate1e30-seed0") == 2
+    assert "its logits are not finite" in capsys.readouterr().err
+
+
 # --- where results go -------------------------------------------------------------------------------------------------
 
 

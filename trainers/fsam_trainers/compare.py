@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 import statistics
 from collections.abc import Mapping
@@ -114,19 +115,20 @@ def _summary(
     rows = []
     # Where the fastest of the runs ends, on the time axis of the plots.
     seconds = min(costs[name].step_ms * of[0]["steps"] for name, of in runs.items()) / 1000
-    first = [run["val_loss"] for run in next(iter(runs.values()))]
+    first = _losses(next(iter(runs.values())))
     for method, of in runs.items():
-        losses = [run["val_loss"] for run in of]
+        losses = _losses(of)
         mine = costs[method]
-        held_out = [[x for x in lines if x.get("val_loss") is not None] for lines in curves[method]]
+        none = [{"step": of[0]["steps"], "val_loss": math.inf}]  # no evaluation was finite
+        held_out = [[x for x in lines if x.get("val_loss") is not None] or none for lines in curves[method]]
         best = [min(lines, key=lambda x: x["val_loss"]) for lines in held_out]
         row = {
             "method": method,
             "val_loss_mean": statistics.fmean(losses),
-            "val_loss_spread": statistics.stdev(losses) if len(losses) > 1 else None,
+            "val_loss_spread": statistics.stdev(losses) if len(losses) > 1 and max(losses) < math.inf else None,
             "val_losses": losses,
             # Paired by seed: the variance that the seeds share does not hide the difference.
-            "difference": statistics.fmean(np.subtract(losses, first)) if losses is not first else 0.0,
+            "difference": statistics.fmean(a - b for a, b in zip(losses, first, strict=True)),
             "best_val_loss_mean": statistics.fmean(x["val_loss"] for x in best),
             "best_steps": [x["step"] for x in best],
             "train_loss_mean": statistics.fmean(run["train_loss"] for run in of),
@@ -184,6 +186,12 @@ def _summary(
         "data": any_run["data"],
         "runs": [run for of in runs.values() for run in of],
     }
+
+
+def _losses(runs: list[dict[str, Any]]) -> list[float]:
+    """Of runs with different seeds; infinite for one that has diverged, whose checkpoint holds none."""
+    found = (run["val_loss"] for run in runs)
+    return [math.inf if loss is None or math.isnan(loss) else loss for loss in found]
 
 
 def _next(comparison: dict[str, Any], settings: Settings, out: Path) -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fsam_core import UserError
 from fsam_trainers.data.documents import extra
 from fsam_trainers.data.vocabulary import is_json
 from fsam_trainers.models.layout import ModelConfig
@@ -60,11 +61,16 @@ def chooser(
     Args:
         top_k: draw among the k likeliest; None for all.
         soft_cap: c > 0 for logits c tanh(z / c).
+
+    Raises:
+        UserError: from the function, for logits that are not finite.
     """
     random = np.random.Generator(np.random.Philox(seed))
 
     def choose(logits_V: np.ndarray) -> int:
         z_V = logits_V[:size].astype(np.float64)
+        if not np.isfinite(z_V).all():
+            raise UserError("MODEL: its logits are not finite: the run has diverged; give another one")
         if temperature == 0:
             return int(z_V.argmax())
         if soft_cap:
