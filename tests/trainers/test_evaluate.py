@@ -41,11 +41,22 @@ def test_the_loss_of_prompts_is_a_mean_over_answers(framework, tmp_path):
     assert fsam(*arguments(data, tmp_path / "run", "--framework", framework, "--method", "adamw", "--steps", 1)) == 0
     evaluated = [json.loads(x).get("val_loss") for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     run = str(tmp_path / "run")
-    windows = held_out(find(run, "RUN"), str(data), None, 16, 64)
+    windows = held_out(find(run, "RUN"), str(data), None, 16, 64, {})
     row = rows_of(tmp_path, run, "--data", data, "--sequences", len(windows) // 4 * 4)[run, "as trained", str(data)]
     targets = (windows[: row["windows"], 1:] >= 0).sum(1)
     assert targets.min() < targets.max()
     assert row["tokens"] == targets.sum()
+    assert row["loss"] == pytest.approx(evaluated[-1], abs=1e-5)
+
+
+def test_a_run_is_evaluated_on_the_column_that_it_was_trained_on(tmp_path):
+    rows = [{"text": "one two " * 9, "other": f"{n * n} is {n} times {n}. " * 3} for n in range(200)]
+    data, run = tmp_path / "a.jsonl", str(tmp_path / "run")
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = ("--framework", "torch", "--method", "adamw", "--steps", 2, "--text-column", "other")
+    assert fsam(*arguments(data, tmp_path / "run", *more, "--evaluation-batches", 2)) == 0
+    evaluated = [json.loads(x).get("val_loss") for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    row = rows_of(tmp_path, run, "--sequences", 8)[run, "as trained", str(data)]
     assert row["loss"] == pytest.approx(evaluated[-1], abs=1e-5)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from fsam_core import UserError
 from fsam_kernels.options import Loss
 from fsam_trainers.data import load
 from fsam_trainers.data.batches import targets_in, windows_of
-from fsam_trainers.pretrained import Pretrained, inference
+from fsam_trainers.pretrained import Pretrained, inference, reading_of
 from fsam_trainers.quantize import Weights, noisy, rounded
 
 
@@ -59,8 +59,13 @@ def changes(bits: list[int], sigmas: list[float], draws: int) -> list[Change]:
     ]
 
 
-def held_out(found: Pretrained, spec: str, tokenizer: Path | None, seq_len: int, most: int) -> np.ndarray:
+def held_out(
+    found: Pretrained, spec: str, tokenizer: Path | None, seq_len: int, most: int, reading: Mapping[str, Any]
+) -> np.ndarray:
     """The first windows of the held-out split of a text, in the model's tokens: int32 [at most `most`, seq_len + 1].
+
+    Args:
+        reading: of `reading_of`, so that a run's text is its own column.
 
     Raises:
         UserError: as `data.load`, and where the model's tokenizer is not known.
@@ -69,7 +74,8 @@ def held_out(found: Pretrained, spec: str, tokenizer: Path | None, seq_len: int,
         spec,
         vocab_size=found.config.vocab_size,
         seq_len=seq_len,
-        tokenizer=found.tokenizer_for(spec, tokenizer),
+        tokenizer=found.tokenizer_for(spec, tokenizer, reading.get("text_column")),
+        **reading,
     )
     count = min(most, (corpus.validation.size - 1) // seq_len)
     return windows_of(corpus.validation, np.arange(count), seq_len)
@@ -104,7 +110,7 @@ def evaluate(
     def read(found: Pretrained) -> dict[str, Sample]:
         if length > found.config.seq_len:
             raise UserError(f"--seq-len must be at most {found.config.seq_len}, that of {found.source}, got {length}")
-        texts = {spec: held_out(found, spec, tokenizer, length, most) for spec in specs}
+        texts = {spec: held_out(found, spec, tokenizer, length, most, reading_of(models, spec)) for spec in specs}
         losses_of, loss = inference(framework(found)).window_losses, Loss(soft_cap=found.soft_cap or None)
 
         def scores(windows: np.ndarray, weights: Weights) -> Scores:

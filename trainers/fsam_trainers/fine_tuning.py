@@ -12,7 +12,7 @@ from fsam_trainers.console import Console
 from fsam_trainers.data import load
 from fsam_trainers.files import disk_errors
 from fsam_trainers.loop import train
-from fsam_trainers.pretrained import Pretrained
+from fsam_trainers.pretrained import Pretrained, reading_of
 
 
 def fine_tuned(
@@ -36,11 +36,13 @@ def fine_tuned(
         KeyboardInterrupt: when a signal has stopped a run; the next call resumes it.
     """
     model = dataclasses.replace(base.config, dropout=0.0)
+    reading = reading_of([base], spec)
     corpus = load(
         spec,
         vocab_size=model.vocab_size,
         seq_len=model.seq_len,
-        tokenizer=base.tokenizer_for(spec, tokenizer),
+        tokenizer=base.tokenizer_for(spec, tokenizer, reading.get("text_column")),
+        **reading,
     )
     found = {}
     for rate in rates:

@@ -9,7 +9,7 @@ import importlib.util
 import json
 import shutil
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from fsam_trainers.models.vit_layout import config_of
 MODEL_TYPE = "fsam-decoder"  # in the config.json of a folder in this project's layout
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 _WHAT_WORKS = "a run's folder, a folder with config.json and *.safetensors, or hf:NAME"
+_READING = ("text_column", "token_dtype")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -39,6 +40,7 @@ class Pretrained:
     source: what it was found by. where: "ARGUMENT: SOURCE", how its errors begin. weights: reads them, float32 by flat
     name; of a run with --ema their average. tokenizer: its file, None where there is none. framework, method, steps: of
     a run. soft_cap: of the logits, 0 for none. trained_on: the --data of a run.
+    reading: its --text-column and --token-dtype where they were given.
     """
 
     source: str
@@ -51,6 +53,7 @@ class Pretrained:
     steps: int | None = None
     soft_cap: float = 0.0
     trained_on: str | None = None
+    reading: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def data(self) -> str:
@@ -156,7 +159,7 @@ def _of_run(out: Path, source: str, where: str) -> Pretrained:
         raise UserError(f"{where} holds no checkpoint yet; give a run that has saved one")
     settings = found.run["settings"]
     config = config_of(settings["model"])
-    framework, averaged = settings["framework"], bool(settings["ema"])
+    framework, averaged, options = settings["framework"], bool(settings["ema"]), _options_of(out)
 
     def weights() -> dict[str, np.ndarray]:
         return inference(framework).read(found.state, config, averaged=averaged)
@@ -171,15 +174,21 @@ def _of_run(out: Path, source: str, where: str) -> Pretrained:
         settings["method"],
         found.run["progress"]["step"],
         settings["soft_cap"],
-        _data_of(out),
+        options.get("data"),
+        {name: options[key] for name in _READING if (key := name.replace("_", "-")) in options},
     )
 
 
-def _data_of(run: Path) -> str | None:
+def reading_of(models: Sequence[Pretrained], spec: str) -> Mapping[str, Any]:
+    """How the text `spec` is read: as the first of the models that was trained on it has read it."""
+    return next((found.reading for found in models if found.trained_on == spec), {})
+
+
+def _options_of(run: Path) -> dict[str, Any]:
     # A run that was started from Python has no such file, or one without the name of a text.
     with contextlib.suppress(OSError, ValueError):
-        return tomllib.loads((run / "config.toml").read_text(encoding="utf-8")).get("data")
-    return None
+        return tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
+    return {}
 
 
 def _of_folder(folder: Path, source: str, where: str) -> Pretrained:

@@ -237,7 +237,8 @@ def windows(sources: Sequence[Source], data: str | None, tokenizer: Path | None,
 
     length = min(source.model.config.seq_len for source in sources)
     count = max(1, tokens // length)
-    every = [held_out(source.model, data, tokenizer, length, count) for source in sources]
+    reading = pretrained.reading_of([source.model for source in sources], data)
+    every = [held_out(source.model, data, tokenizer, length, count, reading) for source in sources]
     for source, own in zip(sources, every, strict=True):
         if not np.array_equal(own, every[0]):
             raise UserError(
