@@ -192,6 +192,14 @@ def test_fine_tuning_shows_what_is_learned_and_forgotten(runs, text, tmp_path): 
     assert {path: path.stat().st_mtime_ns for path in out.rglob("files.json")} == before  # taken as they were
 
 
+def test_a_model_fine_tuned_on_ids_keeps_its_tokenizer_for_texts(runs, text, tmp_path):  # noqa: F811
+    ids, model = tmp_path / "ids.bin", str(runs["torch"])
+    np.random.default_rng(0).integers(0, 300, 2000).astype(np.uint16).tofile(ids)
+    more = ("--rates", "1e-2", "--steps", 2, "--batch", 2, "--sequences", 4, "--out", tmp_path / "out")
+    rows = rows_of(tmp_path, model, "--data", text, "--fine-tune", ids, *more)
+    assert rows[str(tmp_path / "out/model-0/rate-0.01"), "as trained", str(text)]["difference"] != 0
+
+
 def test_fine_tuning_options_are_checked(tmp_path, capsys):
     assert fsam("evaluate", saved(tmp_path / "model"), "--fine-tune", "x", "--rates", "0") == 2
     assert "--rates must be finite numbers > 0: 1e-5,1e-4, got '0'" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -148,7 +149,11 @@ def _fine_tuned(
             batch=options.batch,
             tokenizer=options.tokenizer,
         )
-        group = [base, *(pretrained.find(run, "--out") for run in runs)]
+        group = [base]
+        for run in runs:
+            tuned = pretrained.find(run, "--out")
+            # One on files of tokens has no tokenizer of its own; its ids are the base's.
+            group.append(dataclasses.replace(tuned, tokenizer=tuned.tokenizer or base.tokenizer))
         found = _evaluated(options, group, specs, changed)
         rows += [{**row, "base": base.source, "rate": runs.get(row["model"])} for row in found]
     write_plot(options.out / "forgetting.png", rows, options.fine_tune)
