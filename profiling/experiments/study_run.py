@@ -27,7 +27,7 @@ from fsam_trainers.data import Corpus
 from fsam_trainers.data.batches import windows_of
 from fsam_trainers.files import disk_errors
 from fsam_trainers.fine_tuning import fine_tuned
-from fsam_trainers.loop import Diverged, train
+from fsam_trainers.loop import train
 from fsam_trainers.quantize import noisy, rounded
 from fsam_trainers.resuming import BranchPoint
 from fsam_trainers.tuning import Stopped
@@ -126,12 +126,11 @@ class Runs(NamedTuple):
         first = 0 if branch is None else branch.step
         every = max(1, (settings.steps - first) // regime.evaluations)
         pace = Intervals(every, 16, checkpoint_every=1000, probe_steps=0)
-        try:
-            found = train(settings, self.corpus(), folder, pace, Console(quiet=True), until=step, branch_from=branch)
-        except Diverged:
-            return {"val_loss": None, "best_val_loss": None, "best_step": 0, "curve": [], "skipped_steps": step}
+        found = train(settings, self.corpus(), folder, pace, Console(quiet=True), until=step, branch_from=branch)
         if found["status"] == "stopped":
             raise Stopped
+        if found["val_loss"] is None:  # diverged
+            return {"val_loss": None, "best_val_loss": None, "best_step": 0, "curve": [], "skipped_steps": step}
         seen = [(x["step"], x["val_loss"]) for x in metrics.read(folder / "metrics.jsonl") if x.get("val_loss")]
         best = min(seen, key=lambda point: point[1])
         figures = {"val_loss": seen[-1][1], "best_val_loss": best[1], "best_step": best[0], "curve": seen}

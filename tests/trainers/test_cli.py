@@ -278,6 +278,21 @@ def test_compare_shows_the_others_where_a_run_has_no_finite_loss(text, tmp_path,
     assert "its logits are not finite" in capsys.readouterr().err
 
 
+def test_a_run_that_skips_fifty_steps_in_a_row_ends_and_the_others_are_compared(text, tmp_path, capsys):
+    out = tmp_path / "c"
+    more = ("--framework", "torch", "--methods", "adamw,adamw:learning-rate=1e30", "--cost-steps", 10)
+    assert fsam(*arguments(text, out, *more, "--steps", 90, command="compare")) == 1
+    assert "1 of the runs diverged" in capsys.readouterr().err
+    kept, lost = json.loads((out / "comparison.json").read_text())["rows"]
+    assert kept["val_loss_mean"] < 7
+    assert lost["val_losses"] == [None]
+    run = ("--framework", "torch", "--method", "adamw", "--learning-rate", "1e30", "--json", tmp_path / "f.json")
+    assert fsam(*arguments(text, tmp_path / "run", *run, "--steps", 90)) == 1
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert (figures["status"], figures["val_loss"]) == ("diverged", None)
+    assert figures["steps"] < 60
+
+
 # --- where results go -------------------------------------------------------------------------------------------------
 
 

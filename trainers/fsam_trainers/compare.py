@@ -131,7 +131,7 @@ def _summary(
             "difference": statistics.fmean(a - b for a, b in zip(losses, first, strict=True)),
             "best_val_loss_mean": statistics.fmean(x["val_loss"] for x in best),
             "best_steps": [x["step"] for x in best],
-            "train_loss_mean": statistics.fmean(run["train_loss"] for run in of),
+            "train_loss_mean": statistics.fmean(_losses(of, "train_loss")),
             "steps": of[0]["steps"],
             "seconds_mean": statistics.fmean(run["seconds"] for run in of),
             "skipped_steps": sum(run["skipped_steps"] for run in of),
@@ -188,9 +188,9 @@ def _summary(
     }
 
 
-def _losses(runs: list[dict[str, Any]]) -> list[float]:
-    """Of runs with different seeds; infinite for one that has diverged, whose checkpoint holds none."""
-    found = (run["val_loss"] for run in runs)
+def _losses(runs: list[dict[str, Any]], name: str = "val_loss") -> list[float]:
+    """Of runs with different seeds; infinite for one that has diverged, and has none."""
+    found = (run[name] for run in runs)
     return [math.inf if loss is None or math.isnan(loss) else loss for loss in found]
 
 

@@ -31,10 +31,6 @@ SKIPPED_IN_A_ROW = 50  # after so many the run has diverged
 SKIPPED_SHARE = 0.25  # of all steps; a run with more has diverged
 
 
-class Diverged(UserError):
-    """A run whose steps are no longer finite."""
-
-
 @dataclass
 class Progress:
     """How far a run is: what its checkpoints hold in addition to the state."""
@@ -91,7 +87,6 @@ def train(
 
     Raises:
         UserError: for a folder that holds another run or damaged checkpoints, or a full disk.
-        Diverged: after too many skipped steps in a row.
     """
     root = out / "checkpoints"
     with (
@@ -164,11 +159,9 @@ def train(
                     now.skipped_steps += 1
                     console.warn(f"step {now.step} skipped: loss or a norm was not finite ({report})")
                 if in_a_row >= SKIPPED_IN_A_ROW:
-                    saver.wait()
-                    raise Diverged(
-                        f"{in_a_row} steps in a row were not finite: the run has diverged; lower --learning-rate "
-                        f"{settings.learning_rate} or --rho {settings.rho}. Checkpoints up to then are in {root}"
-                    )
+                    console.warn(f"{in_a_row} steps in a row were not finite; checkpoints up to then are in {root}")
+                    now.val_loss = None
+                    break
                 line = _line(settings, now, report, milliseconds)
                 if due.correction(now.step) and (found_correction := model.correction(last[0], now.step - 1)):
                     line |= found_correction._asdict()
@@ -180,10 +173,12 @@ def train(
                     evaluate()
                 if due.checkpoint(now.step):
                     checkpoint()
-            if stop.signal and first < now.step < due.end and not due.checkpoint(now.step):
+            lost = in_a_row >= SKIPPED_IN_A_ROW
+            if stop.signal and not lost and first < now.step < due.end and not due.checkpoint(now.step):
                 checkpoint()
             saver.wait()
-        return processes.current().from_main(lambda: _figures(settings, corpus, model, now, out, stop))
+        status = "diverged" if lost else _status(settings, now, stop)
+        return processes.current().from_main(lambda: _figures(settings, corpus, model, now, out, stop, status))
 
 
 @dataclass(frozen=True)
@@ -274,14 +269,14 @@ def _line(settings: Settings, now: Progress, report: StepReport, milliseconds: f
 
 
 def _figures(
-    settings: Settings, corpus: AnyCorpus, model: Engine, now: Progress, out: Path, stop: Stop
+    settings: Settings, corpus: AnyCorpus, model: Engine, now: Progress, out: Path, stop: Stop, status: str
 ) -> dict[str, Any]:
     lines = [x for x in metrics.read(out / "metrics.jsonl") if "loss" in x]
     milliseconds = statistics.median(x["step_ms"] for x in lines) if lines else None
     base = milliseconds if settings.method == "adamw" else now.base_step_ms
     last = [x["loss"] for x in lines[-20:] if x["loss"] is not None]
     return {
-        "status": _status(settings, now, stop),
+        "status": status,
         "signal": stop.signal,
         "method": settings.method,
         "framework": settings.framework,

@@ -22,7 +22,7 @@ from fsam_trainers.config import Intervals, Settings, difference
 from fsam_trainers.console import Console
 from fsam_trainers.data import AnyCorpus
 from fsam_trainers.files import write_json
-from fsam_trainers.loop import Diverged, train
+from fsam_trainers.loop import train
 
 # An axis whose best value is its first or last is extended beyond it, up to this many values.
 MOST_VALUES = 7
@@ -163,10 +163,7 @@ def trainer(
         same = known is not None and not difference(one.settings.as_dict(), known["settings"], unused)
         found = _evaluated(one.folder, step) if same else None
         if found is None:
-            try:
-                figures = train(one.settings, corpus, one.folder, intervals, console, until=step, options=options)
-            except Diverged:
-                return math.inf
+            figures = train(one.settings, corpus, one.folder, intervals, console, until=step, options=options)
             if figures["status"] == "stopped":
                 raise Stopped
             found = _evaluated(one.folder, step)
