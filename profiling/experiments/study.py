@@ -103,7 +103,8 @@ def _train_rows(pool: ProcessPoolExecutor, runs: Runs, deadline: float, console:
     regime, tuned = runs.regime, dict[str, dict[str, float]]()
     if regime.base:
         tunes = any(entry.row.tunes for entry in entries(regime))
-        for _ in pool.map(runs.base, [*range(regime.seeds), *[TUNING_SEED] * tunes]):
+        every = max((regime.seeds_of(entry.label) for entry in entries(regime)), key=len)
+        for _ in pool.map(runs.base, [*every, *[TUNING_SEED] * tunes]):
             console.say(f"{runs.name}: a base")
     for label, row in regime.rivals.items():
         rate = tuned.get(ADAMW, {})
@@ -152,7 +153,7 @@ def train_entry(
     if row.tunes and not known:
         best = tune({row.tunes: row.values}, candidate_of, loss_at, Console(quiet=True))
         values = {name: float(value) for name, value in best.values.items()}
-    for seed in range(regime.seeds):
+    for seed in regime.seeds_of(entry.label):
         if time.time() > deadline:
             raise Stopped
         settings = settings_of(regime, row, {**given, **values}, seed)

@@ -18,6 +18,7 @@ from fsam_trainers.cost_table import counted, options_of
 from fsam_trainers.models.layout import ModelConfig
 
 TUNING_SEED = 1000
+LEADING_SEEDS = 5
 FUNCTIONAL = "precond-functional-sam"
 SMALL = ModelConfig(layers=4, width=64, heads=4, seq_len=128, vocab_size=2048)  # 336k parameters
 SMALLEST = replace(SMALL, layers=2, width=32)  # 94k
@@ -100,6 +101,8 @@ class Regime:
         at_equal_time: whether rows that cost more than AdamW are trained with fewer steps, too.
         base: AdamW's own run that each run starts from: its steps, data and tokens.
         late: the share of the base's steps that each run repeats, from the base's checkpoint; 0 for a run of its own.
+        seeds: of each row.
+        leading: the rows that have `LEADING_SEEDS`: those in front, and what they are compared with.
     """
 
     title: str
@@ -116,12 +119,18 @@ class Regime:
     base: tuple[str, int | None, int] | None = None
     late: float = 0.0
     seeds: int = 3
+    leading: tuple[str, ...] = ()
+
+    def seeds_of(self, label: str) -> range:
+        """The seeds of a row's runs."""
+        return range(LEADING_SEEDS if label in self.leading else self.seeds)
 
 
 REGIMES = {
     "scarce": Regime(
         "Many passes over 8,000 tokens", SMALL, "python", 8_000, 160,
         alone=AVERAGE | PERTURBED, on_decay=AVERAGE | PERTURBED, at_equal_time=True,
+        leading=(ADAMW, DECAY, "AdamW, dropout", "SAM", "functional, 1/4", "functional, 1/8"),
     ),
     "repeated": Regime(
         "Seven passes over 100,000 tokens", SMALL, "python", 100_000, 700,
@@ -135,6 +144,7 @@ REGIMES = {
         "Fine-tuning: 16 passes over 8,000 tokens of prose, from a base trained on Python", SMALL, "prose", 8_000, 125,
         rivals=RIVALS | {ADAMW: Row("adamw", {}, "learning_rate", (2.5e-4, 5e-4, 1e-3, 2e-3))},
         alone=AVERAGE | MORE, on_decay=AVERAGE | MORE, base=("python", 1_000_000, 2_000),
+        leading=(ADAMW, DECAY, *(f"{x}{on}" for x in ("functional", "functional, 1/4") for on in ("", ", on decay"))),
     ),
     "late": Regime(
         "The last 8 % of a run of 217 tokens a parameter", SMALLEST, "packages", 20_500_000, 20_000,

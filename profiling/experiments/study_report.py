@@ -24,7 +24,7 @@ from fsam_trainers import page as html
 from fsam_trainers.files import write_text
 from fsam_trainers.plots import as_svg
 from markdown_tables import markdown
-from study_plan import ADAMW, DECAY, REGIMES, Entry, Regime, cost_ratio, entries, settings_of
+from study_plan import ADAMW, DECAY, LEADING_SEEDS, REGIMES, Entry, Regime, cost_ratio, entries, settings_of
 
 COMMAND = "make study"
 HOW = (
@@ -98,7 +98,7 @@ def missing(runs: Path, name: str) -> int:
 
 def _missing(name: str, rows: Rows) -> int:
     regime = REGIMES[name]
-    return sum(seed not in rows.get(x.label, {}) for x in entries(regime) for seed in range(regime.seeds))
+    return sum(seed not in rows.get(x.label, {}) for x in entries(regime) for seed in regime.seeds_of(x.label))
 
 
 def difference(rows: Rows, label: str, other: str, figure: str = "val_loss") -> Difference | None:
@@ -130,7 +130,9 @@ def table_of(name: str, rows: Rows) -> list[TableRow]:
         label = entry.label
         if label not in rows or entry.on_decay or entry.equal_time:
             continue
-        mean = lambda figure, of=rows[label]: float(np.mean([line[figure] for line in of.values()]))
+        # Of the seeds that all rows have, so that the column can be compared.
+        own = [line for seed, line in rows[label].items() if seed < regime.seeds]
+        mean = lambda figure, own=own: float(np.mean([line[figure] for line in own]))
         on_decay = difference(rows, f"{label}, on decay", DECAY)
         timed = difference(rows, f"{label}, equal time", ADAMW)
         to_adamw = None if label == ADAMW else difference(rows, label, ADAMW)
@@ -169,7 +171,7 @@ def page(found: dict[str, Rows]) -> str:
     ]
     for name, regime in REGIMES.items():
         count = _missing(name, found.get(name, {}))
-        total = regime.seeds * len(list(entries(regime)))
+        total = sum(len(regime.seeds_of(entry.label)) for entry in entries(regime))
         parts.append(f"## {regime.title}")
         if count:
             parts.append(
@@ -186,7 +188,8 @@ def page(found: dict[str, Rows]) -> str:
 def _sizes(regime: Regime, rows: Rows) -> str:
     """What its runs have in common."""
     size = f"{regime.model.parameters / 1e3:,.0f}k parameters, {regime.steps:,} steps of {regime.batch} sequences"
-    return f"{size}, {regime.seeds} seeds." + (f" Text: {regime.data}." if rows.get(ADAMW) else "")
+    more = f" ({LEADING_SEEDS} in the differences of {len(regime.leading)} rows)" if regime.leading else ""
+    return f"{size}, {regime.seeds} seeds{more}." + (f" Text: {regime.data}." if rows.get(ADAMW) else "")
 
 
 def _section(name: str, rows: Rows, figure: Any) -> html.Section:
