@@ -30,6 +30,7 @@ def losses(title: str, rows: list[TableRow]) -> Any:
     axes.invert_yaxis()
     axes.set_title(textwrap.fill(title, 42), fontsize=10)
     axes.set_xlabel("difference of the validation loss at the end\n(hollow: one seed)", fontsize=8)
+    axes.locator_params(axis="x", nbins=5)
     axes.grid(axis="x", linewidth=0.3)
     legend_below(figure, axes, columns=1)
     return figure

@@ -132,7 +132,8 @@ def test_the_page_has_paired_differences_and_counts_what_is_missing(tmp_path):
     assert f"| {DECAY} |  | 1.00 | 6.500 | 6.000 | +0.000 ± 0.248, no difference | – | – |" in text
     assert "+0.100 (one seed)" in text
     regime = REGIMES["scarce"]
-    total = regime.seeds * len(list(entries(regime)))
+    total = sum(len(regime.seeds_of(entry.label)) for entry in entries(regime))
+    assert total == regime.seeds * len(list(entries(regime))) + 2 * len(regime.leading)
     assert study_report.missing(folder, "scarce") == total - 12
     assert f"**{total - 12} of {total} runs are missing**" in text
     assert (folder / "scarce.png").stat().st_size > 1000
@@ -170,7 +171,7 @@ def test_runs_that_start_from_a_base(name, tmp_path, monkeypatch):
     model = dataclasses.replace(study_plan.SMALLEST, layers=1, width=16, heads=2)
     late = {"data": "python", "max_tokens": 70_000, "late": 0.25, "steps": 40, "base": ("python", 70_000, 40)}
     changes = late if name == "late" else {"steps": 8, "base": ("python", 70_000, 16)}
-    monkeypatch.setitem(REGIMES, name, dataclasses.replace(REGIMES[name], model=model, seeds=1, **changes))
+    monkeypatch.setitem(REGIMES, name, dataclasses.replace(REGIMES[name], model=model, seeds=1, leading=(), **changes))
     monkeypatch.setattr(study_run, "FINE_TUNING_STEPS", 4)
     monkeypatch.setattr(study_run, "WINDOWS", 8)
     found = study_run.Runs(name, tmp_path / "runs", tmp_path / "done.jsonl")
