@@ -27,6 +27,11 @@ from markdown_tables import markdown
 from study_plan import ADAMW, DECAY, LEADING_SEEDS, REGIMES, Entry, Regime, cost_ratio, entries, settings_of
 
 COMMAND = "make study"
+AFTER = (
+    "After the run: `old_loss` is the loss on the base's text; `4 bits` and `3 bits` of weights rounded by channel, "
+    "`noise` of weights with noise of a tenth of each matrix's RMS; `λmax` is the Hessian's largest eigenvalue; "
+    "`forgetting` the loss on the old text once fine-tuning on prose has learned as much as from AdamW's weights."
+)
 HOW = (
     "Losses are means over the seeds. A difference is that of runs of the same seed, ± half of its 95 % interval by "
     "Student's t. Below 0 is better, and where the interval holds 0, or the mean rounds to 0, there is no difference. "
@@ -181,7 +186,7 @@ def page(found: dict[str, Rows]) -> str:
             table = markdown(*_table(name, found[name]))
             parts += [_sizes(regime, found[name]), table, f"![{name}](study/{name}.png)"]
             if regime.base:
-                parts += [markdown(*_afterwards(found[name]))]
+                parts += [textwrap.fill(AFTER, 119), markdown(*_afterwards(found[name]))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -224,8 +229,13 @@ def _afterwards(rows: Rows) -> Table:
         for seed, line in of.items():
             line["forgetting"] = forgetting(line, rows.get(ADAMW, {}).get(seed))
     names = [x for x in ("old_loss", "4 bits", "3 bits", "noise", "λmax", "forgetting") if first.get(x) is not None]
-    others = [label for label in rows if label != ADAMW]
-    cells = [[label, *(_text(difference(rows, label, ADAMW, name)) for name in names)] for label in others]
+    cells = []
+    for label in rows:
+        if label == ADAMW:
+            own = [np.mean([line[name] for line in rows[label].values()]) for name in names]
+            cells.append([f"{label} itself", *(f"{mean:.3f}" for mean in own)])
+        else:
+            cells.append([label, *(_text(difference(rows, label, ADAMW, name)) for name in names)])
     return ["to AdamW", *names], cells
 
 
