@@ -126,6 +126,7 @@ class TableRow(NamedTuple):
     to_adamw: Difference | None
     to_decay: Difference | None
     equal_time: Difference | None
+    rounded: Difference | None
 
 
 def table_of(name: str, rows: Rows) -> list[TableRow]:
@@ -143,7 +144,8 @@ def table_of(name: str, rows: Rows) -> list[TableRow]:
         to_adamw = None if label == ADAMW else difference(rows, label, ADAMW)
         costs = tuned_of(entry, rows[label]), relative_cost(regime, entry)
         ends = mean("val_loss"), mean("best_val_loss")
-        found.append(TableRow(label, *costs, *ends, to_adamw, on_decay, timed))
+        rounded = difference(rows, label, ADAMW, "4 bits") if regime.late and label != ADAMW else None
+        found.append(TableRow(label, *costs, *ends, to_adamw, on_decay, timed, rounded))
     return found
 
 
