@@ -49,7 +49,7 @@ def measured_costs(
                 return {name: timing.RelativeCost(*values) for name, values in known["costs"].items()}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"--out: {path} is damaged; delete it, or give another --out") from error
-        raise UserError(f"--out: {out} holds a comparison with other settings or methods; give another --out")
+        raise UserError(f"--out: {out} holds runs with other settings or methods; give another --out")
     with contextlib.closing(processes.batches(settings, corpus)) as batches:
         tokens = batches.at(0)
     with console.counting("timing the methods, interleaved", (repeats + 2) * timing.timed_steps(variants)) as tick:

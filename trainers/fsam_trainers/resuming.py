@@ -77,7 +77,9 @@ def start(out: Path, settings: Settings, data: str, branch_from: BranchPoint | N
         return None if branch_from is None else _branch(branch_from, settings, data)
     mine, other = settings.as_dict(), newest.run["settings"]
     if changed := difference(mine, other, ignored=END):
-        raise UserError(f"--out: {out} holds a run with {changed}; give the same settings, another --out, or --fresh")
+        raise UserError(
+            f"--out: {out} holds a run with {changed}; give the same settings, another --out, or `fsam train` --fresh"
+        )
     if data != newest.run["data"]:
         raise UserError(f"--out: {out} holds a run on other data or another tokenizer; give the same, or another --out")
     if branch_from and newest.run.get("branch") != branch_of(branch_from):
@@ -92,7 +94,7 @@ def start(out: Path, settings: Settings, data: str, branch_from: BranchPoint | N
     if settings.steps <= other["steps"]:
         raise UserError(
             f"--out: {out} holds a run with {changed}, and none of its checkpoints is a beginning of this one; give "
-            "more --steps to extend it, the same settings, another --out, or --fresh"
+            "more --steps to extend it, the same settings, another --out, or `fsam train` --fresh"
         )
     completed = _completed(newest)
     console.warn(
