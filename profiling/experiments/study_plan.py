@@ -149,6 +149,7 @@ REGIMES = {
     "late": Regime(
         "The last 8 % of a run of 217 tokens a parameter", SMALLEST, "packages", 20_500_000, 20_000,
         evaluations=4, rivals={}, alone=LATE, base=("packages", 20_500_000, 20_000), late=0.08,
+        leading=(ADAMW, "average of the weights", "noise", "SAM", "functional, 1/4", "SAM, split 1/2"),
     ),
 }  # fmt: skip
 
