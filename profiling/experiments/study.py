@@ -93,8 +93,11 @@ def _regime(study: Study, runs: Runs, deadline: float, console: Console) -> None
             _train_rows(pool, runs, deadline, console)
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
-            for child in multiprocessing.active_children():
-                child.terminate()  # a run under way writes a checkpoint; leaving `with` waits for it
+            while children := multiprocessing.active_children():
+                for child in children:
+                    child.terminate()  # a run under way writes a checkpoint
+                for child in children:  # one that has begun a row which the pool had handed over already is told again
+                    child.join(GRACE / len(children))
             raise
 
 
