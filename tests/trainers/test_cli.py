@@ -281,6 +281,7 @@ def test_compare_shows_the_others_where_a_run_has_no_finite_loss(text, tmp_path,
 def test_a_run_that_skips_fifty_steps_in_a_row_ends_and_the_others_are_compared(text, tmp_path, capsys):
     out = tmp_path / "c"
     more = ("--framework", "torch", "--methods", "adamw,adamw:learning-rate=1e30", "--cost-steps", 10)
+    more = (*more, "--checkpoint-every", 1000)  # the lost one has none
     assert fsam(*arguments(text, out, *more, "--steps", 90, command="compare")) == 1
     assert "1 of the runs diverged" in capsys.readouterr().err
     kept, lost = json.loads((out / "comparison.json").read_text())["rows"]

@@ -91,7 +91,8 @@ def compare(
     comparison |= {"changed": dict(changed or {}), "next": _next(comparison, settings, out)}
     write_json(out / "comparison.json", comparison)
     write_plot(out / "plot.png", curves, {name: costs[name].step_ms for name in curves})
-    of_first_seed = {name: Path(found[0]["out"]) for name, found in runs.items()}
+    # One that has diverged writes nothing, and may have no checkpoint.
+    of_first_seed = {name: Path(of[0]["out"]) for name, of in runs.items() if _losses(of)[0] < math.inf}
     write_report(out / "report.html", comparison, curves, written(settings, corpus, of_first_seed))
     return comparison
 

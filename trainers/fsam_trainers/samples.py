@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from fsam_core import UserError
 from fsam_trainers import generate, pretrained
 from fsam_trainers.config import Settings
 from fsam_trainers.data import AnyCorpus, ImageCorpus
@@ -27,7 +25,7 @@ def written(settings: Settings, corpus: AnyCorpus, runs: Mapping[str, Path]) -> 
         runs: name -> folder.
 
     Returns:
-        {} for data without a tokenizer, images among them. A run that has diverged has no text.
+        {} for data without a tokenizer, images among them.
     """
     if isinstance(corpus, ImageCorpus):
         return {}
@@ -49,6 +47,5 @@ def written(settings: Settings, corpus: AnyCorpus, runs: Mapping[str, Path]) -> 
     for name, read in list(weights.items())[:MOST]:
         model = inference.CachedDecoder(settings.model, read())
         choose = generate.chooser(size, temperature=0.8, top_k=50, seed=0, soft_cap=settings.soft_cap)
-        with contextlib.suppress(UserError):
-            texts[name] = decode(list(generate.generate(model, prompt, ADDED, choose, end)))
+        texts[name] = decode(list(generate.generate(model, prompt, ADDED, choose, end)))
     return texts
