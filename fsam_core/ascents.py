@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
-from fsam_core.errors import UserError
+from fsam_core.errors import UserError, check_choice
 
 Source = Literal["full", "part", "micro", "rest", "none"]
 
@@ -79,8 +79,7 @@ class Ascent:
     def __post_init__(self) -> None:
         if not callable(self.of):
             raise UserError(f"of must be a function of an ascent's inputs, got {self.of!r}")
-        if self.source not in get_args(Source):
-            raise UserError(f"source: {self.source!r} is not known; use one of {', '.join(get_args(Source))}")
+        check_choice("source", self.source, get_args(Source))
 
     @property
     def known(self) -> bool:

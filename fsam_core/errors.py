@@ -1,11 +1,27 @@
 """The exception for wrong input, as opposed to an error in the program."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
 
 class UserError(ValueError):
     """Wrong input, in one sentence: the argument, the value it got, and a value that would work.
 
     The `fsam` command prints only the sentence and exits with code 2; a library user sees a `ValueError`.
     """
+
+
+def check_choice(argument: str, value: Any, allowed: Iterable[Any]) -> None:
+    """Raise UserError for a value that is none of the allowed ones."""
+    if value not in (known := tuple(allowed)):
+        raise UserError(f"{argument}: {value!r} is not known; use one of {', '.join(map(str, known))}")
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is an int, and no truth value."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def one_line(error: BaseException) -> str:

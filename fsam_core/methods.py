@@ -39,7 +39,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from fsam_core import ascents, scopes
 from fsam_core.ascents import Ascent
-from fsam_core.errors import UserError
+from fsam_core.errors import UserError, check_choice, is_whole
 from fsam_core.scopes import Scope
 
 Path = Literal["base", "sam", "functional", "logit"]
@@ -141,15 +141,15 @@ class Perturbed:
             raise UserError("method: Perturbed has no path of its own; use SAM, FunctionalSAM or LogitSAM")
         check_rho(self.rho(0) if callable(self.rho) else self.rho, "rho(0)" if callable(self.rho) else "rho")
         if not callable(self.precondition):
-            _check_choice("precondition", self.precondition, (None, *get_args(Precondition)))
+            check_choice("precondition", self.precondition, (None, *get_args(Precondition)))
         if not _is_number(self.eta) or not 0 <= self.eta < math.inf:
             raise UserError(f"eta must be a finite number >= 0, got {self.eta!r}")
-        _check_choice("norm", self.norm, get_args(Norm))
-        _check_choice("norm_from", self.norm_from, get_args(NormFrom))
-        _check_choice("second_moment", self.second_moment, get_args(SecondMoment))
+        check_choice("norm", self.norm, get_args(Norm))
+        check_choice("norm_from", self.norm_from, get_args(NormFrom))
+        check_choice("second_moment", self.second_moment, get_args(SecondMoment))
         scopes.check(self.scope)
         ascent = self.direction
-        _check_choice("cut", self.cut, get_args(Cut))
+        check_choice("cut", self.cut, get_args(Cut))
         if self.cut == "hidden" and self.path != "functional":
             raise UserError(f"cut: 'hidden' needs the functional method, which stores its cotangent; got {self.path!r}")
         if not _is_number(self.fraction) or not 0 < self.fraction <= 1:
@@ -176,12 +176,12 @@ class Perturbed:
             raise UserError("norm_from: 'previous' does not perturb the first step, and `reuse` needs its correction")
         if ascent.source == "micro" and callable(ascent.remembers):
             raise UserError(f"ascent: {ascent.name!r} has one memory, and its source 'micro' is several ascents")
-        _check_choice("form", self.form, get_args(Form))
+        check_choice("form", self.form, get_args(Form))
         if not (self.combine is None or callable(self.combine)):
             raise UserError(f"combine must be a function of (g·g, g·g', g'·g') or None, got {self.combine!r}")
         if not (self.reuse is None or isinstance(self.reuse, Reuse)):
             raise UserError(f"reuse must be a Reuse, as combining.looksam(0.5) is, or None; got {self.reuse!r}")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**32:
+        if not (is_whole(self.seed) and 0 <= self.seed < 2**32):
             raise UserError(f"seed must be a whole number in [0, 2**32), got {self.seed!r}")
         if self.combine is not None and not (self.exact and ascent.source == "full"):
             got = f"fraction={self.fraction}, strength={self.strength} and ascent={ascent.name!r}"
@@ -238,6 +238,11 @@ class Perturbed:
         """The share of the batch whose gradient the ascent "part" is."""
         return self.fraction if self.ascent_fraction is None else self.ascent_fraction
 
+    @cached_property
+    def cut_at(self) -> float:
+        """The share at which a batch is cut: that of S, or of the part whose gradient is the ascent."""
+        return self.share if self.direction.source == "part" else self.fraction
+
     def rho_at(self, step: Any) -> Any:
         """The length of ε after `step` completed optimizer steps; `step` may be an int or a traced array."""
         rho = self.rho(step) if callable(self.rho) else self.rho
@@ -285,7 +290,7 @@ def named(name: str, rho: Rho = 0.5, *, argument: str = "method", **options: Any
     Raises:
         UserError: for an unknown name, or for options that `Perturbed` refuses.
     """
-    _check_choice(argument, name, NAMES)
+    check_choice(argument, name, NAMES)
     kind, precondition = _NAMED[name]
     if not issubclass(kind, Perturbed):
         # AdamW ignores the options, but a wrong one is still reported.
@@ -342,8 +347,3 @@ def check_rho(value: Any, argument: str = "rho") -> float:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _check_choice(argument: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed:
-        raise UserError(f"{argument}: {value!r} is not known; use one of {', '.join(map(str, allowed))}")

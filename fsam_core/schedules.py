@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from fsam_core.errors import UserError
+from fsam_core.errors import UserError, check_choice, is_whole
 
 Kind = Literal["corrected", "reused", "plain"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -46,13 +46,12 @@ class Schedule:
     def __post_init__(self) -> None:
         for name, least in (("every", 1), ("start", 0), ("seed", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if not is_whole(value) or value < least:
                 raise UserError(f"{name} must be a whole number >= {least}, got {value!r}")
         p = self.probability
         if not isinstance(p, int | float) or isinstance(p, bool) or not 0 <= p <= 1:
             raise UserError(f"probability must be in [0, 1], got {p!r}")
-        if self.between not in get_args(Between):
-            raise UserError(f"between: {self.between!r} is not known; use one of {', '.join(get_args(Between))}")
+        check_choice("between", self.between, get_args(Between))
 
     def kind(self, step: int) -> Kind:
         """The kind of the step after `step` completed steps."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fsam_core.cost.steps import StepCost, Work
-from fsam_core.errors import UserError
+from fsam_core.errors import UserError, check_choice
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,5 @@ def published(name: str) -> Machine:
     Raises:
         UserError: for an unknown one.
     """
-    if name not in PUBLISHED:
-        raise UserError(f"machine: {name!r} is not known; use one of {', '.join(PUBLISHED)}")
+    check_choice("machine", name, PUBLISHED)
     return PUBLISHED[name]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 from fsam_core import schedules
-from fsam_core.errors import UserError
+from fsam_core.errors import UserError, check_choice, is_whole
 from fsam_core.methods import SAM, Form, FunctionalSAM, LogitSAM, Path, Perturbed, Plain
 from fsam_core.schedules import Schedule
 
@@ -182,11 +182,10 @@ class Options:
             ("dtype", get_args(Dtype)),
             ("framework", get_args(Framework)),
         ):
-            if getattr(self, name) not in allowed:
-                raise UserError(f"{name}: {getattr(self, name)!r} is not known; use one of {', '.join(allowed)}")
+            check_choice(name, getattr(self, name), allowed)
         for name in ("micro_batches", "devices", "chunk_bytes"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not is_whole(value) or value < 1:
                 raise UserError(f"{name} must be a whole number >= 1, got {value!r}")
         if isinstance(self.start, bool) or not isinstance(self.start, int | float) or not 0 <= self.start <= 1:
             raise UserError(f"start must be a share of the run, in [0, 1], got {self.start!r}")

@@ -25,12 +25,11 @@ def corrected(inputs: StepInputs, batches: list[Any]) -> StepResult:
 def _corrected(inputs: StepInputs, batches: list[Any]) -> StepResult:
     config, method, params = inputs.config, inputs.method, inputs.params
     ascent, functional, exact = method.direction, method.path == "functional", method.exact
-    share = method.share if ascent.source == "part" else method.fraction
-    S, others = split.split(batches, share, jax.tree.map, passes.is_key)
+    S, others = split.split(batches, method.cut_at, jax.tree.map, passes.is_key)
     if config.has_aux and len(S) + len(others) != len(batches):
         raise UserError(
-            f"has_aux: S, {share} of the batch, cuts a batch in two, each with its own aux; give MicroBatches of which "
-            "S is a whole number"
+            f"has_aux: S, {method.cut_at} of the batch, cuts a batch in two, each with its own aux; give MicroBatches "
+            "of which S is a whole number"
         )
     if method.form == "split":
         return _split(inputs, passes.stacked(S), passes.stacked(others))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from fsam_core import backends, methods, regions, schedules, split
-from fsam_core.errors import UserError
+from fsam_core.errors import UserError, check_choice
 from fsam_core.jax import heads, local_sync, meshes, optimizers, passes, trees
 from fsam_core.jax.correction import combined, corrected
 from fsam_core.jax.passes import Features, Params, PassConfig
@@ -186,8 +186,7 @@ def value_and_grad(
     def of_micro_batches(
         params: Params, batches: list[Any], opt_state: Any, carry: Carry | None, *, is_one: bool, kind: Kind
     ) -> Any:
-        if kind not in schedules.KINDS:
-            raise UserError(f"kind: {kind!r} is not known; use one of {', '.join(schedules.KINDS)}")
+        check_choice("kind", kind, schedules.KINDS)
         before = Carry() if carry is None else carry
         if kind == "reused" and before.correction is None:
             raise UserError("kind: 'reused' needs a carry with a correction; pass the one from carry_of(...)")

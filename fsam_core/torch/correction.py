@@ -51,8 +51,7 @@ def corrected(inputs: StepInputs, batches: Sequence[Any], *, local: bool = False
 def _corrected(inputs: StepInputs, batches: list[Any]) -> StepResult:
     config, method = inputs.config, inputs.method
     w, ascent, exact = method.strength, method.direction, method.exact
-    share = method.share if ascent.source == "part" else method.fraction
-    part, rest = split.split(batches, share, _pytree.tree_map)
+    part, rest = split.split(batches, method.cut_at, _pytree.tree_map)
     if method.form == "split":
         return _split(inputs, part, rest)
     if inputs.shares_prefix and staged.is_shared(inputs, part, rest):

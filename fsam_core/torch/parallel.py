@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from fsam_core.errors import UserError
 from fsam_core.torch import heads
 from fsam_core.torch.dtensor import local
-from fsam_kernels.torch.direction import accum_dtype
-from fsam_kernels.torch.preconditioned_norm import SUMMED, sum_of_squares
+from fsam_kernels.torch.preconditioned_norm import norm_of
 
 Sync = Literal["global", "local"]
 BUCKET_BYTES = 2**28  # of small tensors that `Parallel.all_reduce_mean_` reduces together
@@ -363,18 +362,6 @@ def reduce_upcast(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[T
 
 
 reduce_upcast.__annotations__.clear()  # DistributedDataParallel looks at them and does not know them as strings
-
-
-def norm_of(tensors: Sequence[Any]) -> Tensor:
-    """‖·‖₂ over all tensors, each summed in float32 or wider."""
-    norms: list[Tensor] = [] if tensors else [torch.zeros(())]
-    for kind in dict.fromkeys(accum_dtype(x.dtype) for x in tensors):
-        same = [x for x in tensors if accum_dtype(x.dtype) == kind]
-        long = [x for x in same if x.device.type == "cpu" and x.numel() > SUMMED]
-        norms += [torch.tensor(math.sqrt(sum_of_squares(x.reshape(-1))), dtype=kind) for x in long]
-        if short := [x for x in same if x.device.type != "cpu" or x.numel() <= SUMMED]:
-            norms += torch._foreach_norm(short, 2, dtype=kind)
-    return torch.linalg.vector_norm(torch.stack([x.to(norms[0].device) for x in norms]))
 
 
 def plain_name(name: str) -> str:

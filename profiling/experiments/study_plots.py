@@ -22,16 +22,14 @@ def losses(title: str, rows: list[TableRow]) -> Any:
     """Each row's paired differences with their intervals; hollow where one seed has none."""
     rows = [row for row in rows if any(getattr(row, name) for name in SERIES)]
     figure, axes = new_figure(0.3 * len(rows) + 2)
-    drawn = 0
-    for i, (name, label) in enumerate(SERIES.items()):
+    shown = [name for name in SERIES if any(getattr(row, name) for row in rows)]
+    for i, name in enumerate(shown):
         points = [(y, found) for y, row in enumerate(rows) if (found := getattr(row, name)) is not None]
-        if points:
-            ys, halves = [y + 0.22 * drawn for y, _ in points], [x.half if x.seeds > 1 else 0 for _, x in points]
-            drawn += 1
-            style = {"color": LINES[i], "marker": MARKS[i], "markersize": 4, "linestyle": "none"}
-            axes.errorbar([x.mean for _, x in points], ys, xerr=halves, label=label, elinewidth=1.5, **style)
-            single = [(x.mean, y) for y, (_, x) in zip(ys, points, strict=True) if x.seeds < 2]
-            axes.plot([x for x, _ in single], [y for _, y in single], markerfacecolor="white", zorder=3, **style)
+        ys, halves = [y + 0.22 * i for y, _ in points], [x.half if x.seeds > 1 else 0 for _, x in points]
+        style = {"color": LINES[i], "marker": MARKS[i], "markersize": 4, "linestyle": "none"}
+        axes.errorbar([x.mean for _, x in points], ys, xerr=halves, label=SERIES[name], elinewidth=1.5, **style)
+        single = [(x.mean, y) for y, (_, x) in zip(ys, points, strict=True) if x.seeds < 2]
+        axes.plot([x for x, _ in single], [y for _, y in single], markerfacecolor="white", zorder=3, **style)
     axes.axvline(0, color="0.5", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [row.label for row in rows], fontsize=8)
     axes.invert_yaxis()

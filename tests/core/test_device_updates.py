@@ -9,7 +9,7 @@ import torch
 from problems import Weights, as_torch, batch_of, mlp, values
 
 from fsam_core.torch import AdamW, FunctionalSAM, LinearHead, LossScale, Plain, Schedule, Step, masters, update
-from fsam_core.torch.parallel import norm_of
+from fsam_kernels.torch.preconditioned_norm import norm_of
 
 BETAS = (0.9, 0.95)
 METHOD = FunctionalSAM(0.1, precondition="adam", fraction=1 / 4)

@@ -152,13 +152,13 @@ def train(
         with console.progress(settings, now) as bar, contextlib.closing(lines):
             if now.step < due.end:
                 model.prepare(batches.at(now.step))
-            in_a_row, first = 0, now.step
+            in_a_row, first, lost = 0, now.step, False
             for report, milliseconds in _steps(model, batch, due, now, stop, saver):
                 in_a_row = in_a_row + 1 if report.skipped else 0
                 if report.skipped:
                     now.skipped_steps += 1
                     console.warn(f"step {now.step} skipped: loss or a norm was not finite ({report})")
-                if in_a_row >= SKIPPED_IN_A_ROW:
+                if lost := in_a_row >= SKIPPED_IN_A_ROW:
                     console.warn(f"{in_a_row} steps in a row were not finite; checkpoints up to then are in {root}")
                     now.val_loss = None
                     break
@@ -173,7 +173,6 @@ def train(
                     evaluate()
                 if due.checkpoint(now.step):
                     checkpoint()
-            lost = in_a_row >= SKIPPED_IN_A_ROW
             if stop.signal and not lost and first < now.step < due.end and not due.checkpoint(now.step):
                 checkpoint()
             saver.wait()

@@ -129,9 +129,8 @@ def _check_last_step(method: Method, args: Any, rows: int, max_steps: int) -> No
     if max_steps < math.ceil(len(batches) / parts):
         return
     last = batches[(len(batches) - 1) // parts * parts :]
-    share = method.share if method.direction.source == "part" else method.fraction
     try:
-        split.split([torch.empty(n, 1) for n in last], share, _pytree.tree_map)
+        split.split([torch.empty(n, 1) for n in last], method.cut_at, _pytree.tree_map)
     except UserError as error:
         raise UserError(
             f"train_dataset: the last step of an epoch has {' + '.join(map(str, last))} of its {rows} rows; give "
