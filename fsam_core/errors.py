@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
+
+import numpy as np
 
 
 class UserError(ValueError):
@@ -22,6 +25,16 @@ def check_choice(argument: str, value: Any, allowed: Iterable[Any]) -> None:
 def is_whole(value: Any) -> bool:
     """Whether it is an int, and no truth value."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def numpy_to_python(options: Any) -> None:
+    """Turn the NumPy scalars among a dataclass's fields into Python's numbers.
+
+    A sweep gives such scalars (`np.arange`); JAX would not promote them as it does a Python number, and JSON has none.
+    """
+    for field in dataclasses.fields(options):
+        if isinstance(value := getattr(options, field.name), np.generic):
+            object.__setattr__(options, field.name, value.item())  # also of a frozen one, while it is constructed
 
 
 def one_line(error: BaseException) -> str:

@@ -39,7 +39,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from fsam_core import ascents, scopes
 from fsam_core.ascents import Ascent
-from fsam_core.errors import UserError, check_choice, is_whole
+from fsam_core.errors import UserError, check_choice, is_whole, numpy_to_python
 from fsam_core.scopes import Scope
 
 Path = Literal["base", "sam", "functional", "logit"]
@@ -139,6 +139,7 @@ class Perturbed:
     def __post_init__(self) -> None:
         if not hasattr(type(self), "path"):
             raise UserError("method: Perturbed has no path of its own; use SAM, FunctionalSAM or LogitSAM")
+        numpy_to_python(self)
         check_rho(self.rho(0) if callable(self.rho) else self.rho, "rho(0)" if callable(self.rho) else "rho")
         if not callable(self.precondition):
             check_choice("precondition", self.precondition, (None, *get_args(Precondition)))

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from fsam_core.errors import UserError, check_choice, is_whole
+from fsam_core.errors import UserError, check_choice, is_whole, numpy_to_python
 
 Kind = Literal["corrected", "reused", "plain"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -44,6 +44,7 @@ class Schedule:
     between: Between = "plain"
 
     def __post_init__(self) -> None:
+        numpy_to_python(self)
         for name, least in (("every", 1), ("start", 0), ("seed", 0)):
             value = getattr(self, name)
             if not is_whole(value) or value < least:

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pickle
 
+import numpy as np
 import pytest
 import spawn
 
-from fsam_core import NAMES, SAM, Ascent, FunctionalSAM, LogitSAM, Perturbed, Plain, UserError, describe, named
+from fsam_core import (
+    NAMES,
+    SAM,
+    Ascent,
+    FunctionalSAM,
+    LogitSAM,
+    Perturbed,
+    Plain,
+    Schedule,
+    UserError,
+    describe,
+    named,
+)
 
 KINDS = (SAM, FunctionalSAM, LogitSAM)
 
@@ -146,6 +160,13 @@ def test_bad_option_is_refused_for_every_name(name, options):
 def test_unknown_name_is_refused_with_its_argument():
     with pytest.raises(UserError, match=r"--method: 'adam' is not known; use one of adamw, sam"):
         named("adam", argument="--method")
+
+
+def test_numpy_scalars_become_python_numbers():
+    method = SAM(np.float32(0.5), fraction=np.float16(0.125), strength=np.int64(2), seed=np.uint32(3))
+    schedule = Schedule(every=np.int64(2), start=np.int32(10), probability=np.float32(0.5))
+    assert json.loads(json.dumps(describe(method))) == describe(SAM(0.5, fraction=1 / 8, strength=2, seed=3))
+    assert repr(schedule) == repr(Schedule(every=2, start=10, probability=0.5))
 
 
 def test_describe_gives_plain_values():
