@@ -19,6 +19,7 @@ from fsam_trainers.models.layout import ModelConfig
 
 TUNING_SEED = 1000
 LEADING_SEEDS = 5
+SAME_PRICE = 1.02  # a row that costs no more times AdamW is at equal time as it is
 FUNCTIONAL = "precond-functional-sam"
 SMALL = ModelConfig(layers=4, width=64, heads=4, seq_len=128, vocab_size=2048)  # 336k parameters
 SMALLEST = replace(SMALL, layers=2, width=32)  # 94k
@@ -171,7 +172,7 @@ def entries(regime: Regime) -> Iterator[Entry]:
         yield Entry(f"{label}, on decay", row, on_decay=True)
     if regime.at_equal_time:
         for label, row in regime.alone.items():
-            if cost_ratio(settings_of(regime, row, {}, 0)) > 1.02:
+            if cost_ratio(settings_of(regime, row, {}, 0)) > SAME_PRICE:
                 yield Entry(f"{label}, equal time", row, equal_time=True)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from fsam_trainers import page as html
 from fsam_trainers.files import write_text
 from fsam_trainers.plots import as_svg
 from markdown_tables import markdown
-from study_plan import ADAMW, DECAY, LEADING_SEEDS, REGIMES, Entry, Regime, cost_ratio, entries, settings_of
+from study_plan import ADAMW, DECAY, LEADING_SEEDS, REGIMES, SAME_PRICE, Entry, Regime, cost_ratio, entries, settings_of
 
 COMMAND = "make study"
 AFTER = (
@@ -39,6 +40,12 @@ HOW = (
     "“x AdamW” is the number of operations by the cost model; “equal time” has as many fewer steps. Texts are split "
     "as streams are, so no loss here can be compared with one on an older version of this page."
 )
+BEST = (
+    "The best row of each regime, as its difference to AdamW in the loss at the end, and “none” where no row is "
+    "better. Usual means are weight decay, dropout, averages, noise, longer training and training at 4 bits. At equal "
+    "time a row that costs more has as many fewer steps; where such runs were not trained, only rows at AdamW's price "
+    "count. The best of many rows looks better than it is."
+)
 Line = dict[str, Any]
 Rows = dict[str, dict[int, Line]]
 """Label -> seed -> the run's line."""
@@ -51,6 +58,10 @@ class Difference(NamedTuple):
     mean: float
     half: float
     seeds: int
+
+    @property
+    def is_better(self) -> bool:
+        return paired.verdict(self.mean, self.half) == "better"
 
     def __str__(self) -> str:
         if self.seeds < 2:
@@ -80,8 +91,9 @@ def write(results_folder: Path, out: Path) -> None:
     drawn = {name: study_plots.losses(REGIMES[name].title, table_of(name, rows)) for name, rows in found.items()}
     for name, figure in drawn.items():
         figure.savefig(runs / f"{name}.png", dpi=150)
+    first = html.Section("The best row of each regime", *summary(found), COMMAND, notes=[BEST])
     sections = [_section(name, found[name], figure) for name, figure in drawn.items()]
-    write_text(out / "study.html", html.render("When to use what", sections))
+    write_text(out / "study.html", html.render("When to use what", [first, *sections]))
 
 
 def rows_of(runs: Path, name: str) -> Rows:
@@ -162,6 +174,33 @@ def relative_cost(regime: Regime, entry: Entry) -> float:
     return cost_ratio(one) * one.steps / regime.steps
 
 
+def summary(found: dict[str, Rows]) -> Table:
+    """For each regime with runs its best row in four respects, "none" where no row is better."""
+    lines = []
+    for name, rows in found.items():
+        regime, known = REGIMES[name], table_of(name, rows)
+        of = lambda row, late=bool(regime.late): row.rounded if late else row.to_adamw
+        timed = lambda row, of=of: of(row) if row.cost <= SAME_PRICE else row.equal_time
+        ours = [x for x in known if not _is_usual(regime, x.label)]
+        what = ", loss after rounding to 4 bits" if regime.late else ""
+        cells = [_best((x, of(x)) for x in known if x not in ours)]
+        cells += [_best((x, of(x)) for x in ours), _best((x, timed(x)) for x in ours)]
+        cells += [_best((x, x.to_decay) for x in ours) if regime.on_decay else "–"]
+        lines.append([regime.title + what, *cells])
+    return ["", "usual means", "sharpness-aware, equal steps", "equal time", "on tuned decay"], lines
+
+
+def _is_usual(regime: Regime, label: str) -> bool:
+    """Whether a row has no ascent along a gradient: AdamW's own options, noise, training at 4 bits."""
+    row = (regime.rivals | regime.alone)[label]
+    return row.method == "adamw" or str(row.fixed.get("ascent")).startswith(("random", "quantised"))
+
+
+def _best(rows: Iterable[tuple[TableRow, Difference | None]]) -> str:
+    better = [(x.mean, f"{row.label}: {x.mean:+.3f} ± {x.half:.3f}") for row, x in rows if x and x.is_better]
+    return min(better)[1] if better else "none"
+
+
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
@@ -175,6 +214,8 @@ def page(found: dict[str, Rows]) -> str:
         "run is a line of [study/](study/), and the command resumes from them. Small models on text that any machine\n"
         "has.",
         textwrap.fill(HOW, 119),
+        markdown(*summary(found)),
+        textwrap.fill(BEST, 119),
     ]
     for name, regime in REGIMES.items():
         count = _missing(name, found.get(name, {}))
