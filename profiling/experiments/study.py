@@ -151,7 +151,8 @@ def train_entry(
 
     def candidate_of(point: Values) -> Candidate:
         tried = {name: float(value) for name, value in point}
-        return Candidate(settings_of(regime, row, {**given, **tried}, TUNING_SEED), Path(text(point)))
+        steps = round(regime.steps * regime.tuning)
+        return Candidate(settings_of(regime, row, {**given, **tried}, TUNING_SEED, steps), Path(text(point)))
 
     if row.tunes and not known:
         best = tune({row.tunes: row.values}, candidate_of, loss_at, Console(quiet=True))

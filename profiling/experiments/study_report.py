@@ -237,7 +237,8 @@ def _sizes(regime: Regime, rows: Rows) -> str:
     """What its runs have in common."""
     size = f"{regime.model.parameters / 1e3:,.0f}k parameters, {regime.steps:,} steps of {regime.batch} sequences"
     more = f" ({LEADING_SEEDS} in the differences of {len(regime.leading)} rows)" if regime.leading else ""
-    return f"{size}, {regime.seeds} seeds{more}." + (f" Text: {regime.data}." if rows.get(ADAMW) else "")
+    tuned = f" Tuned in {regime.tuning * regime.steps:,.0f} steps." if regime.tuning < 1 else ""
+    return f"{size}, {regime.seeds} seeds{more}.{tuned}" + (f" Text: {regime.data}." if rows.get(ADAMW) else "")
 
 
 def _section(name: str, rows: Rows, figure: Any) -> html.Section:

@@ -74,6 +74,14 @@ def test_a_row_is_tuned_with_a_seed_of_its_own(runs):
     assert trained[len(tuning) :] == [(0, 0.4, 160, 160), (1, 0.4, 160, 160)]
 
 
+def test_shorter_runs_tune(runs, monkeypatch):
+    found, trained = runs
+    monkeypatch.setitem(REGIMES, "test", dataclasses.replace(PLAN, tuning=1 / 4))
+    assert study.train_entry(found, Entry("SAM", Row("sam", {})), {}, {}, math.inf) == {"rho": 0.4}
+    assert {steps for seed, *_, steps in trained if seed == TUNING_SEED} == {40}
+    assert trained[-2:] == [(0, 0.4, 160, 160), (1, 0.4, 160, 160)]
+
+
 def test_a_finished_run_is_not_repeated(runs):
     found, trained = runs
     entry = Entry("SAM", Row("sam", {}))
