@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +94,8 @@ EXACT = Options()
 
 # The search space of `within`: all combinations of one entry from each row. An entry is (the index of the next entry
 # that saves less, or None; fields of `Options`); "half" stands for the upper half of the blocks.
-_GRID: tuple[tuple[tuple[int | None, dict[str, Any]], ...], ...] = (
+_Row = tuple[tuple[int | None, dict[str, Any]], ...]
+_GRID: tuple[_Row, ...] = (
     tuple((i - 1 if i else None, {"fraction": q}) for i, q in enumerate((1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16))),
     ((None, {}), (0, {"cut": "hidden"})),
     ((None, {}), (0, {"scope": "half"})),
@@ -118,6 +119,7 @@ def within(
     *,
     tokens: float,
     spare: bool = True,
+    kept: Collection[str] = (),
     settled: Callable[[Options], Options] = lambda options: options,
 ) -> list[tuple[dict[str, Any], Cost]]:
     """The option sets that cost at most `budget` times AdamW's time, cheapest first, as (fields of `Options`, cost).
@@ -131,6 +133,7 @@ def within(
         options: the fields that all sets share: the path, micro-batches, dtype, devices, framework.
         tokens: tokens a step.
         spare: include sets that would stay within the budget without one of their savings, or with less of it.
+        kept: fields that have the value of `options` in every set.
         settled: what a step would decide by itself from its options: whether it keeps its cotangent.
 
     Raises:
@@ -140,9 +143,10 @@ def within(
         raise UserError(f"budget must be a number >= 1, as a multiple of AdamW's time (1.15, say); got {budget!r}")
     if options.path == "base":
         raise UserError("budget: AdamW has no correction to spend it on; name one of the other methods")
+    searched = [row for row in _GRID if not any(name in kept for _, entry in row for name in entry)]
     found: dict[tuple[int, ...], tuple[dict[str, Any], Cost]] = {}
-    for places in itertools.product(*(range(len(row)) for row in _GRID)):
-        rows = zip(_GRID, places, strict=True)
+    for places in itertools.product(*(range(len(row)) for row in searched)):
+        rows = zip(searched, places, strict=True)
         changes: dict[str, Any] = {name: x for row, place in rows for name, x in row[place][1].items()}
         if not _goes(changes, model, options):
             continue
@@ -155,21 +159,22 @@ def within(
         cost = estimate(model, settled(asked), tokens)
         if cost.time_ratio(machine) <= budget:
             found[places] = changes, cost
-    ours = [one for places, one in found.items() if spare or not any(less in found for less in _giving_up_less(places))]
+    ours = [one for at, one in found.items() if spare or not any(x in found for x in _giving_up_less(searched, at))]
     return sorted(ours, key=lambda x: x[1].time_ratio(machine))
 
 
 def _goes(changes: dict[str, Any], model: Model, options: Options) -> bool:
-    parts = changes["fraction"] * options.micro_batches
+    fraction = changes.get("fraction", options.fraction)
+    parts = fraction * options.micro_batches
     return not (
-        ("ascent" in changes and changes["fraction"] < 1)
+        ("ascent" in changes and fraction < 1)
         or ("scope" in changes and (model.layers < 2 or options.path == "logit"))
         or (parts > 1 and parts % 1)
     )
 
 
-def _giving_up_less(places: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+def _giving_up_less(rows: Sequence[_Row], places: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     for i, place in enumerate(places):
-        less = _GRID[i][place][0]
+        less = rows[i][place][0]
         if less is not None:
             yield (*places[:i], less, *places[i + 1 :])

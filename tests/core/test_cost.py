@@ -187,6 +187,18 @@ def test_a_budget_leaves_out_what_the_given_options_exclude(given, fractions):
     assert {changes["fraction"] for changes, _ in sets} == fractions
 
 
+def test_a_budget_does_not_change_what_is_kept():
+    o = Options(fraction=1 / 3, every=3)
+    kept = {"fraction", "every", "cut"}
+    sets = cost.within(3, MODEL, MACHINE, o, tokens=TOKENS, kept=kept)
+    assert [changes for changes, _ in sets] == [{"scope": "top:2"}, {}]
+    assert {(x.options.fraction, x.options.every, x.options.start, x.options.cut) for _, x in sets} == {
+        (1 / 3, 3, 0, "logits")
+    }
+    needed = cost.within(3, MODEL, MACHINE, o, tokens=TOKENS, kept=kept, spare=False)
+    assert [changes for changes, _ in needed] == [{}]
+
+
 def test_presets_are_options():
     ratios = [cost.estimate(MODEL, Options(**changes), TOKENS).flops_ratio for changes in cost.PRESETS.values()]
     assert list(cost.PRESETS) == ["exact", "balanced", "split", "cheap"]

@@ -66,6 +66,25 @@ def test_a_budget_lists_what_fits_cheapest_first():
     assert {row["name"] for row in found["rows"]} < {row["name"] for row in more}
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({"correction_fraction": 1 / 4}, {"fraction": 1 / 4}),
+        ({"savings": "cheap"}, {"fraction": 1 / 8, "cut": "hidden"}),
+        ({"correction_fraction": 1.0, "cut": "logits"}, {"fraction": 1, "cut": "logits"}),  # as without, but asked for
+        ({"every": 4, "scope": "all"}, {"every": 4, "start": 0, "scope": "all"}),
+        ({"ascent": "part", "ascent_fraction": 1 / 4}, {"ascent": "part", "ascent_fraction": 1 / 4}),
+    ],
+)
+def test_a_budget_keeps_the_options_given(given, kept):
+    rows = figures(CostOptions(preset="24m", budget=1.5, spare=True, **given))["rows"]
+    assert len(rows) > 1
+    assert all(row["options"][name] == value for row in rows for name, value in kept.items())
+    assert len({row["name"] for row in rows}) == len(rows)
+    if "savings" in given:
+        assert "fraction 1/8, cut hidden" in {row["name"] for row in rows}
+
+
 def test_a_budget_counts_a_row_as_all_rows_do():
     every = {row["name"]: row for row in figures(CostOptions(all=True))["rows"]}
     within = {row["name"]: row for row in figures(CostOptions(budget=1.3, spare=True))["rows"]}

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import statistics
+from collections.abc import Collection
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -96,6 +97,7 @@ def figures(
     every_saving: bool = False,
     budget: float | None = None,
     spare: bool = False,
+    kept: Collection[str] = (),
 ) -> dict[str, Any]:
     """All printed figures, as plain values. Bytes and seconds are those of one device.
 
@@ -105,6 +107,7 @@ def figures(
         machine: a name in `cost.PUBLISHED`, or "here" to measure.
         every_saving: a row for each of `TABLE_ROWS`.
         budget: rows of all option sets within so many times AdamW's time; with `spare` also dominated ones.
+        kept: fields of `cost.Options` that the budget's sets do not change, because the user gave them.
 
     Raises:
         UserError: naming the option that is wrong.
@@ -118,8 +121,9 @@ def figures(
             got = f"{budget:g} with --method {settings.method}"
             raise UserError(f"--budget must be at least 1, for a method with a correction; got {got}")
         settled = partial(_with_cotangent, settings=settings)
-        sets = cost.within(budget, model, rates, asked, tokens=tokens, spare=spare, settled=settled)
-        rows = [(_label(changes), one) for changes, one in sets]
+        sets = cost.within(budget, model, rates, asked, tokens=tokens, spare=spare, kept=kept, settled=settled)
+        given = {name: getattr(asked, name) for name in TRAINED if name in kept}
+        rows = [(_label(given | changes), one) for changes, one in sets]
     else:
         chosen = _every_saving(settings, model, asked) if every_saving else [(settings.method, asked)]
         rows = [(name, cost.estimate(model, o, tokens)) for name, o in chosen]
@@ -269,8 +273,8 @@ def _step(step: StepCost, machine: cost.Machine, adamw: StepCost | None = None) 
 def _label(changes: dict[str, Any]) -> str:
     """{"fraction": 0.125, "cut": "hidden"} -> "fraction 1/8, cut hidden"."""
     text = lambda x: str(Fraction(x).limit_denominator(1000)) if isinstance(x, float) else x
-    given = {name: text(x) for name, x in changes.items() if (name, x) != ("fraction", 1)}
-    return ", ".join(f"{name} {x}" for name, x in given.items()) or "exact"
+    others = {name: text(x) for name, x in changes.items() if x != getattr(cost.Options(), name)}
+    return ", ".join(f"{name.replace('_', ' ')} {x}" for name, x in others.items()) or "exact"
 
 
 def _rates_note(machine: cost.Machine) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from fsam_trainers import cost_table
-from fsam_trainers.cli.cost_options import CostOptions, settings_of
+from fsam_trainers.cli.cost_options import CostOptions, given, settings_of
 from fsam_trainers.cli.parsing import parsed
 from fsam_trainers.files import writable, write_json
 from fsam_trainers.tables import show, show_lines
@@ -48,6 +48,7 @@ def figures(options: CostOptions) -> dict[str, Any]:
         every_saving=options.all,
         budget=options.budget,
         spare=options.spare,
+        kept={name.removeprefix("correction_") for name in given(options)},
     )
 
 

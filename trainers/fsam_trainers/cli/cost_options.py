@@ -38,24 +38,24 @@ class CostOptions:
     """where the perturbation comes from: full, part, micro, rest, previous, momentum, -momentum, random"""
     ascent_fraction: Annotated[float | None, SHARE] = None
     """with --ascent part, the share of the batch whose gradient it is"""
-    scope: str = "all"
+    scope: str | None = None
     """which weights are perturbed: all, no-head, norms, or top:K"""
     cut: str | None = None
     """where the functional method holds the cotangent: logits or hidden"""
     cotangent: str = "auto"
     """how the cotangent waits for the second pass: auto, keep, recompute"""
-    every: int = 1
+    every: int | None = None
     """a correction each k-th step"""
-    between: str = "plain"
+    between: str | None = None
     """steps without one are plain, or reuse the last"""
-    start: float = 0.0
+    start: float | None = None
     """share of the run before which there is none"""
-    probability: float = 1.0
+    probability: float | None = None
     """of a correction at a step that could have one"""
     all: bool = False
     """a row for every saving by itself, on top of the options given"""
     budget: float | None = None
-    """list the option sets that cost at most this many times AdamW's time, cheapest first"""
+    """list the option sets with the options given that cost at most this many times AdamW's time, cheapest first"""
     spare: bool = False
     """with --budget, also sets that would fit with fewer savings, or with a weaker one"""
     framework: str = "jax"
@@ -89,12 +89,16 @@ def settings_of(options: CostOptions) -> Settings:
     batch = size.batch if options.batch is None else options.batch
     if options.devices < 1 or batch % options.devices:
         raise UserError(f"--devices must be a number that divides --batch {batch}, got {options.devices}")
-    if options.savings not in SAVINGS:
-        raise UserError(f"--savings: {options.savings!r} is not known; use one of {', '.join(SAVINGS)}")
-    changes: dict[str, Any] = dict(SAVINGS[options.savings])
-    chosen = ("correction_fraction", "ascent_fraction", "cut", "form", "ascent")
-    changes |= {name: x for name in chosen if (x := getattr(options, name)) is not None}
-    same = ("framework", "method", "micro_batches", "scope", "every", "between", "start", "probability")
-    changes |= {name: getattr(options, name) for name in (*same, "cotangent", "remat")}
+    same = ("framework", "method", "micro_batches", "cotangent", "remat")
+    changes = given(options) | {name: getattr(options, name) for name in same}
     dtype: Any = options.dtype or ("float32" if options.machine == "here" else "bfloat16")
     return Settings(**changes, model=model, steps=STEPS, batch=batch // options.devices, dtype=dtype)
+
+
+def given(options: CostOptions) -> dict[str, Any]:
+    """The savings that the options name, as fields of `Settings`."""
+    if options.savings not in SAVINGS:
+        raise UserError(f"--savings: {options.savings!r} is not known; use one of {', '.join(SAVINGS)}")
+    of_method = ("correction_fraction", "ascent_fraction", "cut", "form", "ascent", "scope")
+    names = (*of_method, "every", "between", "start", "probability")
+    return {**SAVINGS[options.savings]} | {name: x for name in names if (x := getattr(options, name)) is not None}
