@@ -119,6 +119,22 @@ def test_the_vocabulary_and_the_held_out_rows_are_cached(tmp_path, monkeypatch):
     assert decoded[:-1] == held
 
 
+@pytest.mark.parametrize("prefix", ["", "hf:"])
+def test_a_file_edited_to_the_same_size_is_another_corpus_and_a_copied_one_is_not(tmp_path, prefix, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    spec = write_shards(tmp_path / "set", "jsonl")
+    first = stream(prefix + spec)
+    for path in (tmp_path / "set").iterdir():
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 10**9))
+    assert stream(prefix + spec).fingerprint == first.fingerprint
+    for path in (tmp_path / "set").iterdir():
+        path.write_text(path.read_text().replace("lazy", "zany"))
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 10**9))
+    edited = stream(prefix + spec)
+    assert edited.fingerprint != first.fingerprint
+    assert not np.array_equal(edited.validation, first.validation)
+
+
 def test_what_is_streamed_if_nothing_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     sizes = {"vocab_size": 300, "seq_len": LENGTH, "workers": 0}

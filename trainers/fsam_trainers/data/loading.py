@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 from fsam_core.errors import UserError
 from fsam_trainers.data import cache as store
+from fsam_trainers.data import hub
 from fsam_trainers.data.batches import Batch, Batches, validation_batches
 from fsam_trainers.data.corpus import Corpus, Tokens, check_at_least, check_length, dtype_for, fingerprint
-from fsam_trainers.data.documents import Piece, Split, Stream
+from fsam_trainers.data.documents import Piece, Split, Stream, content_digest
 from fsam_trainers.data.encoding import Sink, encode_streams
 from fsam_trainers.data.images import HeldOut, ImageBatches, ImageCorpus
 from fsam_trainers.data.pipeline import (
@@ -108,7 +109,7 @@ def load(
     workers = count_for(workers)
     given, tokens = given_tokenizer(tokenizer, vocab_size)
     text = open_sharded(spec, columns_of(text_column), files)
-    return _prepare_stream(spec, text, why, vocab_size, seq_len, given, tokens, buffer, workers, cache)
+    return _prepare_stream(spec, files, text, why, vocab_size, seq_len, given, tokens, buffer, workers, cache)
 
 
 AnyCorpus = Corpus | StreamedCorpus | ImageCorpus
@@ -146,6 +147,7 @@ def _too_large_to_store(files: Files | None) -> str:
 
 def _prepare_stream(
     spec: str,
+    files: Files | None,
     text: ShardedText,
     why: str,
     vocab_size: int,
@@ -160,6 +162,7 @@ def _prepare_stream(
     settings = {
         "stream format": FORMAT,
         "shards": text.digest,
+        "written": _written(spec, files),
         "vocab_size": vocab_size,
         "tokenizer": None if given is None else hashlib.blake2b(given).hexdigest(),
         "held out": limit,
@@ -180,6 +183,16 @@ def _prepare_stream(
     return StreamedCorpus(
         text, content, entry.validation, vocab_size, mark.hexdigest(), folder, description, buffer, workers
     )
+
+
+def _written(spec: str, files: Files | None) -> str:
+    """Hex digest of when the files were written: one that is edited in place may have its old size.
+
+    It is no part of the fingerprint, because a copy on another machine is the same corpus.
+    """
+    when = lambda path: str(path.stat().st_mtime_ns).encode()
+    parts = hub.identity(spec, when) if files is None else [(path.name, when(path)) for path in files.paths]
+    return content_digest("written", parts)
 
 
 def _fill(
