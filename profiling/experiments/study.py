@@ -102,7 +102,7 @@ def _regime(study: Study, runs: Runs, deadline: float, console: Console) -> None
 
 
 def _train_rows(pool: ProcessPoolExecutor, runs: Runs, deadline: float, console: Console) -> None:
-    """Tune the rivals one after another, as each depends on the ones before, then train all other rows at once."""
+    """Tune the rivals one after another, as each depends on the ones before, then train all rows at once."""
     regime, tuned = runs.regime, dict[str, dict[str, float]]()
     if regime.base:
         tunes = any(entry.row.tunes for entry in entries(regime))
@@ -111,27 +111,23 @@ def _train_rows(pool: ProcessPoolExecutor, runs: Runs, deadline: float, console:
             console.say(f"{runs.name}: a base")
     for label, row in regime.rivals.items():
         rate = tuned.get(ADAMW, {})
-        tuned[label] = pool.submit(train_entry, runs, Entry(label, row), rate, {}, deadline).result()
+        tuned[label] = pool.submit(tune_entry, runs, Entry(label, row), rate, deadline).result()
         console.say(f"{runs.name}: {label} {tuned[label]}")
     base, decayed = tuned.get(ADAMW, {}), {**tuned.get(ADAMW, {}), **tuned.get(DECAY, {})}
     # A row at equal time has the ρ of the row by itself.
-    waves = [[x for x in entries(regime) if x.equal_time is late] for late in (False, True)]
-    found: dict[str, dict[str, float]] = {}
-    for wave in waves:
+    for late in (False, True):
         futures: dict[Future[dict[str, float]], str] = {}
-        for entry in (x for x in wave if x.label not in tuned):
-            known = found.get(entry.label.removesuffix(", equal time"), {})
+        for entry in (x for x in entries(regime) if x.equal_time is late):
+            known = tuned.get(entry.label.removesuffix(", equal time"), {})
             at = (runs, entry, decayed if entry.on_decay else base, known, deadline)
             futures[pool.submit(train_entry, *at)] = entry.label
         for future in as_completed(futures):
-            found[futures[future]] = future.result()
-            console.say(f"{runs.name}: {futures[future]} {found[futures[future]]}")
+            tuned[futures[future]] = future.result()
+            console.say(f"{runs.name}: {futures[future]} {future.result()}")
 
 
-def train_entry(
-    runs: Runs, entry: Entry, given: dict[str, float], known: dict[str, float], deadline: float
-) -> dict[str, float]:
-    """Tune a row's option, unless `known` has it, and train its seeds; returns what was tuned.
+def tune_entry(runs: Runs, entry: Entry, given: dict[str, float], deadline: float) -> dict[str, float]:
+    """The best value of a row's option, by its name; nothing where none is tuned.
 
     Args:
         given: values that other rows have tuned.
@@ -140,7 +136,8 @@ def train_entry(
         Stopped: at the deadline, or by a signal.
     """
     regime, row = runs.regime, entry.row
-    values = known
+    if not row.tunes:
+        return {}
 
     def loss_at(one: Candidate, step: int) -> float:
         if time.time() > deadline:
@@ -154,9 +151,20 @@ def train_entry(
         steps = round(regime.steps * regime.tuning)
         return Candidate(settings_of(regime, row, {**given, **tried}, TUNING_SEED, steps), Path(text(point)))
 
-    if row.tunes and not known:
-        best = tune({row.tunes: row.values}, candidate_of, loss_at, Console(quiet=True))
-        values = {name: float(value) for name, value in best.values.items()}
+    best = tune({row.tunes: row.values}, candidate_of, loss_at, Console(quiet=True))
+    return {name: float(value) for name, value in best.values.items()}
+
+
+def train_entry(
+    runs: Runs, entry: Entry, given: dict[str, float], known: dict[str, float], deadline: float
+) -> dict[str, float]:
+    """Train a row's seeds with the values in `known`, or those that `tune_entry` finds; returns them.
+
+    Raises:
+        Stopped: as `tune_entry`.
+    """
+    regime, row = runs.regime, entry.row
+    values = known or tune_entry(runs, entry, given, deadline)
     for seed in regime.seeds_of(entry.label):
         if time.time() > deadline:
             raise Stopped
