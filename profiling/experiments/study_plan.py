@@ -65,16 +65,13 @@ OTHERS = {
 }
 # What else makes the functional method cheaper.
 SAVINGS = {
-    name: Row(FUNCTIONAL, fixed)
-    for name, fixed in {
-        "hidden cut": {"cut": "hidden"},
-        "1/8, hidden cut": {"correction_fraction": 1 / 8, "cut": "hidden"},
-        "1/8, part's ascent": {"correction_fraction": 1 / 8, "ascent": "part"},
-        "upper half of the blocks": {"scope": "top:2"},
-        "previous ascent": {"ascent": "previous"},
-        "every 4th step": {"every": 4},
-        "every 4th, reused between": {"every": 4, "between": "reuse"},
-    }.items()
+    "hidden cut": Row(FUNCTIONAL, {"cut": "hidden"}),
+    "1/8, hidden cut": Row(FUNCTIONAL, {"correction_fraction": 1 / 8, "cut": "hidden"}),
+    "1/8, part's ascent": Row(FUNCTIONAL, {"correction_fraction": 1 / 8, "ascent": "part"}),
+    "upper half of the blocks": Row(FUNCTIONAL, {"scope": "top:2"}),
+    "previous ascent": Row(FUNCTIONAL, {"ascent": "previous"}),
+    "every 4th step": Row(FUNCTIONAL, {"every": 4}),
+    "every 4th, reused between": Row(FUNCTIONAL, {"every": 4, "between": "reuse"}),
 }
 PERTURBED = NOISE | WHOLE | PART | SPLITS | OTHERS
 SOME = {name: PERTURBED[name] for name in ("noise", "SAM", "functional", "functional, 1/4", "precond-SAM, split 1/2")}
