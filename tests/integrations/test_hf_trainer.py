@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import pytest
 import torch
+from transformers import Trainer
 
 from fsam_core import FunctionalSAM, Schedule
 from fsam_core.ascents import ASCENTS
 from fsam_core.errors import UserError
 from fsam_core.torch import Step, from_model
-from fsam_trainers.integrations.hf_trainer import FILE, FsamTrainer
+from fsam_trainers.integrations.hf_trainer import FILE, FsamMixin, FsamTrainer
 from integrations import causal_reference, hf_args, rows
 from integrations_models import (
     CLIP,
@@ -56,6 +58,59 @@ def test_last_step_of_an_epoch_that_cannot_be_cut_is_refused_at_the_beginning(tm
         of(max_steps=-1, num_train_epochs=1).train()
     of(max_steps=-1, num_train_epochs=1, dataloader_drop_last=True).train()
     of(max_steps=1).train()  # never comes to the end of an epoch
+
+
+def test_batch_size_that_is_yet_to_be_found_is_not_refused(tmp_path):
+    """Batches of 9 would leave 1 of 10 rows, which cannot be cut; those of 2, which fit, leave none."""
+    model, seen = llama(), []
+    forward = model.forward
+
+    def small(**batch):
+        seen.append(len(batch["input_ids"]))
+        if seen[-1] > 2:
+            raise RuntimeError("CUDA out of memory.")
+        return forward(**batch)
+
+    model.forward = small
+    options = {"auto_find_batch_size": True, "remove_unused_columns": False, "gradient_accumulation_steps": 1}
+    sizes = {"max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": 9}
+    method, data = FunctionalSAM(rho=0.1, fraction=1 / 2), rows(token_batches(5))
+    made = trainer(tmp_path, model, data, method, **sizes, **options)
+    made.train()
+    assert made._train_batch_size == 2
+    assert made.fsam_step.steps == 5
+
+
+def test_training_step_that_the_mixin_would_hide_is_refused(tmp_path):
+    class Own(Trainer):
+        def training_step(self, *args, **kwargs):
+            return super().training_step(*args, **kwargs)
+
+    class Mine(FsamMixin, Own):
+        pass
+
+    class InFront(FsamTrainer):
+        def training_step(self, *args, **kwargs):
+            called.append(self.state.global_step)
+            return super().training_step(*args, **kwargs)
+
+    called, data = [], rows(token_batches())
+    with pytest.raises(UserError, match=r"Own.training_step would never be called.* in front of FsamMixin"):
+        Mine(llama(), hf_args(str(tmp_path)), train_dataset=data, method=METHOD).train()
+    InFront(llama(), hf_args(str(tmp_path)), train_dataset=data, method=METHOD).train()
+    assert called == [0, 0]
+
+
+def test_context_of_the_trainers_loss_is_that_of_the_step(tmp_path):
+    class Autocast(FsamTrainer):
+        def compute_loss_context_manager(self):
+            return torch.autocast("cpu", torch.bfloat16)
+
+    model, dtypes = llama(), []
+    model.lm_head.register_forward_pre_hook(lambda *_: dtypes.append(torch.is_autocast_enabled("cpu")))
+    Autocast(model, hf_args(str(tmp_path)), train_dataset=rows(token_batches()), method=METHOD).train()
+    assert dtypes
+    assert all(dtypes)
 
 
 def test_logged_loss_and_norm_are_the_steps(tmp_path):
@@ -118,6 +173,19 @@ def test_resumed_run_ends_in_the_same_weights(tmp_path, method):
     found, resumed = run(tmp_path, True)
     assert steps == resumed == 4
     assert all(torch.equal(x, expected[name]) for name, x in found.items())
+
+
+def test_state_of_the_step_is_where_the_optimizers_is(tmp_path):
+    """In the folder of a hyperparameter search's trial, and in the checkpoint that is pushed."""
+    made, pushed = trainer(tmp_path, llama(), rows(token_batches()), save_strategy="steps", save_steps=1), []
+    made._get_output_dir = lambda trial: str(tmp_path / "run-3")
+    made.args.push_to_hub, made._push_from_checkpoint = True, lambda folder: pushed.extend(os.listdir(folder))
+    made.train()
+    assert torch.load(tmp_path / "run-3" / "checkpoint-1" / FILE)["steps"] == 1
+    assert {FILE, "optimizer.pt"} <= set(pushed)
+    made = trainer(tmp_path / "light", llama(), rows(token_batches()), save_strategy="steps", save_only_model=True)
+    made.train()
+    assert not list((tmp_path / "light").rglob(FILE))
 
 
 @pytest.mark.slow

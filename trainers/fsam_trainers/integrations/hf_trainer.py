@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, has_length
+from transformers.trainer_utils import get_last_checkpoint, has_length
 
 from fsam_core import split
 from fsam_core.errors import UserError
@@ -82,15 +82,22 @@ class FsamMixin:
         if callable(getattr(trainer.optimizer, "train", None)):
             trainer.optimizer.train()  # schedule-free ones have other weights in an evaluation
         batch = trainer._prepare_inputs(inputs)
-        if self._to_check and _has_labels(batch):
-            own_loss = lambda model, batch: trainer.compute_loss(model, dict(batch))
-            check(model, self.fsam_step.features, own_loss, batch)
-            self._to_check = False
-        self._collected.append(batch)
-        if not trainer.accelerator.sync_gradients:
-            return torch.zeros((), device=trainer.args.device)
-        batches, self._collected = MicroBatches(self._collected), []
-        return self.fsam_step.gradient(batches)
+        with trainer.compute_loss_context_manager():
+            if self._to_check and _has_labels(batch):
+                own_loss = lambda model, batch: trainer.compute_loss(model, dict(batch))
+                check(model, self.fsam_step.features, own_loss, batch)
+                self._to_check = False
+            self._collected.append(batch)
+            if not trainer.accelerator.sync_gradients:
+                return torch.zeros((), device=trainer.args.device)
+            batches, self._collected = MicroBatches(self._collected), []
+            return self.fsam_step.gradient(batches)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """The step's state goes with theirs: into the folder of a search's trial, and before that is pushed."""
+        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        if self.args.should_save:  # type: ignore[attr-defined]
+            torch.save(self.fsam_step.state_dict(), Path(output_dir) / FILE)
 
     def _begin(self) -> None:
         """Make the step, when model and optimizer are prepared, and restore it."""
@@ -101,13 +108,20 @@ class FsamMixin:
             raise UserError(f"Trainer: {kind} is not supported; train on one device, or on several under torchrun")
         if accelerator.scaler is not None:
             raise UserError("fp16: the Trainer would unscale a gradient that was never scaled; use bf16=True")
+        behind = super().training_step  # type: ignore[misc]
+        if behind.__func__ is not Trainer.training_step:
+            raise UserError(
+                f"Trainer: {behind.__qualname__} would never be called, as the step takes its place; override it in a "
+                "class in front of FsamMixin, or set training_step = Trainer.training_step where it may be left out"
+            )
         if trainer.compute_loss_func is not None and self._fsam["features"] is None:
             raise UserError("compute_loss_func: give the features of that loss, too; got features=None")
         options = dict(self._fsam)
         options["features"] = options["features"] or features_of(
             accelerator.unwrap_model(trainer.model), label_smoothing=args.label_smoothing_factor
         )
-        if args.world_size == 1 and has_length(trainer.train_dataset):  # ranks are given as many rows each
+        # Ranks are given as many rows each; a batch size that is yet to be found may be any.
+        if args.world_size == 1 and not args.auto_find_batch_size and has_length(trainer.train_dataset):
             _check_last_step(options["method"], args, len(trainer.train_dataset), trainer.state.max_steps)
         optimizer = trainer.optimizer
         self._collected = []
@@ -149,15 +163,10 @@ class FsamTrainer(FsamMixin, Trainer):
 
 
 class _State(TrainerCallback):
-    """Makes the step when training begins, and saves its state in every checkpoint."""
+    """Makes the step when training begins."""
 
     def __init__(self, trainer: FsamMixin) -> None:
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._begin()
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if args.should_save and not args.save_only_model and folder.is_dir():
-            torch.save(self._trainer.fsam_step.state_dict(), folder / FILE)
