@@ -7,13 +7,15 @@ import dataclasses
 import lightning
 import pytest
 import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from fsam_core.errors import UserError
 from fsam_core.torch import FunctionalSAM
 from fsam_core.torch.from_model import from_model
-from fsam_trainers.integrations.lightning import KEY, FsamMixin, StepSettings
+from fsam_trainers.integrations.lightning import KEY, NEVER_CALLED, FsamMixin, StepSettings
 from integrations import causal_reference, lightning_module, lightning_trainer, rows
 from integrations_models import error, moved, token_batches, weights
 
@@ -205,3 +207,65 @@ def test_skipped_step_moves_no_schedule():
     trainer.fit(model, loader(3))
     assert (model.fsam_step.steps, model.fsam_step.skipped_steps) == (2, 1)
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.25
+
+
+def test_averaged_weights_are_not_trained_on_while_batch_norms_are_counted():
+    class Normed(lightning_module()):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.BatchNorm1d(32)
+            self.model.model.norm.register_forward_hook(lambda module, given, out: self.norm(out.mT).mT)
+
+    class Model(FsamMixin, Normed):
+        def configure_step(self):
+            return StepSettings(METHOD, from_model("lm_head", shift=True))
+
+    class Seen(lightning.Callback):
+        def on_train_epoch_start(self, trainer, module):
+            seen.append((weights(module), module.norm.running_mean.clone()))
+
+    seen, model = [], Model()
+    averaging = StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=1)
+    lightning_trainer(max_epochs=2, callbacks=[averaging, Seen()]).fit(model, loader(2))
+    (averaged, mean), found = seen[-1], weights(model)
+    assert len(seen) == 3
+    assert model.fsam_step.steps == 4
+    assert all(torch.equal(x, found[name]) for name, x in averaged.items())
+    assert not torch.equal(mean, model.norm.running_mean)
+
+
+def test_learning_rate_finder_sees_the_losses(tmp_path):
+    class Model(type(module(accumulate=1))):
+        lr = 0.1
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+    trainer = lightning_trainer(max_epochs=1, default_root_dir=tmp_path)
+    found = Tuner(trainer).lr_find(Model(), loader(8), num_training=8, max_lr=1.0).results
+    assert len(found["loss"]) == 8
+    assert all(loss > 0 for loss in found["loss"])
+
+
+@pytest.mark.parametrize("hook", NEVER_CALLED)
+def test_hooks_that_nothing_would_call_are_refused(hook):
+    class Own(type(module())):
+        pass
+
+    setattr(Own, hook, lambda self, *args, **kwargs: None)
+    with pytest.raises(UserError, match=rf"Own\.{hook}: nothing calls it"):
+        lightning_trainer().fit(Own(), loader(2))
+
+
+def test_restored_micro_batches_go_to_the_modules_device(tmp_path):
+    class Own(type(module(accumulate=4))):
+        def transfer_batch_to_device(self, batch, device, dataloader_idx):
+            moved.append(device)
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    moved = []
+    save = SaveAfter(tmp_path / "half.ckpt", 3)
+    lightning_trainer(max_epochs=1, callbacks=[save]).fit(Own(), loader(4))
+    assert len(moved) == 4
+    lightning_trainer(max_epochs=1).fit(Own(), loader(4), ckpt_path=tmp_path / "half.ckpt")
+    assert len(moved) == 4 + 3 + 1

@@ -13,6 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from fsam_core.errors import UserError
@@ -22,6 +24,15 @@ from fsam_core.torch import MicroBatches, Step
 from fsam_core.torch.pass_config import Features
 
 KEY = "fsam"
+NEVER_CALLED = (
+    "backward",
+    "configure_gradient_clipping",
+    "on_after_backward",
+    "on_before_backward",
+    "optimizer_step",
+    "optimizer_zero_grad",
+)
+"""Hooks of a LightningModule that are for automatic optimization, or for a backward pass that Lightning runs."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +83,14 @@ class FsamMixin:
             )
         if getattr(module.trainer.precision_plugin, "scaler", None) is not None:
             raise UserError("precision: '16-mixed' scales losses that are not computed; use 'bf16-mixed'")
-        is_lightnings = type(module).lr_scheduler_step.__qualname__.startswith("LightningModule.")
+        for name in NEVER_CALLED:
+            if self._overrides(name):
+                raise UserError(
+                    f"{type(module).__name__}.{name}: nothing calls it in a step; use StepSettings(clip_norm=...) to "
+                    "clip, on_before_optimizer_step to look at gradients, and a schedule to warm up"
+                )
         schedulers = [config.scheduler for config in module.trainer.lr_scheduler_configs]
-        if is_lightnings and any(isinstance(one, ReduceLROnPlateau) for one in schedulers):
+        if not self._overrides("lr_scheduler_step") and any(isinstance(one, ReduceLROnPlateau) for one in schedulers):
             raise UserError(
                 "configure_optimizers: ReduceLROnPlateau needs a value, and Lightning drops `monitor` in manual "
                 "optimization; override lr_scheduler_step and take it from self.trainer.callback_metrics"
@@ -94,14 +110,23 @@ class FsamMixin:
         # A checkpoint may have been loaded for its weights alone, by load_from_checkpoint or for a test.
         if self._restored is not None and module.trainer.ckpt_path is not None:
             self.fsam_step.load_state_dict(self._restored["step"])
-            self._collected = self._restored["collected"]
+            # A checkpoint is loaded onto the CPU.
+            self._collected = [
+                module.transfer_batch_to_device(batch, module.device, 0) for batch in self._restored["collected"]
+            ]
         self._restored = None
 
-    def training_step(self, batch: Any, batch_idx: int) -> None:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """The step's loss, None for a micro-batch that is kept for it."""
         module: Any = self
+        if getattr(module.trainer.fit_loop, "_skip_backward", False):
+            # The epoch after the last, in which StochasticWeightAveraging has the batch norms of its weights counted.
+            with torch.no_grad():
+                self._settings.features(module, batch)
+            return None
         self._collected.append(batch)
         if len(self._collected) < self._settings.accumulate and not module.trainer.is_last_batch:
-            return
+            return None
         batches, self._collected = MicroBatches(self._collected), []
         before = self.fsam_step.steps
         loss = self.fsam_step.gradient(batches, clip=True)
@@ -111,6 +136,7 @@ class FsamMixin:
         module.log("train_loss", loss, prog_bar=True)
         if self.fsam_step.steps > before:
             self._step_schedulers("step", self.fsam_step.steps)
+        return loss
 
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()  # type: ignore[misc]
@@ -129,6 +155,10 @@ class FsamMixin:
         """Lightning's wrappers of the module's optimizers."""
         found = self.optimizers()  # type: ignore[attr-defined]
         return found if isinstance(found, list) else [found]
+
+    def _overrides(self, name: str) -> bool:
+        """Whether a hook is the module's own, and not Lightning's."""
+        return not getattr(type(self), name).__module__.startswith(("lightning.", "pytorch_lightning."))
 
     def _step_schedulers(self, interval: str, count: int) -> None:
         """What Lightning does by itself in automatic optimization, after so many steps or epochs."""
