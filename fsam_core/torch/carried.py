@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fsam_core.errors import UserError
 from fsam_core.methods import Method, Perturbed
 from fsam_core.schedules import Schedule
 from fsam_core.torch import gradients
@@ -74,10 +75,20 @@ class Carried:
         return state
 
     def load(self, state: dict[str, Any], params: Sequence[Any]) -> None:
-        """Restore what `state_dict` returned; what it lacks starts from zero."""
+        """Restore what `state_dict` returned; what it lacks starts from zero.
+
+        Raises:
+            UserError: for what is not of these params.
+        """
         self.norms = state.get("norms", torch.zeros(2)).double() if self._keeps_norms else self.norms
         for name in self._kept():
-            of = {p: state.get(name, {}).get(str(i)) for i, p in enumerate(params)}
+            given = state.get(name, {})
+            of = {p: given.get(str(i)) for i, p in enumerate(params)}
+            if len(given) > len(of) or any(x is not None and x.shape != p.shape for p, x in of.items()):
+                raise UserError(
+                    f"state: {name!r} has {len(given)} tensors, which are not of the shapes of the optimizer's "
+                    f"{len(of)} parameters; load it with the model and the parameter groups that it was saved with"
+                )
             setattr(self, name, {p: local(x.to(p.device, p.dtype)) for p, x in of.items() if x is not None})
 
     def _kept(self) -> dict[str, Gradients]:

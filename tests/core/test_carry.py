@@ -13,6 +13,7 @@ from problems import Weights, as_torch, batch_of, distance, mlp, values
 import fsam_core.jax as in_jax
 import fsam_core.torch as in_torch
 from fsam_core import FunctionalSAM, Schedule
+from fsam_core.errors import UserError
 
 PREVIOUS = FunctionalSAM(0.3, ascent="previous")
 REUSED = Schedule(every=2, between="reuse")
@@ -53,6 +54,16 @@ def test_previous_gradient_is_the_one_before_clipping():
         step(batch)
         found.append({name: x.numpy() for name, x in step.state_dict()["previous"].items()})
     assert distance(*found) == 0
+
+
+def test_memory_of_other_parameters_is_refused():
+    step, groups = torch_step(PREVIOUS), torch_step(PREVIOUS)
+    step(as_torch(batch_of()))
+    state = step.state_dict()
+    for change in (lambda given: given.pop(0), lambda given: given.reverse()):
+        change(groups.optimizer.param_groups[0]["params"])
+        with pytest.raises(UserError, match=r"'previous' has \d+ tensors, which are not of the shapes"):
+            groups.load_state_dict(state)
 
 
 def test_correction_of_a_skipped_step_is_not_reused():
