@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from fsam_core.errors import UserError
 from fsam_core.regions import Region, in_torch
@@ -36,6 +37,21 @@ from fsam_core.torch.scope import names_of
 
 FORWARD: dict[str, Region] = {"base": "base forward", "second": "second forward"}
 BACKWARD: dict[str, Region] = {"base": "base backward", "second": "second backward"}
+
+
+def check_context() -> None:
+    """Check that passes can take gradients here, each at its own weights.
+
+    Raises:
+        UserError: in `torch.inference_mode`, and in `parametrize.cached`.
+    """
+    if torch.is_inference_mode_enabled():
+        raise UserError("a step takes gradients, which torch.inference_mode() cannot; call it outside")
+    if parametrize._cache_enabled:
+        raise UserError(
+            "a step has other weights in its second pass, and parametrize.cached() would keep those of the first; call "
+            "the step outside, and cached() in features"
+        )
 
 
 def restore(config: PassConfig, state: State | None) -> None:

@@ -12,6 +12,7 @@ import torch
 from loop_model import METHODS, RHO, D, Model, V, batch_of, features, made
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import BatchEncoding
 
@@ -221,6 +222,16 @@ def test_inference_mode_is_refused():
     _, step = made()
     with torch.inference_mode(), pytest.raises(UserError, match="inference_mode"):
         step(batch_of())
+
+
+def test_weights_that_are_cached_are_refused():
+    """A cached weight would be θ's in the pass at θ + ε too, or have no graph."""
+    model = Model()
+    parametrizations.weight_norm(model.mix)
+    _, step = made(FunctionalSAM(RHO, ascent="random"), model=model)
+    with parametrize.cached(), pytest.raises(UserError, match=r"parametrize.cached\(\) would keep those of the first"):
+        step(batch_of())
+    step(batch_of())
 
 
 # --- buffers ----------------------------------------------------------------------------------------------------------
