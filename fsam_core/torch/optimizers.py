@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fsam_core.errors import UserError
+from fsam_core.methods import Perturbed
 from fsam_kernels.torch.adamw import AdamW
 
 Optimizers = tuple[torch.optim.Optimizer, ...]
@@ -87,6 +88,22 @@ def check_minimises(optimizers: Sequence[torch.optim.Optimizer]) -> None:
             )
 
 
+def check_real(method: Perturbed, moving: Mapping[Any, str]) -> None:
+    """Check that no tensor which moves is complex where the method multiplies its numbers with each other.
+
+    Raises:
+        UserError: naming one.
+    """
+    found = [name or "a parameter" for p, name in moving.items() if p.is_complex() and p.requires_grad]
+    asked = [name for name in ("precondition", "combine", "reuse") if getattr(method, name) is not None]
+    asked += ["norm_from"] * (method.norm_from == "previous")
+    if found and asked:
+        raise UserError(
+            f"model: {found[0]} is complex, and {asked[0]}={getattr(method, asked[0])!r} is for real numbers; store "
+            "torch.view_as_real of it, or leave it out by scope="
+        )
+
+
 def check_copies(optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """Check that the model's weights are their float32 masters, rounded.
 
@@ -105,11 +122,11 @@ def check_hooks(params: Sequence[Any]) -> None:
     """Check that nothing acts on gradients while a pass accumulates them.
 
     Raises:
-        UserError: for post-accumulate-grad hooks.
+        UserError: for post-accumulate-grad hooks, and for PyTorch's own optimizers in the backward pass.
     """
-    hooked = [p for p in params if p._post_accumulate_grad_hooks]
+    hooked = [p for p in params if p._post_accumulate_grad_hooks or hasattr(p, "_in_backward_optimizers")]
     if hooked:
         raise UserError(
-            f"model: {len(hooked)} parameters have post-accumulate-grad hooks, which would run in every pass of a "
-            "step; remove them, and act on .grad after step.gradient(batch)"
+            f"model: {len(hooked)} parameters have post-accumulate-grad hooks or optimizers in their backward pass, "
+            "which would run in every pass of a step; remove them, and act on .grad after step.gradient(batch)"
         )

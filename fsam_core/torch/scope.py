@@ -32,8 +32,8 @@ def moving(
         names: of the model's parameters and of their masters.
 
     Raises:
-        UserError: for a scope that needs the names of tensors which have none, an optimizer that maximises, or one
-            without second moments where the direction needs them.
+        UserError: for a scope that needs the names of tensors which have none, an optimizer that maximises, one without
+            second moments where the direction needs them, or complex tensors where the method is for real ones.
     """
     optimizers.check_minimises(given)
     every: dict[Any, str] = dict.fromkeys(optimizers.params(given), "") | dict(names)
@@ -47,6 +47,7 @@ def moving(
         )
     inside = None if mask is None else set(itertools.compress(known, mask))
     found = {p: name for p, name in every.items() if inside is None or name in inside}
+    optimizers.check_real(method, found)
     if method.needs_v:
         optimizers.check_second_moments(given, found)
     return found, every.keys() - found.keys()

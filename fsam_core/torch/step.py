@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from fsam_core import backends, methods, schedules
 from fsam_core.errors import UserError
@@ -176,13 +177,13 @@ class Step:
         self._read_figures(wait=True)
         return self._skipped_steps
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Step:
-        """A step of a copied model and copied optimizers; `copy.deepcopy` of both together with it keeps them one."""
+    def __getstate__(self) -> dict[str, Any]:
+        """For `pickle` and `copy.deepcopy`: the copy is a step of a copied model and copied optimizers."""
         self._read_figures(wait=True)
-        new = object.__new__(type(self))
-        memo |= {id(self): new, id(self.ops): self.ops}  # a module cannot be copied
-        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return new
+        return self.__dict__ | {"ops": self.ops.__name__}  # a module cannot be copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state | {"ops": importlib.import_module(state["ops"])})
 
     def __call__(self, batch: Any) -> Tensor:
         """Take one step; returns the mean loss at θ, detached.
@@ -276,11 +277,11 @@ class Step:
         """The optimizers' tensors."""
         return optimizers.params(self._optimizers)
 
+    @_disable_dynamo  # also where the caller compiles the whole step: the model's graph is one of its own
     @torch.enable_grad()
     def _gradient(self, batch: Any, *, read: bool) -> Found:
         """ĝ and the step's figures, which the host waits for with `read`."""
-        if torch.is_inference_mode_enabled():
-            raise UserError("a step takes gradients, which torch.inference_mode() cannot; call it outside")
+        passes.check_context()
         batches = micro_batches(batch)
         params = self._params()
         if len(params) != len(self._known) or any(p is not q for p, q in zip(params, self._known, strict=True)):

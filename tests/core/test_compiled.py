@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from problems import METHODS
 from torch import nn
 
-from fsam_core.torch import AdamW, FunctionalSAM, LinearHead, MicroBatches, Schedule, Staged, Step, masters
+from fsam_core.torch import AdamW, FunctionalSAM, LinearHead, MicroBatches, Schedule, Staged, Step, from_model, masters
 
 V, D = 23, 8
 # "eager" runs what dynamo captured; what inductor makes of it is its own affair, and takes a minute.
@@ -99,3 +99,16 @@ def test_stages_may_be_compiled_each():
         losses = [float(step(batch(i))) for i in range(4)]
         results.append((losses, [p.detach() for p in model.parameters()]))
     assert_same(*results, 1e-5)
+
+
+def test_step_stays_outside_of_what_is_compiled_around_it():
+    torch._dynamo.reset()
+    results = []
+    for wrap in (lambda f: f, lambda f: torch.compile(f, backend="aot_eager")):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(V, D), nn.LayerNorm(D), nn.Linear(D, V))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        step = Step(model, optimizer, FunctionalSAM(0.1), features=from_model("2", "y", call=lambda m, b: m(b["x"])))
+        call = wrap(lambda given, step=step: step(given))
+        results.append([float(call(batch(i))) for i in range(3)])
+    assert results[0] == results[1]

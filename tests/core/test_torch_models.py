@@ -5,11 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from loop_model import RHO, D, Model, batch_of, made
 from problems import METHODS, Weights, adamw, float32, mlp, moments
 from problems import float32_batch as batch
 from torch import nn
 
-from fsam_core.torch import SAM, FunctionalSAM, LinearHead, Logits, LogitSAM, MicroBatches, Plain, Schedule, Step
+from fsam_core.torch import (
+    SAM,
+    FunctionalSAM,
+    LinearHead,
+    Logits,
+    LogitSAM,
+    MicroBatches,
+    Plain,
+    Schedule,
+    Step,
+    UserError,
+)
 
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 perturbed = pytest.mark.parametrize("kind", [SAM, FunctionalSAM, LogitSAM])
@@ -205,3 +217,27 @@ def test_reused_correction_is_of_all_that_either_pass_reached():
     reused = experts_run(SAM(0.5), 2, schedule=Schedule(every=2, between="reuse"))
     torch.testing.assert_close(reused["shared"], corrected["shared"])
     torch.testing.assert_close(reused["a"], torch.zeros_like(plain["a"]))
+
+
+@pytest.mark.parametrize("method", [SAM(RHO), FunctionalSAM(RHO, norm="per-tensor")])
+def test_complex_weights_are_pairs_of_real_ones(method):
+    class Rotated(Model):
+        def __init__(self, parts: bool) -> None:
+            super().__init__()
+            turn = torch.randn(D, D, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+            self.turn = nn.Parameter(turn if parts else torch.view_as_complex(turn))
+
+        def trunk(self, x):
+            turn = self.turn if self.turn.is_complex() else torch.view_as_complex(self.turn)
+            return (super().trunk(x).to(turn.dtype) @ turn).real
+
+    found = []
+    for parts in (True, False):
+        model, step = made(method, model=Rotated(parts), clip_norm=0.1)
+        for i in range(3):
+            step(batch_of(i))
+        found.append([torch.view_as_real(p) if p.is_complex() else p for p in model.parameters()])
+    assert all((x - y).abs().max() < 1e-14 for x, y in zip(*found, strict=True))
+    with pytest.raises(UserError, match="turn is complex, and precondition='adam' is for real numbers"):
+        made(FunctionalSAM(RHO, precondition="adam"), model=Rotated(parts=False))
+    made(FunctionalSAM(RHO, precondition="adam", scope=lambda name: name != "turn"), model=Rotated(parts=False))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 from loop_model import METHODS, RHO, Model, batch_of, features, made
+from torch.distributed.optim import _apply_optimizer_in_backward
 
 from fsam_core.torch import AdamW, FunctionalSAM, LinearHead, Logits, MicroBatches, Plain, Step, UserError
 
@@ -77,10 +79,15 @@ def test_sparse_adam_has_second_moments():
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_a_copied_step_is_a_step_of_its_own():
-    model, step = made(FunctionalSAM(RHO, precondition="adam", scope=lambda name: "mix" in name, ascent="previous"))
+def in_mix(name):
+    return "mix" in name
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda step: pickle.loads(pickle.dumps(step))])
+def test_a_copied_step_is_a_step_of_its_own(copied):
+    model, step = made(FunctionalSAM(RHO, precondition="adam", scope=in_mix, ascent="previous"))
     step(batch_of())
-    other = copy.deepcopy(step)
+    other = copied(step)
     losses = [(step(batch_of(i)).item(), other(batch_of(i)).item()) for i in range(3)]
     assert all(x == y for x, y in losses)
     assert other.model is not model
@@ -97,6 +104,14 @@ def test_post_accumulate_hooks_are_refused():
         step(batch_of())
     handle.remove()
     step(batch_of())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_optimizers_in_the_backward_pass_are_refused():
+    model, step = made()
+    _apply_optimizer_in_backward(torch.optim.SGD, [model.mix.weight], {"lr": 0.1})
+    with pytest.raises(UserError, match="1 parameters have post-accumulate-grad hooks or optimizers"):
+        step(batch_of())
 
 
 # --- GradScaler -------------------------------------------------------------------------------------------------------
