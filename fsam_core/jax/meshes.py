@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from fsam_core.errors import UserError
 
@@ -52,9 +52,16 @@ def in_auto_mode(function: Callable[..., Any], args: tuple[Any, ...], out: Any) 
 
     specs = jax.tree.unflatten(tree, [WHOLE if x is None else x.spec for x in shardings])
     current = jax.sharding.get_abstract_mesh()
-    mesh = contextlib.nullcontext() if not current.empty else jax.sharding.use_abstract_mesh(meshes[0])
-    with mesh:
+    with contextlib.nullcontext() if not current.empty else _context(leaves, meshes[0]):
         return jax.sharding.auto_axes(rebuilt, out_sharding=out(specs))(*(leaves[i] for i in places))
+
+
+def _context(leaves: list[Any], mesh: AbstractMesh) -> contextlib.AbstractContextManager[Any]:
+    """The mesh as the current one. Outside of a trace with its devices: Adam's count, say, may lie on one alone."""
+    if any(isinstance(x, jax.core.Tracer) for x in leaves):
+        return jax.sharding.use_abstract_mesh(mesh)
+    of = (getattr(getattr(x, "sharding", None), "mesh", None) for x in leaves)
+    return jax.set_mesh(next(one for one in of if one is not None and one.abstract_mesh == mesh))
 
 
 def is_array(x: Any) -> bool:

@@ -166,6 +166,17 @@ def test_explicit_axes_are_those_of_one_device(name, context):
         assert distance(got, expected) < 1e-12
 
 
+def test_explicit_axes_outside_of_jit_go_with_a_count_on_one_device():
+    mesh = jax.make_mesh((SHARDS,), ("data",))
+    with jax.enable_x64(True):
+        params, state, batch = problem()
+        grad = value_and_grad(mlp, METHODS["precond-functional"], b2=B2, eps=EPS)
+        put = lambda tree, *spec: jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*spec)))
+        moments_alone = state._replace(mu=put(state.mu), nu=put(state.nu))  # as tx.init leaves them
+        got = grad(put(params), put(batch, "data"), moments_alone)[1]
+        assert distance(jax.device_get(got), grad(params, batch, state)[1]) < 1e-12
+
+
 def test_curvature_on_explicit_axes_is_that_of_one_device():
     mesh = jax.make_mesh((SHARDS,), ("data",))
     with jax.enable_x64(True):
