@@ -150,6 +150,7 @@ REGIMES = {
     "repeated": Regime(
         "Seven passes over 100,000 tokens", SMALL, "python", 100_000, 700,
         alone=AVERAGE | PERTURBED, on_decay=AVERAGE | SOME | LAST_QUARTER,
+        leading=(ADAMW, DECAY, "last quarter", "last quarter, on decay"),
     ),
     "one-pass": Regime(
         "One pass over 5 million tokens", SMALL, "packages", 5_000_000, 4_880,
