@@ -111,7 +111,7 @@ class Perturbed:
         seed: seed of the random ascent; a step's draw depends on it and on the number of completed steps.
         cut: where the functional method stores the cotangent. At the "logits" it is the published method. At the last
             "hidden" states the second pass starts from h̄ = z̄ W(θ), takes the head's own gradient at θ, and contains no
-            product with the vocabulary. This is an approximation of the method; docs/results/savings.md measures it.
+            product with the vocabulary. This is an approximation of the method; docs/results/study.md measures it.
 
     Raises:
         UserError: for any other value, when the method is constructed.

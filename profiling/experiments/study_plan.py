@@ -64,10 +64,12 @@ OTHERS = {
     "ASAM": Row("sam", {"norm": "dual", "adaptive": True}, values=(0.5, 1.0, 2.0, 4.0)),
 }
 # What else makes the functional method cheaper.
-SAVINGS = {
-    "hidden cut": Row(FUNCTIONAL, {"cut": "hidden"}),
+EIGHTHS = {
     "1/8, hidden cut": Row(FUNCTIONAL, {"correction_fraction": 1 / 8, "cut": "hidden"}),
     "1/8, part's ascent": Row(FUNCTIONAL, {"correction_fraction": 1 / 8, "ascent": "part"}),
+}
+SAVINGS = EIGHTHS | {
+    "hidden cut": Row(FUNCTIONAL, {"cut": "hidden"}),
     "upper half of the blocks": Row(FUNCTIONAL, {"scope": "top:2"}),
     "previous ascent": Row(FUNCTIONAL, {"ascent": "previous"}),
     "every 4th step": Row(FUNCTIONAL, {"every": 4}),
@@ -144,8 +146,11 @@ class Regime:
 REGIMES = {
     "scarce": Regime(
         "Many passes over 8,000 tokens", SMALL, "python", 8_000, 160,
-        alone=AVERAGE | PERTURBED | SAVINGS, on_decay=AVERAGE | PERTURBED, at_equal_time=True,
-        leading=(ADAMW, DECAY, "AdamW, dropout", "SAM", "functional, 1/4", "functional, 1/8"),
+        alone=AVERAGE | PERTURBED | SAVINGS, on_decay=AVERAGE | PERTURBED | EIGHTHS, at_equal_time=True,
+        leading=(
+            ADAMW, DECAY, "AdamW, dropout", "SAM", "functional, 1/4", "functional, 1/8",
+            *(f"{name}{how}" for name in EIGHTHS for how in ("", ", equal time")),
+        ),
     ),
     "repeated": Regime(
         "Seven passes over 100,000 tokens", SMALL, "python", 100_000, 700,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
 from collections.abc import Collection
@@ -17,7 +16,7 @@ from fsam_core.cost.steps import StepCost
 from fsam_core.errors import UserError
 from fsam_core.methods import Perturbed
 from fsam_kernels.memory import Memory, default_chunk_bytes
-from fsam_trainers import device
+from fsam_trainers import device, metrics
 from fsam_trainers.config import Settings
 from fsam_trainers.console import Console
 from fsam_trainers.models.layout import ModelConfig
@@ -68,23 +67,28 @@ TABLE_ROWS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("half of the steps at random", {"probability": 0.5}),
 )
 
-STUDY = Path(__file__).parents[2] / "docs" / "results" / "savings.json"  # in a checkout alone
+# The study's regime in which runs overfit, in a checkout alone.
+STUDY = Path(__file__).parents[2] / "docs" / "results" / "study" / "scarce.jsonl"
 # The options that change what is trained: with others than its row's, a row has no loss.
 TRAINED = ("path", "precondition", "fraction", "form", "ascent", "ascent_fraction", "cut", "scope", "every", "between",
            "start", "probability")  # fmt: skip
-# Row -> the study's row that was trained with the same savings of METHOD.
+# Row -> the study's row that was trained with the same savings of STUDIED_METHOD.
 STUDIED_METHOD = "precond-functional-sam"
 STUDIED = {
-    "SAM": "SAM",
-    "the method, exact": "exact",
+    "SAM": "precond-SAM",
+    "the method, exact": "functional",
     "cut hidden": "hidden cut",
-    **{f"fraction {q}": f"q = {q}, ascent full" for q in ("1/2", "1/4", "1/8")},
-    "fraction 1/8, part's ascent": "q = 1/8, ascent part",
-    "fraction 1/8, cut hidden": "q = 1/8, hidden cut",
+    **{f"fraction {q}": f"functional, {q}" for q in ("1/2", "1/4", "1/8")},
+    **{f"split {q}": f"functional, split {q}" for q in ("1/2", "1/4")},
+    **{f"SAM, split {q}": f"precond-SAM, split {q}" for q in ("1/2", "1/4")},
+    "fraction 1/8, part's ascent": "1/8, part's ascent",
+    "fraction 1/8, cut hidden": "1/8, hidden cut",
     "top half of the blocks": "upper half of the blocks",
-    "ascent previous": "previous gradient",
+    "ascent previous": "previous ascent",
     "ascent momentum": "momentum",
-    "last quarter of the run": "last quarter of the run",
+    "every 4th step": "every 4th step",
+    "every 4th, reused between": "every 4th, reused between",
+    "last quarter of the run": "last quarter",
 }
 
 
@@ -139,7 +143,7 @@ def figures(
     study = lambda name, o: quality.get(name) if _trained(name, o, model) else None
     found = [_row(name, one, rates) | {"study": study(name, one.options)} for name, one in rows]
     if any(row["study"] is not None for row in found):
-        notes.append("loss: minus AdamW's at equal steps where runs overfit, tiny models (docs/results/savings.md)")
+        notes.append("loss: minus AdamW's where small models overfit, to about 0.1 (docs/results/study.md)")
     too_large = sum(not row["fits"] for row in found)
     if too_large and rates.memory_bytes:
         which = "does" if len(found) == 1 else f"{too_large} of {len(found)} rows, marked *, do"
@@ -223,13 +227,16 @@ def _machine(name: str, model: cost.Model, o: cost.Options, tokens: float) -> co
 
 
 def _quality() -> dict[str, float]:
-    """Row -> its mean difference in validation loss from AdamW, in the study's regime of many passes."""
-    try:
-        rows = json.loads(STUDY.read_text(encoding="utf-8"))["rows"]
-    except (OSError, ValueError, KeyError):
-        return {}
-    labels = {name: label for name, label in STUDIED.items() if label in rows}
-    return {name: statistics.fmean(rows[label]) for name, label in labels.items()}
+    """Row -> its mean difference in validation loss from AdamW's runs of the same data and seeds, in the study."""
+    losses: dict[str, dict[Any, float]] = {}
+    for line in metrics.read(STUDY):
+        if line["val_loss"] is not None:
+            losses.setdefault(line["row"], {})[line["data"], line["seed"]] = line["val_loss"]
+    adamw, found = losses.get("AdamW", {}), {}
+    for name, label in STUDIED.items():
+        if pairs := adamw.keys() & losses.get(label, {}).keys():
+            found[name] = statistics.fmean(losses[label][pair] - adamw[pair] for pair in pairs)
+    return found
 
 
 def _trained(name: str, o: cost.Options, model: cost.Model) -> bool:
