@@ -66,7 +66,8 @@ class Weights:
         if self._parallel.sharded or any(p.device.type != "cpu" for p in params):
             return None
         for p in params:
-            if p not in self._buffers:
+            last = self._buffers.get(p)
+            if last is None or last.shape != p.shape or last.dtype != p.dtype:  # model.float() between two steps, say
                 self._buffers[p] = torch.empty_like(p, requires_grad=False)
         return [self._buffers[p] for p in params]
 

@@ -206,6 +206,19 @@ def test_kept_gradient_survives_a_step_that_is_skipped_or_raises():
     assert reference.off_by(model, before) == 0
 
 
+# --- weights that are converted ---------------------------------------------------------------------------------------
+
+
+def test_model_may_be_converted_between_two_steps():
+    model, step = made()
+    step(batch_of())
+    model.float()
+    fresh = copy.deepcopy(model)
+    step.gradient(batch_of())
+    made(model=fresh)[1].gradient(batch_of())
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), fresh.parameters(), strict=True))
+
+
 # --- grad mode --------------------------------------------------------------------------------------------------------
 
 

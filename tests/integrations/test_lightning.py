@@ -269,3 +269,12 @@ def test_restored_micro_batches_go_to_the_modules_device(tmp_path):
     assert len(moved) == 4
     lightning_trainer(max_epochs=1).fit(Own(), loader(4), ckpt_path=tmp_path / "half.ckpt")
     assert len(moved) == 4 + 3 + 1
+
+
+def test_compiled_module_takes_the_same_step():
+    results = []
+    for wrap in (lambda model: model, lambda model: torch.compile(model, backend="eager")):
+        model = module()
+        lightning_trainer().fit(wrap(model), loader(2))
+        results.append(weights(model))
+    assert all(torch.allclose(x, results[1][name], atol=1e-7) for name, x in results[0].items())

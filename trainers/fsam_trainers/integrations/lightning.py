@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from fsam_core.errors import UserError
@@ -116,6 +117,7 @@ class FsamMixin:
             ]
         self._restored = None
 
+    @_disable_dynamo  # of a compiled module the forward pass is compiled by itself
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """The step's loss, None for a micro-batch that is kept for it."""
         module: Any = self
