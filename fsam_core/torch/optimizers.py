@@ -45,7 +45,17 @@ def groups(optimizers: Sequence[torch.optim.Optimizer]) -> dict[Any, dict[str, A
 
 
 def states(optimizers: Sequence[torch.optim.Optimizer], wanted: Sequence[Any]) -> list[Mapping[str, Any]]:
-    """What an optimizer keeps of each of these tensors; empty before the first step."""
+    """What an optimizer keeps of each of these tensors; empty before the first step.
+
+    Raises:
+        UserError: for a ZeroRedundancyOptimizer, whose state is not there for all of them.
+    """
+    for one in optimizers:
+        if hasattr(one, "consolidate_state_dict"):
+            raise UserError(
+                f"optimizer: {type(one).__name__} keeps the moments of a parameter on one rank alone, and this method "
+                "needs them on each; use fully_shard to save memory, or precondition=None and another ascent"
+            )
     owner = {p: one for one in optimizers for p in params([one])}
     return [owner[p].state.get(p, {}) for p in wanted]
 

@@ -8,7 +8,9 @@ import pickle
 import pytest
 import torch
 from loop_model import METHODS, RHO, Model, batch_of, features, made
-from torch.distributed.optim import _apply_optimizer_in_backward
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer, _apply_optimizer_in_backward
 
 from fsam_core.torch import AdamW, FunctionalSAM, LinearHead, Logits, MicroBatches, Plain, Step, UserError
 
@@ -112,6 +114,20 @@ def test_optimizers_in_the_backward_pass_are_refused():
     _apply_optimizer_in_backward(torch.optim.SGD, [model.mix.weight], {"lr": 0.1})
     with pytest.raises(UserError, match="1 parameters have post-accumulate-grad hooks or optimizers"):
         step(batch_of())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("method", [FunctionalSAM(RHO, precondition="adam"), FunctionalSAM(RHO, ascent="momentum")])
+def test_moments_that_other_ranks_have_are_refused(method):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(Model())
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=0.01)
+        with pytest.raises(UserError, match="ZeroRedundancyOptimizer keeps the moments of a parameter on one rank"):
+            Step(model, optimizer, method, features=features)(batch_of())
+        Step(model, optimizer, FunctionalSAM(RHO), features=features)(batch_of())
+    finally:
+        dist.destroy_process_group()
 
 
 # --- GradScaler -------------------------------------------------------------------------------------------------------
