@@ -13,7 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fsam_core.errors import UserError
+
 Slot = tuple[nn.Module, str]
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class State(NamedTuple):
@@ -28,12 +31,14 @@ class Replay:
 
     Only buffers that change are copied. Which do is seen in the first corrected step, by their values: writes through
     `.data` change no version. A buffer whose first change is in a later step is found by its version or its identity
-    and copied from the next step on.
+    and copied from the next step on. Parameters that are not trained may be too large to be copied; there a write is
+    refused, which the first corrected step sees by their sums.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._first: dict[Slot, tuple[Tensor, Tensor]] | None = None
+        self._frozen: dict[str, Tensor] = {}
         self._changing: set[Slot] | None = None
         self._versions: dict[Slot, tuple[int, int]] = {}
 
@@ -47,7 +52,7 @@ class Replay:
             wanted = {slot: wanted[slot] for slot in self._changing if slot in wanted}
         saved = {slot: (buffer, buffer.detach().clone()) for slot, buffer in wanted.items()}
         if self._changing is None and self._first is None:
-            self._first = saved
+            self._first, self._frozen = saved, self._frozen_sums()
         return State(generators, saved)
 
     @torch.no_grad()
@@ -84,14 +89,36 @@ class Replay:
         every = [(m, name, b) for m in self._model.modules() for name, b in m._buffers.items()]
         return {(m, name): b for m, name, b in every if b is not None and b.device.type != "meta"}
 
+    def _frozen_sums(self) -> dict[str, Tensor]:
+        """Of each parameter that is not trained the sum of its bits as integers, which shows a change by rounding, too.
+
+        A momentum encoder begins as a copy, and its first average is that copy but for rounding.
+        """
+        frozen = {name: p.detach() for name, p in self._model.named_parameters() if not p.requires_grad}
+        plain = {
+            name: x for name, x in frozen.items() if type(x) is Tensor and x.itemsize in INTEGERS and not x.is_meta
+        }
+        return {name: x.view(INTEGERS[x.itemsize]).sum(dtype=torch.int64) for name, x in plain.items()}
+
     def _settle(self) -> None:
-        """Find the buffers that the base pass has changed."""
+        """Find the buffers that the base pass has changed.
+
+        Raises:
+            UserError: for a parameter that is not trained and that the pass has written.
+        """
         now = self._buffers()
         if self._changing is None:
             if self._first is None:
                 return
+            frozen, now_frozen = self._frozen, self._frozen_sums()
+            written = [name for name in frozen if name in now_frozen and int(frozen[name]) != int(now_frozen[name])]
+            if written:
+                raise UserError(
+                    f"model: its forward pass writes {written[0]}, a parameter that is not trained, and would do so in "
+                    "both passes of a step; make it a buffer, or write it after the step"
+                )
             self._changing = {slot for slot, saved in self._first.items() if _has_changed(now.get(slot), *saved)}
-            self._first = None
+            self._first, self._frozen = None, {}
         else:
             self._changing |= {
                 slot for slot, seen in self._versions.items() if slot in now and _seen(now[slot]) != seen

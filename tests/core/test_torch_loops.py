@@ -24,6 +24,7 @@ from fsam_core.torch import (
     Plain,
     Schedule,
     Staged,
+    Step,
     UserError,
 )
 
@@ -313,3 +314,32 @@ def test_unseen_micro_batches_write_their_buffers():
     assert model.count == plain.count == 4
     for (name, x), y in zip(model.named_buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("as_buffer", [False, True])
+def test_teacher_that_the_forward_pass_writes_is_a_buffer_or_refused(as_buffer):
+    class Teaching(Model):
+        """A momentum encoder that moves in the forward pass, as in MoCo."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            teacher = self.mix.weight.detach().clone()
+            if as_buffer:
+                self.register_buffer("teacher", teacher)
+            else:
+                self.teacher = nn.Parameter(teacher, requires_grad=False)
+
+        def trunk(self, x):
+            self.teacher.data = 0.9 * self.teacher.data + 0.1 * self.mix.weight.data
+            return super().trunk(x) @ self.teacher
+
+    model = Teaching()
+    step = Step(model, torch.optim.SGD(model.parameters(), lr=0.1), SAM(RHO), features=features)
+    if not as_buffer:
+        with pytest.raises(UserError, match="forward pass writes teacher, a parameter that is not trained"):
+            step(batch_of())
+        return
+    for i in range(3):
+        before = model.teacher.clone(), model.mix.weight.detach().clone()
+        step(batch_of(i))
+        assert torch.allclose(model.teacher, 0.9 * before[0] + 0.1 * before[1], atol=1e-15)
