@@ -165,6 +165,19 @@ def test_weights_of_a_checkpoint_begin_a_new_run(tmp_path):
     assert model.fsam_step.steps == 1
 
 
+def test_checkpoint_of_a_plain_run_counts_its_steps(tmp_path):
+    class Plain(lightning_module()):
+        def training_step(self, batch, batch_idx):
+            return self(**batch).loss
+
+    before = lightning_trainer(max_epochs=1)
+    before.fit(Plain(), loader(3))
+    before.save_checkpoint(tmp_path / "plain.ckpt")
+    model = module(accumulate=1)
+    lightning_trainer(max_epochs=2).fit(model, loader(3), ckpt_path=tmp_path / "plain.ckpt")
+    assert model.fsam_step.steps == 6
+
+
 def test_schedules_are_the_modules_and_need_no_value_that_lightning_drops():
     def plateau(params):
         optimizer = torch.optim.SGD(params, lr=1.0)

@@ -151,7 +151,9 @@ class FsamMixin:
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
-        self._restored = checkpoint.get(KEY)
+        # A checkpoint of a plain run has no such state; its steps count all the same.
+        steps = checkpoint["global_step"] // max(1, len(checkpoint.get("optimizer_states", ())))
+        self._restored = checkpoint.get(KEY, {"step": {"steps": steps, "skipped_steps": 0}, "collected": []})
 
     def _optimizers(self) -> list[Any]:
         """Lightning's wrappers of the module's optimizers."""
