@@ -114,7 +114,9 @@ def test_quality_is_that_of_the_study():
     # The rows are those options on top of the ones that are given, and what was not trained has no loss.
     previous = {row["name"]: row["study"] for row in figures(CostOptions(all=True, ascent="previous"))["rows"]}
     found = {name: x for name, x in previous.items() if x is not None}
-    assert found == {name: rows[name] for name in ("fraction 1/8, part's ascent", "ascent previous", "ascent momentum")}
+    own = [name for name in rows if re.search("split|ascent", name) and name in found]
+    assert len(own) == 7
+    assert found == {name: rows[name] for name in own}  # those that say themselves which ascent they take
     assert {row["study"] for row in figures(CostOptions(budget=1.3, ascent="previous", start=0.5))["rows"]} == {None}
 
 
