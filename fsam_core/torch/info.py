@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from fsam_core.torch.parallel import Parallel
+from fsam_core.torch.perturbation import StepResult
 
 
 class Info(NamedTuple):
@@ -83,3 +86,29 @@ class Figures:
             done.synchronize()
         numbers = iter(values.tolist())
         return Info.of([next(numbers) if present else None for present in self._present])
+
+
+def over_ranks(
+    parallel: Parallel, result: StepResult, norm: Any, *, local: bool
+) -> tuple[Tensor, Any, Figures, Sequence[Any]]:
+    """(loss, ‖ĝ‖₂, all figures, the norms that the next step may use) over all ranks.
+
+    All ranks see the same, and so skip a step all or none.
+
+    Args:
+        norm: this rank's part of ‖ĝ‖₂ (`Parallel.local_norm`).
+        local: whether each rank's perturbation follows its own gradient.
+    """
+    reduce: Callable[..., list[Any]] = parallel.all_reduce_scalars
+    epsilon, norms = result.epsilon, list[Any]()
+    length, error = epsilon.length if epsilon else None, None
+    losses = result.loss, result.moved_loss
+    if local:
+        loss, moved, base, length, norm = reduce((*losses, result.base_norm, length), (norm,))
+    elif epsilon is None or epsilon.norms is None or epsilon.divisor is None:
+        loss, moved, base, norm = reduce(losses, (result.base_norm, norm))
+    else:
+        loss, moved, base, norm, length, *norms = reduce(losses, (result.base_norm, norm, length, *epsilon.norms))
+        error = (norms[1] / epsilon.divisor).masked_fill(epsilon.divisor == 0, 0) - 1
+    weight = result.weight if parallel.count == 1 else result.weight * parallel.count
+    return loss, norm, Figures(loss, moved, weight, base, norm, length, error), norms

@@ -17,11 +17,11 @@ from fsam_core.regions import in_torch
 from fsam_core.schedules import ALWAYS, Schedule
 from fsam_core.scopes import Blocks
 from fsam_core.split import micro_batches
-from fsam_core.torch import correction, gradients, heads, optimizers, passes, scope, update
+from fsam_core.torch import correction, gradients, optimizers, passes, scope, update
 from fsam_core.torch.carried import Carried
 from fsam_core.torch.gradient_sum import clear_gradients
 from fsam_core.torch.gradients import Gradients
-from fsam_core.torch.info import Figures, Info
+from fsam_core.torch.info import Info, over_ranks
 from fsam_core.torch.loss_scale import LossScale, Scaling, check_scaling
 from fsam_core.torch.parallel import Sync, detect_parallelism
 from fsam_core.torch.pass_config import Features, PassConfig
@@ -312,12 +312,10 @@ class Step:
             if kind == "reused":
                 g_hat = self._carried.reused(self._parallel, g_hat)
             norm = base_norm if kind == "plain" else gradients.local_norm(self._parallel, config.params, g_hat)
-            scalars, norms = self._reduced(result, norm, local)
-            weight = result.weight if self._parallel.count == 1 else result.weight * self._parallel.count
-            figures = Figures(*scalars[:2], weight, *scalars[2:])
-            found = Found(scalars[0], g_hat, scalars[3], figures, config, batches, figures.read() if read else None)
+            loss, norm, figures, norms = over_ranks(self._parallel, result, norm, local=local)
+            found = Found(loss, g_hat, norm, figures, config, batches, figures.read() if read else None)
             if found.info is not None and found.info.skipped:
-                self._explain(config, batches)
+                update.explain(found, self._replay)
         except BaseException:
             clear_gradients(config)
             self._parallel.reset()
@@ -355,7 +353,7 @@ class Step:
             info = found.figures.read()
             self._count(info)
             if info.skipped:
-                self._explain(found.config, found.batches)
+                update.explain(found, self._replay)
 
     def _plain(self, config: PassConfig, batches: list[Any]) -> StepResult:
         g_B, base = passes.loss_and_grad(config, batches)
@@ -377,23 +375,6 @@ class Step:
         )
         return correction.corrected(inputs, batches, local=local)
 
-    def _reduced(self, result: StepResult, norm: Any, local: bool) -> tuple[list[Any], Sequence[Any]]:
-        """(loss, perturbed loss, base norm, norm, ‖ε‖₂, its error) over all ranks, and the norms for the next step.
-
-        All ranks see the same, and so skip a step all or none.
-        """
-        losses, reduce, epsilon = (result.loss, result.moved_loss), self._parallel.all_reduce_scalars, result.epsilon
-        length = epsilon.length if epsilon else None
-        if local:
-            loss, moved, base, length, norm = reduce((*losses, result.base_norm, length), (norm,))
-            return [loss, moved, base, norm, length, None], ()
-        if epsilon is None or epsilon.norms is None or epsilon.divisor is None:
-            return [*reduce(losses, (result.base_norm, norm)), length, None], ()
-        *figures, length, ascent, now = reduce(losses, (result.base_norm, norm, length, *epsilon.norms))
-        assert now is not None
-        error = (now / epsilon.divisor).masked_fill(epsilon.divisor == 0, 0) - 1
-        return [*figures, length, error], (ascent, now)
-
     def _update(self, g_hat: Gradients, verdict: Verdict) -> None:
         if self._scaler is not None:
             gradients.write(update.for_scaler(g_hat, verdict, self._scale()), self._sparse)
@@ -414,11 +395,3 @@ class Step:
             device = next(self._parallel.inner.parameters()).device
             return self._scaler.scale(torch.ones((), device=device))
         return 1.0 if self._scaling is None else self._scaling.scale
-
-    def _explain(self, config: PassConfig, batches: list[Any]) -> None:
-        """Raise for labels and weights that cannot be right; on a CPU the pass itself has done so."""
-        if all(p.device.type == "cpu" for p in config.params):
-            return
-        with torch.no_grad(), self._replay.replayed():
-            for batch in batches:
-                heads.flat(config.call_features(batch), "now")

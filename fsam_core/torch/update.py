@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fsam_core.torch import gradients
+from fsam_core.torch import gradients, heads
 from fsam_core.torch.gradients import Gradients
 from fsam_core.torch.info import Figures, Info
 from fsam_core.torch.pass_config import PassConfig
+from fsam_core.torch.replay import Replay
 from fsam_kernels.torch.adamw import AdamW
 
 
@@ -31,6 +32,15 @@ class Found(NamedTuple):
     config: PassConfig
     batches: list[Any]
     info: Info | None
+
+
+def explain(found: Found, replay: Replay) -> None:
+    """Raise for labels and weights that cannot be right; on a CPU the pass itself has done so."""
+    if all(p.device.type == "cpu" for p in found.config.params):
+        return
+    with torch.no_grad(), replay.replayed():
+        for batch in found.batches:
+            heads.flat(found.config.call_features(batch), "now")
 
 
 class Verdict(NamedTuple):

@@ -102,7 +102,7 @@ def test_copied_step_has_counts_of_its_own(on_device):
 
 def test_late_skip_looks_for_wrong_labels(on_device, monkeypatch):
     explained = []
-    monkeypatch.setattr(Step, "_explain", lambda step, config, batches: explained.append(batches))
+    monkeypatch.setattr(update, "explain", lambda found, replay: explained.append(found.batches))
     step = made("own")[2]
     given = batch(0, broken=True)
     step(given)
