@@ -371,3 +371,16 @@ def test_bad_label_is_in_info_for_every_method(kind, fraction):
     assert (
         int(jax.jit(value_and_grad(plain_head, kind(RHO, fraction=fraction)))(params(), bad)[0][1].bad_label) == V + 2
     )
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize(
+    "method", [Plain(), SAM(RHO), FunctionalSAM(RHO), LogitSAM(RHO)], ids=lambda x: type(x).__name__
+)
+def test_batch_without_rows_has_a_loss_and_a_gradient_of_zero(method, jit):
+    grad = value_and_grad(lambda p, b: LinearHead(b["x"] @ p["a"], p["w"], b["y"]), method)
+    params = {"a": jnp.ones((6, 5)), "w": jnp.ones((7, 5))}
+    none = {"x": jnp.zeros((0, 6)), "y": jnp.zeros(0, jnp.int32)}
+    (loss, info), got = (jax.jit(grad) if jit else grad)(params, none)
+    assert (float(loss), float(info.weight), bool(info.finite)) == (0, 0, True)
+    assert not any(x.any() for x in jax.tree.leaves(got))

@@ -37,7 +37,7 @@ def count(N: int, row_bytes: int, chunk_bytes: int | None) -> int:
     """
     budget = default_chunk_bytes(traced_for()) if chunk_bytes is None else chunk_bytes
     rows = max(1, budget // row_bytes)
-    least = -(-N // rows)
+    least = max(1, -(-N // rows))  # also of no rows at all
     return next((m for m in range(least, min(2 * least, N) + 1) if N % m == 0), least)
 
 
