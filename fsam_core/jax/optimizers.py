@@ -19,10 +19,11 @@ PROBE = 1e-12
 
 
 class AdamState(NamedTuple):
-    """One Adam state, and the b2 of its optimizer if the optax state holds it (`optax.inject_hyperparams`)."""
+    """One Adam state, and b2 and eps of its optimizer if the optax state holds them (`optax.inject_hyperparams`)."""
 
     state: optax.ScaleByAdamState
-    b2: Any
+    b2: Any = None
+    eps: Any = None
 
 
 class Moments(NamedTuple):
@@ -49,7 +50,7 @@ def adam_states(opt_state: Any) -> list[AdamState]:
     Raises:
         UserError: if there is none.
     """
-    found = _find(opt_state, None)
+    found = _find(opt_state, {})
     if not found:
         got = "None" if opt_state is None else f"none in {type(opt_state).__name__}"
         raise UserError(f"opt_state must hold an Adam state ({KINDS}), got {got}")
@@ -81,11 +82,17 @@ def moments(opt_state: Any, params: Any, mask: Any, purpose: str) -> Moments:
     states = adam_states(opt_state)
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
     held = [[dict(_by_path(x.state.mu)), dict(_by_path(x.state.nu))] for x in states]
+    keys = [jax.tree_util.keystr(path) for path, _ in leaves]
+    known = [key for _, second in held for key in second]
+    if known and set(known).isdisjoint(keys):
+        raise UserError(
+            f"opt_state: its Adam state is not of these params: it holds {known[0] or 'one array for all'}, and they "
+            f"{keys[0]}; pass the one from tx.init(params), and no optax.flatten"
+        )
     moves = [True] * len(leaves) if mask is None else jax.tree.leaves(mask)
     owners: list[int | None] = []
     mu, nu = [], []
-    for name, (path, p), move in zip(trees.names(params), leaves, moves, strict=True):
-        key = jax.tree_util.keystr(path)
+    for name, key, (_, p), move in zip(trees.names(params), keys, leaves, moves, strict=True):
         own = [i for i, (_, second) in enumerate(held) if key in second]
         if len(own) > 1:
             raise UserError(
@@ -108,23 +115,32 @@ def moments(opt_state: Any, params: Any, mask: Any, purpose: str) -> Moments:
     return Moments(states, owners, jax.tree.unflatten(tree, mu), jax.tree.unflatten(tree, nu))
 
 
-def b2_of(found: AdamState, given: float | None) -> Any:
-    """The b2 of an Adam state: the one it holds, or the one that `value_and_grad` was given.
+def b2_and_eps(found: AdamState, b2: float | None, eps: float | None) -> tuple[Any, Any]:
+    """Those of an Adam state: the ones it holds, or else the ones that `value_and_grad` was given; eps or else optax's.
 
     Raises:
-        UserError: if there is neither, or if they differ and both are known.
+        UserError: without a b2, or where one that is held and known differs from the one given.
     """
-    if found.b2 is None or isinstance(found.b2, jax.core.Tracer):
-        if found.b2 is None and given is None:
-            raise UserError(
-                "b2 is missing: precondition='adam' needs the b2 of your optax.adamw, which its state does not hold; "
-                "give value_and_grad b2=0.95, say"
-            )
-        return given if found.b2 is None else found.b2
-    held = float(found.b2)
-    if given is not None and not math.isclose(held, given, rel_tol=1e-5):
-        raise UserError(f"b2: got {given}, and opt_state holds {held:.6g}; leave b2 out, or make them equal")
-    return held if given is None else given
+    b2, eps = (
+        _agreed("b2", found.b2, b2, 1e-5),
+        _agreed("eps", found.eps, eps, 1e-2),
+    )  # optax rounds to the params' dtype
+    if b2 is None:
+        raise UserError(
+            "b2 is missing: precondition='adam' needs the b2 of your optax.adamw, which its state does not hold; "
+            "give value_and_grad b2=0.95, say"
+        )
+    return b2, 1e-8 if eps is None else eps
+
+
+def _agreed(name: str, held: Any, given: float | None, tolerance: float) -> Any:
+    if held is None or isinstance(held, jax.core.Tracer):
+        return given if held is None else held
+    if given is not None and not math.isclose(float(held), given, rel_tol=tolerance):
+        raise UserError(
+            f"{name}: got {given}, and opt_state holds {float(held):.6g}; leave {name} out, or make them equal"
+        )
+    return float(held) if given is None else given
 
 
 def probed(tx: optax.GradientTransformation, params: Any) -> list[float | None]:
@@ -169,15 +185,15 @@ def warn_of_accumulation(opt_state: Any) -> None:
         )
 
 
-def _find(opt_state: Any, b2: Any) -> list[AdamState]:
+def _find(opt_state: Any, held: dict[str, Any]) -> list[AdamState]:
     is_adam = lambda x: isinstance(x, optax.ScaleByAdamState)
     is_injected = lambda x: hasattr(x, "hyperparams") and hasattr(x, "inner_state")
     found = []
     for x in jax.tree.leaves(opt_state, is_leaf=lambda x: is_adam(x) or is_injected(x)):
         if is_adam(x):
-            found.append(AdamState(x, b2))
+            found.append(AdamState(x, held.get("b2"), held.get("eps")))
         elif is_injected(x):
-            found += _find(x.inner_state, x.hyperparams.get("b2", b2))
+            found += _find(x.inner_state, {**held, **x.hyperparams})
     return found
 
 

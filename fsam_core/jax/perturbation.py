@@ -22,7 +22,7 @@ class Adam(NamedTuple):
 
     b2: Sequence[float | None] | float | None
     """One for all Adam states, or one for each."""
-    eps: float
+    eps: float | None
     clip_norm: float | None
 
 
@@ -209,10 +209,11 @@ def _v_hat(a: Params, v: Params, groups: Sequence[tuple[Any, Any]]) -> Params:
 def _settings(inputs: StepInputs, held: optimizers.Moments, index: int) -> Any:
     """The backend's settings of the direction, for the leaves that an Adam state holds."""
     adam, found, current = inputs.adam, held.states[index], inputs.method.second_moment == "current"
-    b2 = optimizers.b2_of(found, adam.b2[index] if isinstance(adam.b2, Sequence) else adam.b2)
+    b2 = adam.b2[index] if isinstance(adam.b2, Sequence) else adam.b2
+    b2, eps = optimizers.b2_and_eps(found, b2, adam.eps)
     used = found.state.count + current  # the number of gradients in the moment
     with regions.in_jax("norm"):
-        return inputs.config.ops.Adam(b2, adam.eps, jnp.where(used > 0, 1 - b2**used, 1), current)
+        return inputs.config.ops.Adam(b2, eps, jnp.where(used > 0, 1 - b2**used, 1), current)
 
 
 def steps_of(opt_state: Any) -> Any:

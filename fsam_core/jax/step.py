@@ -84,7 +84,7 @@ def value_and_grad(
     method: Method,
     *,
     b2: float | None = None,
-    eps: float = 1e-8,
+    eps: float | None = None,
     clip_norm: float | None = None,
     has_aux: bool = False,
     optimizer: optax.GradientTransformation | None = None,
@@ -101,8 +101,8 @@ def value_and_grad(
         features: (params, batch) -> `LinearHead`, `Outputs`, `Logits` or `Heads`. It is called at θ on the whole batch
             and at θ+ε on S; a `Staged` shares between the passes the part that the method's scope does not perturb.
         method: one of `Plain`, `SAM`, `FunctionalSAM`, `LogitSAM`.
-        b2, eps: those of the optax Adam that receives the gradient. `b2` is required with precondition="adam", unless
-            the optax state holds it (`optax.inject_hyperparams`) or `optimizer` is given.
+        b2, eps: those of the optax Adam that receives the gradient, unless the optax state holds them
+            (`optax.inject_hyperparams`). `b2` is then required with precondition="adam", or `optimizer`; eps is 1e-8.
         clip_norm: the global norm that the gradient is clipped to before the update, by the optax chain. The ascent
             direction takes it into account; the returned gradient is not clipped.
         has_aux: `features` returns (head, aux), aux any tree of arrays. The aux of the pass at θ is returned.

@@ -93,7 +93,7 @@ def second_moments(state) -> dict:
 
 
 def test_each_adam_has_its_own_b2_and_count():
-    injected = lambda b2: optax.inject_hyperparams(optax.adamw)(1e-2, b2=b2)
+    injected = lambda b2: optax.inject_hyperparams(optax.adamw)(1e-2, b2=b2, eps=EPS)
     p, state = after(TWO["partition"](injected(0.9), injected(0.99)), params())
     states = state.inner_states
     late = states["head"].inner_state
@@ -146,17 +146,39 @@ def test_state_of_other_shapes_is_refused():
         value_and_grad(features, ADAM, b2=0.9)(params(), batch(), other)
 
 
+@pytest.mark.parametrize(
+    ("init", "held"),
+    [
+        (lambda p: optax.flatten(optax.adamw(1e-2)).init(p), "one array for all"),
+        (lambda p: optax.adamw(1e-2).init({"model": p}), r"\['model'\]\['a'\]"),
+    ],
+    ids=["flatten", "nested"],
+)
+def test_state_of_another_tree_is_refused(init, held):
+    with pytest.raises(UserError, match=rf"not of these params: it holds {held}, and they \['a'\]; pass the one from"):
+        value_and_grad(features, ADAM, b2=0.9)(params(), batch(), init(params()))
+
+
 # --- b2 ---------------------------------------------------------------------------------------------------------------
 
 
 def test_b2_is_read_where_the_state_holds_it():
-    p, state = after(optax.inject_hyperparams(optax.adamw)(1e-2, b2=0.9), params())
+    p, state = after(optax.inject_hyperparams(optax.adamw)(1e-2, b2=0.9, eps=EPS), params())
     held = {k: (v, 0.9, 3) for k, v in second_moments(state).items()}
     for call in (lambda f: f, jax.jit):
         got = call(value_and_grad(features, ADAM, eps=EPS))(p, batch(), state)[1]
         assert distance(got, by_hand(p, batch(), held)[0]) < 1e-6
     with pytest.raises(UserError, match=r"b2: got 0.95, and opt_state holds 0.9; leave b2 out"):
         value_and_grad(features, ADAM, b2=0.95)(p, batch(), state)
+
+
+@pytest.mark.parametrize("call", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_eps_is_read_where_the_state_holds_it(call):
+    p, state = after(optax.inject_hyperparams(optax.adamw)(1e-2, b2=0.9, eps=EPS), params())
+    held = {k: (v, 0.9, 3) for k, v in second_moments(state).items()}
+    assert distance(call(value_and_grad(features, ADAM))(p, batch(), state)[1], by_hand(p, batch(), held)[0]) < 1e-6
+    with pytest.raises(UserError, match=r"eps: got 0.001, and opt_state holds 1e-06; leave eps out"):
+        value_and_grad(features, ADAM, eps=1e-3)(p, batch(), state)
 
 
 def test_optimizer_shows_its_b2():
