@@ -46,6 +46,9 @@ def test_a_run_that_stopped_early_shows_how_far_it_is(text, tmp_path, capsys):
     capsys.readouterr()
     assert fsam("runs", tmp_path) == 0
     assert "5 of 8" in capsys.readouterr().out
+    (run / "checkpoints" / "step_00000005" / "run.json").write_text('{"settings": ')
+    assert fsam("runs", tmp_path) == 0
+    assert "4 of 8" in capsys.readouterr().out  # from where the run would resume
 
 
 def test_a_folder_without_runs_says_so(tmp_path, capsys):

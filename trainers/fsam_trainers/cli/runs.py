@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -75,19 +76,27 @@ def found(folder: Path) -> Iterator[Path]:
 
 
 def row_of(run: Path, below: Path) -> dict[str, Any]:
-    """What a run's newest checkpoint and metrics say; None for what they do not."""
+    """What a run's newest checkpoint that can be read and its metrics say; None for what they do not."""
     names = ("method", "framework", "params", "seed", "step", "steps", "train_loss", "val_loss", "saved")
     row: dict[str, Any] = {"run": str(run.relative_to(below)), **dict.fromkeys(names)}
     # Not verified: that would read every byte of every checkpoint.
-    for newest in checkpoints.folders(run / "checkpoints")[-1:]:
-        try:
-            described = json.loads((newest / "run.json").read_text(encoding="utf-8"))
-            settings, progress = described["settings"], described["progress"]
-            row |= {name: settings[name] for name in ("method", "framework", "seed", "steps")}
-            row |= {"params": config_of(settings["model"]).parameters, "step": progress["step"]}
-            row |= {"val_loss": progress["val_loss"], "saved": (newest / "run.json").stat().st_mtime}
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
+    for folder in reversed(checkpoints.folders(run / "checkpoints")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            row |= _described(folder / "run.json")
+            break
     lines = metrics.read(run / "metrics.jsonl")
     losses = [x["loss"] for x in lines if x.get("loss") is not None][-20:]
     return row | {"train_loss": statistics.fmean(losses) if losses else None}
+
+
+def _described(file: Path) -> dict[str, Any]:
+    """The part of a row that a checkpoint's run.json has."""
+    described = json.loads(file.read_text(encoding="utf-8"))
+    settings, progress = described["settings"], described["progress"]
+    return {
+        **{name: settings[name] for name in ("method", "framework", "seed", "steps")},
+        "params": config_of(settings["model"]).parameters,
+        "step": progress["step"],
+        "val_loss": progress["val_loss"],
+        "saved": file.stat().st_mtime,
+    }
