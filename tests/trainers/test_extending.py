@@ -163,6 +163,7 @@ def test_branch_that_does_not_fit_is_refused(text, tmp_path, capsys):
         (f"{tmp_path / 'base'}@5", (), "holds no checkpoint of step 5; there are: 4, 8"),
         (f"{tmp_path / 'base'}@8", (), "--steps must be more than the 8"),
         (f"{tmp_path / 'base'}@4", ("--seed", 1), "seed 0 (now 1)"),
+        (f"{tmp_path / 'base'}@4", ("--init-from", tmp_path / "base"), "--init-from: got "),
         (f"{tmp_path / 'base'}@4", ("--width", 8), "model.width 16 (now 8)"),
         (f"{tmp_path / 'base'}@4", ("--framework", "jax"), "framework 'torch' (now 'jax')"),
     ):

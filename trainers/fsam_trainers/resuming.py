@@ -114,6 +114,11 @@ def _branch(point: BranchPoint, settings: Settings, data: str) -> Start:
     found = checkpoints.at(point.run / "checkpoints", point.step)
     source, here = _settings(found), settings.as_dict()
     own = {f.name for f in dataclasses.fields(Settings)} - set(SHARED)
+    if settings.init_from != source.init_from:
+        raise UserError(
+            f"--init-from: got {settings.init_from}, and a branch starts with the weights of its checkpoint {point.run}"
+            f"@{point.step}; give it or --branch-from"
+        )
     if changed := difference(here, source.as_dict(), ignored=own):
         raise UserError(f"--branch-from: {point.run} is a run with {changed}; a branch keeps that")
     if data != found.run["data"]:
