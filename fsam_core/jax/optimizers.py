@@ -121,10 +121,8 @@ def b2_and_eps(found: AdamState, b2: float | None, eps: float | None) -> tuple[A
     Raises:
         UserError: without a b2, or where one that is held and known differs from the one given.
     """
-    b2, eps = (
-        _agreed("b2", found.b2, b2, 1e-5),
-        _agreed("eps", found.eps, eps, 1e-2),
-    )  # optax rounds to the params' dtype
+    b2 = _agreed("b2", found.b2, b2, 1e-5)
+    eps = _agreed("eps", found.eps, eps, 1e-2)  # optax may hold it in bfloat16, as the params
     if b2 is None:
         raise UserError(
             "b2 is missing: precondition='adam' needs the b2 of your optax.adamw, which its state does not hold; "
