@@ -77,6 +77,7 @@ SAVINGS = EIGHTHS | {
 }
 PERTURBED = NOISE | WHOLE | PART | SPLITS | OTHERS
 SOME = {name: PERTURBED[name] for name in ("noise", "SAM", "functional", "functional, 1/4", "precond-SAM, split 1/2")}
+FUNCTIONALS = {name: PERTURBED[name] for name in ("functional", "functional, 1/4")}
 MORE = SOME | {name: PERTURBED[name] for name in ("precond-SAM", "functional, split 1/4")}
 
 
@@ -112,8 +113,8 @@ class Regime:
         evaluations: along a run.
         rivals: the rows whose option is tuned before the others, in this order: learning rate, weight decay, dropout.
         alone, on_decay: rows by themselves, and on top of the tuned decay.
-        at_equal_time: whether rows that cost more than AdamW are trained with fewer steps, too. They need it only where
-            AdamW's loss rises before the end: elsewhere a row that is not better with as many steps is not with fewer.
+        equal_time: rows of `alone` that are trained with fewer steps, too, if they cost more than AdamW. Where AdamW's
+            loss falls to the end, only those that are better with as many steps: others are not with fewer.
         base: AdamW's own run that each run starts from: its steps, data and tokens.
         late: the share of the base's steps that each run repeats, from the base's checkpoint; 0 for a run of its own.
         tuning: the length of the runs that tune, relative to that of the others.
@@ -131,7 +132,7 @@ class Regime:
     rivals: dict[str, Row] = field(default_factory=lambda: RIVALS)
     alone: dict[str, Row] = field(default_factory=dict)
     on_decay: dict[str, Row] = field(default_factory=dict)
-    at_equal_time: bool = False
+    equal_time: dict[str, Row] = field(default_factory=dict)
     base: tuple[str, int | None, int] | None = None
     late: float = 0.0
     tuning: float = 1.0
@@ -146,7 +147,7 @@ class Regime:
 REGIMES = {
     "scarce": Regime(
         "Many passes over 8,000 tokens", SMALL, "python", 8_000, 160,
-        alone=AVERAGE | PERTURBED | SAVINGS, on_decay=AVERAGE | PERTURBED | EIGHTHS, at_equal_time=True,
+        alone=AVERAGE | PERTURBED | SAVINGS, on_decay=AVERAGE | PERTURBED | EIGHTHS, equal_time=PERTURBED | SAVINGS,
         leading=(
             ADAMW, DECAY, "AdamW, dropout", "SAM", "functional, 1/4", "functional, 1/8",
             *(f"{name}{how}" for name in EIGHTHS for how in ("", ", equal time")),
@@ -154,8 +155,8 @@ REGIMES = {
     ),
     "repeated": Regime(
         "Seven passes over 100,000 tokens", SMALL, "python", 100_000, 700,
-        alone=AVERAGE | PERTURBED, on_decay=AVERAGE | SOME | LAST_QUARTER,
-        leading=(ADAMW, DECAY, "last quarter", "last quarter, on decay"),
+        alone=AVERAGE | PERTURBED, on_decay=AVERAGE | SOME | LAST_QUARTER, equal_time=LAST_QUARTER,
+        leading=(ADAMW, DECAY, "last quarter", "last quarter, on decay", "last quarter, equal time"),
     ),
     "one-pass": Regime(
         "One pass over 5 million tokens", SMALL, "packages", 5_000_000, 4_880,
@@ -164,8 +165,8 @@ REGIMES = {
     "fine-tuning": Regime(
         "Fine-tuning: 16 passes over 8,000 tokens of prose, from a base trained on Python", SMALL, "prose", 8_000, 125,
         rivals=RIVALS | {ADAMW: Row("adamw", {}, "learning_rate", (2.5e-4, 5e-4, 1e-3, 2e-3))},
-        alone=AVERAGE | MORE, on_decay=AVERAGE | MORE, base=("python", 1_000_000, 2_000),
-        leading=(ADAMW, DECAY, *(f"{x}{on}" for x in ("functional", "functional, 1/4") for on in ("", ", on decay"))),
+        alone=AVERAGE | MORE, on_decay=AVERAGE | MORE, equal_time=FUNCTIONALS, base=("python", 1_000_000, 2_000),
+        leading=(ADAMW, DECAY, *(f"{x}{how}" for x in FUNCTIONALS for how in ("", ", on decay", ", equal time"))),
     ),
     "late": Regime(
         "The last 8 % of a run of 217 tokens a parameter", SMALLEST, "packages", 20_500_000, 20_000,
@@ -190,10 +191,9 @@ def entries(regime: Regime) -> Iterator[Entry]:
         yield Entry(label, row)
     for label, row in regime.on_decay.items():
         yield Entry(f"{label}, on decay", row, on_decay=True)
-    if regime.at_equal_time:
-        for label, row in regime.alone.items():
-            if cost_ratio(settings_of(regime, row, {}, 0)) > SAME_PRICE:
-                yield Entry(f"{label}, equal time", row, equal_time=True)
+    for label, row in regime.equal_time.items():
+        if cost_ratio(settings_of(regime, row, {}, 0)) > SAME_PRICE:
+            yield Entry(f"{label}, equal time", row, equal_time=True)
 
 
 def settings_of(regime: Regime, row: Row, values: dict[str, float], seed: int, steps: int | None = None) -> Settings:

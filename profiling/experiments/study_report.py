@@ -256,7 +256,7 @@ def _section(name: str, rows: Rows, figure: Any) -> html.Section:
 
 def _table(name: str, rows: Rows) -> Table:
     """The headings, and the cells of each row."""
-    stacked, timed = bool(REGIMES[name].on_decay), REGIMES[name].at_equal_time
+    stacked, timed = bool(REGIMES[name].on_decay), bool(REGIMES[name].equal_time)
     head = ["", "tuned", "x AdamW", "loss at the end", "best", "to AdamW"]
     head += ["on decay, to that alone"] * stacked + ["equal time, to AdamW"] * timed
     lines = []

@@ -20,7 +20,8 @@ from fsam_core import UserError
 from fsam_trainers.tuning import Stopped
 from study_plan import ADAMW, DECAY, REGIMES, SMALL, TUNING_SEED, Entry, Regime, Row, entries, settings_of
 
-PLAN = Regime("A test", SMALL, "python", 8_000, 160, alone={"SAM": Row("sam", {})}, at_equal_time=True, seeds=2)
+SAM = {"SAM": Row("sam", {})}
+PLAN = Regime("A test", SMALL, "python", 8_000, 160, alone=SAM, equal_time=SAM, seeds=2)
 
 
 @pytest.fixture
