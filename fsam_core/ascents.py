@@ -1,8 +1,8 @@
 """Ascents: the vector a that replaces the gradient in the perturbation, d = P a.
 
 The published methods use the gradient of the batch. An ascent that is known before the step is cheaper, because the
-exact method then needs no base backward pass. It loses quality (docs/results/study.md): a functional correction works
-on the batch whose gradient the ascent follows. A new ascent is an `Ascent` of one's own:
+exact method then needs no base backward pass. What it loses is within the intervals of docs/results/study.md. A new
+ascent is an `Ascent` of one's own:
 
     surprise = Ascent("surprise", lambda seen: seen.map(lambda g, m: g - m, seen.gradient, seen.momentum))
     method = FunctionalSAM(rho=0.5, precondition="adam", ascent=surprise)
