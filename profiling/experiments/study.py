@@ -148,7 +148,7 @@ def tune_entry(runs: Runs, entry: Entry, given: dict[str, float], deadline: floa
 
     def candidate_of(point: Values) -> Candidate:
         tried = {name: float(value) for name, value in point}
-        steps = round(regime.steps * regime.tuning)
+        steps = round(regime.steps * (regime.tuning_rho if row.tunes == "rho" else 1))
         return Candidate(settings_of(regime, row, {**given, **tried}, TUNING_SEED, steps), Path(text(point)))
 
     best = tune({row.tunes: row.values}, candidate_of, loss_at, Console(quiet=True))

@@ -237,7 +237,7 @@ def _sizes(regime: Regime, rows: Rows) -> str:
     """What its runs have in common."""
     size = f"{regime.model.parameters / 1e3:,.0f}k parameters, {regime.steps:,} steps of {regime.batch} sequences"
     more = f" ({LEADING_SEEDS} in the differences of {len(regime.leading)} rows)" if regime.leading else ""
-    tuned = f" Tuned in {regime.tuning * regime.steps:,.0f} steps." if regime.tuning < 1 else ""
+    tuned = f" ρ tuned in {regime.tuning_rho * regime.steps:,.0f} steps." if regime.tuning_rho < 1 else ""
     return f"{size}, {regime.seeds} seeds{more}.{tuned}" + (f" Text: {regime.data}." if rows.get(ADAMW) else "")
 
 

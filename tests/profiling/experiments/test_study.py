@@ -77,10 +77,12 @@ def test_a_row_is_tuned_with_a_seed_of_its_own(runs):
 
 def test_shorter_runs_tune(runs, monkeypatch):
     found, trained = runs
-    monkeypatch.setitem(REGIMES, "test", dataclasses.replace(PLAN, tuning=1 / 4))
+    monkeypatch.setitem(REGIMES, "test", dataclasses.replace(PLAN, tuning_rho=1 / 4))
     assert study.train_entry(found, Entry("SAM", Row("sam", {})), {}, {}, math.inf) == {"rho": 0.4}
-    assert {steps for seed, *_, steps in trained if seed == TUNING_SEED} == {40}
     assert trained[-2:] == [(0, 0.4, 160, 160), (1, 0.4, 160, 160)]
+    assert {steps for seed, *_, steps in trained if seed == TUNING_SEED} == {40}
+    study.tune_entry(found, Entry(ADAMW, study_plan.RIVALS[ADAMW]), {}, math.inf)
+    assert trained[-1][-1] == 160  # AdamW's options depend more on the length
 
 
 def test_a_finished_run_is_not_repeated(runs):
