@@ -43,6 +43,11 @@ RIVALS = {
     DECAY: Row("adamw", {}, "weight_decay", (0.3, 1.0, 3.0, 10.0)),
     "AdamW, dropout": Row("adamw", {}, "dropout", (0.05, 0.1, 0.2, 0.4)),
 }
+# What fewer steps do by themselves: the rows at equal time have them, too.
+FEWER = {
+    "10 % fewer steps": Row("adamw", {"more": -0.1}, "", ()),
+    "half of the steps": Row("adamw", {"more": -0.5}, "", ()),
+}
 AVERAGE = {"average of the weights": Row("adamw", {"ema": 0.98}, "", ())}
 # ε of the noise has so many times the length of one along the gradient.
 NOISE = {"noise": Row("sam", {"ascent": "random"}, values=(0.5, 1.0, 2.0, 4.0))}
@@ -148,9 +153,10 @@ class Regime:
 REGIMES = {
     "scarce": Regime(
         "Many passes over 8,000 tokens", SMALL, "python", 8_000, 160,
-        alone=AVERAGE | PERTURBED | SAVINGS, on_decay=AVERAGE | PERTURBED | EIGHTHS, equal_time=PERTURBED | SAVINGS,
+        alone=FEWER | AVERAGE | PERTURBED | SAVINGS, on_decay=AVERAGE | PERTURBED | EIGHTHS,
+        equal_time=PERTURBED | SAVINGS,
         leading=(
-            ADAMW, DECAY, "AdamW, dropout", "SAM", "functional, 1/4", "functional, 1/8",
+            ADAMW, DECAY, "AdamW, dropout", "SAM", "functional, 1/4", "functional, 1/8", *FEWER,
             *(f"{name}{how}" for name in EIGHTHS for how in ("", ", equal time")),
         ),
     ),
@@ -167,8 +173,11 @@ REGIMES = {
     "fine-tuning": Regime(
         "Fine-tuning: 16 passes over 8,000 tokens of prose, from a base trained on Python", SMALL, "prose", 8_000, 125,
         rivals=RIVALS | {ADAMW: Row("adamw", {}, "learning_rate", (2.5e-4, 5e-4, 1e-3, 2e-3))},
-        alone=AVERAGE | MORE, on_decay=AVERAGE | MORE, equal_time=FUNCTIONALS, base=("python", 1_000_000, 2_000),
-        leading=(ADAMW, DECAY, *(f"{x}{how}" for x in FUNCTIONALS for how in ("", ", on decay", ", equal time"))),
+        base=("python", 1_000_000, 2_000),
+        alone=FEWER | AVERAGE | MORE, on_decay=AVERAGE | MORE, equal_time=FUNCTIONALS,
+        leading=(
+            ADAMW, DECAY, *FEWER, *(f"{x}{how}" for x in FUNCTIONALS for how in ("", ", on decay", ", equal time")),
+        ),
     ),
     "late": Regime(
         "The last 8 % of a run of 217 tokens a parameter", SMALLEST, "packages", 20_500_000, 20_000,

@@ -43,8 +43,9 @@ HOW = (
 BEST = (
     "The best row of each regime, as its difference to AdamW in the loss at the end, and “none” where no row is "
     "better. Usual means are weight decay, dropout, averages, noise, longer training and training at 4 bits. At equal "
-    "time a row that costs more has as many fewer steps; where such runs were not trained, only rows at AdamW's price "
-    "count. The best of many rows looks better than it is."
+    "time a row that costs more has as many fewer steps, which may help by themselves, as AdamW's own rows with fewer "
+    "steps show; where such runs were not trained, only rows at AdamW's price count. The best of many rows looks "
+    "better than it is."
 )
 Line = dict[str, Any]
 Rows = dict[str, dict[int, Line]]
