@@ -102,16 +102,16 @@ def _regime(study: Study, runs: Runs, deadline: float, console: Console) -> None
 
 
 def _train_rows(pool: ProcessPoolExecutor, runs: Runs, deadline: float, console: Console) -> None:
-    """Tune the rivals one after another, as each depends on the ones before, then train all rows at once."""
+    """Tune AdamW's learning rate, then the decay that other rows stand on, then everything else at once."""
     regime, tuned = runs.regime, dict[str, dict[str, float]]()
     if regime.base:
         tunes = any(entry.row.tunes for entry in entries(regime))
         every = max((regime.seeds_of(entry.label) for entry in entries(regime)), key=len)
         for _ in pool.map(runs.base, [*every, *[TUNING_SEED] * tunes]):
             console.say(f"{runs.name}: a base")
-    for label, row in regime.rivals.items():
+    for label in [ADAMW] * bool(regime.rivals) + [DECAY] * bool(regime.on_decay):
         rate = tuned.get(ADAMW, {})
-        tuned[label] = pool.submit(tune_entry, runs, Entry(label, row), rate, deadline).result()
+        tuned[label] = pool.submit(tune_entry, runs, Entry(label, regime.rivals[label]), rate, deadline).result()
         console.say(f"{runs.name}: {label} {tuned[label]}")
     base, decayed = tuned.get(ADAMW, {}), {**tuned.get(ADAMW, {}), **tuned.get(DECAY, {})}
     # A row at equal time has the ρ of the row by itself.

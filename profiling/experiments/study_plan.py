@@ -116,7 +116,7 @@ class Regime:
         data: "python", "packages", or "prose" (`study_data`).
         max_tokens: of training text; None for all of it.
         evaluations: along a run.
-        rivals: the rows whose option is tuned before the others, in this order: learning rate, weight decay, dropout.
+        rivals: AdamW with one of its own options tuned. The learning rate is also that of all other rows.
         alone, on_decay: rows by themselves, and on top of the tuned decay.
         equal_time: rows of `alone` that are trained with fewer steps, too, if they cost more than AdamW. Where AdamW's
             loss falls to the end, only those that are better with as many steps: others are not with fewer.
