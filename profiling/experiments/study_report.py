@@ -184,6 +184,7 @@ def summary(found: dict[str, Rows]) -> Table:
         timed = lambda row, of=of: of(row) if row.cost <= SAME_PRICE else row.equal_time
         ours = [x for x in known if not _is_usual(regime, x.label)]
         what = ", loss after rounding to 4 bits" if regime.late else ""
+        what += " (unfinished)" if _missing(name, rows) else ""
         cells = [_best((x, of(x)) for x in known if x not in ours)]
         cells += [_best((x, of(x)) for x in ours), _best((x, timed(x)) for x in ours)]
         cells += [_best((x, x.to_decay) for x in ours) if regime.on_decay else "–"]

@@ -142,7 +142,7 @@ def test_the_page_has_paired_differences_and_counts_what_is_missing(tmp_path):
     )
     assert f"| {DECAY} |  | 1.00 | 6.500 | 6.000 | +0.000 ± 0.248, no difference | – | – |" in text
     assert "+0.100 (one seed)" in text
-    assert f"| {REGIMES['scarce'].title} | none | SAM: -1.000 ± 0.025 | none | none |" in text  # SAM costs two steps
+    assert f"| {REGIMES['scarce'].title} (unfinished) | none | SAM: -1.000 ± 0.025 | none | none |" in text
     regime = REGIMES["scarce"]
     total = sum(len(regime.seeds_of(entry.label)) for entry in entries(regime))
     assert total == regime.seeds * len(list(entries(regime))) + 2 * len(regime.leading)
@@ -162,7 +162,7 @@ def test_a_late_phase_is_compared_by_what_comes_after(tmp_path):
     study_report.write(tmp_path, tmp_path)
     text = (tmp_path / "study.md").read_text()
     old = 6.2 + (4.9 - 4.5) / (4.9 - 4.3) * 0.2  # where it has learned as much as AdamW at its middle rate
-    rounded = f"| {REGIMES['late'].title}, loss after rounding to 4 bits | none | none | none | – |"
+    rounded = f"| {REGIMES['late'].title}, loss after rounding to 4 bits (unfinished) | none | none | none | – |"
     assert rounded in text
     assert f"| SAM | +0.100 ± 0.000, worse | {old - 6.6:+.3f} ± 0.000, better |" in text
 
