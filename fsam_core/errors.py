@@ -27,6 +27,11 @@ def is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is an int or a float, and no truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def numpy_to_python(options: Any) -> None:
     """Turn the NumPy scalars among a dataclass's fields into Python's numbers.
 

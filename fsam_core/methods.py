@@ -39,7 +39,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from fsam_core import ascents, scopes
 from fsam_core.ascents import Ascent
-from fsam_core.errors import UserError, check_choice, is_whole, numpy_to_python
+from fsam_core.errors import UserError, check_choice, is_number, is_whole, numpy_to_python
 from fsam_core.scopes import Scope
 
 Path = Literal["base", "sam", "functional", "logit"]
@@ -143,7 +143,7 @@ class Perturbed:
         check_rho(self.rho(0) if callable(self.rho) else self.rho, "rho(0)" if callable(self.rho) else "rho")
         if not callable(self.precondition):
             check_choice("precondition", self.precondition, (None, *get_args(Precondition)))
-        if not _is_number(self.eta) or not 0 <= self.eta < math.inf:
+        if not is_number(self.eta) or not 0 <= self.eta < math.inf:
             raise UserError(f"eta must be a finite number >= 0, got {self.eta!r}")
         check_choice("norm", self.norm, get_args(Norm))
         check_choice("norm_from", self.norm_from, get_args(NormFrom))
@@ -153,13 +153,13 @@ class Perturbed:
         check_choice("cut", self.cut, get_args(Cut))
         if self.cut == "hidden" and self.path != "functional":
             raise UserError(f"cut: 'hidden' needs the functional method, which stores its cotangent; got {self.path!r}")
-        if not _is_number(self.fraction) or not 0 < self.fraction <= 1:
+        if not is_number(self.fraction) or not 0 < self.fraction <= 1:
             raise UserError(f"fraction must be a number in (0, 1], got {self.fraction!r} (1/8, say)")
-        if not _is_number(self.strength) or not 0 <= self.strength < math.inf:
+        if not is_number(self.strength) or not 0 <= self.strength < math.inf:
             raise UserError(f"strength must be a finite number >= 0, got {self.strength!r}")
         share = self.ascent_fraction
         if share is not None:
-            if not _is_number(share) or not 0 < share <= 1:
+            if not is_number(share) or not 0 < share <= 1:
                 raise UserError(f"ascent_fraction must be a number in (0, 1], got {share!r} (1/4, say)")
             if ascent.source != "part" or (self.fraction != 1 and share != self.fraction):
                 got = f"ascent={self.ascent!r} and fraction={self.fraction}"
@@ -344,7 +344,3 @@ def check_rho(value: Any, argument: str = "rho") -> float:
     if not math.isfinite(rho) or rho < 0:
         raise UserError(f"{argument} must be a finite number >= 0, got {value!r} (the paper's best values are 0.4–0.5)")
     return rho
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from fsam_core.errors import UserError, check_choice, is_whole, numpy_to_python
+from fsam_core.errors import UserError, check_choice, is_number, is_whole, numpy_to_python
 
 Kind = Literal["corrected", "reused", "plain"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -50,7 +50,7 @@ class Schedule:
             if not is_whole(value) or value < least:
                 raise UserError(f"{name} must be a whole number >= {least}, got {value!r}")
         p = self.probability
-        if not isinstance(p, int | float) or isinstance(p, bool) or not 0 <= p <= 1:
+        if not is_number(p) or not 0 <= p <= 1:
             raise UserError(f"probability must be in [0, 1], got {p!r}")
         check_choice("between", self.between, get_args(Between))
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 from fsam_core import schedules
-from fsam_core.errors import UserError, check_choice, is_whole
+from fsam_core.errors import UserError, check_choice, is_number, is_whole
 from fsam_core.methods import SAM, Form, FunctionalSAM, LogitSAM, Path, Perturbed, Plain
 from fsam_core.schedules import Schedule
 
@@ -187,7 +187,7 @@ class Options:
             value = getattr(self, name)
             if not is_whole(value) or value < 1:
                 raise UserError(f"{name} must be a whole number >= 1, got {value!r}")
-        if isinstance(self.start, bool) or not isinstance(self.start, int | float) or not 0 <= self.start <= 1:
+        if not is_number(self.start) or not 0 <= self.start <= 1:
             raise UserError(f"start must be a share of the run, in [0, 1], got {self.start!r}")
         if not isinstance(self.scope, str):
             raise UserError(f"scope: the cost of {self.scope!r} is not known; use all, no-head, norms or top:K")

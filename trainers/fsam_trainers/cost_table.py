@@ -13,7 +13,7 @@ from typing import Any
 
 from fsam_core import cost
 from fsam_core.cost.steps import StepCost
-from fsam_core.errors import UserError
+from fsam_core.errors import UserError, check_choice
 from fsam_core.methods import Perturbed
 from fsam_kernels.memory import Memory, default_chunk_bytes
 from fsam_trainers import device, metrics
@@ -209,9 +209,7 @@ def _at(row: dict[str, Any], model: cost.Model) -> dict[str, Any]:
 
 def _machine(name: str, model: cost.Model, o: cost.Options, tokens: float) -> cost.Machine:
     if name != "here":
-        if name not in cost.PUBLISHED:
-            known = ", ".join(("here", *cost.PUBLISHED))
-            raise UserError(f"--machine: {name!r} is not known; use one of {known}")
+        check_choice("--machine", name, ("here", *cost.PUBLISHED))
         return cost.published(name)
     if o.dtype != "float32":
         raise UserError(f"--dtype: rates are measured here in float32, got {o.dtype!r}; name a --machine for others")

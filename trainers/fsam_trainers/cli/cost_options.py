@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from fsam_core import UserError
+from fsam_core.errors import UserError, check_choice
 from fsam_trainers.config import SAVINGS, SHARE, Settings
 from fsam_trainers.presets import preset
 
@@ -97,8 +97,7 @@ def settings_of(options: CostOptions) -> Settings:
 
 def given(options: CostOptions) -> dict[str, Any]:
     """The savings that the options name, as fields of `Settings`."""
-    if options.savings not in SAVINGS:
-        raise UserError(f"--savings: {options.savings!r} is not known; use one of {', '.join(SAVINGS)}")
+    check_choice("--savings", options.savings, SAVINGS)
     of_method = ("correction_fraction", "ascent_fraction", "cut", "form", "ascent", "scope")
     names = (*of_method, "every", "between", "start", "probability")
     return {**SAVINGS[options.savings]} | {name: x for name in names if (x := getattr(options, name)) is not None}

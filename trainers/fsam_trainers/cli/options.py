@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 import tyro
 
 from fsam_core import UserError, backends
+from fsam_core.errors import check_choice
 from fsam_trainers import device, pretrained, processes, registry
 from fsam_trainers.cli.config_file import expanded
 from fsam_trainers.cli.image_options import of_images
@@ -254,8 +255,7 @@ def parse(command: type[Command], arguments: Sequence[str], prog: str) -> Comman
     name = basis.preset or DEFAULT_PRESETS[basis.task]
     basis, size = dataclasses.replace(basis, preset=name), preset(name, basis.task)
     command = commands[basis.task]
-    if basis.savings not in SAVINGS:
-        raise UserError(f"--savings: {basis.savings!r} is not known; use one of {', '.join(SAVINGS)}")
+    check_choice("--savings", basis.savings, SAVINGS)
     start = parsed(_InitFrom, arguments, prog, ignore_unknown=True)
     kind: Any = get_type_hints(command.RUN)["model"]
     model = kind(**size.sizes)
