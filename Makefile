@@ -62,7 +62,7 @@ bench-check: install
 baseline: install
 	$(BIN)/fsam profile check --update
 
-# When to use what: tuned runs in five regimes. About ten hours on two cores; a stopped study resumes.
+# When to use what: tuned runs in six regimes. About twelve hours on two cores; a stopped study resumes.
 study: install
 	JAX_PLATFORMS=cpu $(BIN)/python profiling/experiments/study.py --jobs 2  # its results are a CPU's
 

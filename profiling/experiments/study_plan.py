@@ -105,6 +105,14 @@ LATE = {
     "SAM, split 1/4": _fixed("sam", 0.2, **SPLIT, correction_fraction=1 / 4),
     "training at 4 bits": _fixed("sam", 1.0, ascent="quantised:4", norm="none"),
 }
+# What mattered for the smaller model, to see whether it holds for a larger one, with the same ρ.
+LATE_AGAIN = {
+    name: LATE[name]
+    for name in (
+        ADAMW, "8 % more steps", "average of the weights", "noise", "SAM", "functional, 1/4", "SAM, split 1/2",
+        "training at 4 bits",
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -169,6 +177,7 @@ REGIMES = {
         "One pass over 5 million tokens", SMALL, "packages", 5_000_000, 4_880,
         rivals={ADAMW: RIVALS[ADAMW], DECAY: RIVALS[DECAY]}, alone=FUNCTIONALS | SOME | LAST_QUARTER | AVERAGE,
         tuning_rho=1 / 4,
+        leading=(ADAMW, DECAY, *FUNCTIONALS, "SAM", "precond-SAM, split 1/2"),
     ),
     "fine-tuning": Regime(
         "Fine-tuning: 16 passes over 8,000 tokens of prose, from a base trained on Python", SMALL, "prose", 8_000, 125,
@@ -183,6 +192,10 @@ REGIMES = {
         "The last 8 % of a run of 217 tokens a parameter", SMALLEST, "packages", 20_500_000, 20_000,
         evaluations=4, rivals={}, alone=LATE, base=("packages", 20_500_000, 20_000), late=0.08,
         leading=(ADAMW, "average of the weights", "noise", "SAM", "functional, 1/4", "SAM, split 1/2"),
+    ),
+    "late-larger": Regime(
+        "The last 8 % of a run of 61 tokens a parameter", SMALL, "packages", 20_500_000, 20_000,
+        evaluations=4, rivals={}, alone=LATE_AGAIN, base=("packages", 20_500_000, 20_000), late=0.08,
     ),
 }  # fmt: skip
 

@@ -144,8 +144,7 @@ class Runs(NamedTuple):
         """The folder of AdamW's run that the regime's runs of a seed start from, trained if it is not there."""
         assert self.regime.base is not None
         settings = base_settings(self.regime, seed)
-        kind = "late" if self.regime.late else "base"
-        folder = self.out / "bases" / f"{kind}-{seed}"
+        folder = self.out / "bases" / f"{self.name}-{seed}"
         until = settings.decay_start if self.regime.late else settings.steps
         pace = Intervals(evaluate_every=until // 8, checkpoint_every=1000, probe_steps=0)
         done = folder / "checkpoints" / f"step_{until:08d}"

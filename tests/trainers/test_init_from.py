@@ -9,6 +9,7 @@ import transformers
 from small_runs import SMALL, arguments, fsam, train_options
 from trained_runs import FRAMEWORKS, logits, random_model, runs, saved  # noqa: F401
 
+from fsam_core import UserError
 from fsam_trainers import pretrained, registry
 from fsam_trainers.config import difference
 from fsam_trainers.models import flax_decoder, torch_decoder
@@ -156,6 +157,12 @@ def test_a_shorter_context_keeps_the_first_positions(runs, tmp_path):  # noqa: F
     assert np.array_equal(made["positions"], source["positions"][:7])
 
 
+def test_another_size_is_refused_before_anything_is_read_or_timed(tmp_path):
+    options = train_options(["train", "--init-from", str(saved(tmp_path / "source")), "--width", "24"])
+    with pytest.raises(UserError, match="has --width 12, got --width 24; leave the option out"):
+        options.settings()
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
@@ -184,7 +191,6 @@ def test_what_does_not_fit_is_one_sentence(more, says, text, tmp_path, capsys, m
 
 @pytest.mark.parametrize("option", ["--biases", "--qkv-biases"])
 def test_biases_with_tensor_parallel_ranks_are_refused_in_torch(option):
-    from fsam_core import UserError
     from fsam_trainers.torch import mesh
 
     options = [*SMALL, "--framework", "torch", option, "--tensor-parallel", "2"]

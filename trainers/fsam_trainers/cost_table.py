@@ -138,7 +138,7 @@ def figures(
     notes = [_rates_note(rates)]
     if budget is not None:
         without = "" if spare else ", without those that could give up less and still be (--spare lists these too)"
-        notes.insert(0, f"{len(rows)} option sets within {budget:g} times AdamW's time{without}")
+        notes.insert(0, f"{len(rows)} option set{'s' * (len(rows) != 1)} within {budget:g} times AdamW's time{without}")
     quality = _quality() if settings.method == STUDIED_METHOD and model.tokens == 1 else {}  # of text
     study = lambda name, o: quality.get(name) if _trained(name, o, model) else None
     found = [_row(name, one, rates) | {"study": study(name, one.options)} for name, one in rows]

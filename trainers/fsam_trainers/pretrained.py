@@ -119,11 +119,24 @@ def initial_weights(settings: Settings) -> dict[str, np.ndarray]:
     """The weights before the first step, float32 by flat name: those of --init-from, else drawn by --seed.
 
     Raises:
-        UserError: when the sizes are not those of the model that is named; --seq-len and --dropout may be others.
+        UserError: as `check_sizes`.
     """
     if settings.init_from is None:
         return initial(settings.model, settings.seed)
-    found, mine = find(settings.init_from, "--init-from"), settings.model
+    found = find(settings.init_from, "--init-from")
+    check_sizes(found, settings.model)
+    weights = found.weights()
+    if "positions" in weights:
+        weights["positions"] = weights["positions"][: settings.model.seq_len]
+    return weights
+
+
+def check_sizes(found: Pretrained, mine: ModelConfig) -> None:
+    """Whether a model can begin with these weights.
+
+    Raises:
+        UserError: when the sizes are not those of the model that is named; --seq-len and --dropout may be others.
+    """
     for field in dataclasses.fields(mine):
         got, theirs = getattr(mine, field.name), getattr(found.config, field.name)
         if field.name == "seq_len" and got <= theirs:
@@ -131,10 +144,6 @@ def initial_weights(settings: Settings) -> dict[str, np.ndarray]:
         if field.name != "dropout" and got != theirs:
             option = f"--{field.name.replace('_', '-')}"
             raise UserError(f"{found.where} has {option} {theirs}, got {option} {got}; leave the option out")
-    weights = found.weights()
-    if "positions" in weights:
-        weights["positions"] = weights["positions"][: mine.seq_len]
-    return weights
 
 
 def keep_tokenizer(corpus_folder: Path, out: Path) -> None:

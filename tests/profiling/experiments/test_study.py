@@ -195,7 +195,7 @@ def test_runs_that_start_from_a_base(name, tmp_path, monkeypatch):
         study.train_entry(found, Entry(label, row), {}, {}, math.inf)
     one, other = found.lines()
     assert one["val_loss"] != other["val_loss"]
-    assert [path.name for path in (tmp_path / "runs" / "bases").iterdir()] == ["late-0" if name == "late" else "base-0"]
+    assert [path.name for path in (tmp_path / "runs" / "bases").iterdir()] == [f"{name}-0"]
     if name == "late":
         assert min(one["3 bits"], one["4 bits"], one["noise"], one["prose"], one["λmax"]) > 0
         assert one["λmax"] != other["λmax"]

@@ -141,7 +141,10 @@ class Common(Basis):
                 raise UserError(f"--steps {steps} and --tokens-per-param {self.tokens_per_param}: give one of the two")
             steps = steps_for(self.tokens_per_param, model, self.run.batch)
         warmup = self.run.warmup if "warmup" in self.given else min(1000, steps // 10)
-        return Settings(**{**vars(self.run), "model": model, "steps": steps, "warmup": warmup, **changes})
+        found = Settings(**{**vars(self.run), "model": model, "steps": steps, "warmup": warmup, **changes})
+        if found.init_from is not None:  # before anything is tokenized or timed
+            pretrained.check_sizes(pretrained.find(found.init_from, "--init-from"), found.model)
+        return found
 
     def intervals_of(self, steps: int, usual: int | None = None) -> Intervals:
         """The intervals of a run of so many steps; `usual` where none is given, by default a tenth of the run."""
