@@ -202,3 +202,13 @@ def assert_as_good(got: Any, plain: Any, oracle: Any, dtype: str, k: float = 3.0
     one_rounding = torch.finfo(getattr(torch, dtype)).eps / 2 * np.linalg.norm(oracle if terms is None else terms)
     error, allowed = np.linalg.norm(got - oracle), k * (np.linalg.norm(plain - oracle) + one_rounding)
     assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}, of {np.linalg.norm(oracle):.3e}"
+
+
+def zbar(backend: str, p: Problem) -> np.ndarray:
+    """The logit cotangent itself: contracted with an identity, h̄ = z̄ I."""
+    give = lambda x: to(backend, x, "float32")
+    cotangent = OPS[backend].linear_cross_entropy(give(p.h), give(p.w), to(backend, p.y), give(p.weights), loss=p.loss)[
+        2
+    ]
+    zeros, eye = np.zeros((len(p.h), len(p.w))), np.eye(len(p.w))
+    return back(OPS[backend].logit_vjp(cotangent, give(zeros), give(eye))[0])

@@ -24,6 +24,7 @@ from operations import (
     head_plain,
     rounded,
     to,
+    zbar,
 )
 
 from fsam_kernels import spec
@@ -225,16 +226,6 @@ def test_weights_may_be_negative_and_tiny(backend):
     assert got.base[1].shape == oracle.base[1].shape
 
 
-def zbar(backend: str, p: Problem) -> np.ndarray:
-    """The logit cotangent itself: contracted with an identity, h̄ = z̄ I."""
-    give = lambda x: to(backend, x, "float32")
-    cotangent = OPS[backend].linear_cross_entropy(give(p.h), give(p.w), to(backend, p.y), give(p.weights), loss=p.loss)[
-        2
-    ]
-    zeros, eye = np.zeros((len(p.h), len(p.w))), np.eye(len(p.w))
-    return back(OPS[backend].logit_vjp(cotangent, give(zeros), give(eye))[0])
-
-
 @pytest.mark.parametrize("scale", [1, 30, 1000])
 @pytest.mark.parametrize("smoothing", [0, 0.1])
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -245,41 +236,6 @@ def test_rows_of_the_cotangent_sum_to_zero(backend, smoothing, scale):
     # The logits are rounded in float32 already, which turns p by |z| roundings.
     roundings = np.abs(p.h @ p.w.T).max(axis=1) + V
     assert (np.abs(got.sum(axis=1)) <= 2**-24 * roundings * np.abs(got).max(axis=1)).all()
-
-
-def confident(miss: float) -> Problem:
-    """Rows whose target has p_y = 1 − miss, with the target's logit at 0, 20 and −20."""
-    gap = np.log(miss / (1 - miss) / 7)
-    w = np.full((8, 2), gap)
-    w[3, 0], w[:, 1] = 0.0, 1.0
-    h = np.array([[1.0, 0.0], [1.0, 20.0], [1.0, -20.0]])
-    h, w = rounded("float32", h, w)
-    return Problem(h, w, np.full(3, 3), np.ones(3), (h, w))
-
-
-def target_error(got: np.ndarray, p: Problem) -> float:
-    """Worst relative error of the target column; the oracle's is minus the sum of the others, which do not cancel."""
-    others = np.delete(spec.linear_cross_entropy(p.h, p.w, p.y, p.weights)[2], 3, axis=1).sum(axis=1)
-    return float(np.max(np.abs(got[:, 3] / -others - 1)))
-
-
-@pytest.mark.parametrize("miss", [1e-3, 1e-6, 1e-9])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_confident_row_keeps_its_digits(backend, miss):
-    p = confident(miss)
-    # Logits of 20 are themselves rounded to 2^-20, so 1 − p_y is known to 1e-5 and no better.
-    assert target_error(zbar(backend, p), p) < 1e-5
-
-
-def test_softmax_minus_one_loses_the_digits_of_a_confident_row():
-    p = confident(1e-6)
-    got = jax.nn.softmax(to("xla", p.h, "float32") @ to("xla", p.w, "float32").T) - np.eye(8, dtype=np.float32)[p.y]
-    assert target_error(back(got) * p.weights[:, None], p) > 1e-3
-
-
-def test_the_oracle_keeps_the_digits_of_a_confident_row():
-    p = confident(1e-9)
-    assert target_error(spec.linear_cross_entropy(p.h, p.w, p.y, p.weights)[2], p) < 1e-5
 
 
 def test_the_oracle_is_the_derivative_of_its_loss():
