@@ -105,6 +105,8 @@ LATE = {
     "SAM, split 1/4": _fixed("sam", 0.2, **SPLIT, correction_fraction=1 / 4),
     "training at 4 bits": _fixed("sam", 1.0, ascent="quantised:4", norm="none"),
 }
+# ρ is tuned in shorter runs; whether a longer one wants a larger ρ.
+LARGER = {f"functional, ρ {rho}": _fixed(FUNCTIONAL, rho) for rho in (0.1, 0.2)}
 # What mattered for the smaller model, to see whether it holds for a larger one, with the same ρ.
 LATE_AGAIN = {
     name: LATE[name]
@@ -175,7 +177,7 @@ REGIMES = {
     ),
     "one-pass": Regime(
         "One pass over 5 million tokens", SMALL, "packages", 5_000_000, 4_880,
-        rivals={ADAMW: RIVALS[ADAMW], DECAY: RIVALS[DECAY]}, alone=FUNCTIONALS | SOME | LAST_QUARTER | AVERAGE,
+        rivals={ADAMW: RIVALS[ADAMW], DECAY: RIVALS[DECAY]}, alone=FUNCTIONALS | LARGER | SOME | LAST_QUARTER | AVERAGE,
         tuning_rho=1 / 4,
         leading=(ADAMW, DECAY, *FUNCTIONALS, "SAM", "precond-SAM, split 1/2"),
     ),
