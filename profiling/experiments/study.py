@@ -27,7 +27,8 @@ import tyro
 import study_report
 from fsam_core import UserError
 from fsam_trainers.console import Console
-from fsam_trainers.tuning import Candidate, Stopped, Values, text, tune
+from fsam_trainers.processes import Stopped
+from fsam_trainers.tuning import Candidate, Values, text, tune
 from study_plan import ADAMW, DECAY, REGIMES, TUNING_SEED, Entry, at_equal_time, entries, settings_of
 from study_run import Runs
 

@@ -28,9 +28,9 @@ from fsam_trainers.data.batches import windows_of
 from fsam_trainers.files import disk_errors
 from fsam_trainers.fine_tuning import fine_tuned
 from fsam_trainers.loop import train
+from fsam_trainers.processes import Stopped
 from fsam_trainers.quantize import noisy, rounded
 from fsam_trainers.resuming import BranchPoint
-from fsam_trainers.tuning import Stopped
 from study_plan import REGIMES, Regime, base_settings
 
 WINDOWS = 256  # of held-out text, for what is measured after a run

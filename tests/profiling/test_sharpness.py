@@ -171,7 +171,7 @@ def test_rows_are_the_products_of_the_curvature(run, text, tmp_path):
     more = ("--checkpoints", "last", "--dtype", "float64", "--directions", "adam", "--json", tmp_path / "s")
     assert fsam(*arguments(run, text, tmp_path, *more)) == 0
     at_zero, at_rho = rows_of(tmp_path / "s")
-    source = find(str(run))
+    (source,) = find([str(run)])
     (subject,) = subjects(source, None, "last")
     assert subject.moments is not None
     with Curvatures(windows([source], str(text), None, 128), "float64", "exact").of(subject) as curvature:
@@ -237,6 +237,33 @@ def test_training_measures_what_the_command_does(framework, text, tmp_path):
         assert found[row["step"]] == pytest.approx((row["gauss_newton"], row["functional"]), rel=1e-4)
 
 
+def test_runs_of_one_name_are_told_apart(run, text, tmp_path):
+    names = []
+    for parent in ("a", "b"):
+        shutil.copytree(run, tmp_path / parent / run.name)
+        names.append(tmp_path / parent / run.name)
+    more = (
+        "--checkpoints",
+        "last",
+        "--eigen",
+        1,
+        "--directions",
+        "gradient",
+        "--data",
+        text,
+        "--tokens",
+        64,
+        "--quiet",
+    )
+    asked = ("--json", tmp_path / "s", "--out", tmp_path / "r.html")
+    assert fsam("sharpness", *names, f"{run}@2", *more, *asked) == 0
+    rows = rows_of(tmp_path / "s")
+    apart = [f"a/{run.name}", f"b/{run.name}", f"{run.parent.name}/{run.name}@2"]
+    assert list(dict.fromkeys(row["run"] for row in rows)) == [*apart[:2], apart[2].removesuffix("@2")]
+    assert [row["step"] for row in rows if row["what"] == "spectrum" and row["matrix"] == "H"] == [4, 4, 2]
+    assert [cells[0] for cells in report.end_cells(rows)][::2] == list(dict.fromkeys(row["run"] for row in rows))
+
+
 def test_training_in_several_processes_measures_nothing(monkeypatch):
     monkeypatch.setattr(loop.processes, "current", lambda: SimpleNamespace(count=2))
     with pytest.raises(UserError, match="--sharpness-every takes one process"):
@@ -276,7 +303,7 @@ def test_bad_input_is_one_sentence(run, text, tmp_path, capsys):
 
 
 def test_a_model_without_a_training_state_has_no_adam_direction(run, text):
-    source = find(str(run))
+    (source,) = find([str(run)])
     (subject,) = subjects(source, None, "last")
     subject = subject._replace(moments=None)
     with Curvatures(windows([source], str(text), None, 64), "float32", "exact").of(subject) as curvature:

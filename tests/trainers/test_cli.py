@@ -1,6 +1,7 @@
 """The `fsam` command as a person uses it: what it writes, what it prints, what it refuses."""
 
 import functools
+import importlib
 import json
 import os
 import re
@@ -257,6 +258,36 @@ def test_compare_names_a_run_that_diverged(text, tmp_path, capsys):
     assert fsam(*arguments(text, tmp_path / "c", *more, command="compare")) == 1
     assert "fsam: error: 1 of the runs diverged: " in (said := capsys.readouterr().err)
     assert "sam_rho1e30-seed0" in said
+
+
+def test_prompts_and_answers_are_compared_and_the_next_commands_keep_the_methods_options(tmp_path):
+    data, out = tmp_path / "a.jsonl", tmp_path / "c"
+    rows = [{"prompt": f"What is {n} times {n}?", "answer": str(n * n)} for n in range(300)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ours = "sam:rho=0.1:correction-fraction=1/2"
+    more = ("--framework", "torch", "--methods", f"adamw,{ours}", "--steps", 2, "--cost-steps", 10)
+    assert fsam(*arguments(data, out, *more, command="compare")) == 0
+    assert "What is" in (out / "report.html").read_text()
+    following = dict(json.loads((out / "comparison.json").read_text())["next"])
+    tune = following["the best learning rate and ρ, AdamW's too"]
+    assert tune.startswith("fsam tune --method sam ")
+    assert tune.endswith(" --correction-fraction 1/2")
+
+
+@pytest.mark.parametrize("command", ["compare", "tune", "evaluate"])
+def test_a_command_of_several_runs_exits_with_its_signal(command, text, tmp_path, monkeypatch, capsys):
+    run, out, torch = tmp_path / "run", tmp_path / "out", ("--framework", "torch")
+    assert fsam(*arguments(text, run, *torch, "--method", "adamw", "--steps", 1)) == 0
+    name, given = {
+        "compare": ("compare", arguments(text, out, *torch, "--methods", "adamw", "--cost-steps", 10, command=command)),
+        "tune": ("tuning", arguments(text, out, *torch, "--method", "adamw", command=command)),
+        "evaluate": ("fine_tuning", [command, run, "--fine-tune", text, "--out", out, "--sequences", 4]),
+    }[command]
+    stopped = lambda *given, **more: {"status": "stopped", "signal": signal.SIGTERM}
+    monkeypatch.setattr(importlib.import_module(f"fsam_trainers.{name}"), "train", stopped)
+    capsys.readouterr()
+    assert fsam(*given) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.endswith("stopped; the same command resumes from there\n")
 
 
 def test_compare_shows_the_others_where_a_run_has_no_finite_loss(text, tmp_path, capsys):

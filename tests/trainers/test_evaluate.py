@@ -49,6 +49,16 @@ def test_the_loss_of_prompts_is_a_mean_over_answers(framework, tmp_path):
     assert row["loss"] == pytest.approx(evaluated[-1], abs=1e-5)
 
 
+def test_a_text_may_have_a_comma_in_its_name(text, tmp_path):
+    named, run = tmp_path / "notes, v2.txt", str(tmp_path / "run")
+    named.write_text(text.read_text())
+    assert fsam(*arguments(named, tmp_path / "run", "--framework", "torch", "--method", "adamw", "--steps", 1)) == 0
+    assert list(rows_of(tmp_path, run, "--sequences", 4)) == [(run, "as trained", str(named))]
+    assert list(rows_of(tmp_path, run, "--sequences", 4, "--data", named)) == [(run, "as trained", str(named))]
+    both = rows_of(tmp_path, run, "--sequences", 4, "--data", f"{text},python")
+    assert [name for _, _, name in both] == [str(text), "python"]
+
+
 def test_a_run_is_evaluated_on_the_column_that_it_was_trained_on(tmp_path):
     rows = [{"text": "one two " * 9, "other": f"{n * n} is {n} times {n}. " * 3} for n in range(200)]
     data, run = tmp_path / "a.jsonl", str(tmp_path / "run")

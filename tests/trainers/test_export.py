@@ -64,6 +64,13 @@ def test_the_average_is_exported_where_evaluation_sees_it(framework, text, tmp_p
     np.testing.assert_allclose(average["embedding"], last["embedding"], atol=0.05)
 
 
+def test_the_default_folder_is_beside_the_model(tmp_path, monkeypatch):
+    saved(tmp_path / "ours")
+    monkeypatch.chdir(tmp_path / "ours")
+    assert fsam("export", ".") == 0
+    assert (tmp_path / "ours-safetensors" / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [

@@ -151,6 +151,9 @@ def test_comparison_of_branches_starts_all_at_the_base(text, tmp_path, capsys):
     assert adamw["val_loss_mean"] == lines(tmp_path / "base")[-1]["val_loss"]
     assert sam["val_loss_mean"] != adamw["val_loss_mean"]
     assert [x["step"] for x in lines(tmp_path / "compare" / "sam_rho0.1-seed3") if "loss" in x] == [9, 10, 11, 12]
+    # A branch has one seed and equal steps, and is not tuned.
+    following = json.loads((tmp_path / "compare" / "comparison.json").read_text())["next"]
+    assert [command.split()[:2] for _, command in following] == [["fsam", "sample"], ["fsam", "sharpness"]]
 
 
 def test_branch_that_does_not_fit_is_refused(text, tmp_path, capsys):
@@ -196,6 +199,14 @@ def test_command_line_overrides_what_its_options_stand_for(text, tmp_path):
     assert given("--preset", "2m").model.seq_len != 32
     assert given("--tokens-per-param", "1").steps != 9
     assert given("--schedule=wsd").learning_rate_schedule == "wsd"
+
+
+def test_a_preset_overrides_the_patch_of_a_file_that_windows_has_saved(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text('task = "images"\npreset = "vit-tiny"\npatch = 2\nwidth = 32\n', encoding="utf-8-sig")
+    sizes = lambda *more: vars(train_options(["train", "--config", str(file), *more]).run.model)
+    assert (sizes()["patch"], sizes()["width"]) == (2, 32)
+    assert (sizes("--preset", "vit-s16")["patch"], sizes("--preset", "vit-s16")["width"]) == (16, 384)
 
 
 def test_config_with_a_mistake_is_one_sentence(tmp_path, capsys):

@@ -92,6 +92,15 @@ def test_a_missing_place_is_named():
         read(WithPlace, "--steps 3")
 
 
+def test_a_path_that_looks_like_an_option_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-dash").mkdir()
+    with pytest.raises(UserError, match=r"'-dash' looks like an option; give a path that begins otherwise: \./-dash"):
+        read(WithPlace, "-dash")
+    with pytest.raises(UserError, match="'-none' is no option of fsam example"):
+        read(WithPlace, "-none")
+
+
 @pytest.mark.parametrize(
     ("given", "meant"),
     [

@@ -51,6 +51,25 @@ def test_a_run_that_stopped_early_shows_how_far_it_is(text, tmp_path, capsys):
     assert "4 of 8" in capsys.readouterr().out  # from where the run would resume
 
 
+def test_a_run_that_was_written_over_has_a_row_and_the_others_too(text, tmp_path, capsys):
+    for name in ("one", "two", "three"):
+        more = ("--framework", "torch", "--method", "adamw", "--steps", 1)
+        assert fsam(*arguments(text, tmp_path / name, *more)) == 0
+    file = tmp_path / "one" / "checkpoints" / "step_00000001" / "run.json"
+    found = json.loads(file.read_text())
+    found["progress"]["val_loss"] = "low"
+    file.write_text(json.dumps(found))
+    (tmp_path / "two" / "metrics.jsonl").unlink()
+    (tmp_path / "two" / "metrics.jsonl").mkdir()
+    capsys.readouterr()
+    assert fsam("runs", tmp_path, "--json", tmp_path / "rows.json") == 0
+    rows = {row["run"]: (row["step"], row["train_loss"]) for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert rows["one"][0] is None
+    assert rows["two"] == (1, None)
+    assert rows["three"][0] == 1
+    assert rows["three"][1] > 0
+
+
 def test_a_folder_without_runs_says_so(tmp_path, capsys):
     assert fsam("runs", tmp_path) == 0
     assert f"no runs in {tmp_path}" in capsys.readouterr().out.replace("\n", "")

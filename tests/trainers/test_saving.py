@@ -180,10 +180,3 @@ def test_only_the_first_ranks_error_is_reported():
     with pytest.raises(UserError, match="this one too") as raised:
         Third().from_all(full)
     assert not isinstance(raised.value, AlreadyReported)
-
-
-def test_a_dead_processs_temporary_folder_is_removed(tmp_path):
-    gone = tmp_path / f".writing-step_00000003-{2**22 + 1}"  # no process has a number beyond the kernel's largest
-    (gone / "state").mkdir(parents=True)
-    assert checkpoints.newest(tmp_path, lambda text: None) is None
-    assert not gone.exists()

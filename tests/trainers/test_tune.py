@@ -139,6 +139,16 @@ def test_a_shorter_run_is_printed_with_its_own_warm_up(text, tmp_path):
     assert vars(settings) == vars(train_options(["train", "--config", f"{sam['run']}/config.toml"]).settings())
 
 
+def test_a_printed_command_has_one_length(text, tmp_path):
+    out = tmp_path / "tune"
+    more = [x for x in tune(text, out, "--grid", "rho=0.1", "--budget", "flops") if x != "--steps"]
+    more = [x for x in more if x != "8"]
+    assert fsam(*more, "--tokens-per-param", 0.05) == 0
+    for row in json.loads((out / "tuning.json").read_text())["rows"]:
+        assert "--tokens-per-param" not in row["train"]
+        assert train_options(shlex.split(row["train"])[1:]).settings().steps == row["steps"]
+
+
 def test_time_budget_takes_steps_from_the_method_and_not_from_adamw(text, tmp_path):
     out = tmp_path / "tune"
     assert fsam(*tune(text, out, "--budget", "time", "--grid", "rho=0.1")) == 0

@@ -41,7 +41,7 @@ def random_model(**changes) -> tuple[ModelConfig, dict[str, np.ndarray]]:
 def saved(out: Path, *, soft_cap: float = 0.0, tokenizer: Path | None = None, **changes) -> Path:
     """`random_model` as a folder of safetensors."""
     config, weights = random_model(**changes)
-    export(pretrained.Pretrained("", "", config, lambda: weights, tokenizer, soft_cap=soft_cap), "safetensors", out)
+    export(pretrained.Pretrained("", "", config, lambda: weights, "", tokenizer, soft_cap=soft_cap), "safetensors", out)
     return out
 
 

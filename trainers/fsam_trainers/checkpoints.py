@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from fsam_core import UserError
 from fsam_trainers import processes
-from fsam_trainers.files import begin_folder, checksum, disk_errors, is_full, publish, sweep, write_json
+from fsam_trainers.files import begin_folder, checksum, disk_errors, is_full, publish, write_json
 
 
 class Checkpoint(NamedTuple):
@@ -93,9 +93,6 @@ def newest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     Raises:
         UserError: when there are checkpoints and every one is damaged.
     """
-    if not root.is_dir():
-        return None
-    sweep(root)
     found = next(intact(root, warn), None)
     if found is None and (every := folders(root)):
         raise UserError(

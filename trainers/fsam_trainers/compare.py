@@ -19,6 +19,7 @@ from fsam_trainers.console import Console, without
 from fsam_trainers.data import AnyCorpus
 from fsam_trainers.files import write_json
 from fsam_trainers.loop import train
+from fsam_trainers.processes import Stopped
 from fsam_trainers.report import write_plot, write_report
 from fsam_trainers.resuming import BranchPoint
 from fsam_trainers.samples import written
@@ -52,7 +53,7 @@ def compare(
     options: Mapping[str, Any] | None = None,
     changed: Mapping[str, Any] | None = None,
     branch_from: BranchPoint | None = None,
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     """Train every variant with every seed under `out`, then write comparison.json, plot.png and report.html there.
 
     Finished runs are reused and an interrupted one is resumed. With budget "time" each variant gets as many steps as
@@ -61,9 +62,10 @@ def compare(
     preset's, for the report.
 
     Returns:
-        What comparison.json holds; None when a signal stopped it.
+        What comparison.json holds.
 
     Raises:
+        Stopped: when a signal has stopped a run.
         UserError: as `loop.train`.
     """
     settings = next(iter(variants.values()))
@@ -84,11 +86,11 @@ def compare(
             ms = costs["adamw"].step_ms
             figures = train(one, corpus, folder, every, console, ms, options=options, branch_from=branch_from)
             if figures["status"] == "stopped":
-                return None
+                raise Stopped(figures["signal"])
             runs[name].append(figures)
             curves[name].append(metrics.read(folder / "metrics.jsonl"))
     comparison = _summary(settings, runs, curves, costs, corpus, budget, seeds, cost_steps, command)
-    comparison |= {"changed": dict(changed or {}), "next": _next(comparison, settings, out)}
+    comparison |= {"changed": dict(changed or {}), "next": _next(comparison, settings, out, branch_from is not None)}
     write_json(out / "comparison.json", comparison)
     write_plot(out / "plot.png", curves, {name: costs[name].step_ms for name in curves})
     # One that has diverged writes nothing, and may have no checkpoint.
@@ -195,24 +197,27 @@ def _losses(runs: list[dict[str, Any]], name: str = "val_loss") -> list[float]:
     return [math.inf if loss is None or math.isnan(loss) else loss for loss in found]
 
 
-def _next(comparison: dict[str, Any], settings: Settings, out: Path) -> list[tuple[str, str]]:
+def _next(comparison: dict[str, Any], settings: Settings, out: Path, of_branches: bool) -> list[tuple[str, str]]:
     """(what it would show, command) of what to try after this comparison."""
     rows, words = comparison["rows"], shlex.split(comparison["command"])
     ours = min((row for row in rows if row["method"] != "adamw"), key=lambda row: row["val_loss_mean"], default=rows[0])
     name, best = ours["method"], min(rows, key=lambda row: row["val_loss_mean"])["method"]
     runs = [shlex.quote(str(out / f"{file_name(one)}-seed{settings.seed}")) for one in dict.fromkeys((best, name))]
     found = []
-    if comparison["seeds"] == 1:
+    if comparison["seeds"] == 1 and not of_branches:  # which have one seed and equal steps, and are not tuned
         found.append(("whether the differences are more than a seed's", f"{comparison['command']} --seeds 3"))
-    if comparison["budget"] == "steps" and len(rows) > 1:
+    if comparison["budget"] == "steps" and len(rows) > 1 and not of_branches:
         again = without(words, ("out", "budget"))
         found.append(
             ("all methods for the same time", shlex.join([*again, "--budget", "time", "--out", f"{out}-time"]))
         )
-    own = ("out", "json", "methods", "seeds", "cost-steps", "branch-from", "correction-every")
-    same = without(words, own)[2:]
-    tune = shlex.join(["fsam", "tune", "--method", name.partition(":")[0], *same])
-    found.append(("the best learning rate and ρ, AdamW's too", tune))
+    if not of_branches:
+        method, *own = name.split(":")
+        same = without(words, ("out", "json", "methods", "seeds", "cost-steps", "correction-every"))[2:]
+        for option, _, value in (one.partition("=") for one in own):
+            same += [f"--{option}", value] if option not in ("learning-rate", "rho") else []
+        tune = shlex.join(["fsam", "tune", "--method", method, *same])
+        found.append(("the best learning rate and ρ, AdamW's too", tune))
     is_text = settings.model.FAMILY == "decoder"
     if is_text:
         found.append(("what the best model writes", f"fsam sample {runs[0]}"))

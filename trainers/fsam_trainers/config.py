@@ -81,7 +81,7 @@ class Settings:
     seed: int = 0
     """of the initial weights, the order of the data and dropout"""
     init_from: str | None = None
-    """weights to start from: a run's folder, a folder of safetensors (this project's or transformers'), or hf:NAME"""
+    """weights to start from: RUN or RUN@STEP, a folder of safetensors (this project's or transformers'), or hf:NAME"""
     learning_rate: float = 1e-3
     """peak learning rate, reached after --warmup steps"""
     warmup: int = 0

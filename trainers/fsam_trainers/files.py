@@ -44,10 +44,9 @@ def publish(temporary: Path, target: Path) -> None:
 
 
 def sweep(parent: Path) -> None:
-    """Remove what a killed process left of `begin_folder`s in `parent`."""
+    """Remove what a killed process left of `begin_folder`s in `parent`, in which no other process may be writing."""
     for path in parent.glob(".writing-*"):
-        if not _alive(int(path.name.rpartition("-")[2])):
-            shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -62,6 +61,23 @@ def write_text(path: Path, text: str) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text(text, encoding="utf-8")
             sync(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def copy_file(source: Path, path: Path) -> None:
+    """As `write_text`, with the bytes of another file; nothing happens where it is the same file.
+
+    Raises:
+        UserError: when the disk refuses.
+    """
+    if path.exists() and path.samefile(source):
+        return
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    with disk_errors(path):
+        try:
+            shutil.copyfile(source, temporary)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -144,15 +160,3 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _alive(pid: int) -> bool:
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -13,6 +13,7 @@ from fsam_trainers.data import load
 from fsam_trainers.files import disk_errors
 from fsam_trainers.loop import train
 from fsam_trainers.pretrained import Pretrained, reading_of
+from fsam_trainers.processes import Stopped
 
 
 def fine_tuned(
@@ -33,7 +34,7 @@ def fine_tuned(
 
     Raises:
         UserError: as `loop.train`.
-        KeyboardInterrupt: when a signal has stopped a run; the next call resumes it.
+        Stopped: when a signal has stopped a run; the next call resumes it.
     """
     model = dataclasses.replace(base.config, dropout=0.0)
     reading = reading_of([base], spec)
@@ -59,8 +60,9 @@ def fine_tuned(
         )
         folder = out / f"rate-{rate:g}"
         console.say(f"fine-tuning {base.source} at {rate:g}")
-        if train(settings, corpus, folder, Intervals(probe_steps=0), console)["status"] == "stopped":
-            raise KeyboardInterrupt
+        figures = train(settings, corpus, folder, Intervals(probe_steps=0), console)
+        if figures["status"] == "stopped":
+            raise Stopped(figures["signal"])
         found[str(folder)] = rate
     return found
 

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from fsam_core import UserError
-from fsam_trainers import metrics, processes, registry, resuming
+from fsam_trainers import metrics, pretrained, processes, registry, resuming
 from fsam_trainers.config import Intervals, Settings
 from fsam_trainers.console import Console
 from fsam_trainers.data import AnyCorpus, Batch, held_out_batches, merged
 from fsam_trainers.engine import Engine, StepReport
 from fsam_trainers.files import disk_errors, write_toml
-from fsam_trainers.pretrained import keep_tokenizer
-from fsam_trainers.resuming import BranchPoint, branch_of
+from fsam_trainers.resuming import BranchPoint
 from fsam_trainers.saving import Saver
 from fsam_trainers.timing import base_step_ms
 
@@ -101,20 +100,22 @@ def train(
         run |= {"kept_step": kept} if 0 < kept < settings.steps else {}
         now = Progress(base_step_ms=base_ms)
 
-        def start() -> resuming.Start | None:
+        def start() -> tuple[resuming.Start | None, dict[str, str] | None]:
+            begun = resuming.begun_of(settings)
             if fresh:
-                resuming.clear(out)
-            found = resuming.start(out, settings, corpus.fingerprint, branch_from, console)
+                resuming.clear(out, settings, corpus.fingerprint, corpus.folder, branch_from)
+            found = resuming.start(out, settings, corpus.fingerprint, branch_from, begun, console)
             values = {**(options or {}), **vars(intervals), **settings.as_dict()}
             write_toml(out / "config.toml", {**values.pop("model"), **values})
-            keep_tokenizer(corpus.folder, out)
-            return found
+            pretrained.keep_tokenizer(corpus.folder, out)
+            return found, begun
 
-        found = processes.current().from_main(start)
+        found, begun = processes.current().from_main(start)
+        run |= {"begun": begun} if begun else {}
         if found:
             batches.restore(found.checkpoint.run.get("stream"))
             now = Progress(**found.checkpoint.run["progress"])
-            branch = branch_of(branch_from) if branch_from else found.checkpoint.run.get("branch")
+            branch = found.branch or found.checkpoint.run.get("branch")
             run |= {"branch": branch} if branch else {}
         elif intervals.probe_steps and base_ms is None and settings.method != "adamw":
             console.say("timing AdamW steps for comparison")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib
 import importlib.util
 import json
-import shutil
+import os
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,13 +23,14 @@ from fsam_trainers import checkpoints, transformers_folders
 from fsam_trainers.config import Settings
 from fsam_trainers.data.records import columns_of
 from fsam_trainers.data.specs import find_files, is_hub
-from fsam_trainers.files import disk_errors
+from fsam_trainers.files import checksum, copy_file
 from fsam_trainers.models.layout import ModelConfig, initial, shapes
 from fsam_trainers.models.vit_layout import config_of
 
 MODEL_TYPE = "fsam-decoder"  # in the config.json of a folder in this project's layout
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-_WHAT_WORKS = "a run's folder, a folder with config.json and *.safetensors, or hf:NAME"
+_WHAT_WORKS = "a run's folder, RUN@STEP, a folder with config.json and *.safetensors, or hf:NAME"
+_SAMPLE = 2**20  # bytes at either end of a file of weights, which tell it from another
 _READING = ("text_column", "token_dtype")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -37,16 +39,17 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 class Pretrained:
     """A model's sizes, and its weights when they are asked for.
 
-    source: what it was found by. where: "ARGUMENT: SOURCE", how its errors begin. weights: reads them, float32 by flat
-    name; of a run with --ema their average. tokenizer: its file, None where there is none. framework, method, steps: of
-    a run. soft_cap: of the logits, 0 for none. trained_on: the --data of a run.
-    reading: its --text-column and --token-dtype where they were given.
+    source: what it was found by. where: "ARGUMENT: SOURCE", how its errors begin. weights: reads them, float32 by
+    flat name; of a run with --ema their average. fingerprint: another for other weights. tokenizer: its file, None
+    where there is none. framework, method, steps: of a run. soft_cap: of the logits, 0 for none. trained_on: the
+    --data of a run. reading: its --text-column and --token-dtype where they were given.
     """
 
     source: str
     where: str
     config: ModelConfig
     weights: Callable[[], dict[str, np.ndarray]]
+    fingerprint: str
     tokenizer: Path | None
     framework: str | None = None
     method: str | None = None
@@ -92,7 +95,10 @@ class Pretrained:
 
 
 def find(source: str, argument: str) -> Pretrained:
-    """The model that `source` names: RUN, the newest checkpoint there; a FOLDER of safetensors; or hf:NAME.
+    """The model that `source` names.
+
+    RUN is the newest checkpoint of a run, RUN@STEP or RUN/checkpoints/step_… another one. A FOLDER has safetensors, or
+    hf:NAME is one of the hub.
 
     Args:
         argument: how messages call it, "--init-from" say.
@@ -105,14 +111,25 @@ def find(source: str, argument: str) -> Pretrained:
     if folder.is_file():
         _refuse_pickles([folder], where)
         raise UserError(f"{where} is a file; give {_WHAT_WORKS}")
-    if (folder / "checkpoints").is_dir():
-        return _of_run(folder, source, where)
+    run, step = checkpoint_of(folder)
+    if (run / "checkpoints").is_dir():
+        return _of_run(run, step, source, where)
     if (folder / "config.json").is_file():
         return _of_folder(folder, source, where)
     if folder.is_dir():
         _refuse_pickles(sorted(folder.iterdir()), where)
     what = "holds neither checkpoints nor a config.json" if folder.is_dir() else "is not there"
     raise UserError(f"{where} {what}; give {_WHAT_WORKS}")
+
+
+def checkpoint_of(folder: Path) -> tuple[Path, int | None]:
+    """(RUN, STEP) of RUN@STEP and of a checkpoint's folder; of anything else (itself, None)."""
+    run, at, step = str(folder).rpartition("@")
+    if at and step.isdigit() and not folder.exists():
+        return Path(run), int(step)
+    if folder.parent.name == "checkpoints" and (folder / "run.json").is_file():
+        return folder.parent.parent, checkpoints.step_of(folder)
+    return folder, None
 
 
 def initial_weights(settings: Settings) -> dict[str, np.ndarray]:
@@ -153,15 +170,14 @@ def keep_tokenizer(corpus_folder: Path, out: Path) -> None:
         UserError: when the disk refuses.
     """
     for name in TOKENIZERS:
-        with disk_errors(out / name):
-            (out / name).unlink(missing_ok=True)
-            if (corpus_folder / name).is_file():
-                shutil.copyfile(corpus_folder / name, out / name)
+        if (corpus_folder / name).is_file():
+            copy_file(corpus_folder / name, out / name)
 
 
-def _of_run(out: Path, source: str, where: str) -> Pretrained:
+def _of_run(out: Path, step: int | None, source: str, where: str) -> Pretrained:
     try:
-        found = checkpoints.newest(out / "checkpoints", lambda text: None)
+        root = out / "checkpoints"
+        found = checkpoints.newest(root, lambda text: None) if step is None else checkpoints.at(root, step)
     except UserError as error:
         raise UserError(f"{where}: {str(error).removeprefix('--out: ')}") from error
     if found is None:
@@ -171,13 +187,22 @@ def _of_run(out: Path, source: str, where: str) -> Pretrained:
     framework, averaged, options = settings["framework"], bool(settings["ema"]), _options_of(out)
 
     def weights() -> dict[str, np.ndarray]:
-        return inference(framework).read(found.state, config, averaged=averaged)
+        try:
+            return inference(framework).read(found.state, config, averaged=averaged)
+        except BaseException as error:  # PyTorch's CheckpointException is no Exception
+            if isinstance(error, KeyboardInterrupt) or found.folder.is_dir():
+                raise
+            raise UserError(
+                f"{where}: its run went on and deleted {found.folder.name} before that was read; try again, or have "
+                "the run --keep more"
+            ) from error
 
     return Pretrained(
         source,
         where,
         config,
         weights,
+        checksum(found.folder / "files.json"),
         _tokenizer_in(out),
         framework,
         settings["method"],
@@ -240,7 +265,19 @@ def _loaded(
                 raise UserError(f"{where}: {name} is {got}, and config.json makes it {list(shape)}")
         return {name: np.asarray(found[name], np.float32) for name in expected}
 
-    return Pretrained(source, where, config, weights, _tokenizer_in(folder), soft_cap=soft_cap)
+    return Pretrained(source, where, config, weights, _fingerprint(files), _tokenizer_in(folder), soft_cap=soft_cap)
+
+
+def _fingerprint(files: Sequence[Path]) -> str:
+    """Of files of weights: their sizes, and what is at either end. To read them whole may take minutes."""
+    found = hashlib.blake2b()
+    for path in files:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            found.update(f"{path.name} {size} ".encode() + file.read(_SAMPLE))
+            file.seek(max(0, size - _SAMPLE))
+            found.update(file.read())
+    return found.hexdigest()
 
 
 def _tensors(file: Path, where: str) -> dict[str, np.ndarray]:

@@ -31,6 +31,18 @@ class AlreadyReported(UserError):
     """An error that another process has reported to the user."""
 
 
+class Stopped(Exception):
+    """A signal has stopped a run; the same command resumes it.
+
+    Attributes:
+        signal: its number; 0 where it was the time, and no signal.
+    """
+
+    def __init__(self, signal: int = 0) -> None:
+        super().__init__(f"signal {signal}")
+        self.signal = signal
+
+
 class Processes:
     """The processes of a run as one of them sees them; here the only one.
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fsam_core import UserError
-from fsam_trainers import checkpoints
+from fsam_trainers import checkpoints, pretrained
 from fsam_trainers.checkpoints import Checkpoint
 from fsam_trainers.config import END, Settings, difference
 from fsam_trainers.console import Console
-from fsam_trainers.files import disk_errors
+from fsam_trainers.files import checksum, disk_errors, sweep
 from fsam_trainers.models.vit_layout import config_of
 
 # What a branch shares with its base, besides the model's sizes: the framework's weights, and the batches of each step.
@@ -48,22 +49,46 @@ class Start(NamedTuple):
     checkpoint: Checkpoint
     source: Settings | None = None
     """The settings of the other run that the checkpoint belongs to; None if it is this run's own."""
+    branch: dict[str, Any] | None = None
+    """The entry of the new run's checkpoints that tells what it branched from."""
 
 
-def clear(out: Path) -> None:
+def begun_of(settings: Settings) -> dict[str, str] | None:
+    """The entry of a run's checkpoints that tells which weights it began with; None where --seed has drawn them."""
+    if settings.init_from is None:
+        return None
+    return {"source": settings.init_from, "fingerprint": pretrained.find(settings.init_from, "--init-from").fingerprint}
+
+
+def clear(out: Path, settings: Settings, data: str, corpus_folder: Path, branch_from: BranchPoint | None) -> None:
     """Delete the run in `out`: --fresh.
 
     Raises:
-        UserError: when the disk refuses.
+        UserError: before anything is deleted, for a run that is needed and a new one that cannot begin; and when the
+            disk refuses.
     """
+    first = settings.init_from and pretrained.checkpoint_of(Path(settings.init_from).expanduser())[0]
+    for argument, source in (("--init-from", first), ("--branch-from", branch_from and branch_from.run)):
+        if source and source.resolve() == out.resolve():
+            raise UserError(f"--fresh would delete {out}, which {argument} starts from; give another --out")
+    if branch_from:
+        _branch(branch_from, settings, data)
     with disk_errors(out):
         if (out / "checkpoints").exists():
             shutil.rmtree(out / "checkpoints")
-        for name in ("metrics.jsonl", "config.toml", "wandb.id"):
+        own = () if out.resolve() == corpus_folder.resolve() else pretrained.TOKENIZERS
+        for name in ("metrics.jsonl", "config.toml", "wandb.id", *own):
             (out / name).unlink(missing_ok=True)
 
 
-def start(out: Path, settings: Settings, data: str, branch_from: BranchPoint | None, console: Console) -> Start | None:
+def start(
+    out: Path,
+    settings: Settings,
+    data: str,
+    branch_from: BranchPoint | None,
+    begun: Mapping[str, str] | None,
+    console: Console,
+) -> Start | None:
     """What the run in `out` starts from; None for initial weights.
 
     Checkpoints that belong to another end of the run than this one's are moved to OUT/ended-at-STEP, or …-2 and so on.
@@ -72,19 +97,28 @@ def start(out: Path, settings: Settings, data: str, branch_from: BranchPoint | N
         UserError: for a folder that holds another run or damaged checkpoints, and for a branch that does not fit.
     """
     root = out / "checkpoints"
+    sweep(root)
     newest = checkpoints.newest(root, console.warn)
     if newest is None:
         return None if branch_from is None else _branch(branch_from, settings, data)
     mine, other = settings.as_dict(), newest.run["settings"]
-    if changed := difference(mine, other, ignored=END):
+    if changed := difference(mine, other, ignored=(*END, "init_from")):
         raise UserError(
             f"--out: {out} holds a run with {changed}; give the same settings, another --out, or `fsam train` --fresh"
         )
     if data != newest.run["data"]:
         raise UserError(f"--out: {out} holds a run on other data or another tokenizer; give the same, or another --out")
-    if branch_from and newest.run.get("branch") != branch_of(branch_from):
+    if branch_from and not _is_branch(newest.run.get("branch"), branch_from):
         raise UserError(f"--out: {out} holds another run than the branch from {branch_from.run}; give another --out")
-    if not (changed := difference(mine, other)):
+    first = newest.run.get("begun")
+    if "branch" not in newest.run and (begun and begun["fingerprint"]) != (first and first["fingerprint"]):
+        got = f"those that {settings.init_from} has now" if begun else "drawn by --seed"
+        held = f"the weights of {first['source']} as it was then" if first else "weights drawn by --seed"
+        raise UserError(
+            f"--init-from: {out} holds a run that began with {held}, and now they are {got}; give the same (RUN@STEP "
+            "names a checkpoint), another --out, or `fsam train` --fresh"
+        )
+    if not (changed := difference(mine, other, ignored=("init_from",))):
         return Start(newest)
     for found in checkpoints.intact(root, console.warn):
         if _agrees_up_to(found, settings):
@@ -105,9 +139,18 @@ def start(out: Path, settings: Settings, data: str, branch_from: BranchPoint | N
     return Start(newest)
 
 
-def branch_of(point: BranchPoint) -> dict[str, Any]:
-    """The entry of a branch's checkpoints that tells what it branched from."""
-    return {"run": str(point.run.resolve()), "step": point.step}
+def _branch_of(point: BranchPoint) -> dict[str, Any]:
+    listed = checkpoints.folder_of(point.run / "checkpoints", point.step) / "files.json"
+    return {"run": str(point.run.resolve()), "step": point.step, "checkpoint": checksum(listed)}
+
+
+def _is_branch(entry: dict[str, Any] | None, point: BranchPoint) -> bool:
+    """Whether a run with this entry has branched from there; the base may have been moved, or deleted since."""
+    if entry is None or entry["step"] != point.step:
+        return False
+    if checkpoints.folder_of(point.run / "checkpoints", point.step).is_dir():
+        return bool(entry.get("checkpoint") == _branch_of(point)["checkpoint"])
+    return bool(entry["run"] == str(point.run.resolve()))
 
 
 def _branch(point: BranchPoint, settings: Settings, data: str) -> Start:
@@ -125,7 +168,7 @@ def _branch(point: BranchPoint, settings: Settings, data: str) -> Start:
         raise UserError(f"--branch-from: {point.run} is a run on other data or another tokenizer; give the same")
     if settings.steps <= point.step:
         raise UserError(f"--steps must be more than the {point.step} of --branch-from, got {settings.steps}")
-    return Start(found, source)
+    return Start(found, source, _branch_of(point))
 
 
 def _settings(found: Checkpoint) -> Settings:
@@ -163,7 +206,7 @@ def _set_aside(out: Path, found: Checkpoint, console: Console) -> None:
     aside = next(path for path in itertools.chain([aside], numbered) if not path.exists())
     with disk_errors(aside):
         (aside / "checkpoints").mkdir(parents=True)
-        for name in ("metrics.jsonl", "config.toml", "tokenizer.json", "tokenizer.model"):
+        for name in ("metrics.jsonl", "config.toml", *pretrained.TOKENIZERS):
             if (out / name).exists():
                 shutil.copy2(out / name, aside / name)
         for path in later:

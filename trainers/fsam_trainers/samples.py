@@ -37,6 +37,7 @@ def written(settings: Settings, corpus: AnyCorpus, runs: Mapping[str, Path]) -> 
     assert vocabulary is not None
     size, end, decode = vocabulary.size, vocabulary.end, generate.decoder(tokenizer)
     first = corpus.validation[np.arange(min(PROMPT, settings.model.seq_len, corpus.validation.size))]
+    first = np.where(first < 0, ~first, first)  # context
     prompt = [int(token) for token in first if token != end] or [end]
     weights: dict[str, Callable[[], dict[str, np.ndarray]]] = {
         "before training": partial(pretrained.initial_weights, settings),

@@ -23,6 +23,8 @@ from fsam_trainers.console import Console
 from fsam_trainers.data import AnyCorpus
 from fsam_trainers.files import write_json
 from fsam_trainers.loop import train
+from fsam_trainers.processes import Stopped
+from fsam_trainers.resuming import begun_of
 
 # An axis whose best value is its first or last is extended beyond it, up to this many values.
 MOST_VALUES = 7
@@ -48,10 +50,6 @@ class Tuned(NamedTuple):
     candidate: Candidate
     tried: list[dict[str, Any]]
     """Of every candidate its values, and its validation loss by step."""
-
-
-class Stopped(Exception):
-    """A signal has stopped a run."""
 
 
 def beyond(values: Sequence[float], best: float) -> float | None:
@@ -160,12 +158,15 @@ def trainer(
         # A folder's name has the axes alone; `train` refuses a run in which something else differs.
         known = last_known(one.folder / "checkpoints")
         unused = ("rho",) if one.settings.method == "adamw" else ()
-        same = known is not None and not difference(one.settings.as_dict(), known["settings"], unused)
-        found = _evaluated(one.folder, step) if same else None
+        found = None
+        if known is not None and known.get("begun") == begun_of(one.settings):
+            ignored = (*unused, "init_from")  # whose weights are what is compared
+            same = not difference(one.settings.as_dict(), known["settings"], ignored)
+            found = _evaluated(one.folder, step) if same else None
         if found is None:
             figures = train(one.settings, corpus, one.folder, intervals, console, until=step, options=options)
             if figures["status"] == "stopped":
-                raise Stopped
+                raise Stopped(figures["signal"])
             found = _evaluated(one.folder, step)
         return math.inf if found is None or not math.isfinite(found) else found
 

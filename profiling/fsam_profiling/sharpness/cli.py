@@ -35,7 +35,7 @@ class Sharpness:
     """
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """runs' folders (all their checkpoints), checkpoints' folders, folders of safetensors, or hf:NAME"""
+    """runs' folders (all their checkpoints), RUN@STEP, folders of safetensors, or hf:NAME"""
     data: str | None = None
     """a text or a set of images, as of fsam train (default: the first run's); its held-out part is read"""
     tokens: int = 4096
@@ -113,7 +113,7 @@ def main(arguments: list[str]) -> int:
 
 def _wanted(options: Sharpness) -> Wanted:
     if not options.runs:
-        raise UserError(f"{ARGUMENT}: give at least one: a run's folder, a checkpoint's, or a model's")
+        raise UserError(f"{ARGUMENT}: give at least one: a run's folder, RUN@STEP, or a model's folder")
     names = tuple(dict.fromkeys(name for name in options.directions.split(",") if name))
     unknown = [name for name in names if name not in DIRECTIONS]
     if unknown or not names:
@@ -141,7 +141,7 @@ def _wanted(options: Sharpness) -> Wanted:
 def _measure(options: Sharpness, wanted: Wanted, rows: list[Row]) -> None:
     """Add the rows of everything to `rows`, each as soon as it is there."""
     console = Console(options.quiet)
-    sources = [find(given) for given in options.runs]
+    sources = find(options.runs)
     tokens = windows(sources, options.data, options.tokenizer, options.tokens)
     curvatures = Curvatures(tokens, options.dtype, options.products)
     counts = [1 if options.checkpoints == "last" else max(1, len(source.folders)) for source in sources]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -39,7 +41,7 @@ class Subject(NamedTuple):
     """Weights at which curvature is measured.
 
     Attributes:
-        run: the run or model, as it was given.
+        run: what the run or model is called.
         step: of the run, None for a model without one.
         weights: by flat name, float32.
         moments: None for a model without a training state.
@@ -60,25 +62,34 @@ class Subject(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Something on the command line: a model, and the checkpoints there are of it, the oldest first."""
+    """Something on the command line.
 
+    Attributes:
+        label: what tables call it.
+        folders: of the checkpoints there are of it, the oldest first.
+    """
+
+    label: str
     model: pretrained.Pretrained
     folders: list[Path]
 
 
-def find(given: str) -> Source:
-    """A run's folder with all its checkpoints, one checkpoint's folder, or a model as `fsam evaluate` takes it.
+def find(given: Sequence[str]) -> list[Source]:
+    """For each RUN all its checkpoints, for RUN@STEP or a checkpoint's folder that one; or a model without any.
+
+    Each is called by its folder's name, with as many of the folders above it as tell them all apart.
 
     Raises:
         UserError: where there is none.
     """
-    folder = Path(given).expanduser()
-    one = folder.name.startswith("step_") and (folder / "run.json").is_file()
-    run = folder.parent.parent if one else folder
-    found = pretrained.find(str(run) if one else given, ARGUMENT)
-    if one:
-        return Source(found, [folder])
-    return Source(found, checkpoints.folders(folder / "checkpoints") if (folder / "checkpoints").is_dir() else [])
+    found = [(pretrained.find(one, ARGUMENT), *pretrained.checkpoint_of(Path(one).expanduser())) for one in given]
+    whole = [Path(os.path.abspath(run)).parts for _, run, _ in found]
+    depth = next(n for n in itertools.count(1) if len({parts[-n:] for parts in whole}) == len(set(whole)))
+    sources = []
+    for (model, run, step), parts in zip(found, whole, strict=True):
+        folders = [one for one in checkpoints.folders(run / "checkpoints") if step in (None, checkpoints.step_of(one))]
+        sources.append(Source("/".join(parts[-depth:]), model, folders))
+    return sources
 
 
 def subjects(source: Source, framework: str | None, which: Literal["all", "last"]) -> Iterator[Subject]:
@@ -88,7 +99,7 @@ def subjects(source: Source, framework: str | None, which: Literal["all", "last"
         UserError: for a damaged checkpoint.
     """
     found = source.model
-    run = Path(found.source).name or found.source
+    run = source.label
     if not source.folders:
         chosen = found.framework_for(framework)
         yield Subject(run, None, None, found.config, found.soft_cap, chosen, found.weights(), None)

@@ -17,7 +17,7 @@ import study_plan
 import study_report
 import study_run
 from fsam_core import UserError
-from fsam_trainers.tuning import Stopped
+from fsam_trainers.processes import Stopped
 from study_plan import ADAMW, DECAY, REGIMES, SMALL, TUNING_SEED, Entry, Regime, Row, entries, settings_of
 
 SAM = {"SAM": Row("sam", {})}

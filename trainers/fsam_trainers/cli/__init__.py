@@ -118,7 +118,11 @@ def _run(arguments: list[str]) -> int:
     name, *rest = arguments
     if name not in COMMANDS:
         raise no_command(name, list(COMMANDS), "fsam")
-    return importlib.import_module(COMMANDS[name][0]).main(rest)
+    try:
+        return importlib.import_module(COMMANDS[name][0]).main(rest)
+    except processes.Stopped as stopped:
+        print("stopped; the same command resumes from there", file=sys.stderr)
+        return 128 + stopped.signal
 
 
 def _versions() -> str:

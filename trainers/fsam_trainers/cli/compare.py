@@ -100,9 +100,6 @@ def _compare(options: Compare, console: Console) -> int:
         changed=_changed(options, settings),
         branch_from=start,
     )
-    if comparison is None:
-        console.say("stopped; the same command resumes from there")
-        return 130
     if options.json is not None:
         write_json(options.json, comparison)
     _print(comparison, out)

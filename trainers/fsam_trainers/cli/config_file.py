@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 from fsam_core import UserError
 from fsam_trainers.cli.parsing import SUPPRESSED, parsed
 from fsam_trainers.config import SAVINGS
+from fsam_trainers.presets import PRESETS, VIT_PRESETS
 from fsam_trainers.resuming import BranchPoint
 
 NOT_IN_A_FILE = ("config", "arguments", "run", "corpus", "intervals", "model")
@@ -22,7 +23,7 @@ ALIASES = {"schedule": "learning_rate_schedule"}
 # Option -> those of a file that it replaces when it is on the command line: they are what it stands for.
 STANDS_FOR: dict[str, frozenset[str]] = {
     "savings": frozenset(name for options in SAVINGS.values() for name in options),
-    "preset": frozenset(("layers", "width", "heads", "seq_len", "vocab_size", "batch", "learning_rate", "rho")),
+    "preset": frozenset(("batch", "learning_rate", "rho", *PRESETS["tiny"].sizes, *VIT_PRESETS["vit-tiny"].sizes)),
     "tokens_per_param": frozenset(("steps",)),
     "steps": frozenset(("tokens_per_param",)),
 }
@@ -66,7 +67,7 @@ def read(path: Path) -> dict[str, Any]:
         UserError: for a file that is not there or is no TOML.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # an editor on Windows may begin it with a mark
     except OSError as error:
         raise UserError(f"--config: {path} cannot be read: {error.strerror}") from error
     except ValueError as error:

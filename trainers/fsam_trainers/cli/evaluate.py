@@ -36,7 +36,7 @@ class Evaluate:
     """
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """runs' folders, folders of safetensors, or hf:NAME; the others are compared with the first"""
+    """runs' folders, RUN@STEP, folders of safetensors, or hf:NAME; the others are compared with the first"""
     task: Literal["text", "images"] | None = None
     """text or images (default: what the first model was trained on)"""
     data: str | None = None
@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> int:
     """Run the command; returns the exit code."""
     options = parsed(Evaluate, arguments, "fsam evaluate")
     if not options.models:
-        raise UserError("MODELS: give at least one: a run's folder, a folder of safetensors, or hf:NAME")
+        raise UserError("MODELS: give at least one: a run's folder, RUN@STEP, a folder of safetensors, or hf:NAME")
     bits = _numbers("--quantize", options.quantize, int, lambda n: 2 <= n <= 16, "numbers of bits from 2 to 16: 8,4,3")
     positive = lambda x: 0 < x < math.inf
     sigmas = _numbers("--noise", options.noise, float, positive, "finite numbers > 0: 0.01,0.1")
@@ -95,8 +95,9 @@ def main(arguments: list[str]) -> int:
     task = options.task or ("text" if models[0].config.FAMILY == "decoder" else "images")
     if options.fine_tune and task == "images":
         raise UserError("--fine-tune takes models of text; `fsam train --task images --init-from RUN` trains on images")
-    given = options.data or models[0].data
-    specs = [spec for spec in dict.fromkeys([*given.split(","), options.fine_tune]) if spec]
+    typed = options.data is not None and not Path(options.data).expanduser().exists()  # a name may have a comma
+    given = str(options.data).split(",") if typed else [options.data or models[0].data]
+    specs = [spec for spec in dict.fromkeys([*given, options.fine_tune]) if spec]
     changed = changes(bits, sigmas, options.draws)
     if options.fine_tune:
         rows = _fine_tuned(options, models, specs, changed, rates)

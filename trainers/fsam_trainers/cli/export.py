@@ -24,9 +24,9 @@ class Export:
     """
 
     model: Annotated[str, tyro.conf.Positional]
-    """a run's folder, a folder of safetensors, or hf:NAME"""
+    """a run's folder, RUN@STEP, a folder of safetensors, or hf:NAME"""
     to: str = "safetensors"
-    """safetensors: this project's names; hf: transformers' GPT-2"""
+    """safetensors: this project's names; hf: those of transformers' GPT-2, Llama, Mistral, Qwen2 or Qwen3"""
     out: Path | None = None
     """the new folder (default: MODEL-safetensors or MODEL-hf)"""
 
@@ -35,8 +35,10 @@ def main(arguments: list[str]) -> int:
     """Run the command; returns the exit code."""
     options = parsed(Export, arguments, "fsam export")
     found = pretrained.find(options.model, "MODEL")
-    name = options.model.removeprefix("hf:").rstrip("/")
-    out = options.out or Path(f"{Path(name).name if options.model.startswith('hf:') else name}-{options.to}")
+    name = options.model.removeprefix("hf:")
+    own = Path(Path(name).name) if options.model.startswith("hf:") else Path(name)
+    own = own if own.name.strip(".") else own.resolve()  # ., ..
+    out = options.out or own.with_name(f"{own.name}-{options.to}")
     export(found, options.to, out)
     show_lines(f"model: {out}")
     if found.tokenizer is None and found.config.FAMILY == "decoder":

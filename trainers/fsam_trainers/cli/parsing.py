@@ -126,8 +126,10 @@ def _problem(command: type, arguments: Sequence[str], prog: str, ignore_unknown:
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
-            if places or ignore_unknown:
+            if ignore_unknown or (places and not word.startswith("-")):
                 continue
+            if places and Path(word).exists():
+                return f"{word!r} looks like an option; give a path that begins otherwise: ./{word}"
             return f"{word!r} is no option of {prog}; options begin with --, and {prog} --help lists them"
         given, equals, value = word[2:].partition("=")
         name = given.replace("_", "-")

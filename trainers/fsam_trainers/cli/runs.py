@@ -84,8 +84,9 @@ def row_of(run: Path, below: Path) -> dict[str, Any]:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             row |= _described(folder / "run.json")
             break
-    lines = metrics.read(run / "metrics.jsonl")
-    losses = [x["loss"] for x in lines if x.get("loss") is not None][-20:]
+    losses: list[float] = []
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        losses = [float(x["loss"]) for x in metrics.read(run / "metrics.jsonl") if x.get("loss") is not None][-20:]
     return row | {"train_loss": statistics.fmean(losses) if losses else None}
 
 
@@ -97,6 +98,6 @@ def _described(file: Path) -> dict[str, Any]:
         **{name: settings[name] for name in ("method", "framework", "seed", "steps")},
         "params": config_of(settings["model"]).parameters,
         "step": progress["step"],
-        "val_loss": progress["val_loss"],
+        "val_loss": None if progress["val_loss"] is None else float(progress["val_loss"]),
         "saved": file.stat().st_mtime,
     }

@@ -27,7 +27,7 @@ class Sample:
     """
 
     model: Annotated[str, tyro.conf.Positional]
-    """a run's folder, a folder of safetensors, or hf:NAME"""
+    """a run's folder, RUN@STEP, a folder of safetensors, or hf:NAME"""
     prompt: str = ""
     """the text to continue (default: a document is begun)"""
     tokens: int = 200

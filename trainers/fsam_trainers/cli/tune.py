@@ -87,11 +87,7 @@ def _tune(options: Tune, console: Console) -> int:
         console.say(f"{name}: {len(points[name])} candidates")
         return tuning.tune(plans[name], candidate_of, loss_at, console)
 
-    try:
-        found = {name: tuned(name) for name in plans}
-    except tuning.Stopped:
-        console.say("stopped; the same command resumes from there")
-        return 130
+    found = {name: tuned(name) for name in plans}
     rows = [_row(options, name, one) for name, one in found.items()]
     result = {"command": command_line(), "budget": options.budget, "data": corpus.fingerprint, "rows": rows}
     write_json(out / "tuning.json", result)
@@ -158,7 +154,7 @@ def _row(options: Tune, method: str, tuned: Any) -> dict[str, Any]:
     # Another budget shortens the warm-up with the run.
     length = {} if options.budget == "steps" else {"steps": settings.steps, "warmup": settings.warmup}
     chosen = {**defaults, **values, **length}
-    kept = without(options.arguments, {*OWN, *chosen})
+    kept = without(options.arguments, {*OWN, *chosen, *(("tokens-per-param",) if length else ())})
     more = [x for name, value in chosen.items() for x in (f"--{name}", str(value))]
     return {
         "method": method,
