@@ -196,8 +196,8 @@ REGIMES = {
         leading=(ADAMW, "average of the weights", "noise", "SAM", "functional, 1/4", "SAM, split 1/2"),
     ),
     "late-larger": Regime(
-        "The last 8 % of a run of 61 tokens a parameter", SMALL, "packages", 20_500_000, 20_000,
-        evaluations=4, rivals={}, alone=LATE_AGAIN, base=("packages", 20_500_000, 20_000), late=0.08,
+        "The last 8 % of a run of 30 tokens a parameter", SMALL, "packages", 10_250_000, 10_000,
+        evaluations=4, rivals={}, alone=LATE_AGAIN, base=("packages", 10_250_000, 10_000), late=0.08,
     ),
 }  # fmt: skip
 
