@@ -108,7 +108,7 @@ def _base(inputs: StepInputs, part: list[Any], rest: list[Any]) -> tuple[Gradien
         return own, g_B, base_S, base
     if rest and not method.exact:
         g_S = clone_if_reused(config.parallel, g_S)
-        g_B, base = passes.with_rest(config, rest, g_S, base_S, cut if whole else None)
+        g_B, base = passes.with_rest(config, rest, g_S, base_S, cut=cut if whole else None, saved=whole)
         return g_S, g_B, base_S, base
     if rest and cut is not None:
         base_rest = passes.loss_and_cotangent(config, rest, cut=cut)

@@ -62,7 +62,7 @@ def shares(first: PassResult, rest: PassResult) -> tuple[Tensor, Tensor]:
 def merge_results(
     first: PassResult, rest: PassResult, *, saved: bool, of: tuple[Tensor, Tensor] | None = None
 ) -> PassResult:
-    """Both as one pass, with their `shares` if these are known; with `saved`, also their cotangents."""
+    """Both as one pass, with their `shares` if these are known; with `saved`, also what was saved of each."""
     of_first, of_rest = of or shares(first, rest)
     loss, weight = first.loss * of_first + rest.loss * of_rest, first.weight + rest.weight
     if not saved:

@@ -196,6 +196,9 @@ def head_vjp(config: PassConfig, found: Flat, zbars: Sequence[Any], sums: Gradie
         of_weight = sums.of_weight(head)
         out = cotangents.head_vjp(config.ops, head, zbar, config.memory, of_weight.onto, of_weight.upcast)
         donate = not isinstance(zbar, AtTensors)
+        if config.parallel.hooked and not donate:
+            # The head's own gradient is in the first micro-batch, and a wrapper's hooks wait for one in each.
+            out = (*out, *(x.new_zeros(()).expand_as(x) for x in head.tensors[len(out) :]))
         roots += cotangents.pairs(head, out, add_weight=of_weight.add, donate=donate)
     cotangents.backward(roots)
     sums.collect()
@@ -253,9 +256,14 @@ def _reduces_after(config: PassConfig, count: int) -> bool:
 
 
 def with_rest(
-    config: PassConfig, rest: Sequence[Any], g_S: Gradients, base_S: PassResult, cut: str | None = None
+    config: PassConfig,
+    rest: Sequence[Any],
+    g_S: Gradients,
+    base_S: PassResult,
+    cut: str | None = None,
+    saved: bool = False,
 ) -> tuple[Gradients, PassResult]:
-    """(g_B, the pass over the whole batch), from that over S; with `cut`, cotangents are saved of all of it."""
+    """(g_B, the pass over the whole batch), from that over S; with `saved`, with what a pass over all of it needs."""
     g_B, base_rest = loss_and_grad(config, rest, cut=cut)
     of_S, of_rest = shares(base_S, base_rest)
     both = [p for p in g_B if p in g_S]
@@ -264,7 +272,7 @@ def with_rest(
     scale([g for p, g in g_B.items() if p not in g_S], of_rest)
     g_B |= {p: g * of_S.to(g) for p, g in g_S.items() if p not in g_B}
     ordered = {p: g_B[p] for p in config.params if p in g_B}
-    return ordered, merge_results(base_S, base_rest, saved=cut is not None, of=(of_S, of_rest))
+    return ordered, merge_results(base_S, base_rest, saved=saved, of=(of_S, of_rest))
 
 
 def _merged(

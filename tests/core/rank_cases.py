@@ -11,14 +11,15 @@ SCRIPT = Path(__file__).with_name("tensor_ranks_run.py")
 CLOSE = 1e-5
 METHODS = ("adamw", "adamw-clip", "sam", "precond-sam", "functional", "precond-functional", "logit")
 OPTIONS = (
-    "precond-functional-micro", "half-of-four", "quarter", "quarter-part", "quarter-sam", "quarter-logit", "hidden",
-    "hidden-quarter", "every", "reuse", "start", "momentum", "previous", "memory", "looksam", "random", "micro",
-    "own-ascent", "top", "dual", "per-tensor", "split", "split-functional", "split-known", "heads", "hidden-heads",
+    "precond-functional-micro", "half-of-four", "quarter", "quarter-part", "quarter-sam", "quarter-logit", "part-sam",
+    "hidden", "hidden-untied", "hidden-quarter", "every", "reuse", "start", "momentum", "previous", "memory", "looksam",
+    "random", "micro", "own-ascent", "top", "dual", "per-tensor", "split", "split-functional", "split-known",
+    "heads", "hidden-heads",
 )  # fmt: skip
 DATA = (
-    "ddp:precond-functional-micro:3", "ddp-views:quarter:3", "ddp:hidden:3", "fsdp:quarter-part:3",
-    "hsdp:precond-sam:3", "ddp:hidden-heads:3", "fsdp:heads:3", "ddp:split:3", "fsdp:split-functional:3",
-    "fsdp:memory:3",
+    "ddp:precond-functional-micro:3", "ddp-views:quarter:3", "ddp:hidden-untied:3", "ddp:part-sam:3",
+    "fsdp:quarter-part:3", "hsdp:precond-sam:3", "ddp:hidden-heads:3", "fsdp:heads:3", "ddp:split:3",
+    "fsdp:split-functional:3", "fsdp:memory:3",
 )  # fmt: skip
 TENSOR = (
     "tensor:precond-functional-micro:3", "tensor:random:3", "fsdp-tensor:adamw-clip:3",

@@ -50,6 +50,7 @@ class Case:
     staged: bool = False
     foreign: bool = False  # torch.optim.AdamW instead of this project's
     heads: bool = False  # several heads instead of one
+    tied: bool = True
 
 
 ADAM = {"precondition": "adam"}
@@ -67,8 +68,10 @@ CASES = {
     "half-of-four": Case(FunctionalSAM(0.1, **ADAM, fraction=1 / 2), micro=4, clip=0.1),
     "quarter-part": Case(FunctionalSAM(0.1, **ADAM, fraction=1 / 4, ascent="part"), micro=2),
     "quarter-sam": Case(SAM(0.1, **ADAM, fraction=1 / 4)),
+    "part-sam": Case(SAM(0.1, ascent="part", ascent_fraction=1 / 2, strength=0.5), micro=2),
     "quarter-logit": Case(LogitSAM(0.1, fraction=1 / 4, strength=0.5), micro=2),
     "hidden": Case(FunctionalSAM(0.1, **ADAM, cut="hidden"), micro=2),
+    "hidden-untied": Case(FunctionalSAM(0.1, **ADAM, cut="hidden"), micro=2, tied=False),
     "hidden-quarter": Case(FunctionalSAM(0.1, **ADAM, cut="hidden", fraction=1 / 4)),
     "every": Case(FunctionalSAM(0.1, **ADAM), schedule=Schedule(every=2)),
     "reuse": Case(FunctionalSAM(0.1, **ADAM), schedule=Schedule(every=2, between="reuse")),
@@ -93,13 +96,14 @@ EXTRA: dict[str, Callable[[int], Any]] = {}
 
 
 class Model(nn.Module):
-    """Sizes that four ranks do not divide, a norm, a tied head."""
+    """Sizes that four ranks do not divide, a norm, a head that is tied, or not."""
 
-    def __init__(self) -> None:
+    def __init__(self, tied: bool = True) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         self.embedding = nn.Parameter(torch.randn(V, D, generator=generator) * 0.3)
         self.blocks = nn.ModuleList([Block(generator) for _ in range(2)])
+        self.head = None if tied else nn.Parameter(torch.randn(V, D, generator=generator) * 0.3)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = looked_up(tokens, self.embedding)
@@ -133,7 +137,7 @@ def looked_up(tokens: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
 
 def features(model: Any, batch: dict) -> LinearHead:
     """Written as for one process: the head's weight is read from the model."""
-    return LinearHead(model(batch["x"]), model.embedding, batch["y"])
+    return LinearHead(model(batch["x"]), model.embedding if model.head is None else model.head, batch["y"])
 
 
 def several(model: Any, batch: dict) -> fsam.Heads:
@@ -180,8 +184,8 @@ def captured(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
     return counted
 
 
-def wrapped(kind: str) -> nn.Module:
-    model = Model()
+def wrapped(kind: str, tied: bool = True) -> nn.Module:
+    model = Model(tied)
     if kind == "one":
         return model
     if kind.endswith("-compiled"):
@@ -219,7 +223,7 @@ def cut(model: Model, mesh: Any) -> None:
 
 
 def made(case: Case, kind: str, of: Any = features) -> Step:
-    model = wrapped(kind)
+    model = wrapped(kind, case.tied)
     adamw = torch.optim.AdamW if case.foreign else fsam.AdamW
     optimizer = adamw(model.parameters(), lr=0.01, eps=1e-4)
     return Step(

@@ -20,6 +20,7 @@ from fsam_core.torch import (
     SAM,
     FunctionalSAM,
     LinearHead,
+    LogitSAM,
     MicroBatches,
     Plain,
     Schedule,
@@ -305,10 +306,12 @@ def test_only_buffers_that_change_are_copied():
     assert not step._replay.state().buffers
 
 
-def test_unseen_micro_batches_write_their_buffers():
-    """An exact SAM along a part's ascent sees the rest in the second pass only."""
+@pytest.mark.parametrize("kind", [SAM, LogitSAM])
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_buffers_move_once_along_the_ascent_of_a_part(kind, strength):
+    """An exact SAM sees the rest in the second pass only; at another strength it has seen it before."""
     batches = MicroBatches(batch_of(i) for i in range(4))
-    model, step = made(SAM(1e-9, ascent="part", ascent_fraction=0.5), model=Counting())
+    model, step = made(kind(1e-9, ascent="part", ascent_fraction=0.5, strength=strength), model=Counting())
     plain, other = made(Plain(), model=Counting())
     step.gradient(batches), other.gradient(batches)
     assert model.count == plain.count == 4

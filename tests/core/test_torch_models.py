@@ -127,15 +127,17 @@ def dropout(model, batch):
 
 
 @perturbed
-@pytest.mark.parametrize("micro", [1, 3])
-def test_both_passes_draw_the_same_random_numbers(kind, micro):
+@pytest.mark.parametrize(
+    ("micro", "options"), [(1, {}), (3, {}), (4, {"ascent": "part", "ascent_fraction": 0.5, "strength": 0.5})]
+)
+def test_both_passes_draw_the_same_random_numbers(kind, micro, options):
     def run(method):
         torch.manual_seed(4)
         model = Weights(float32())
         Step(model, adamw(model), method, features=dropout).gradient(MicroBatches(batch(s) for s in range(micro)))
         return [p.grad for p in model.parameters()], torch.rand(3)
 
-    (plain, drawn), (moved, drawn_too) = run(Plain()), run(kind(0.0))
+    (plain, drawn), (moved, drawn_too) = run(Plain()), run(kind(0.0, **options))
     for a, b in zip(plain, moved, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
     assert torch.equal(drawn, drawn_too)
