@@ -15,6 +15,7 @@ from fsam_core.jax import optimizers, trees
 from fsam_core.jax.passes import Params, PassConfig, upcast
 from fsam_core.methods import Perturbed
 from fsam_core.scopes import Blocks
+from fsam_kernels.xla.direction import second_moment
 
 
 class Adam(NamedTuple):
@@ -201,8 +202,8 @@ def _v_hat(a: Params, v: Params, groups: Sequence[tuple[Any, Any]]) -> Params:
         held = [True] * len(leaves) if mask is None else jax.tree.leaves(mask)
         for i, (g, nu, own) in enumerate(zip(leaves, jax.tree.leaves(v), held, strict=True)):
             if own:
-                g, nu = upcast(g), upcast(nu)
-                found[i] = (x.b2 * nu + (1 - x.b2) * jnp.square(g) if x.current else nu) / x.correction
+                g = upcast(g)
+                found[i] = second_moment(g, nu.astype(g.dtype), x)
     return jax.tree.unflatten(tree, found)
 
 

@@ -23,12 +23,16 @@ def floats(params: Any, like: Any | None = None) -> Any:
     """`like`, a tree like `params` (None: `params` itself), with None in place of the leaves that cannot be trained.
 
     Raises:
-        UserError: for a leaf that is complex, or no array.
+        UserError: for a leaf that is complex, of fewer than 16 bits, or no array.
     """
     for name, x in zip(names(params), jax.tree.leaves(params), strict=True):
         if not hasattr(x, "dtype") or jnp.issubdtype(x.dtype, jnp.complexfloating):
             kind = getattr(x, "dtype", type(x).__name__)
             raise UserError(f"params: every leaf must be a real array, got {name or 'a leaf'} of type {kind}")
+        if _trains(x) and jnp.finfo(x.dtype).bits < 16:
+            raise UserError(
+                f"params: {name or 'a leaf'} is of {x.dtype}, which takes no update; keep it wider and cast in features"
+            )
     return jax.tree.map(lambda p, x: x if _trains(p) else None, params, params if like is None else like)
 
 

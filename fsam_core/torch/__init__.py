@@ -26,12 +26,12 @@ from fsam_core.schedules import Schedule
 from fsam_core.scopes import Blocks
 from fsam_core.split import MicroBatches
 from fsam_core.torch.check import Deviation, check
+from fsam_core.torch.comm_hook import reduce_upcast
 from fsam_core.torch.evaluation import mean_loss
 from fsam_core.torch.from_model import from_model
 from fsam_core.torch.heads import Heads, LinearHead, Logits, Outputs
 from fsam_core.torch.info import Info
 from fsam_core.torch.loss_scale import LossScale
-from fsam_core.torch.parallel import reduce_upcast
 from fsam_core.torch.staged import Staged
 from fsam_core.torch.step import Step
 from fsam_core.torch.weights import masters

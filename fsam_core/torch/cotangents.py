@@ -64,7 +64,7 @@ def cotangent(
         saved: of how many such heads z̄ is saved for a second pass; `memory` says in which form.
 
     Raises:
-        UserError: for a loss of `Outputs` that is no scalar, or that reaches more than the outputs.
+        UserError: for a loss of `Outputs` that is no scalar, reaches more than the outputs, or writes to them.
     """
     if isinstance(head, FlatOutputs):
         loss, zbar = _of_outputs(head, divisor)
@@ -90,7 +90,15 @@ def cotangent(
 def _of_outputs(head: FlatOutputs, divisor: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     with torch.enable_grad():
         z = [x.detach().requires_grad_() for x in head.tensors]
-        loss = head.loss(z)
+        try:
+            loss = head.loss(z)
+        except RuntimeError as error:
+            if "leaf Variable that requires grad" not in str(error):
+                raise
+            raise UserError(
+                "Outputs: loss writes to the outputs in place, and they are the model's; have it compute new ones, "
+                "z / T say, or write to z.clone()"
+            ) from error
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise UserError(f"Outputs: loss must return a scalar tensor, got {got}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ def as_tuple(given: Any, names: Mapping[Tensor, str]) -> Optimizers:
     """The optimizers, whether one or several were given.
 
     Raises:
-        UserError: for none, or a parameter that two of them have.
+        UserError: for none, a parameter that two of them have, or one whose own step does not fit.
     """
     found = tuple(given) if isinstance(given, Iterable) and not hasattr(given, "param_groups") else (given,)
     if not found or not all(hasattr(one, "param_groups") for one in found):
@@ -31,6 +32,16 @@ def as_tuple(given: Any, names: Mapping[Tensor, str]) -> Optimizers:
                 both = f"{type(owner[p]).__name__} and {type(one).__name__}"
                 raise UserError(f"optimizer: {names.get(p) or 'a parameter'} is in {both}; give each parameter to one")
             owner[p] = one
+        closure = inspect.signature(type(one).step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise UserError(
+                f"optimizer: {type(one).__name__} evaluates the loss itself, by a closure, and here the step does; use "
+                "one that follows a given gradient"
+            )
+        if any(group.get("differentiable") for group in one.param_groups):
+            raise UserError(
+                f"optimizer: {type(one).__name__} has differentiable=True, and a step keeps no graph; leave it out"
+            )
     return found
 
 

@@ -96,6 +96,13 @@ class Parallel:
     def reset(self) -> None:
         """Recover from a pass that raised."""
 
+    def check_reduces(self) -> None:
+        """Check that gradients are reduced over the ranks.
+
+        Raises:
+            UserError: within a wrapper's own accumulation.
+        """
+
 
 class _Group(Parallel):
     hooked = True
@@ -160,6 +167,10 @@ class DataParallel(_Group):
 
     def accumulating(self, more: bool) -> AbstractContextManager[Any]:
         return self.model.no_sync() if more and not self.why_not_local else nullcontext()  # type: ignore[operator]
+
+    def check_reduces(self) -> None:
+        if not self.model.require_backward_grad_sync:
+            raise _unreduced("no_sync() of DistributedDataParallel")
 
     def all_reduce_mean_(self, tensors: Sequence[Tensor]) -> None:
         for dtype in dict.fromkeys(x.dtype for x in tensors):
@@ -301,6 +312,10 @@ class Sharded(_Shards):
         for module in self._modules:
             module.reshard()
 
+    def check_reduces(self) -> None:
+        if not all(group.reduce_grads for module in self._modules for group in _groups(module)):
+            raise _unreduced("set_requires_gradient_sync(False)")
+
     def reset(self) -> None:
         if hasattr(self.model, "reset_iter_state"):  # from PyTorch 2.13 on
             self.model.reset_iter_state()  # type: ignore[operator]
@@ -343,27 +358,6 @@ def detect_parallelism(model: nn.Module) -> Parallel:
     return TensorParallel(model, mesh.get_group())
 
 
-def reduce_upcast(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """DistributedDataParallel's reduction with the sum of half floats taken in float32, and rounded once.
-
-        ddp.register_comm_hook(None, reduce_upcast)
-
-    Without it a bfloat16 model's gradients are summed in bfloat16, with a rounding for every rank. FSDP2 has
-    `MixedPrecisionPolicy(reduce_dtype=torch.float32)` for that.
-
-    Args:
-        group: the ranks to reduce over, None for all.
-        bucket: gradients, as the hook is given them.
-    """
-    given = bucket.buffer()
-    upcast = given.to(torch.promote_types(given.dtype, torch.float32))
-    sent = dist.all_reduce(upcast.div_(dist.get_world_size(group)), group=group, async_op=True).get_future()
-    return sent.then(lambda done: given if upcast is given else given.copy_(done.value()[0]))
-
-
-reduce_upcast.__annotations__.clear()  # DistributedDataParallel looks at them and does not know them as strings
-
-
 def plain_name(name: str) -> str:
     """A parameter's name without what wrappers put into it."""
     return ".".join(x for x in name.split(".") if x not in WRAPPERS)
@@ -383,9 +377,20 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 def _data_mesh(module: Any) -> Any:
     """The mesh that FSDP2 averages a module's gradients over, which no public function tells; None without weights."""
+    return next((group.mesh_info.mesh for group in _groups(module)), None)
+
+
+def _groups(module: Any) -> list[Any]:
+    """FSDP2's groups of a module's own weights."""
     state = module._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-    return None if groups[0] is None else groups[0].mesh_info.mesh
+    return [x for x in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group] if x is not None]
+
+
+def _unreduced(what: str) -> UserError:
+    return UserError(
+        f"step: {what} would leave each rank its own gradients, and the perturbation differs from rank to rank; give "
+        "all micro-batches to one step, as MicroBatches([b0, b1, …]), which reduces them together"
+    )
 
 
 def _share_an_axis(one: Any, other: Any) -> bool:

@@ -282,6 +282,7 @@ class Step:
     def _gradient(self, batch: Any, *, read: bool) -> Found:
         """ĝ and the step's figures, which the host waits for with `read`."""
         passes.check_context()
+        self._parallel.check_reduces()
         batches = micro_batches(batch)
         params = self._params()
         if len(params) != len(self._known) or any(p is not q for p, q in zip(params, self._known, strict=True)):

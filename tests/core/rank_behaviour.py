@@ -126,12 +126,23 @@ def refused(rank: int) -> dict[str, Any]:
         copies = {p.detach().clone(): p for p in model.parameters()}
         Step(model, fsam.AdamW(copies, copies=copies), Plain(), features=features)
 
+    def no_sync() -> None:
+        step = made(Case(SAM(0.1)), "ddp")
+        with step.model.no_sync():
+            step.gradient(batch_of(0, 1, rank))
+
+    def no_gradient_sync() -> None:
+        step = made(Case(SAM(0.1)), "fsdp")
+        step.model.set_requires_gradient_sync(False)
+        step.gradient(batch_of(0, 1, rank))
+
     made_local = lambda: made(Case(SAM(0.1), sync="local"), "fsdp")
     made_wrong = lambda: made(Case(SAM(0.1), sync="each"), "ddp")
     compiled = lambda: Step(torch.compile(wrapped("ddp")), made_ddp.optimizer, Plain(), features=features)
     made_ddp = made(Case(Plain()), "ddp")
     cases = {"local": made_local, "sync": made_wrong, "no root": no_root, "resharded": resharded, "own": own_group}
-    return {name: said(one) for name, one in {**cases, "copies": with_copies, "compiled": compiled}.items()}
+    cases |= {"copies": with_copies, "compiled": compiled, "no_sync": no_sync, "gradient sync": no_gradient_sync}
+    return {name: said(one) for name, one in cases.items()}
 
 
 def remembered(rank: int) -> dict[str, Any]:

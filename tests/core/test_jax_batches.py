@@ -1,11 +1,10 @@
-"""What the JAX step takes and gives: batches of any type, params that are no plain tree, aux, and debugging of NaN."""
+"""What the JAX step takes and gives: batches of any type, aux, and debugging of NaN."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType
+from jax_model import RHO, arrays, features, head_of, params
 from problems import B2, METHODS, adam_state, batch_of, distance, moments, values
 from stacks import BLOCKS, I, staged
 from stacks import weights as stack_weights
@@ -21,7 +21,6 @@ from fsam_core.jax import (
     SAM,
     FunctionalSAM,
     Heads,
-    LinearHead,
     Logits,
     LogitSAM,
     MicroBatches,
@@ -31,25 +30,8 @@ from fsam_core.jax import (
     UserError,
     carry_of,
     mean_loss,
-    skip_nonfinite,
     value_and_grad,
 )
-
-RHO = 0.3
-
-
-def params() -> dict:
-    return jax.tree.map(jnp.asarray, values(dtype="float32"))
-
-
-def arrays(seed: int = 1, n: int = 12) -> tuple:
-    b = batch_of(n, seed, dtype="float32")
-    return jnp.asarray(b["x"]), jnp.asarray(b["y"])
-
-
-def head_of(p, x, y):
-    return LinearHead(jnp.tanh(x @ p["a"]), p["w"], y)
-
 
 # --- batches ----------------------------------------------------------------------------------------------------------
 
@@ -215,70 +197,6 @@ def test_aux_that_is_not_there_is_refused():
         value_and_grad(with_aux, SAM(RHO), has_aux=True, sync="local")
     with pytest.raises(UserError, match=r"features must return \(head, aux\) with has_aux=True, got LinearHead"):
         value_and_grad(lambda p, b: head_of(p, *b), SAM(RHO), has_aux=True)(params(), arrays())
-
-
-# --- params -----------------------------------------------------------------------------------------------------------
-
-
-def features(p, b):
-    return head_of(p, *b)
-
-
-def test_integer_leaves_do_not_move_and_have_zero_gradients():
-    extra = {"steps": jnp.int32(3), "table": jnp.arange(6), "mask": jnp.ones(5, bool), "nothing": None}
-    p = {**params(), **extra}
-    scaled = lambda p, b: LinearHead(jnp.tanh(b[0] @ p["a"]) * p["mask"], p["w"], b[1] * 1 + 0 * p["steps"])
-    groups = {"train": optax.adamw(1e-2, b2=B2), "fixed": optax.set_to_zero()}
-    tx = skip_nonfinite(optax.partition(groups, {k: "train" if k in params() else "fixed" for k in p}))
-    state, method = tx.init(p), FunctionalSAM(RHO, precondition="adam")
-    _, g = jax.jit(value_and_grad(scaled, method, b2=B2))(p, arrays(), state)
-    expected = value_and_grad(features, method, b2=B2)(params(), arrays(), optax.adamw(1e-2).init(params()))[1]
-    assert distance({k: g[k] for k in "aw"}, expected) < 1e-6
-    assert {k: (x.dtype, x.shape) for k, x in g.items() if x is not None and k in extra} == {
-        k: (x.dtype, x.shape) for k, x in extra.items() if x is not None
-    }
-    assert not any(jnp.any(g[k]) for k in ("steps", "table", "mask"))
-    updates, _ = tx.update(g, state, p)
-    after = optax.apply_updates(p, updates)
-    assert int(after["steps"]) == 3
-    assert jax.tree.structure(after) == jax.tree.structure(p)
-
-
-def test_integer_leaves_are_in_the_carry():
-    p = {**params(), "steps": jnp.int32(3)}
-    method = SAM(RHO, ascent="previous")
-    grad = jax.jit(value_and_grad(features, method))
-    _, g, carry = grad(p, arrays(), None, carry_of(method, p))
-    _, again, carry = grad(p, arrays(), None, carry)
-    assert jax.tree.structure(carry.previous) == jax.tree.structure(p)
-    assert distance({k: again[k] for k in "aw"}, {k: g[k] for k in "aw"}) > 1e-3
-
-
-def test_random_key_among_the_params_has_a_gradient_without_values():
-    p = {**params(), "key": jax.random.key(0)}
-    noisy = lambda p, b: head_of(p, b[0] + jax.random.normal(p["key"], b[0].shape), b[1])
-    g = value_and_grad(noisy, FunctionalSAM(RHO))(p, arrays())[1]
-    assert g["key"].dtype == jax.dtypes.float0
-
-
-@pytest.mark.parametrize(
-    ("leaf", "says"), [(1.5, "got c of type float"), (jnp.ones(2, complex), "got c of type complex64")]
-)
-def test_params_that_are_no_real_arrays_are_refused(leaf, says):
-    with pytest.raises(UserError, match=f"params: every leaf must be a real array, {says}"):
-        value_and_grad(features, FunctionalSAM(RHO))({**params(), "c": leaf}, arrays())
-
-
-def test_boxes_of_flax_keep_their_names_and_moments():
-    box = lambda x: nn.Partitioned(x, names=(None,) * x.ndim)
-    p = jax.tree.map(box, params())
-    boxed = lambda p, b: features(nn.meta.unbox(p), b)
-    method = FunctionalSAM(RHO, precondition="adam", scope=lambda name: {"a": True, "w": False}[name])
-    state = optax.adamw(1e-2, b2=B2)
-    g = jax.jit(value_and_grad(boxed, method, b2=B2))(p, arrays(), state.init(p))[1]
-    expected = value_and_grad(features, method, b2=B2)(params(), arrays(), state.init(params()))[1]
-    assert isinstance(g["a"], nn.Partitioned)
-    assert distance(nn.meta.unbox(g), expected) < 1e-6
 
 
 # --- NaN --------------------------------------------------------------------------------------------------------------

@@ -134,6 +134,8 @@ def test_step_state_is_sharded_and_loads_again(ranks):
         ("own", r"features: the head's weight is a shard"),
         ("copies", r"optimizer: .* MixedPrecisionPolicy"),
         ("compiled", r"model: compile it before it is wrapped"),
+        ("no_sync", r"step: no_sync\(\) of DistributedDataParallel would leave .* MicroBatches"),
+        ("gradient sync", r"step: set_requires_gradient_sync\(False\) would leave .* MicroBatches"),
     ],
 )
 def test_unsupported_setup_is_refused_in_one_sentence(case, said, ranks):

@@ -167,6 +167,19 @@ def test_heads_of_one_tensor_share_its_gradient():
 # --- what is no loss of the outputs alone -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("write", [lambda z: z.div_(0.7), lambda z: z[..., 0].fill_(-1e9)])
+def test_loss_that_writes_to_its_outputs_is_refused(write):
+    def written(z, batch):
+        write(z)
+        return mean(z, batch["y"])
+
+    def cooled(model, batch):
+        return Logits(model.trunk(batch) @ model.embedding.weight.T, lambda z: written(z, batch))
+
+    with pytest.raises(UserError, match=r"loss writes to the outputs in place, .* write to z.clone\(\)"):
+        gradient(cooled, batch_of())
+
+
 def test_loss_that_reaches_more_is_refused_by_name():
     def decayed(model, batch):
         z = model.trunk(batch) @ model.embedding.weight.T

@@ -12,7 +12,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer, _apply_optimizer_in_backward
 
-from fsam_core.torch import AdamW, FunctionalSAM, LinearHead, Logits, MicroBatches, Plain, Step, UserError
+from fsam_core.torch import SAM, AdamW, FunctionalSAM, LinearHead, Logits, MicroBatches, Plain, Step, UserError
 
 
 def split_optimizers(model, muon=True):
@@ -200,6 +200,15 @@ def test_float16_logits_have_the_gradient_of_a_plain_loop_with_a_scaler(scale):
     (head.loss(head.logits) * scale).backward()
     for a, p in zip(got, model.parameters(), strict=True):
         torch.testing.assert_close(a, p.grad / scale, rtol=1e-3, atol=1e-3 * float(a.norm()))
+
+
+@pytest.mark.parametrize("method", [Plain(), SAM(0.1)])
+def test_an_optimizer_whose_step_does_not_fit_is_refused(method):
+    model = nn.Linear(2, 2)
+    with pytest.raises(UserError, match="LBFGS evaluates the loss itself, by a closure"):
+        Step(model, torch.optim.LBFGS(model.parameters()), method, features=lambda model, batch: None)
+    with pytest.raises(UserError, match="AdamW has differentiable=True"):
+        Step(model, torch.optim.AdamW(model.parameters(), differentiable=True), method, features=lambda m, b: None)
 
 
 def test_maximize_is_refused():

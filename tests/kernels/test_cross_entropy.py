@@ -168,6 +168,38 @@ def test_torch_refuses_a_second_derivative(reduction):
         torch.autograd.grad(loss, [h, w], create_graph=True)
 
 
+def test_torch_refuses_a_forward_derivative():
+    p = problem(bias=True)
+    head = [to("torch", x, "float32") for x in (p.h, p.w, p.bias)]
+    loss = lambda h, w, b: FUNCTIONS["torch"](h, w, to("torch", p.y), bias_V=b)
+    for place, x in enumerate(head):
+        moved = lambda x, place=place: loss(*[x if i == place else y for i, y in enumerate(head)])
+        with pytest.raises(RuntimeError, match=r"no forward-mode derivative; use torch\.nn\.functional"):
+            torch.func.jvp(moved, (x,), (torch.ones_like(x),))
+    with torch.autograd.forward_ad.dual_level():
+        assert torch.isfinite(loss(*head))
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**16])
+@pytest.mark.parametrize("backend", FUNCTIONS)
+def test_float16_gradients_keep_their_digits_under_a_loss_scale(backend, scale):
+    """A mean's 1/N is not rounded into h̄ before the scale is known, and the default scale of 65536 is no infinity."""
+    p = problem("float16", n=3000, bias=True)._replace(y=np.arange(3000) % 53)
+    give = lambda x: to(backend, x, "float16")
+    arrays, y = (give(p.h), give(p.w), give(p.bias)), to(backend, p.y)
+    loss = lambda h, w, b: FUNCTIONS[backend](h, w, y, bias_V=b) * scale
+    if backend == "torch":
+        arrays = [x.requires_grad_() for x in arrays]
+        grads = torch.autograd.grad(loss(*arrays), arrays)
+    else:
+        grads = jax.grad(loss, (0, 1, 2))(*arrays)
+    _, _, zbar = spec.linear_cross_entropy(p.h, p.w, p.y, np.full(3000, 1 / 3000), bias_V=p.bias)
+    for got, expected, like in zip(grads, spec.logit_vjp(zbar, p.h, p.w, bias_V=p.bias), arrays, strict=True):
+        assert got.dtype == like.dtype
+        error = np.linalg.norm(back(got).astype(np.float64) / scale - expected) / np.linalg.norm(expected)
+        assert error < (4e-4 if scale > 1 else 3e-3)  # without a scale, what is below 2^-24 is lost
+
+
 def test_torch_backward_repeats_and_is_linear_in_its_cotangent():
     p = problem()
     h, w = (to("torch", x, "float32").requires_grad_() for x in (p.h, p.w))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fsam_kernels.options import CROSS_ENTROPY, Layout, Loss, Reduction, check_reduction
 from fsam_kernels.torch.linear_cross_entropy import Cotangent, HeadGradients, compute_dtype, linear_cross_entropy
@@ -51,9 +52,11 @@ def cross_entropy(
 
     Raises:
         ValueError: for an unknown reduction, or weights or a count that the reduction does not use.
-        RuntimeError: in a backward pass with create_graph=True, because it has no second derivative.
+        RuntimeError: in a backward pass with create_graph=True, because it has no second derivative; in forward-mode
+            differentiation.
     """
     check_reduction(reduction, weights is not None, count is not None)
+    _refuse_tangents([x for x in (h, w, bias_V) if x is not None])
     h_NxD = h.reshape(-1, h.shape[-1]).to(compute_dtype(h))
     w_VxD = w if layout == "VD" else w.T
     y_N = labels.reshape(-1)
@@ -70,7 +73,12 @@ def cross_entropy(
         weights_N = weights_N / torch.where(total == 0, 1, total)
     wanted = [x for x in (h, w, bias_V) if x is not None]
     gradient = torch.is_grad_enabled() and any(x.requires_grad for x in wanted)
-    return _total(h_NxD, w_VxD, bias_V, y_N, weights_N, gradient, *options)[0]
+    if h_NxD.dtype != torch.float16:
+        return _total(h_NxD, w_VxD, bias_V, y_N, weights_N, gradient, *options)[0]
+    # 1/N rounds small gradients to 0 before a loss scale is known, so they are in units of the largest weight.
+    largest = weights_N.abs().max() if weights_N.numel() else weights_N.new_zeros(())
+    unit = torch.where(largest > 0, largest, 1)
+    return _total(h_NxD, w_VxD, bias_V, y_N, weights_N / unit, gradient, *options)[0] * unit
 
 
 @torch.library.custom_op("fsam::cross_entropy_total", mutates_args=())
@@ -87,7 +95,10 @@ def _total(
     chunk_bytes: int | None,
     softmax: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(Σ_n weight_n loss_n, h̄, w̄, b̄); h̄, w̄ and b̄ are empty without `gradient`."""
+    """(Σ_n weight_n loss_n, h̄, w̄, b̄); h̄, w̄ and b̄ are empty without `gradient`.
+
+    Of float16 hidden states w̄ and b̄ are sums of many tokens in units that may be large, and stay in float32.
+    """
     loss_N, *_, gradients = linear_cross_entropy(
         h_NxD,
         w_VxD,
@@ -96,6 +107,7 @@ def _total(
         bias_V=bias_V,
         loss=Loss(label_smoothing, z_loss, soft_cap),
         gradient=gradient,
+        upcast_wbar=h_NxD.dtype == torch.float16,
         chunk_bytes=chunk_bytes,
         softmax=softmax_ops(softmax),
     )
@@ -110,14 +122,23 @@ def _(h_NxD, w_VxD, bias_V, labels_N, weights_N, gradient, *options):
     empty = lambda: h_NxD.new_empty(0)
     if not gradient:
         return weights_N.new_empty(()), empty(), empty(), empty()
-    bbar = empty() if bias_V is None else torch.empty_like(bias_V)
-    return weights_N.new_empty(()), torch.empty_like(h_NxD), torch.empty_like(w_VxD), bbar
+    wide = torch.float32 if h_NxD.dtype == torch.float16 else None
+    bbar = empty() if bias_V is None else torch.empty_like(bias_V, dtype=wide)
+    return weights_N.new_empty(()), torch.empty_like(h_NxD), torch.empty_like(w_VxD, dtype=wide), bbar
 
 
 def _total_setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.has_bias = inputs[2] is not None
+    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
+
+
+def _refuse_tangents(given: list[Tensor]) -> None:
+    """A custom operator drops tangents without a word: the derivative would be 0."""
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in given):
+        raise RuntimeError(
+            "cross_entropy has no forward-mode derivative; use torch.nn.functional.cross_entropy of the logits"
+        )
 
 
 def _refuse_second_derivatives() -> None:
@@ -134,9 +155,10 @@ def _total_backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None,
     rest = (None,) * 8
     if g is None:
         return (None, None, None, *rest)
-    hbar_NxD, wbar_VxD, bbar_V = ctx.saved_tensors
-    scaled = lambda x: x * g.to(x.dtype)
-    return (scaled(hbar_NxD), scaled(wbar_VxD), scaled(bbar_V) if ctx.has_bias else None, *rest)
+    # A loss scale of 65536 is infinite in float16, so the product is taken in float32 there.
+    scaled = lambda x: x.float() * g if x.dtype == torch.float16 else x * g.to(x.dtype)
+    found = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+    return (*(None if dtype is None else scaled(x).to(dtype) for x, dtype in found), *rest)
 
 
 _total.register_autograd(_total_backward, setup_context=_total_setup)

@@ -64,7 +64,13 @@ def cross_entropy(
     if reduction == "mean":
         total = jnp.sum(weights_N) if count is None else jnp.asarray(count, ones_N.dtype)
         weights_N = weights_N / jnp.where(total == 0, 1, total)
-    return _total(statics, h_NxD, w_VxD, bias_V, y_N, jax.lax.stop_gradient(weights_N))
+    weights_N = jax.lax.stop_gradient(weights_N)
+    if h_NxD.dtype != jnp.float16:
+        return _total(statics, h_NxD, w_VxD, bias_V, y_N, weights_N)
+    # 1/N rounds small gradients to 0 before a loss scale is known, so they are in units of the largest weight.
+    largest = jnp.max(jnp.abs(weights_N), initial=0)
+    unit = jnp.where(largest > 0, largest, 1)
+    return _total(statics, h_NxD, w_VxD, bias_V, y_N, weights_N / unit) * unit
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -74,13 +80,15 @@ def _total(statics: Any, h_NxD: Any, w_VxD: Any, bias_V: Any, labels_N: Any, wei
 
 
 def _total_forward(statics: Any, h_NxD: Any, w_VxD: Any, bias_V: Any, labels_N: Any, weights_N: Any) -> Any:
-    options = {"bias_V": bias_V, "gradient": True, **dict(statics)}
+    options = {"bias_V": bias_V, "gradient": True, "upcast_wbar": h_NxD.dtype == jnp.float16, **dict(statics)}
     loss_N, *_, gradients = linear_cross_entropy(h_NxD, w_VxD, labels_N, weights_N, **options)
-    return jnp.sum(loss_N * weights_N), gradients
+    none_of = jax.tree.map(lambda x: jnp.zeros((), x.dtype), (h_NxD, w_VxD, bias_V))
+    assert gradients is not None
+    return jnp.sum(loss_N * weights_N), (tuple(gradients), none_of)
 
 
-def _total_backward(statics: Any, gradients: Any, g: jax.Array) -> Any:
-    return (*jax.tree.map(lambda x: (x * g).astype(x.dtype), tuple(gradients)), None, None)
+def _total_backward(statics: Any, saved: Any, g: jax.Array) -> Any:
+    return (*jax.tree.map(lambda x, like: (x * g).astype(like.dtype), *saved), None, None)
 
 
 _total.defvjp(_total_forward, _total_backward)

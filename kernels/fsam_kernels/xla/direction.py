@@ -11,7 +11,10 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 
 class Adam(NamedTuple):
-    """AdamW's values in the direction: β₂, eps, and the bias correction 1 − β₂ᵗ of the moment that is used."""
+    """AdamW's values in the direction: β₂, eps, and the bias correction 1 − β₂ᵗ of the moment that is used.
+
+    With `jax_enable_x64` some may be float64, and the arrays of float32 leaves are float32 nevertheless.
+    """
 
     b2: float | jax.Array
     eps: float | jax.Array
@@ -25,8 +28,14 @@ def direction(g: jax.Array, v: jax.Array | None, adam: Adam | None, clip: jax.Ar
     if v is None or adam is None:
         return g
     v = v.astype(g.dtype)
-    moment = adam.b2 * v + (1 - adam.b2) * jnp.square(g) if adam.current else v
-    return g / (jnp.sqrt(moment / adam.correction) + adam.eps)
+    return g / (jnp.sqrt(second_moment(g, v, adam)) + jnp.asarray(adam.eps, g.dtype))
+
+
+def second_moment(g: jax.Array, v: jax.Array, adam: Adam) -> jax.Array:
+    """v̂, in the dtype of g and v."""
+    at = lambda x: jnp.asarray(x, g.dtype)
+    moment = at(adam.b2) * v + at(1 - adam.b2) * jnp.square(g) if adam.current else v
+    return moment / at(adam.correction)
 
 
 def leaves(name: str, tree: Any, like: Any) -> list[Any]:
