@@ -75,8 +75,10 @@ def test_suggestions_keep_the_options_of_the_comparison(tmp_path):
     command = f"fsam compare --methods {','.join(METHODS)} --batch 8 --out {tmp_path} --cost-steps=10"
     rows = [{"method": name, "val_loss_mean": 5.0 - i} for i, name in enumerate(METHODS)]
     settings = parse(Compare, ["--batch", "8"], "fsam compare").settings()
-    found = dict(_next({"rows": rows, "seeds": 1, "budget": "steps", "command": command}, settings, tmp_path))
-    assert found["the best learning rate and ρ, AdamW's too"] == ("fsam tune --method precond-functional-sam --batch 8")
+    comparison = {"rows": rows, "seeds": 1, "budget": "steps", "command": command}
+    found = dict(_next(comparison, settings, tmp_path, of_branches=False))
+    tune = "fsam tune --method precond-functional-sam --batch 8 --correction-fraction 1/4"
+    assert found["the best learning rate and ρ, AdamW's too"] == tune
     assert found["all methods for the same time"].endswith(f"--cost-steps=10 --budget time --out {tmp_path}-time")
     best = tmp_path / "precond-functional-sam_correction-fraction1-4_learning-rate0.003-seed0"
     assert found["what the best model writes"] == f"fsam sample {best}"
