@@ -196,8 +196,9 @@ REGIMES = {
         leading=(ADAMW, "average of the weights", "noise", "SAM", "functional, 1/4", "SAM, split 1/2"),
     ),
     "late-larger": Regime(
-        "The last 8 % of a run of 30 tokens a parameter", SMALL, "packages", 10_250_000, 10_000,
+        "The last 8 % of a larger model's run of 30 tokens a parameter", SMALL, "packages", 10_250_000, 10_000,
         evaluations=4, rivals={}, alone=LATE_AGAIN, base=("packages", 10_250_000, 10_000), late=0.08,
+        leading=(ADAMW, "noise", "SAM", "functional, 1/4", "SAM, split 1/2"),
     ),
 }  # fmt: skip
 
