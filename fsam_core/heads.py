@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from fsam_core.errors import UserError
@@ -45,3 +46,16 @@ def check_heads(head: Any) -> list[Any]:
     if len(head.weights) != count:
         raise UserError(f"Heads: weights must have one number a head, got {len(head.weights)} for {count} heads")
     return list(head.weights)
+
+
+def check_outputs(ndims: Iterable[int]) -> None:
+    """Check that a method which holds the outputs' cotangent has outputs, and not the loss in their place.
+
+    Raises:
+        UserError: for scalars alone.
+    """
+    if not any(ndims):
+        raise UserError(
+            "Outputs: the output is a scalar, the loss itself, whose derivative is 1 at any weights; return the "
+            "logits, and their loss as a function of them, or use SAM"
+        )

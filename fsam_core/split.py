@@ -95,10 +95,21 @@ def with_own_containers(batch: Any) -> Any:
         return _of_items(batch, [with_own_containers(x) for x in batch])
     if not isinstance(batch, MutableMapping):
         return batch
+    found = _copied(batch, {key: with_own_containers(value) for key, value in batch.items()})
+    return batch if found is None else found
+
+
+def _copied(batch: Any, items: Mapping[Any, Any]) -> Any:
+    """A copy of a mutable mapping with these items; None where copies write to the original, as flax's nnx.State do."""
     found = copy.copy(batch)
-    for key, value in batch.items():
-        if (own := with_own_containers(value)) is not value:
-            found[key] = own
+    for key, value in items.items():
+        before = batch[key]
+        if value is before:
+            continue
+        found[key] = value
+        if batch[key] is not before:
+            batch[key] = before
+            return None
     return found
 
 
@@ -107,27 +118,33 @@ def _of_items(like: Any, items: list[Any]) -> Any:
     return type(like)(*items) if hasattr(like, "_fields") else type(like)(items)
 
 
-def map_leaves(function: Callable[[Any], Any], batch: Any, tree_map: TreeMap) -> Any:
+def map_leaves(
+    function: Callable[[Any], Any], batch: Any, tree_map: TreeMap, is_leaf: Callable[[Any], bool] = lambda x: False
+) -> Any:
     """The batch with function(leaf) in place of each leaf; containers keep their types.
 
     Args:
         tree_map: the framework's own, for the containers that only the framework knows.
+        is_leaf: which tuples and lists are leaves, too.
     """
     if isinstance(batch, Mapping):
-        changed = {key: map_leaves(function, value, tree_map) for key, value in batch.items()}
+        changed = {key: map_leaves(function, value, tree_map, is_leaf) for key, value in batch.items()}
         if type(batch) is dict:
             return changed
         if not hasattr(batch, "__setitem__"):
             return type(batch)(changed)  # type: ignore[call-arg]
-        found = copy.copy(batch)  # a UserDict, a BatchEncoding, a defaultdict: with what else it holds
-        for key, value in changed.items():
-            found[key] = value
-        return found
+        # A UserDict, a BatchEncoding, a defaultdict: with what else it holds.
+        found = _copied(batch, changed)
+        return tree_map(function, batch) if found is None else found
     if isinstance(batch, tuple | list):
-        return _of_items(batch, [map_leaves(function, x, tree_map) for x in batch])
+        if is_leaf(batch):
+            return function(batch)
+        return _of_items(batch, [map_leaves(function, x, tree_map, is_leaf) for x in batch])
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.init}
-        return dataclasses.replace(batch, **{name: map_leaves(function, x, tree_map) for name, x in fields.items()})
+        return dataclasses.replace(
+            batch, **{name: map_leaves(function, x, tree_map, is_leaf) for name, x in fields.items()}
+        )
     return tree_map(function, batch)
 
 
@@ -144,7 +161,7 @@ def split(
 
     S takes whole micro-batches first, each as an equal part of the rows, whatever its size. Then it takes every n-th
     row of the next one, so that every device of a batch sharded along its first axis contributes its share. Leaves
-    without axes (a number), and random keys, go to both.
+    without axes (a number), and random keys, go to both; a list of as many of them as there are rows is cut.
 
     Args:
         batches: micro-batches, trees of arrays.
@@ -167,6 +184,8 @@ def _cut(batch: Any, share: Fraction, tree_map: TreeMap, is_key: Callable[[Any],
     sizes: set[int] = set()
 
     def look(x: Any) -> Any:
+        if getattr(x, "is_sparse", False) or getattr(x, "is_nested", False):
+            raise UserError("fraction: a sparse or nested tensor of the batch cannot be cut; give MicroBatches")
         if _has_rows(x) and not is_key(x):
             sizes.add(x.shape[0])
         elif not (hasattr(x, "ndim") or isinstance(x, SHARED)):
@@ -188,8 +207,15 @@ def _cut(batch: Any, share: Fraction, tree_map: TreeMap, is_key: Callable[[Any],
             "loader's drop_last=True leaves out a short last batch)"
         )
 
+    def is_column(x: Any) -> bool:
+        """Whether a list has a text or a number for each row, as a loader collates them."""
+        alone = lambda one: one is not None and not isinstance(one, tuple | list | Mapping) and not _has_rows(one)
+        return len(x) == size > 1 and not hasattr(x, "_fields") and all(map(alone, x))
+
     def rows(which: slice) -> Callable[[Any], Any]:
         def of(x: Any) -> Any:
+            if isinstance(x, tuple | list):
+                return type(x)(one for at in range(0, size, n) for one in x[at : at + n][which])
             if not _has_rows(x) or is_key(x):
                 return x
             groups = x.reshape((size // n, n, *x.shape[1:]))[:, which]
@@ -198,8 +224,13 @@ def _cut(batch: Any, share: Fraction, tree_map: TreeMap, is_key: Callable[[Any],
         return of
 
     sides = (slice(None, share.numerator), slice(share.numerator, None))
-    mine, others = (map_leaves(rows(side), batch, tree_map) for side in sides)
+    mine, others = (map_leaves(rows(side), batch, tree_map, is_column) for side in sides)
     return mine, others
+
+
+def rows_of(batch: Any, is_key: Callable[[Any], bool] = lambda leaf: False) -> float:
+    """The first axis of the batch's first array; 1 where it holds none."""
+    return next((float(x.shape[0]) for x in leaves(batch) if _has_rows(x) and not is_key(x)), 1.0)
 
 
 def check_keys(batch: Any, rows: int, is_key: Callable[[Any], bool], argument: str) -> None:

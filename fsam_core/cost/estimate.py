@@ -134,7 +134,8 @@ def within(
         tokens: tokens a step.
         spare: include sets that would stay within the budget without one of their savings, or with less of it.
         kept: fields that have the value of `options` in every set.
-        settled: what a step would decide by itself from its options: whether it keeps its cotangent.
+        settled: what a step would decide by itself from its options: whether it keeps its cotangent. A UserError of it
+            leaves the set out.
 
     Raises:
         UserError: for a budget below 1, or for AdamW itself.
@@ -153,10 +154,10 @@ def within(
         if "scope" in changes:
             changes["scope"] = f"top:{model.layers // 2}"
         try:
-            asked = dataclasses.replace(options, **changes)
+            asked = settled(dataclasses.replace(options, **changes))
         except UserError:  # a split step of the whole batch, say
             continue
-        cost = estimate(model, settled(asked), tokens)
+        cost = estimate(model, asked, tokens)
         if cost.time_ratio(machine) <= budget:
             found[places] = changes, cost
     ours = [one for at, one in found.items() if spare or not any(x in found for x in _giving_up_less(searched, at))]

@@ -61,12 +61,13 @@ class Outputs:
     Attributes:
         outputs: a tree of arrays, functions of the params. Integer arrays in it are constants.
         loss: outputs -> mean loss, a scalar. It must reach the params only through `outputs`.
-        weight: the weight ≥ 0 of this micro-batch among others (its number of targets, say).
+        weight: the weight ≥ 0 of this micro-batch, or of S, among others; None for the rows of the batch that
+            `features` was given. A mean over some of its targets needs their number.
     """
 
     outputs: Any
     loss: Callable[[Any], jax.Array]
-    weight: jax.Array | float = 1.0
+    weight: jax.Array | float | None = None
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,13 @@ class Logits:
     Attributes:
         logits: array of any shape, a function of the params.
         loss: logits -> mean loss, a scalar; it must not depend on the params in any other way.
-        weight: the weight ≥ 0 of this micro-batch among others (its number of targets, say).
+        weight: the weight ≥ 0 of this micro-batch, or of S, among others; None for the rows of the batch that
+            `features` was given. A mean over some of its targets needs their number.
     """
 
     logits: jax.Array
     loss: Callable[[jax.Array], jax.Array]
-    weight: jax.Array | float = 1.0
+    weight: jax.Array | float | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,15 @@ class FlatHeads(NamedTuple):
 
     parts: tuple[Part, ...]
     factors: tuple[Any, ...]
+
+
+def of_rows(head: Any, rows: float) -> Any:
+    """The head of a batch of so many rows, which are the weight that was not given."""
+    if isinstance(head, Heads):
+        return dataclasses.replace(head, heads=[of_rows(one, rows) for one in head.heads])
+    if isinstance(head, Outputs | Logits) and head.weight is None:
+        return dataclasses.replace(head, weight=rows)
+    return head
 
 
 def flat(head: Any) -> FlatHeads:
@@ -240,7 +251,7 @@ def _cotangent(
     scaled = lambda x: x if isinstance(factor, float) and factor == 1 else x * jnp.asarray(factor, x.dtype)
     if isinstance(part, Outputs):
         loss, zbar = jax.value_and_grad(part.loss)(part.outputs)
-        weight = jnp.asarray(part.weight, loss.dtype)
+        weight = jnp.asarray(1.0 if part.weight is None else part.weight, loss.dtype)
         weight = nan_unless(weight >= 0, weight)
         # A mean over no targets is 0/0; its weight is 0.
         loss, zbar = jax.tree.map(lambda x: scaled(jnp.where(weight == 0, 0, x)), (loss, zbar))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from fsam_core import regions, split
 from fsam_core.errors import UserError
+from fsam_core.heads import check_outputs
 from fsam_core.jax import heads, leaks, meshes
 from fsam_core.jax.heads import FlatHeads, LinearHead
 from fsam_core.split import MicroBatches
@@ -88,6 +89,8 @@ def loss_and_grad(
                 if leaks.may_leak(found):
                     jax.eval_shape(lambda p: jax.vjp(lambda p: _checked(config, p, item), p)[0], params)
                 head, vjp_fn = heads.flat(found), None
+        if keep:
+            check_outputs(x.ndim for of in heads.outputs(head) for x in of)
         holds = keep and not hidden and heads.keeps(head, _count(items), config.memory)
         with regions.in_jax(_named(region, "backward" if backward else "forward")):
             loss, weight, zbar, out = heads.cotangent(
@@ -224,12 +227,12 @@ def called(config: PassConfig, params: Params, batch: Any) -> tuple[Any, Any]:
     Raises:
         UserError: with has_aux, if it is no pair.
     """
-    found = config.features(params, split.with_own_containers(batch))
+    found, rows = config.features(params, split.with_own_containers(batch)), split.rows_of(batch, is_key)
     if not config.has_aux:
-        return found, ()
+        return heads.of_rows(found, rows), ()
     if not (isinstance(found, tuple) and len(found) == 2):
         raise UserError(f"features must return (head, aux) with has_aux=True, got {type(found).__name__}")
-    return found
+    return heads.of_rows(found[0], rows), found[1]
 
 
 def _checked(config: PassConfig, params: Params, batch: Any) -> jax.Array:

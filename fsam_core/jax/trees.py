@@ -23,8 +23,13 @@ def floats(params: Any, like: Any | None = None) -> Any:
     """`like`, a tree like `params` (None: `params` itself), with None in place of the leaves that cannot be trained.
 
     Raises:
-        UserError: for a leaf that is complex, of fewer than 16 bits, or no array.
+        UserError: for a leaf that is complex, of fewer than 16 bits, or no array, and for a module of flax nnx.
     """
+    if any(x.__module__.startswith("flax.nnx.") and x.__name__ == "Module" for x in type(params).__mro__):
+        raise UserError(
+            "params: an nnx.Module holds more than weights, and its state would be lost; give the params of "
+            "nnx.split(module, nnx.Param, ...), and merge in features (docs/loops.md)"
+        )
     for name, x in zip(names(params), jax.tree.leaves(params), strict=True):
         if not hasattr(x, "dtype") or jnp.issubdtype(x.dtype, jnp.complexfloating):
             kind = getattr(x, "dtype", type(x).__name__)

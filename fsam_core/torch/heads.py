@@ -57,12 +57,13 @@ class Outputs:
         outputs: any tree of tensors; those of a floating dtype are the outputs, with their graph.
         loss: outputs -> mean loss, a scalar. Whatever else of the model it reaches is an error: the method holds the
             loss's derivative with respect to the outputs, and nothing besides.
-        weight: how much this micro-batch counts beside others (its number of targets, say).
+        weight: how much this micro-batch, or S, counts beside others; None for the rows of the batch that `features`
+            was given. A mean over some of its targets needs their number.
     """
 
     outputs: Any
     loss: Callable[[Any], Tensor]
-    weight: Tensor | float = 1.0
+    weight: Tensor | float | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Logits:
 
     logits: Tensor
     loss: Callable[[Tensor], Tensor]
-    weight: Tensor | float = 1.0
+    weight: Tensor | float | None = None
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,15 @@ Check = Literal["now", "later", "not"]
 cannot be right make the loss NaN, so that the step is skipped; or not, in a pass that uses neither."""
 
 
+def of_rows(head: Any, rows: float) -> Any:
+    """The head of a batch of so many rows, which are the weight that was not given."""
+    if isinstance(head, Heads):
+        return dataclasses.replace(head, heads=[of_rows(one, rows) for one in head.heads])
+    if isinstance(head, Outputs | Logits) and head.weight is None:
+        return dataclasses.replace(head, weight=rows)
+    return head
+
+
 def flat(head: Any, check: Check | None = None) -> Flat:
     """Each head checked and flattened. `check` is of labels and weights; None for "now" on a CPU and "later" elsewhere.
 
@@ -225,11 +235,12 @@ def _flat(head: Any, check: Check | None) -> FlatHead | FlatOutputs:
     name = type(head).__name__
     if not tensors:
         raise UserError(f"{name}: outputs has no floating tensor, so there is nothing to differentiate")
-    _check_constant(head.weight, f"{name}: weight")
+    weight = 1.0 if head.weight is None else head.weight
+    _check_constant(weight, f"{name}: weight")
     if isinstance(head, Logits):
-        return FlatOutputs(tensors, lambda given: head.loss(given[0]), _count(head.weight, tensors[0]))
+        return FlatOutputs(tensors, lambda given: head.loss(given[0]), _count(weight, tensors[0]))
     loss = lambda given: head.loss(with_activations(head, given).outputs)
-    return FlatOutputs(tensors, loss, _count(head.weight, tensors[0]))
+    return FlatOutputs(tensors, loss, _count(weight, tensors[0]))
 
 
 def _flat_linear(head: LinearHead, check: Check | None) -> FlatHead:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fsam_core.errors import UserError
-from fsam_core.split import leaves, with_own_containers
+from fsam_core.split import leaves, rows_of, with_own_containers
+from fsam_core.torch import heads
 from fsam_core.torch.heads import Head
 from fsam_core.torch.parallel import Parallel
 from fsam_core.torch.replay import Replay
@@ -71,7 +72,8 @@ class PassConfig(NamedTuple):
             UserError: where `features` writes to the batch's tensors and another pass needs them.
         """
         with nullcontext() if self.replay is None else unchanged(batch, "features", "batch"):
-            return self.parallel.call_features(self.features, with_own_containers(batch))
+            found = self.parallel.call_features(self.features, with_own_containers(batch))
+        return heads.of_rows(found, rows_of(batch))
 
     @property
     def joins(self) -> bool:

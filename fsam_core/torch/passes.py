@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from fsam_core.errors import UserError
+from fsam_core.heads import check_outputs
 from fsam_core.regions import Region, in_torch
 from fsam_core.torch import cotangents, heads
 from fsam_core.torch.cotangents import AtTensors, Pairs
@@ -155,6 +156,8 @@ def head_loss(
     linear = sum(isinstance(head, FlatHead) for head in found)
     if cut == "hidden" and not linear:
         raise UserError("cut: 'hidden' needs features to return a LinearHead; use cut='logits'")
+    if cut is not None:
+        check_outputs(x.ndim for head in found for x in head.tensors)
     losses, saved, roots = [], [], Pairs()
     for place, (head, divisor) in enumerate(zip(found, cotangents.divisors(found, unit), strict=True)):
         cuts_hidden = cut == "hidden" and isinstance(head, FlatHead)

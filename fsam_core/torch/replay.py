@@ -1,15 +1,19 @@
 """What both passes of a step must see alike besides weights and batch: random draws and the model's buffers.
 
+Draws are PyTorch's, Python's and NumPy's (transformers masks speech with NumPy).
+
 Every micro-batch of a second pass begins with the generators and buffers that it began with in the base pass, and the
 model ends with those of one forward pass, whatever writes them: BatchNorm, an exponential average, a counter.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,9 +24,11 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class State(NamedTuple):
-    """The states of PyTorch's generators by device (None: the CPU's), and each buffer with its value."""
+    """The states of PyTorch's generators by device (None: the CPU's), of the others, and each buffer with its value."""
 
     generators: dict[Any, Tensor]
+    python: Any
+    numpy: Any
     buffers: dict[Slot, tuple[Tensor, Tensor]]
 
 
@@ -53,7 +59,8 @@ class Replay:
         saved = {slot: (buffer, buffer.detach().clone()) for slot, buffer in wanted.items()}
         if self._changing is None and self._first is None:
             self._first, self._frozen = saved, self._frozen_sums()
-        return State(generators, saved)
+        # NumPy's global state: what others' forward passes draw from.
+        return State(generators, random.getstate(), np.random.get_state(legacy=False), saved)  # noqa: NPY002
 
     @torch.no_grad()
     def restore(self, state: State) -> None:
@@ -63,6 +70,8 @@ class Replay:
                 torch.set_rng_state(one)
             else:
                 torch.get_device_module(device).set_rng_state(one, device)
+        random.setstate(state.python)
+        np.random.set_state(state.numpy)  # noqa: NPY002
         for (module, name), (buffer, value) in state.buffers.items():
             # `.data`, because a graph that is still to be run backwards may hold the buffer: it has the same values.
             buffer.data.copy_(value)

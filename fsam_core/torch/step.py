@@ -41,9 +41,7 @@ class Step:
 
     Where the optimizers can clip and skip by tensors on a GPU, the host waits for nothing between backward pass and
     update. It waits where `info`, `steps` or `skipped_steps` is read, and for the step before the last but one. A label
-    or weight that cannot be right is then reported by whichever of these comes first.
-
-    `ops` has the backend's operations.
+    or weight that cannot be right is then reported by whichever of these comes first. `ops` has the backend's operations.
     """
 
     def __init__(
@@ -131,6 +129,13 @@ class Step:
         self._known: list[Any] = []  # the optimizers' tensors when it was found out which of them move
         self._shares_prefix: SharedPrefix | None = None
         self._find_moving()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("model", "optimizer", "method") and name in self.__dict__:
+            raise UserError(
+                f"step.{name} is fixed; make a new Step with another, or give rho as a function of the step"
+            )
+        super().__setattr__(name, value)
 
     @property
     def info(self) -> Info | None:
@@ -226,7 +231,7 @@ class Step:
         Returns:
             The mean loss at θ, detached.
         """
-        before = {p: p.grad for p in self._params() if p.grad is not None} if keep_grad else {}
+        before = {p: p.grad for p in optimizers.params(self._optimizers) if p.grad is not None} if keep_grad else {}
         try:
             found = self._gradient(batch, read=True)
             verdict = update.verdict(found, self.clip_norm if clip else None)
@@ -250,7 +255,7 @@ class Step:
         state: dict[str, Any] = {"steps": self.steps, "skipped_steps": self.skipped_steps}
         if self._scaling is not None:
             state["loss_scale"] = self._scaling.state()
-        return state | self._carried.state_dict(self._params())
+        return state | self._carried.state_dict(optimizers.params(self._optimizers))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned. What a checkpoint of another method does not have starts from zero."""
@@ -258,7 +263,7 @@ class Step:
         self._steps, self._skipped_steps = int(state["steps"]), int(state["skipped_steps"])
         if self._scaling is not None and "loss_scale" in state:
             self._scaling.load(state["loss_scale"])
-        self._carried.load(state, self._params())
+        self._carried.load(state, optimizers.params(self._optimizers))
 
     def _find_moving(self) -> None:
         """Find out which of the optimizers' tensors the method moves.
@@ -266,16 +271,12 @@ class Step:
         Raises:
             UserError: as `__init__`.
         """
-        self._known, method = self._params(), self.method
+        self._known, method = optimizers.params(self._optimizers), self.method
         if isinstance(method, Perturbed):
             names = scope.names_of(self._parallel.inner, self._weights.copies)
             moving, self._outside = scope.moving(method, self._optimizers, names, self._blocks)
             if isinstance(self.features, Staged):
                 self._shares_prefix = SharedPrefix(self.features, self._parallel.inner, method, moving, self._replay)
-
-    def _params(self) -> list[Any]:
-        """The optimizers' tensors."""
-        return optimizers.params(self._optimizers)
 
     @_disable_dynamo  # also where the caller compiles the whole step: the model's graph is one of its own
     @torch.enable_grad()
@@ -284,7 +285,7 @@ class Step:
         passes.check_context()
         self._parallel.check_reduces()
         batches = micro_batches(batch)
-        params = self._params()
+        params = optimizers.params(self._optimizers)
         if len(params) != len(self._known) or any(p is not q for p, q in zip(params, self._known, strict=True)):
             self._find_moving()  # the caller has added some
         self._read_figures(wait=read or len(self._unread) >= MOST_UNREAD)
@@ -332,7 +333,7 @@ class Step:
         """Whether nothing between backward pass and update needs a figure on the host."""
         if any((self._scaler, self._scaling, self._sparse, self._carried.keeps)):
             return False
-        return update.can_stay_on_device(self._optimizers, self._params(), self._parallel.sharded)
+        return update.can_stay_on_device(self._optimizers, optimizers.params(self._optimizers), self._parallel.sharded)
 
     def _note(self, found: Found) -> None:
         """Count a step that has ended, or have it counted when its figures are read."""
@@ -387,7 +388,7 @@ class Step:
             if all(isinstance(one, AdamW) for one in self._optimizers):
                 self._weights.mark_synced()  # they have written the copies of their masters
         if verdict.skip is True:
-            for p in self._params():
+            for p in optimizers.params(self._optimizers):
                 p.grad = None
 
     def _scale(self) -> float | Tensor:

@@ -277,7 +277,7 @@ def rounded_at_random(x: ArrayLike, **draw: Any) -> NDArray[np.float32]:
 
 
 def _masked(d: list[F64], mask: list[bool] | None) -> list[F64]:
-    return d if mask is None else [x if moves else 0 * x for x, moves in zip(d, mask, strict=True)]
+    return d if mask is None else [x if moves else np.zeros_like(x) for x, moves in zip(d, mask, strict=True)]
 
 
 def _directions(g: list[Any], v: list[Any] | None, **adam: Any) -> list[F64]:

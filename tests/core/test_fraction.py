@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
+import torch
+from flax import nnx
 from problems import FRAMEWORKS, batch_of, distance, gradient, mlp, values
 
-from fsam_core import SAM, FunctionalSAM, LogitSAM, Plain, UserError, split
+from fsam_core import SAM, FunctionalSAM, LogitSAM, MicroBatches, Plain, UserError, split
+from fsam_core import jax as in_jax
+from fsam_core import torch as in_torch
 
 pytestmark = [pytest.mark.parametrize("framework", FRAMEWORKS), pytest.mark.usefixtures("float64")]
 METHODS = [SAM(0.1, precondition="adam", norm="dual", second_moment="previous"), FunctionalSAM(0.3), LogitSAM(0.3)]
@@ -68,6 +73,66 @@ def test_batch_that_cannot_be_split_is_refused(framework):
     bad = {**batch_of(12), "extra": np.zeros(5)}
     with pytest.raises(UserError, match="one first axis to be cut along, got 5, 12"):
         g_of(framework, FunctionalSAM(0.3, fraction=1 / 4), bad)
+
+
+def squares(p, batch):
+    """A regression on outputs, whose loss is a mean over rows and which says nothing of weights."""
+    z = (batch["x"] @ p["a"]) @ p["w"].T
+    of = in_jax if isinstance(z, jax.Array) else in_torch
+    return of.Logits(z, lambda z: (z**2).mean())
+
+
+@pytest.mark.parametrize("options", [{"fraction": 1 / 4}, {"fraction": 1 / 4, "form": "split", "ascent": "rest"}, {}])
+def test_a_mean_over_rows_weighs_each_part_by_its_rows(framework, options):
+    """At ρ = 0 the gradient is that of the whole batch, and micro-batches of 2 and of 10 rows are one of 12."""
+    batch, method = batch_of(12, ignored=0), FunctionalSAM(0.0, **options)
+    whole = gradient(framework, squares, Plain(), values(), batch)
+    given = batch if options else MicroBatches([rows(batch, slice(0, 2)), rows(batch, slice(2, 12))])
+    loss, info, g = gradient(framework, squares, method, values(), given)
+    assert distance(g, whole[2]) < 1e-12
+    if options.get("form") != "split":  # whose loss is that of two parts at two points
+        assert loss == pytest.approx(whole[0], rel=1e-12)
+    assert float(info.weight) == 12
+
+
+def test_a_loss_in_the_place_of_outputs_is_refused(framework):
+    """Its derivative is 1 at any weights, so nothing of the method would be left."""
+
+    def loss_itself(p, batch):
+        found = squares(p, batch)
+        return type(found)(found.loss(found.logits), lambda loss: loss)
+
+    for method in (FunctionalSAM(0.1), LogitSAM(0.1)):
+        with pytest.raises(UserError, match=r"the output is a scalar, the loss itself, .* return the logits"):
+            gradient(framework, loss_itself, method, values(), batch_of(12))
+    exact = gradient(framework, squares, SAM(0.1), values(), batch_of(12))[2]
+    assert distance(gradient(framework, loss_itself, SAM(0.1), values(), batch_of(12))[2], exact) < 1e-12
+
+
+def test_lists_with_a_value_for_each_row_are_cut(framework):
+    """As a loader collates texts and lengths."""
+    batch = {"x": np.arange(12).reshape(6, 2), "texts": list("abcdef"), "lengths": (1, 2, 3, 4, 5, 6), "of": [7, 8]}
+    (part,), (rest,) = split.split([batch], 1 / 3, lambda function, leaf: function(leaf))
+    assert (part["texts"], rest["texts"]) == (["a", "d"], ["b", "c", "e", "f"])
+    assert (part["lengths"], rest["lengths"]) == ((1, 4), (2, 3, 5, 6))
+    assert part["of"] == rest["of"] == [7, 8]
+
+
+def test_a_mapping_whose_copies_share_its_items_is_not_written_to(framework):
+    graph, state = nnx.split(nnx.BatchNorm(6, rngs=nnx.Rngs(0)))
+    before = jax.tree.leaves(state)
+    batch = {"x": np.arange(18).reshape(6, 3), "state": state}
+    (part,), _ = split.split([batch], 1 / 3, jax.tree.map)
+    assert [x.shape for x in jax.tree.leaves(state)] == [(6,)] * len(before)
+    assert all(x is y for x, y in zip(jax.tree.leaves(state), before, strict=True))
+    assert part["x"].shape == (2, 3)
+    nnx.merge(graph, split.with_own_containers(batch)["state"])
+
+
+def test_sparse_tensors_of_a_batch_are_not_cut(framework):
+    for x in (torch.eye(6).to_sparse(), torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])):
+        with pytest.raises(UserError, match="a sparse or nested tensor of the batch cannot be cut; give MicroBatches"):
+            split.split([{"x": x}], 1 / 2, lambda function, leaf: function(leaf))
 
 
 def test_rows_are_taken_evenly_and_scalars_go_to_both(framework):

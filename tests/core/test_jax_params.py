@@ -8,8 +8,10 @@ import re
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax_model import RHO, arrays, features, head_of, params
 from problems import B2, distance
 
@@ -17,6 +19,7 @@ from fsam_core.jax import (
     SAM,
     FunctionalSAM,
     LinearHead,
+    Logits,
     UserError,
     carry_of,
     skip_nonfinite,
@@ -67,6 +70,31 @@ def test_random_key_among_the_params_has_a_gradient_without_values():
 def test_params_that_are_no_real_arrays_are_refused(leaf, says):
     with pytest.raises(UserError, match=f"params: every leaf must be a real array, {says}"):
         value_and_grad(features, FunctionalSAM(RHO))({**params(), "c": leaf}, arrays())
+
+
+def test_a_module_of_nnx_is_refused_and_its_parts_train():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.norm, self.head = nnx.BatchNorm(6, rngs=nnx.Rngs(0)), nnx.Linear(6, 9, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.head(self.norm(x))
+
+    def head(model, batch):
+        return Logits(model(batch[0]), lambda z: (z**2).mean())
+
+    with pytest.raises(UserError, match=r"params: an nnx.Module holds more .* nnx.split\(module, nnx.Param, ...\)"):
+        value_and_grad(head, FunctionalSAM(RHO))(Model(), arrays())
+    graph, p, rest = nnx.split(Model(), nnx.Param, ...)
+
+    def of(p, batch):
+        model = nnx.merge(graph, p, rest, copy=True)
+        return head(model, batch), nnx.state(model, nnx.Not(nnx.Param))
+
+    method, state = FunctionalSAM(RHO, precondition="adam"), optax.adamw(1e-2, b2=B2).init(p)
+    (_, _, moved), grads = value_and_grad(of, method, b2=B2, has_aux=True)(p, arrays(), state)
+    assert jax.tree.structure(grads) == jax.tree.structure(p)
+    assert not np.array_equal(moved["norm"]["mean"][...], rest["norm"]["mean"][...])
 
 
 def test_params_of_eight_bits_are_refused():

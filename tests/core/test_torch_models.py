@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -141,6 +144,25 @@ def test_both_passes_draw_the_same_random_numbers(kind, micro, options):
     for a, b in zip(plain, moved, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
     assert torch.equal(drawn, drawn_too)
+
+
+@perturbed
+@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["python", "numpy"])
+def test_both_passes_draw_the_same_from_python_and_numpy(kind, draw):
+    def masked(model, batch):
+        out = mlp(model, batch)
+        return LinearHead(out.hidden * draw(), out.weight, out.labels)
+
+    def run(method):
+        random.seed(4), np.random.seed(4)  # noqa: NPY002 (transformers' models draw from it)
+        model = Weights(float32())
+        Step(model, adamw(model), method, features=masked).gradient(batch())
+        return [p.grad for p in model.parameters()], draw()
+
+    (plain, drawn), (moved, drawn_too) = run(Plain()), run(kind(0.0))
+    for a, b in zip(plain, moved, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+    assert drawn == drawn_too
 
 
 class Normed(nn.Module):

@@ -211,6 +211,14 @@ def test_an_optimizer_whose_step_does_not_fit_is_refused(method):
         Step(model, torch.optim.AdamW(model.parameters(), differentiable=True), method, features=lambda m, b: None)
 
 
+def test_what_a_step_was_made_of_is_fixed():
+    _, step = made()
+    for name, value in (("method", Plain()), ("optimizer", step.optimizer), ("model", step.model)):
+        with pytest.raises(UserError, match=f"step.{name} is fixed; make a new Step"):
+            setattr(step, name, value)
+    assert copy.deepcopy(step).method == step.method
+
+
 def test_maximize_is_refused():
     model = Model()
     optimizer = torch.optim.AdamW(model.parameters(), maximize=True)

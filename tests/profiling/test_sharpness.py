@@ -71,6 +71,16 @@ def test_eigenvalues_in_float32():
     assert found.largest == pytest.approx([11, 7], rel=1e-4)
 
 
+def test_a_small_eigenvalue_of_many_weights_is_found_in_float32():
+    """β falls below what rounding of so many numbers adds up to, long before the basis spans anything invariant."""
+    n = 100_000
+    d = np.concatenate([[60, 30, -0.3], np.random.default_rng(0).uniform(-0.01, 0.01, n - 3)]).astype(np.float32)
+    found = numerics.extremes(lambda v: d * v, n, 3, random(), most=60, dtype=np.float32)
+    assert found.largest[:2] == pytest.approx([60, 30], rel=1e-4)
+    assert found.smallest == pytest.approx(-0.3, abs=1e-4 * 60)
+    assert max(found.residuals) > 0
+
+
 def test_traces_are_within_three_standard_errors():
     A = matrix(SPECTRUM)
     estimates = [numerics.trace(lambda v: A @ v, N, 30, np.random.default_rng(i)) for i in range(20)]

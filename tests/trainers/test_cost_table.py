@@ -31,6 +31,15 @@ def test_a_preset_is_counted_to_the_last_parameter(name, framework, tied):
     assert model.perturbed("no-head") == config.parameters - config.width * config.vocab_size
 
 
+@pytest.mark.parametrize("more", [{"every_saving": True}, {"budget": 1.5, "spare": True}])
+def test_every_row_is_a_run(more):
+    """Four sequences are not cut at 1/8 or 1/16."""
+    settings = Settings("jax", "precond-functional-sam", PRESETS["24m"].model(tied=True, dropout=0.0), 10, 4)
+    rows = cost_table.figures(settings, "24m", "v5e", **more)["rows"]
+    named = [re.search(r"(?:fraction|split) 1/(\d+)", row["name"]) for row in rows]
+    assert {int(found[1]) for found in named if found} == {2, 4}
+
+
 def test_one_method_has_its_regions_and_its_memory(tmp_path, capsys):
     file = tmp_path / "cost.json"
     assert run(CostOptions(preset="24m", correction_fraction=1 / 8, cut="hidden", devices=8, json=file)) == 0

@@ -213,10 +213,13 @@ class Settings:
                 self._check_share("--ascent-fraction", method.share)
 
     def _check_share(self, option: str, q: float) -> None:
-        """Check that this share of the batch is whole sequences, the same number in each micro-batch."""
         fits = f"a share that cuts --batch {self.batch} into whole sequences, and into the same in each micro-batch"
+        must(self.is_cut_at(q), option, q, fits)
+
+    def is_cut_at(self, q: float) -> bool:
+        """Whether this share of the batch is whole sequences, the same number in each micro-batch."""
         cut = (split.ratio(q) * self.micro_batches) % 1
-        must((self.batch // self.micro_batches) % cut.denominator == 0, option, q, fits)
+        return (self.batch // self.micro_batches) % cut.denominator == 0
 
     def as_method(self, learning_rate_at: Callable[[Any], Any] | None = None) -> Method:
         """The method. `learning_rate_at`: the framework's own schedule, by default `Settings.learning_rate_at`."""

@@ -183,7 +183,13 @@ def options_of(settings: Settings, platform: str, *, devices: int = 1) -> cost.O
 
 
 def _with_cotangent(o: cost.Options, settings: Settings) -> cost.Options:
-    """The options with the cotangent kept or recomputed, as the step would decide."""
+    """The options with the cotangent kept or recomputed, as the step would decide.
+
+    Raises:
+        UserError: for a share that the batch is not cut at.
+    """
+    if not (settings.is_cut_at(o.fraction) and settings.is_cut_at(o.ascent_fraction or 1)):
+        raise UserError(f"fraction: {o.fraction:g} of {settings.batch} sequences")
     rows, model = int(settings.tokens_per_step * o.fraction), settings.model
     keeps = Memory(settings.cotangent).keeps(rows, model.vocab_size, o.itemsize)
     return dataclasses.replace(o, cotangent="keep" if keeps else "recompute")
@@ -195,10 +201,11 @@ def _every_saving(settings: Settings, model: cost.Model, asked: cost.Options) ->
     for name, row in TABLE_ROWS:
         changes = _at(row, model)
         try:
-            one = dataclasses.replace(asked, **changes)
+            given = dataclasses.replace(asked, **changes)
+            one = _with_cotangent(given, settings)
         except UserError:
             continue
-        found.append((name, one if "cotangent" in changes else _with_cotangent(one, settings)))
+        found.append((name, given if "cotangent" in changes else one))
     return found
 
 
