@@ -37,11 +37,11 @@ MOST_UNREAD = 2  # steps whose figures, and with them batches, may wait on the d
 
 
 class Step:
-    """One optimizer step of `method`, which replaces forward, backward and `optimizer.step()`.
+    """One optimizer step of `method`, which replaces forward, backward and `optimizer.step()`; `ops` is its backend.
 
     Where the optimizers can clip and skip by tensors on a GPU, the host waits for nothing between backward pass and
     update. It waits where `info`, `steps` or `skipped_steps` is read, and for the step before the last but one. A label
-    or weight that cannot be right is then reported by whichever of these comes first. `ops` has the backend's operations.
+    or weight that cannot be right is then reported by whichever of these comes first.
     """
 
     def __init__(
