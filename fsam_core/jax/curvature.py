@@ -183,7 +183,8 @@ def exact_product(features: Features, memory: Memory, which: str, whole: Params,
 
         def linearized(p: Params) -> Any:
             def outputs(p: Params) -> Any:
-                seen.append(heads.flat(features(trees.joined(whole, p), batch)))
+                head = features(trees.joined(whole, p), batch)
+                seen.append(heads.flat(heads.of_rows(head, split.rows_of(batch, passes.is_key))))
                 return heads.outputs(seen[-1])
 
             return jax.vjp(outputs, p)

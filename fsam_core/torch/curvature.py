@@ -158,7 +158,8 @@ class Curvature(Operators):
                 memory=self._memory,
                 backend=self._backend,
             )
-            loss, info = float(step.gradient(self._batch)), step.info
+            with _PlainEmbeddings():
+                loss, info = float(step.gradient(self._batch)), step.info
             assert info is not None
             check_weight(info.weight)
             if info.skipped:
@@ -222,10 +223,11 @@ class Curvature(Operators):
         """(the weight of a micro-batch, the product with its loss, or the two of "both")."""
         leaves = {name: p.detach().requires_grad_() for name, p in self.params.items()}
         found = []
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _DenseEmbeddings():
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _PlainEmbeddings():
             with forward_ad.dual_level():
                 duals = {self._names[n]: forward_ad.make_dual(p, v[n].detach().to(p)) for n, p in leaves.items()}
-                head = heads.flat(torch.func.functional_call(self._call, duals, (batch,)))
+                found_head = torch.func.functional_call(self._call, duals, (batch,))
+                head = heads.flat(heads.of_rows(found_head, split.rows_of(batch)))
                 out = [x for part in head for x in part.tensors]
                 bars = [_at_outputs(part, by, self._memory) for part, by in zip(head, _divisors(head), strict=True)]
                 zbar, of_G, of_N = ([x for one in bars for x in one[i]] for i in range(3))
@@ -240,14 +242,18 @@ class Curvature(Operators):
         return head[0].count, found
 
 
-class _DenseEmbeddings(torch.overrides.TorchFunctionMode):
-    """Embeddings whose gradients are dense: those of sparse ones have no tangents."""
+class _PlainEmbeddings(torch.overrides.TorchFunctionMode):
+    """Embeddings whose gradients are the loss's derivatives, and dense: sparse ones have no tangents.
+
+    A padding_idx and scale_grad_by_freq change the gradient alone, whose derivative is then no symmetric matrix.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is F.embedding:
-            kwargs["sparse"] = False
-            args = args[:6]  # `sparse` is the seventh
+            ignored = ("padding_idx", "scale_grad_by_freq", "sparse")  # the 3rd, 6th and 7th argument
+            kwargs = {name: value for name, value in kwargs.items() if name not in ignored}
+            args = args if len(args) < 3 else (*args[:2], None, *args[3:5])
         return func(*args, **kwargs)
 
 

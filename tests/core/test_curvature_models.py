@@ -275,6 +275,25 @@ def test_jax_functions_without_second_derivatives():
         found.hessian(found.gradient)
 
 
+@pytest.mark.parametrize("options", [{"padding_idx": 0}, {"scale_grad_by_freq": True}])
+def test_products_with_options_of_an_embeddings_gradient_are_symmetric(options):
+    """They change the gradient alone: a row of the matrix would be 0, and its column not."""
+    torch.manual_seed(0)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(5, 3, **options), nn.Linear(3, 5, bias=False)
+            nn.init.normal_(self.embedding.weight)
+
+    model = Model().double()
+    of = lambda m, b: LinearHead(torch.tanh(m.embedding(b)), m.head.weight, b.roll(1))
+    curvature = Curvature(model, of, torch.tensor([0, 1, 0, 2, 3, 0, 4]))
+    for product in (curvature.hessian, curvature.gauss_newton):
+        rows = [curvature.vector(product(curvature.tree(v))) for v in np.eye(curvature.size)]
+        np.testing.assert_allclose(np.array(rows), np.array(rows).T, atol=1e-14)
+
+
 def test_dropout_is_noticed():
     model = Toy(torch.sin, dropout=0.5)
     with pytest.raises(UserError, match=r"turn dropout off with model\.eval\(\)"):
