@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -46,6 +47,13 @@ def check_heads(head: Any) -> list[Any]:
     if len(head.weights) != count:
         raise UserError(f"Heads: weights must have one number a head, got {len(head.weights)} for {count} heads")
     return list(head.weights)
+
+
+def of_rows(head: Any, rows: float) -> Any:
+    """The head of a batch of so many rows, which are the weight of `Outputs` and `Logits` that none was given for."""
+    if hasattr(head, "heads"):
+        return dataclasses.replace(head, heads=[of_rows(one, rows) for one in head.heads])
+    return dataclasses.replace(head, weight=rows) if getattr(head, "weight", rows) is None else head
 
 
 def check_outputs(ndims: Iterable[int]) -> None:

@@ -116,15 +116,6 @@ class FlatHeads(NamedTuple):
     factors: tuple[Any, ...]
 
 
-def of_rows(head: Any, rows: float) -> Any:
-    """The head of a batch of so many rows, which are the weight that was not given."""
-    if isinstance(head, Heads):
-        return dataclasses.replace(head, heads=[of_rows(one, rows) for one in head.heads])
-    if isinstance(head, Outputs | Logits) and head.weight is None:
-        return dataclasses.replace(head, weight=rows)
-    return head
-
-
 def flat(head: Any) -> FlatHeads:
     """Check what `features` returned, and bring it into one form.
 

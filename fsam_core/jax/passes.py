@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from fsam_core import regions, split
 from fsam_core.errors import UserError
-from fsam_core.heads import check_outputs
+from fsam_core.heads import check_outputs, of_rows
 from fsam_core.jax import heads, leaks, meshes
 from fsam_core.jax.heads import FlatHeads, LinearHead
 from fsam_core.split import MicroBatches
@@ -229,10 +229,10 @@ def called(config: PassConfig, params: Params, batch: Any) -> tuple[Any, Any]:
     """
     found, rows = config.features(params, split.with_own_containers(batch)), split.rows_of(batch, is_key)
     if not config.has_aux:
-        return heads.of_rows(found, rows), ()
+        return of_rows(found, rows), ()
     if not (isinstance(found, tuple) and len(found) == 2):
         raise UserError(f"features must return (head, aux) with has_aux=True, got {type(found).__name__}")
-    return heads.of_rows(found[0], rows), found[1]
+    return of_rows(found[0], rows), found[1]
 
 
 def _checked(config: PassConfig, params: Params, batch: Any) -> jax.Array:

@@ -204,15 +204,6 @@ Check = Literal["now", "later", "not"]
 cannot be right make the loss NaN, so that the step is skipped; or not, in a pass that uses neither."""
 
 
-def of_rows(head: Any, rows: float) -> Any:
-    """The head of a batch of so many rows, which are the weight that was not given."""
-    if isinstance(head, Heads):
-        return dataclasses.replace(head, heads=[of_rows(one, rows) for one in head.heads])
-    if isinstance(head, Outputs | Logits) and head.weight is None:
-        return dataclasses.replace(head, weight=rows)
-    return head
-
-
 def flat(head: Any, check: Check | None = None) -> Flat:
     """Each head checked and flattened. `check` is of labels and weights; None for "now" on a CPU and "later" elsewhere.
 
