@@ -197,7 +197,7 @@ def test_float16_gradients_keep_their_digits_under_a_loss_scale(backend, scale):
     for got, expected, like in zip(grads, spec.logit_vjp(zbar, p.h, p.w, bias_V=p.bias), arrays, strict=True):
         assert got.dtype == like.dtype
         error = np.linalg.norm(back(got).astype(np.float64) / scale - expected) / np.linalg.norm(expected)
-        assert error < (4e-4 if scale > 1 else 3e-3)  # without a scale, what is below 2^-24 is lost
+        assert error < (6e-4 if scale > 1 else 3e-3)  # without a scale, what is below 2^-24 is lost
 
 
 def test_torch_backward_repeats_and_is_linear_in_its_cotangent():
