@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from fsam_core.errors import UserError
+from fsam_core.split import IsKey, no_key, rows_of
 
 
 def check_shapes(head: Any) -> None:
@@ -49,11 +50,16 @@ def check_heads(head: Any) -> list[Any]:
     return list(head.weights)
 
 
-def of_rows(head: Any, rows: float) -> Any:
-    """The head of a batch of so many rows, which are the weight of `Outputs` and `Logits` that none was given for."""
-    if hasattr(head, "heads"):
-        return dataclasses.replace(head, heads=[of_rows(one, rows) for one in head.heads])
-    return dataclasses.replace(head, weight=rows) if getattr(head, "weight", rows) is None else head
+def of_batch(head: Any, batch: Any, is_key: IsKey = no_key) -> Any:
+    """The head of this batch, whose rows are the weight of `Outputs` and `Logits` that none was given for."""
+    rows = rows_of(batch, is_key)
+
+    def weighed(one: Any) -> Any:
+        if hasattr(one, "heads"):
+            return dataclasses.replace(one, heads=[weighed(x) for x in one.heads])
+        return dataclasses.replace(one, weight=rows) if getattr(one, "weight", rows) is None else one
+
+    return weighed(head)
 
 
 def check_outputs(ndims: Iterable[int]) -> None:

@@ -17,6 +17,8 @@ TreeMap = Callable[[Callable[[Any], Any], Any], Any]
 """(function, tree) -> the tree with function(leaf) in place of each leaf"""
 Of = Any
 """A part of a batch: a key (of a tuple: an index), or a function of the batch."""
+IsKey = Callable[[Any], bool]
+"""Whether a leaf is a random key, which may have an axis."""
 IGNORED = -100
 """The label of a position that has none."""
 LARGEST = 1 << 16
@@ -72,6 +74,11 @@ def part_of(batch: Any, of: Of) -> Any:
         raise UserError(
             f"labels: the batch, a {type(batch).__name__}, has no {of!r}; give its key or a function"
         ) from None
+
+
+def no_key(leaf: Any) -> bool:
+    """PyTorch has no keys among its tensors."""
+    return False
 
 
 def leaves(batch: Any) -> Iterator[Any]:
@@ -155,7 +162,7 @@ def ratio(share: float) -> Fraction:
 
 
 def split(
-    batches: list[Any], fraction: float, tree_map: TreeMap, is_key: Callable[[Any], bool] = lambda leaf: False
+    batches: list[Any], fraction: float, tree_map: TreeMap, is_key: IsKey = no_key
 ) -> tuple[list[Any], list[Any]]:
     """(S, the rest) as lists of micro-batches; S is `fraction` of all rows, and never empty.
 
@@ -167,7 +174,7 @@ def split(
         batches: micro-batches, trees of arrays.
         fraction: 0 < q ≤ 1.
         tree_map: as in `map_leaves`.
-        is_key: whether a leaf is a random key, which may have an axis.
+        is_key: of the framework.
 
     Raises:
         UserError: if a micro-batch cannot be cut at that fraction.
@@ -180,7 +187,7 @@ def split(
     return part, rest
 
 
-def _cut(batch: Any, share: Fraction, tree_map: TreeMap, is_key: Callable[[Any], bool]) -> tuple[Any, Any]:
+def _cut(batch: Any, share: Fraction, tree_map: TreeMap, is_key: IsKey) -> tuple[Any, Any]:
     sizes: set[int] = set()
 
     def look(x: Any) -> Any:
@@ -228,12 +235,12 @@ def _cut(batch: Any, share: Fraction, tree_map: TreeMap, is_key: Callable[[Any],
     return mine, others
 
 
-def rows_of(batch: Any, is_key: Callable[[Any], bool] = lambda leaf: False) -> float:
+def rows_of(batch: Any, is_key: IsKey = no_key) -> float:
     """The first axis of the batch's first array; 1 where it holds none."""
     return next((float(x.shape[0]) for x in leaves(batch) if _has_rows(x) and not is_key(x)), 1.0)
 
 
-def check_keys(batch: Any, rows: int, is_key: Callable[[Any], bool], argument: str) -> None:
+def check_keys(batch: Any, rows: int, is_key: IsKey, argument: str) -> None:
     """Check that what looks like an old random key cannot be a number for each row.
 
     Raises:

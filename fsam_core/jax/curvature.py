@@ -36,7 +36,7 @@ from fsam_core.curvature import (
     check_weight,
 )
 from fsam_core.errors import UserError
-from fsam_core.heads import of_rows
+from fsam_core.heads import of_batch
 from fsam_core.jax import heads, meshes, passes, trees
 from fsam_core.jax.heads import Outputs, Part
 from fsam_core.jax.passes import Features, Params
@@ -185,7 +185,7 @@ def exact_product(features: Features, memory: Memory, which: str, whole: Params,
         def linearized(p: Params) -> Any:
             def outputs(p: Params) -> Any:
                 head = features(trees.joined(whole, p), batch)
-                seen.append(heads.flat(of_rows(head, split.rows_of(batch, passes.is_key))))
+                seen.append(heads.flat(of_batch(head, batch, passes.is_key)))
                 return heads.outputs(seen[-1])
 
             return jax.vjp(outputs, p)

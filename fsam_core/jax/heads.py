@@ -242,7 +242,8 @@ def _cotangent(
     scaled = lambda x: x if isinstance(factor, float) and factor == 1 else x * jnp.asarray(factor, x.dtype)
     if isinstance(part, Outputs):
         loss, zbar = jax.value_and_grad(part.loss)(part.outputs)
-        weight = jnp.asarray(1.0 if part.weight is None else part.weight, loss.dtype)
+        assert part.weight is not None  # `of_batch` gives it
+        weight = jnp.asarray(part.weight, loss.dtype)
         weight = nan_unless(weight >= 0, weight)
         # A mean over no targets is 0/0; its weight is 0.
         loss, zbar = jax.tree.map(lambda x: scaled(jnp.where(weight == 0, 0, x)), (loss, zbar))

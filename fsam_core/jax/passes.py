@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from fsam_core import regions, split
 from fsam_core.errors import UserError
-from fsam_core.heads import check_outputs, of_rows
+from fsam_core.heads import check_outputs, of_batch
 from fsam_core.jax import heads, leaks, meshes
 from fsam_core.jax.heads import FlatHeads, LinearHead
 from fsam_core.split import MicroBatches
@@ -227,12 +227,12 @@ def called(config: PassConfig, params: Params, batch: Any) -> tuple[Any, Any]:
     Raises:
         UserError: with has_aux, if it is no pair.
     """
-    found, rows = config.features(params, split.with_own_containers(batch)), split.rows_of(batch, is_key)
+    found = config.features(params, split.with_own_containers(batch))
     if not config.has_aux:
-        return of_rows(found, rows), ()
+        return of_batch(found, batch, is_key), ()
     if not (isinstance(found, tuple) and len(found) == 2):
         raise UserError(f"features must return (head, aux) with has_aux=True, got {type(found).__name__}")
-    return of_rows(found[0], rows), found[1]
+    return of_batch(found[0], batch, is_key), found[1]
 
 
 def _checked(config: PassConfig, params: Params, batch: Any) -> jax.Array:

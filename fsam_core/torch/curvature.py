@@ -39,7 +39,7 @@ from fsam_core.curvature import (
     check_weight,
 )
 from fsam_core.errors import UserError
-from fsam_core.heads import of_rows
+from fsam_core.heads import of_batch
 from fsam_core.methods import SAM, Method, Plain
 from fsam_core.torch import cotangents, heads, optimizers
 from fsam_core.torch.evaluation import mean_loss
@@ -227,8 +227,7 @@ class Curvature(Operators):
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _PlainEmbeddings():
             with forward_ad.dual_level():
                 duals = {self._names[n]: forward_ad.make_dual(p, v[n].detach().to(p)) for n, p in leaves.items()}
-                found_head = torch.func.functional_call(self._call, duals, (batch,))
-                head = heads.flat(of_rows(found_head, split.rows_of(batch)))
+                head = heads.flat(of_batch(torch.func.functional_call(self._call, duals, (batch,)), batch))
                 out = [x for part in head for x in part.tensors]
                 bars = [_at_outputs(part, by, self._memory) for part, by in zip(head, _divisors(head), strict=True)]
                 zbar, of_G, of_N = ([x for one in bars for x in one[i]] for i in range(3))

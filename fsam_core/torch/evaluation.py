@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fsam_core import backends
-from fsam_core.heads import of_rows
-from fsam_core.split import rows_of
+from fsam_core.heads import of_batch
 from fsam_core.torch import cotangents, heads
 from fsam_core.torch.parallel import detect_parallelism
 from fsam_core.torch.pass_config import Features
@@ -30,7 +29,7 @@ def mean_loss(
     @torch.no_grad()
     def loss(model: nn.Module, batch: Any) -> Tensor:
         parallel = detect_parallelism(model)
-        found = heads.flat(of_rows(parallel.call_features(features, batch), rows_of(batch)))
+        found = heads.flat(of_batch(parallel.call_features(features, batch), batch))
         weight = parallel.mean(found[0].count)
         unit = torch.where(weight > 0, weight, 1)
         every = zip(found, cotangents.divisors(found, unit), strict=True)

@@ -226,12 +226,12 @@ def _flat(head: Any, check: Check | None) -> FlatHead | FlatOutputs:
     name = type(head).__name__
     if not tensors:
         raise UserError(f"{name}: outputs has no floating tensor, so there is nothing to differentiate")
-    weight = 1.0 if head.weight is None else head.weight
-    _check_constant(weight, f"{name}: weight")
+    assert head.weight is not None  # `of_batch` gives it
+    _check_constant(head.weight, f"{name}: weight")
     if isinstance(head, Logits):
-        return FlatOutputs(tensors, lambda given: head.loss(given[0]), _count(weight, tensors[0]))
+        return FlatOutputs(tensors, lambda given: head.loss(given[0]), _count(head.weight, tensors[0]))
     loss = lambda given: head.loss(with_activations(head, given).outputs)
-    return FlatOutputs(tensors, loss, _count(weight, tensors[0]))
+    return FlatOutputs(tensors, loss, _count(head.weight, tensors[0]))
 
 
 def _flat_linear(head: LinearHead, check: Check | None) -> FlatHead:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fsam_core.errors import UserError
-from fsam_core.heads import of_rows
-from fsam_core.split import leaves, rows_of, with_own_containers
+from fsam_core.heads import of_batch
+from fsam_core.split import leaves, with_own_containers
 from fsam_core.torch.heads import Head
 from fsam_core.torch.parallel import Parallel
 from fsam_core.torch.replay import Replay
@@ -73,7 +73,7 @@ class PassConfig(NamedTuple):
         """
         with nullcontext() if self.replay is None else unchanged(batch, "features", "batch"):
             found = self.parallel.call_features(self.features, with_own_containers(batch))
-        return of_rows(found, rows_of(batch))
+        return of_batch(found, batch)
 
     @property
     def joins(self) -> bool:

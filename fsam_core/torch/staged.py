@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from fsam_core.errors import UserError
-from fsam_core.heads import of_rows
+from fsam_core.heads import of_batch
 from fsam_core.methods import Perturbed
 from fsam_core.regions import in_torch
-from fsam_core.split import rows_of, with_own_containers
+from fsam_core.split import with_own_containers
 from fsam_core.torch import heads, passes
 from fsam_core.torch.cotangents import leaves
 from fsam_core.torch.gradient_sum import GradientSum
@@ -134,7 +134,7 @@ def corrected(inputs: StepInputs, batch: Any, rest: Sequence[Any]) -> StepResult
         given = _pytree.tree_map(lambda leaf: inputs_of.get(id(leaf), leaf), x)
         with unchanged((x, batch), "suffix", "prefix's output or of the batch"):
             head = features.suffix(model, given, with_own_containers(batch))
-        return heads.flat(of_rows(head, rows_of(batch))), [inputs_of[id(leaf)] for leaf in crossing]
+        return heads.flat(of_batch(head, batch)), [inputs_of[id(leaf)] for leaf in crossing]
 
     with torch.set_grad_enabled(backward), in_torch("base forward"):
         head, x_S = suffix(needs_grad=not exact)

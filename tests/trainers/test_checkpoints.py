@@ -1,6 +1,7 @@
 """Checkpoints that are damaged, another run's, or cannot be written."""
 
 import contextlib
+import hashlib
 import json
 import resource
 import shutil
@@ -9,7 +10,7 @@ import pytest
 from small_runs import arguments, final_weights, fsam, steps_done
 
 from fsam_core import UserError
-from fsam_trainers import checkpoints
+from fsam_trainers import checkpoints, files
 
 FRAMEWORKS = ("jax", "torch")
 
@@ -199,3 +200,15 @@ def test_bad_lines_of_the_metrics_cost_only_themselves(bad, text, tmp_path, caps
     )
     lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
     assert [x["step"] for x in lines if "loss" in x] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_file_is_hashed_once_and_again_after_a_change(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "SETTLED", -1)  # as if a file had been as it is for long
+    digests, digest = [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *given: digests.append(1) or digest(*given))
+    path = tmp_path / "state"
+    path.write_bytes(b"one")
+    assert files.checksum(path) == files.checksum(path) == hashlib.blake2b(b"one").hexdigest()
+    assert len(digests) == 1
+    path.write_bytes(b"other")
+    assert files.checksum(path) == hashlib.blake2b(b"other").hexdigest()

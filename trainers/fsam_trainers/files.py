@@ -8,11 +8,15 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from fsam_core import UserError
+
+SETTLED = 2_000_000_000  # nanoseconds without a change, after which a file's times tell the next one
 
 
 def begin_folder(target: Path) -> Path:
@@ -107,7 +111,16 @@ def finite(value: Any) -> Any:
 
 
 def checksum(path: Path) -> str:
-    """BLAKE2b of a file's bytes."""
+    """BLAKE2b of a file's bytes, read once while it stays as it is: a command asks for its base several times."""
+    seen = path.stat()
+    changed = max(seen.st_mtime_ns, seen.st_ctime_ns)
+    # A later change might have the same time where the last one is as recent as a clock's tick.
+    known = _checksum if time.time_ns() - changed > SETTLED else _checksum.__wrapped__
+    return known(path, (seen.st_ino, seen.st_size, changed))
+
+
+@lru_cache(maxsize=4096)
+def _checksum(path: Path, seen: tuple[int, ...]) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, hashlib.blake2b).hexdigest()
 

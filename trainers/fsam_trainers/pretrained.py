@@ -12,6 +12,7 @@ import os
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -306,12 +307,19 @@ def _from_hub(source: str, where: str) -> Path:
     name = source.removeprefix("hf:")
     if Path(name).is_dir():
         return Path(name)
-    hub = optional("huggingface_hub", where)
+    optional("huggingface_hub", where)
     try:
-        wanted = ["*.safetensors", "*.json", "tokenizer.model"]
-        return Path(hub.snapshot_download(name, allow_patterns=wanted, ignore_patterns=["consolidated*"]))
+        return _snapshot(name)
     except Exception as error:  # the client lets the errors of several libraries through
         raise UserError(f"{where} cannot be taken from the hub: {one_line(error)}") from error
+
+
+@cache
+def _snapshot(name: str) -> Path:
+    """The hub's files of a model; asked for once, so that all runs of a command begin alike."""
+    hub = importlib.import_module("huggingface_hub")
+    wanted = ["*.safetensors", "*.json", "tokenizer.model"]
+    return Path(hub.snapshot_download(name, allow_patterns=wanted, ignore_patterns=["consolidated*"]))
 
 
 def _refuse_pickles(paths: list[Path], where: str) -> None:

@@ -56,7 +56,8 @@ def cross_entropy(
             differentiation.
     """
     check_reduction(reduction, weights is not None, count is not None)
-    _refuse_tangents([x for x in (h, w, bias_V) if x is not None])
+    head = [x for x in (h, w, bias_V) if x is not None]
+    _refuse_tangents(head)
     h_NxD = h.reshape(-1, h.shape[-1]).to(compute_dtype(h))
     w_VxD = w if layout == "VD" else w.T
     y_N = labels.reshape(-1)
@@ -71,8 +72,7 @@ def cross_entropy(
     if reduction == "mean":
         total = weights_N.sum() if count is None else torch.as_tensor(count, dtype=dtype, device=h.device)
         weights_N = weights_N / torch.where(total == 0, 1, total)
-    wanted = [x for x in (h, w, bias_V) if x is not None]
-    gradient = torch.is_grad_enabled() and any(x.requires_grad for x in wanted)
+    gradient = torch.is_grad_enabled() and any(x.requires_grad for x in head)
     if h_NxD.dtype != torch.float16:
         return _total(h_NxD, w_VxD, bias_V, y_N, weights_N, gradient, *options)[0]
     # 1/N rounds small gradients to 0 before a loss scale is known, so they are in units of the largest weight.

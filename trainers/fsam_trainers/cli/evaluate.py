@@ -95,8 +95,9 @@ def main(arguments: list[str]) -> int:
     task = options.task or ("text" if models[0].config.FAMILY == "decoder" else "images")
     if options.fine_tune and task == "images":
         raise UserError("--fine-tune takes models of text; `fsam train --task images --init-from RUN` trains on images")
-    typed = options.data is not None and not Path(options.data).expanduser().exists()  # a name may have a comma
-    given = str(options.data).split(",") if typed else [options.data or models[0].data]
+    given = [options.data or models[0].data]
+    if options.data is not None and not Path(options.data).expanduser().exists():  # a name may have a comma
+        given = options.data.split(",")
     specs = [spec for spec in dict.fromkeys([*given, options.fine_tune]) if spec]
     changed = changes(bits, sigmas, options.draws)
     if options.fine_tune:

@@ -141,10 +141,7 @@ class Common(Basis):
                 raise UserError(f"--steps {steps} and --tokens-per-param {self.tokens_per_param}: give one of the two")
             steps = steps_for(self.tokens_per_param, model, self.run.batch)
         warmup = self.run.warmup if "warmup" in self.given else min(1000, steps // 10)
-        found = Settings(**{**vars(self.run), "model": model, "steps": steps, "warmup": warmup, **changes})
-        if found.init_from is not None:  # before anything is tokenized or timed
-            pretrained.check_sizes(pretrained.find(found.init_from, "--init-from"), found.model)
-        return found
+        return Settings(**{**vars(self.run), "model": model, "steps": steps, "warmup": warmup, **changes})
 
     def intervals_of(self, steps: int, usual: int | None = None) -> Intervals:
         """The intervals of a run of so many steps; `usual` where none is given, by default a tenth of the run."""
@@ -273,4 +270,7 @@ def parse(command: type[Command], arguments: Sequence[str], prog: str) -> Comman
     run = command.RUN(framework="jax", method="precond-functional-sam", **usual)
     intervals = command.INTERVALS(evaluate_every=DEFAULT_STEPS // 10, checkpoint_every=DEFAULT_STEPS // 10)
     default = command(**vars(basis), run=run, intervals=intervals)
-    return dataclasses.replace(parsed(command, arguments, prog, default=default), arguments=tuple(arguments))
+    found = dataclasses.replace(parsed(command, arguments, prog, default=default), arguments=tuple(arguments))
+    if source is not None:  # before anything is tokenized or timed
+        pretrained.check_sizes(source, found.model())
+    return found
